@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from mpq_deploy.calls.pipeline_runs import pipeline_class
+from mpq_deploy.calls.pipeline_runs import checked_variant, pipeline_class
 from mpq_deploy.errors import ModelError, UsageError
 from mpq_deploy.models.additions import (
     DENOISERS,
@@ -30,8 +30,7 @@ from mpq_deploy.models.pipeline_part import open_pipeline_part
 from mpq_deploy.models.spec import DenoiserSpec, InputSpec
 from mpq_deploy.models.torch_export import TorchNetwork
 from mpq_deploy.models.transformer import DIT
-from mpq_deploy.models.unet import WEIGHTS_NAME, find_weights, load_pretrained
-from mpq_deploy.models.weight_files import check_config, stored_weights
+from mpq_deploy.models.unet import load_pretrained
 from mpq_deploy.system.inputs import whole
 from mpq_deploy.system.libraries import tell_cause
 from mpq_deploy.system.progress import Talk
@@ -76,8 +75,7 @@ def _open_sampled(
         refines = bool(pipeline.get("requires_aesthetics_score"))
         form = model_form(config, part, given, refines)
         _refuse_unknown(form, pipeline)
-        variant = find_weights(part, WEIGHTS_NAME)
-        check_config(config, stored_weights(part, WEIGHTS_NAME, variant), part)
+        variant = checked_variant(part)
         card = read_json(folder / CARD) if (folder / CARD).is_file() else {}
         _check_nothing_missing(folder, form.wanted, additions)
         scheduler = read_scheduler(additions.scheduler or folder)
@@ -164,9 +162,8 @@ def _open_in_pipeline(
             "Download or save all of it; or give its denoiser's inputs yourself: --conditions FILE.npz.",
         )
     config = read_json(part / CONFIG)
-    variant = find_weights(part, WEIGHTS_NAME)
-    check_config(config, stored_weights(part, WEIGHTS_NAME, variant), part)
-    module = load_pretrained(model_class(config, part, in_pipeline=True), part, variant)
+    module_class = model_class(config, part, in_pipeline=True)
+    module = load_pretrained(module_class, part, checked_variant(part))
     opened = open_pipeline_part(folder, pipeline, part, module, additions, talk)
     return replace(opened, spec=opened.spec.model_copy(update={"source": source}))
 
