@@ -25,6 +25,7 @@ from mpq_deploy.models.additions import (
 from mpq_deploy.models.conditions import Conditions, WantedInput, check_conditions, list_inputs
 from mpq_deploy.models.decoder import decoder_network
 from mpq_deploy.models.denoiser import Denoiser
+from mpq_deploy.models.lora import Loras, told
 from mpq_deploy.models.model_form import OUTPUT, ModelForm, model_class, model_form, network
 from mpq_deploy.models.pipeline_part import open_pipeline_part
 from mpq_deploy.models.spec import DenoiserSpec, InputSpec
@@ -82,6 +83,7 @@ def _open_sampled(
         conditions = given or _own_conditions(form, config, card)
         inputs = check_conditions(conditions, form.wanted, str(additions.conditions or folder))
     module = load_pretrained(model_class(config, part), part, variant)
+    uses = Loras.opened(additions.loras, _pipeline_of(pipeline, folder), config).fuse_alone(module)
     spec = DenoiserSpec(
         name=str(card.get("name") or folder.resolve().name),
         source=source,
@@ -96,10 +98,17 @@ def _open_sampled(
         labels=conditions.labels,
         pixel_range=None if _latent(folder, form.sample.shape) else IMAGE_RANGE,
         config=config,
+        loras=uses,
     )
     decoder, notes = _decoder(folder, form, talk)
-    notes = (*notes, *_warned(form, talk))
+    notes = (*notes, *_warned(form, talk), *told(uses, talk))
     return Denoiser(spec, conditions, network(module, form, config, inputs), decoder, notes)
+
+
+def _pipeline_of(pipeline: dict[str, Any], folder: Path) -> Any:
+    """Return the class that the folder's index names; None where it names none of its own."""
+    named = pipeline.get("_class_name") not in (None, "DiffusionPipeline")
+    return pipeline_class(pipeline, folder) if named else None
 
 
 def _refuse_unknown(form: ModelForm, pipeline: dict[str, Any]) -> None:
