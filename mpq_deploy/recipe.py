@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from mpq_deploy.errors import UsageError, nearest
 from mpq_deploy.formats.scheme import BRANCH_KINDS, schemes_named
+from mpq_deploy.models.lora_option import parse_lora
 from mpq_deploy.system.names import LONGEST_NAME, printable
 from mpq_deploy.system.quantities import Budget, BudgetEntry, LatencyEntry
 from mpq_deploy.system.yaml_file import read_yaml
@@ -380,7 +381,7 @@ class Recipe(Section):
     """All settings of a run."""
 
     model: str | None = Field(
-        None, description="folder, ONNX file, hub id or bundled model; null: emoji"
+        None, description="folder, checkpoint, ONNX file, hub id or bundled model; null: emoji"
     )
     budget: BudgetEntry = Field(
         Budget.parse("0.35"),
@@ -399,6 +400,12 @@ class Recipe(Section):
         None, description="YAML: keyword arguments of the pipeline, a list of calls"
     )
     calls: str | None = Field(None, description="folder that mpq_deploy.record wrote, for ONNX")
+    config: str | None = Field(
+        None, description="folder with a pipeline's configurations, for a checkpoint in one file"
+    )
+    lora: tuple[str, ...] = Field(
+        (), description="LoRA files to fuse into the model: FILE.safetensors or FILE:SCALE"
+    )
     component: str | None = Field(
         None,
         description="pipeline part: unet, transformer, vae, text_encoder ...; null: the denoiser",
@@ -422,12 +429,25 @@ class Recipe(Section):
     evaluate: EvaluateSettings = EvaluateSettings()
 
     @field_validator(
-        "model", "target", "description", "conditions", "scheduler", "prompts", "call", "calls"
+        *("model", "target", "description", "conditions", "scheduler", "prompts", "call", "calls"),
+        "config",
     )
     @classmethod
     def _of_the_user(cls, path: str | None) -> str | None:
         """Read a leading ~ as the home folder, as a shell does."""
         return None if path is None else _home(path)
+
+    @field_validator("lora")
+    @classmethod
+    def _with_scales(cls, given: tuple[str, ...]) -> tuple[str, ...]:
+        """Check the scales; read a leading ~ as the home folder."""
+        given = tuple(map(_home, given))
+        try:
+            for text in given:
+                parse_lora(text)
+        except UsageError as error:
+            raise ValueError(str(error).rstrip(".")) from error
+        return given
 
     @model_validator(mode="before")
     @classmethod

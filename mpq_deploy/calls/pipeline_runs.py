@@ -25,6 +25,7 @@ from mpq_deploy.calls.stand_in import Compute, stand_in
 from mpq_deploy.errors import ModelError, MpqError, UsageError, nearest
 from mpq_deploy.models.additions import INDEX, LEFT_OUT, pipeline_index
 from mpq_deploy.models.call_file import ARRAY, FILE
+from mpq_deploy.models.lora import Loras
 from mpq_deploy.models.spec import Array, DenoiserSpec
 from mpq_deploy.models.unet import find_weights, load_pretrained
 from mpq_deploy.models.weight_files import (
@@ -114,11 +115,15 @@ def refuse_own_code(part: Path) -> None:
 
 
 def load_pipeline(
-    folder: Path, index: Mapping[str, Any], given: Mapping[str, Any] | None = None
+    folder: Path,
+    index: Mapping[str, Any],
+    given: Mapping[str, Any] | None = None,
+    loras: Loras | None = None,
 ) -> Any:
     """Load the pipeline in ``folder``, with the parts ``given`` in place of its own, in float32.
 
-    Raises UsageError as ``pipeline_class``, ModelError for parts that cannot be loaded.
+    ``loras`` are fused into the parts that are loaded. Raises UsageError as ``pipeline_class``,
+    ModelError for parts that cannot be loaded, and as ``Loras.fuse_others``.
     """
     found = pipeline_class(index, folder)
     parts = [
@@ -130,14 +135,7 @@ def load_pipeline(
         refuse_own_code(folder / name)
     variants = {name: checked_variant(folder / name) for name in parts}
     variant = next((one for one in variants.values() if one), None)
-    taken = inspect.signature(found.__init__).parameters
-    # Parts that the index does not name, and what judges images.
-    absent: dict[str, Any] = {
-        name: None
-        for name, parameter in taken.items()
-        if name in LEFT_OUT
-        or (parameter.default is inspect.Parameter.empty and name not in (*index, "self"))
-    }
+    absent = _absent(found, index)
     own = {**_loaded_here(folder, index, variants), **(given or {})}
     try:
         with no_bars("diffusers"), no_bars("transformers"):
@@ -147,7 +145,7 @@ def load_pipeline(
             else:
                 others = [name for name in parts if name not in own]
                 loaded = {
-                    name: _part(folder / name, index[name], variants[name]) for name in others
+                    name: load_part(folder / name, index[name], variants[name]) for name in others
                 }
                 pipeline = found(**loaded, **own, **absent)
     except (MpqError, MemoryError):
@@ -163,11 +161,26 @@ def load_pipeline(
             "A file of it is missing or damaged: download or save it again.",
         ) from error
     pipeline.set_progress_bar_config(disable=True)
+    if loras is not None:
+        loras.fuse_others(pipeline, given or {})
     return pipeline
 
 
-def _part(folder: Path, entry: Sequence[str], variant: str | None) -> Any:
-    """Load a part by the library and class that its index entry names."""
+def _absent(found: Any, index: Mapping[str, Any]) -> dict[str, None]:
+    """Return the parts that the index does not name, and what judges images."""
+    return {
+        name: None
+        for name, parameter in inspect.signature(found.__init__).parameters.items()
+        if name in LEFT_OUT
+        or (parameter.default is inspect.Parameter.empty and name not in (*index, "self"))
+    }
+
+
+def load_part(folder: Path, entry: Sequence[str], variant: str | None = None) -> Any:
+    """Load a part by the library and class that its index entry names.
+
+    Its files are checked by ``checked_variant`` before.
+    """
     found = getattr(import_module(entry[0]), entry[1])
     options = {**_SAFELY, "variant": variant} if (folder / CONFIG).is_file() else {}
     return found.from_pretrained(str(folder), **options)
@@ -398,7 +411,8 @@ class PipelineRuns:
             self._computed,
             own_tensors(part, DIFFUSERS_WEIGHTS, find_weights(part, DIFFUSERS_WEIGHTS)),
         )
-        self._pipeline = load_pipeline(folder, index, {spec.pipeline.component: denoiser})
+        loras = Loras.of_text(spec, pipeline_class(index, folder))
+        self._pipeline = load_pipeline(folder, index, {spec.pipeline.component: denoiser}, loras)
         use_scheduler(self._pipeline, spec.pipeline.scheduler)
         self._calls = [opened_call(call) for call in spec.pipeline.calls]
         self.correction_note = ""

@@ -49,19 +49,32 @@ def stand_in(
 
     Its forward raises ModelError, naming the argument, for one that the graph has no input for.
     """
-    module = without_weights(module_class, config)
-    for name, value in own.items():
-        kept = module._parameters if name in module._parameters else module._buffers
-        kept[name] = torch.nn.Parameter(value, False) if kept is module._parameters else value
     caller = _Caller(module_class, spec, compute)
 
     @functools.wraps(module_class.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         return caller(self, args, kwargs)
 
+    return shell(module_class, config, own, forward)
+
+
+def shell(
+    module_class: Any,
+    config: Mapping[str, Any],
+    own: Mapping[str, torch.Tensor],
+    forward: Callable[..., Any] | None = None,
+) -> torch.nn.Module:
+    """Return a module of ``module_class`` that holds the tensors ``own`` and no other weights.
+
+    ``forward`` None: it is there for what a pipeline asks of it, and never called.
+    """
+    module = without_weights(module_class, config)
+    for name, value in own.items():
+        kept = module._parameters if name in module._parameters else module._buffers
+        kept[name] = torch.nn.Parameter(value, False) if kept is module._parameters else value
     cpu, float32 = torch.device("cpu"), torch.float32
     members = {
-        "forward": forward,
+        "forward": forward or module_class.forward,
         "device": property(lambda self: cpu),
         "dtype": property(lambda self: float32),
         "to": lambda self, *args, **kwargs: self,

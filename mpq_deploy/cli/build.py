@@ -22,8 +22,10 @@ from mpq_deploy.cli.options import (
     CallOption,
     ComponentOption,
     ConditionsOption,
+    ConfigOption,
     CorrectionKind,
     LatencyTableOption,
+    LoraOption,
     MaxLatencyOption,
     ModelArgument,
     ObjectiveOption,
@@ -64,6 +66,8 @@ def build(
     prompts: PromptsOption = None,
     call: CallOption = None,
     calls: RecordedOption = None,
+    config: ConfigOption = None,
+    lora: LoraOption = None,
     component: ComponentOption = None,
     recover: Annotated[
         bool,
@@ -87,6 +91,7 @@ def build(
     given: dict[str, Any] = {"model": model, "budget": budget, "target": target}
     given |= {"measure.method": sensitivity, "conditions": conditions, "scheduler": scheduler}
     given |= {"prompts": prompts, "call": call, "calls": calls, "component": component}
+    given |= {"lora": lora or None, "config": config}
     given |= latency_settings(max_latency, objective, latency_table)
     settings = recipe_for(recipe, given)
     run_until(
@@ -128,11 +133,14 @@ def export(
     prompts: PromptsOption = None,
     call: CallOption = None,
     calls: RecordedOption = None,
+    config: ConfigOption = None,
+    lora: LoraOption = None,
     component: ComponentOption = None,
 ) -> None:
     """Export the denoiser to ONNX and check it against the original."""
-    given = {"model": model, "conditions": conditions, "scheduler": scheduler, "prompts": prompts}
-    given |= {"call": call, "calls": calls, "component": component}
+    given: dict[str, Any] = {"model": model, "lora": lora or None, "component": component}
+    given |= {"conditions": conditions, "scheduler": scheduler, "prompts": prompts}
+    given |= {"call": call, "calls": calls, "config": config}
     run_until("export", recipe_for(recipe, given), out)
 
 

@@ -88,7 +88,8 @@ ModelArgument = Annotated[
     Optional[str],
     typer.Argument(
         metavar="MODEL",
-        help="A diffusers folder, an ONNX file with its YAML, a hub id, or a bundled demo (emoji, digits). "
+        help="A diffusers folder, a checkpoint (.safetensors), an ONNX file with its YAML, a hub id, or a bundled demo "
+        "(emoji, digits). "
         "Default: emoji.",
         show_default=False,
     ),
@@ -193,6 +194,26 @@ RecordedOption = Annotated[
         "--calls",
         metavar="FOLDER",
         help="Calls that mpq_deploy.record wrote.",
+        rich_help_panel=OF_MODEL,
+        show_default=False,
+    ),
+]
+ConfigOption = Annotated[
+    Optional[Path],
+    typer.Option(
+        "--config",
+        metavar="FOLDER",
+        help="Configurations of a checkpoint's pipeline.",
+        rich_help_panel=OF_MODEL,
+        show_default=False,
+    ),
+]
+LoraOption = Annotated[
+    Optional[list[str]],
+    typer.Option(
+        "--lora",
+        metavar="FILE[:SCALE]",
+        help="LoRA safetensors to fuse into the model; repeatable.",
         rich_help_panel=OF_MODEL,
         show_default=False,
     ),

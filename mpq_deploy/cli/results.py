@@ -18,11 +18,13 @@ from mpq_deploy.cli.options import (
     BudgetListOption,
     CallsPerTimestepOption,
     ClipScoreOption,
+    ConfigOption,
     ControlsOption,
     ImagesOption,
     JsonOption,
     JunitOption,
     LatencyLimitOption,
+    LoraOption,
     LpipsOption,
     MarkdownFileOption,
     MaxClipDropOption,
@@ -112,6 +114,8 @@ def audit(
     pairs: PairsOption = 600,
     samples: CallsPerTimestepOption = None,
     changes: SetOption = None,
+    config: ConfigOption = None,
+    lora: LoraOption = None,
     recipe: RecipeOption = None,
     json: JsonOption = False,
     workers: WorkersOption = None,
@@ -130,7 +134,8 @@ def audit(
 
     chosen = study.AUDITED if methods is None else study.parse_methods(methods)
     options = study.AuditOptions(tuple(parse_budgets(budgets)), chosen, pairs, samples)
-    settings = study.audit_recipe(recipe, model, changes or [])
+    given = {"model": model, "config": config and str(config), "lora": lora or None}
+    settings = study.audit_recipe(recipe, given, changes or [])
     run = study.audit_run(settings, out)
     study.check_audit(settings)
     with open_pipeline(settings, run, make_talk(), crew_for(workers, ray, threads)) as pipeline:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mpq_deploy.errors import ModelError, UsageError
+from mpq_deploy.models.lora_option import LoraOption
 from mpq_deploy.system.inputs import read_json_object
 
 # Parts of a pipeline that denoise, the first that is there by default; training keeps averages
@@ -26,7 +27,8 @@ class Additions:
 
     ``description``: the YAML of an ONNX file that does not lie beside it. ``component``: which part
     of a pipeline folder, such as ``vae``, which gets ``component_samples`` inputs; None is the one
-    that denoises.
+    that denoises. ``config``: the folder with the configurations of a checkpoint in one file, which
+    is written as a folder into ``unpacked`` (None: into one of this process).
     """
 
     conditions: Path | None = None
@@ -38,6 +40,9 @@ class Additions:
     component_samples: int = 64
     call: Path | None = None
     calls: Path | None = None
+    loras: tuple[LoraOption, ...] = ()
+    config: Path | None = None
+    unpacked: Path | None = None
 
 
 def read_scheduler(path: Path) -> dict[str, Any]:

@@ -12,28 +12,36 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
 import torch
 
 from mpq_deploy.calls.arguments import Arguments
 from mpq_deploy.calls.pipeline_runs import (
+    DIFFUSERS_WEIGHTS,
     FIRST_STEPS,
     call_pipeline,
+    checked_variant,
     first_call,
     image_seed,
     load_pipeline,
     opened_call,
+    pipeline_class,
     with_steps,
 )
 from mpq_deploy.calls.sampler import ONE_CALL
+from mpq_deploy.calls.stand_in import shell
 from mpq_deploy.errors import UsageError, nearest
 from mpq_deploy.models.additions import DENOISERS, Additions, read_json
 from mpq_deploy.models.conditions import Conditions
 from mpq_deploy.models.denoiser import Denoiser
+from mpq_deploy.models.lora import Loras, told
+from mpq_deploy.models.model_form import model_class
 from mpq_deploy.models.pipeline_folder import CONFIG, IMAGE_RANGE, INDEX
 from mpq_deploy.models.pipeline_part import call_label, calls_of, dtype_name
-from mpq_deploy.models.spec import Array, DenoiserSpec, InputSpec
+from mpq_deploy.models.spec import Array, DenoiserSpec, InputSpec, LoraUse
 from mpq_deploy.models.torch_export import TorchNetwork
+from mpq_deploy.models.weight_files import own_tensors
 from mpq_deploy.system.progress import Talk
 
 # Share of the rows that calibrate.
@@ -69,7 +77,7 @@ def open_component(folder: Path, source: str, additions: Additions, talk: Talk) 
             f"{folder} has no component '{component}'.",
             f"{nearest(component, here)}Here: {', '.join(here) or 'none'}.",
         )
-    pipeline = load_pipeline(folder, index)
+    pipeline, uses = _loaded(folder, index, additions)
     part = getattr(pipeline, component)
     recorded = _record(pipeline, component, part, additions, talk)
     inputs, arrays, labels = _rows(recorded)
@@ -86,11 +94,43 @@ def open_component(folder: Path, source: str, additions: Additions, talk: Talk) 
         scheduler={"_class_name": ONE_CALL},
         labels=labels,
         pixel_range=IMAGE_RANGE if decodes and len(inputs[0].shape) == 3 else None,
+        loras=uses,
     )
     network = TorchNetwork(part, inputs, spec.output, _forward(recorded, inputs, decodes))
     what = "samples of the float denoiser" if decodes else "texts that its pipeline gives it"
     note = f"The {component}'s inputs are {len(labels)} {what}"
-    return Denoiser(spec, Conditions(arrays, len(labels), None, labels), network, None, (note,))
+    notes = (note, *told(uses, talk))
+    return Denoiser(spec, Conditions(arrays, len(labels), None, labels), network, None, notes)
+
+
+def _loaded(
+    folder: Path, index: Mapping[str, Any], additions: Additions
+) -> tuple[Any, tuple[LoraUse, ...]]:
+    """Return the pipeline with the user's LoRAs fused into its parts, and what they changed."""
+    part = next((folder / name for name in DENOISERS if (folder / name / CONFIG).is_file()), folder)
+    config = read_json(part / CONFIG) if additions.loras else {}
+    loras = Loras.opened(additions.loras, pipeline_class(index, folder), config)
+    shell_only = _denoiser_shell(folder, index, str(additions.component))
+    pipeline = load_pipeline(folder, index, shell_only, loras)
+    return pipeline, loras.uses()
+
+
+def _denoiser_shell(folder: Path, index: Mapping[str, Any], component: str) -> dict[str, Any]:
+    """Return the denoiser without its weights where the pipeline is run up to it alone.
+
+    It is run for the latents that a VAE decodes: then nothing is returned.
+    """
+    entry = index[component]
+    named = entry[-1] if isinstance(entry, list) and entry else None
+    found = getattr(diffusers, str(named), None)
+    denoiser = next((name for name in DENOISERS if (folder / name / CONFIG).is_file()), "")
+    if not denoiser or hasattr(found, "decode"):
+        return {}
+    part = folder / denoiser
+    variant = checked_variant(part)
+    config = read_json(part / CONFIG)
+    own = own_tensors(part, DIFFUSERS_WEIGHTS, variant)
+    return {denoiser: shell(model_class(config, part, in_pipeline=True), config, own)}
 
 
 def _record(

@@ -8,6 +8,7 @@ from importlib import resources
 from pathlib import Path
 
 from mpq_deploy.errors import MissingDependencyError, ModelError, UsageError, nearest
+from mpq_deploy.models.weight_kinds import PICKLE_ENDINGS
 from mpq_deploy.system.inputs import read_json_object
 from mpq_deploy.system.names import plain_name
 from mpq_deploy.system.progress import Talk
@@ -25,17 +26,18 @@ PARTS = (
     "vae",
     "vqvae",
 )
-# Formats that run code when they are loaded.
-PICKLE_ENDINGS = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 KINDS = ("*.json", "*.safetensors", "merges.txt", "vocab.txt", "spiece.model")
+# A checkpoint in one file.
+SINGLE_FILE = ".safetensors"
 # Second copies of the same weights.
 LEFT_OUT = ("*.fp16.*", "*.non_ema.*", "*.bf16.*")
 # Files of a diffusers folder that are read: configurations, weights, tokenizers.
+INDEX_FILE = "model_index.json"
 SOURCE_ENDINGS = (".json", ".safetensors", ".txt", ".model")
 
 
 def locate(source: str | Path | None, talk: Talk | None = None) -> Path:
-    """Return the folder or ONNX file of ``source``; a hub id is fetched.
+    """Return the folder, checkpoint or ONNX file of ``source``; a hub id is fetched.
 
     Raises UsageError when there is none, ModelError for a pickle or any other file.
     """
@@ -45,16 +47,16 @@ def locate(source: str | Path | None, talk: Talk | None = None) -> Path:
     # Path("") is the current folder, which nobody named.
     if source != "" and path.is_dir():
         return _in_folder(path)
-    if path.suffix == ".onnx" and path.is_file():
+    if path.suffix in (".onnx", SINGLE_FILE) and path.is_file():
         return path
     if path.is_file():
-        raise ModelError(f"{path} is a file, but no .onnx file.", _other_file(path))
-    if is_hub_id(str(source)) and path.suffix not in (".onnx", *PICKLE_ENDINGS):
+        raise ModelError(f"{path} is a file, but no .safetensors or .onnx file.", _other_file(path))
+    if is_hub_id(str(source)) and path.suffix not in (".onnx", SINGLE_FILE, *PICKLE_ENDINGS):
         return fetch(str(source), talk or Talk())
     raise UsageError(
         f"There is no model '{source}'.",
-        f"{nearest(str(source), DEMOS)}Give a diffusers folder, an .onnx file, a hub id (org/name), or one of the "
-        f"bundled models: {', '.join(DEMOS)}.",
+        f"{nearest(str(source), DEMOS)}Give a diffusers folder, a .safetensors or .onnx file, a hub id (org/name), or "
+        f"one of the bundled models: {', '.join(DEMOS)}.",
     )
 
 
@@ -76,25 +78,26 @@ def _other_file(path: Path) -> str:
         return "A GGUF file is already quantized: give the float checkpoint, as a diffusers folder."
     if path.suffix in (".engine", ".plan", ".trt"):
         return "An engine is built already: give the float checkpoint that it was made from."
-    if path.suffix == ".safetensors":
-        return (
-            "A checkpoint in one file: load it in diffusers with from_single_file and write it with "
-            "save_pretrained(FOLDER), then give the folder. Where it lies in such a folder, give that."
-        )
-    return "Give a diffusers folder or an .onnx file."
+    return "Give a diffusers folder, a checkpoint (.safetensors) or an .onnx file."
 
 
 def source_files(
-    source: str | Path | None, description: Path | None = None, recorded: bool = False
+    source: str | Path | None,
+    description: Path | None = None,
+    recorded: bool = False,
+    config: Path | None = None,
 ) -> list[tuple[str, Path]]:
     """Return the files that ``open_denoiser(source)`` reads: (name in the model, path), sorted.
 
+    For a checkpoint: itself, and the files of the folder ``config``.
     For an ONNX file: itself, its external data, its YAML and the scheduler that this names; the
     first two alone where its calls were ``recorded``.
     """
     path = locate(source)
     if path.is_dir():
         return folder_files(path)
+    if path.suffix == SINGLE_FILE:
+        return [(path.name, path), *(folder_files(config) if config is not None else ())]
     from mpq_deploy.graph.load import external_files, read_proto
     from mpq_deploy.models.onnx_file import described
 
@@ -125,7 +128,7 @@ def folder_files(path: Path) -> list[tuple[str, Path]]:
 
 def _named_parts(folder: Path) -> list[str]:
     """Return the parts that a pipeline's index names."""
-    index = folder / "model_index.json"
+    index = folder / INDEX_FILE
     entries = read_json_object(index, error=ModelError) if index.is_file() else {}
     return [
         plain_name(name, f"A part that {index} names", ModelError)
@@ -167,6 +170,20 @@ def _bears_weights(folder: Path) -> bool:
 
     part = denoiser_part(folder, None)
     return part is None or any(part.glob("*.safetensors"))
+
+
+def fetch_configs(hub_id: str, talk: Talk) -> Path | None:
+    """Return the folder with the configurations of the hub's model, without weights; None: not to be had."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, RevisionResolutionError
+
+    talk.line(f"  looking for the configuration of {hub_id} on the hub")
+    try:
+        kinds = [kind for kind in KINDS if not kind.endswith(SINGLE_FILE)]
+        patterns = [INDEX_FILE, *(f"*/{kind}" for kind in kinds)]
+        return Path(snapshot_download(hub_id, allow_patterns=patterns))
+    except (OSError, HFValidationError, RevisionResolutionError):
+        return None
 
 
 def fetch(hub_id: str, talk: Talk) -> Path:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import importlib.util
+import shutil
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,7 +15,8 @@ from pydantic import ValidationError
 from mpq_deploy.errors import MissingDependencyError, ModelError, UsageError
 from mpq_deploy.models.additions import CONFIG, DENOISERS, Additions, denoiser_part, read_json
 from mpq_deploy.models.denoiser import Denoiser
-from mpq_deploy.models.locate import DEMOS, folder_files, locate
+from mpq_deploy.models.locate import DEMOS, SINGLE_FILE, folder_files, locate
+from mpq_deploy.models.lora_option import parse_lora
 from mpq_deploy.models.weight_files import STEMS, find_weights, stored_weights
 from mpq_deploy.models.weight_kinds import refuse_quantized_config, refuse_weights
 from mpq_deploy.system.hub_cache import refuse_links_out
@@ -32,6 +36,11 @@ def open_denoiser(
     """
     talk, additions = talk or Talk(), additions or Additions()
     path = locate(source, talk)
+    if additions.config is not None and path.suffix != SINGLE_FILE:
+        raise UsageError(
+            f"{path} brings its own configuration, so --config has nothing to configure.",
+            "It is for a checkpoint in one file (.safetensors).",
+        )
     try:
         return _open(path, source, additions, talk)
     except ValidationError as error:
@@ -48,9 +57,43 @@ def _open(path: Path, source: str | Path | None, additions: Additions, talk: Tal
             f"{path} is an ONNX file, which has no component '{additions.component}'.",
             "Give a pipeline folder.",
         )
+    if path.suffix == SINGLE_FILE:
+        given = additions.conditions is not None
+        folder, note = model_folder(path, additions.config, additions.unpacked, talk, given)
+        denoiser = _open_folder(folder, str(source), replace(additions, config=None), talk)
+        return replace(denoiser, notes=(note, *denoiser.notes))
+    if additions.loras:
+        raise UsageError(
+            f"{path} is an ONNX file, into which no LoRA can be fused.",
+            "Fuse it before the export to ONNX, or give the diffusers folder that the file was made from.",
+        )
     from mpq_deploy.models.onnx_file import open_onnx
 
     return open_onnx(path, str(source), additions, talk)
+
+
+def model_folder(
+    path: Path, config: Path | None, place: Path | None, talk: Talk, lone: bool = False
+) -> tuple[Path, str]:
+    """Return the folder of a model that ``locate`` found, and a note; a checkpoint is written as one.
+
+    ``place``: where to write it; ``lone``: a denoiser alone will do. Raises as ``single_file.unpack``.
+    """
+    if path.suffix != SINGLE_FILE:
+        return path, ""
+    _require_diffusers("Opening a checkpoint")
+    from mpq_deploy.models.single_file import unpack
+
+    if place is None:
+        place = Path(tempfile.mkdtemp(prefix="mpq-deploy-"))
+        atexit.register(shutil.rmtree, place, ignore_errors=True)
+    return unpack(path, config, place, talk, lone)
+
+
+def _require_diffusers(purpose: str) -> None:
+    for package in ("torch", "diffusers"):
+        if importlib.util.find_spec(package) is None:
+            raise MissingDependencyError(package, "torch", purpose)
 
 
 def look_at_weights(folder: Path, component: str | None) -> None:
@@ -71,9 +114,7 @@ def look_at_weights(folder: Path, component: str | None) -> None:
 def _open_folder(folder: Path, source: str, additions: Additions, talk: Talk) -> Denoiser:
     refuse_links_out(path for _, path in folder_files(folder))
     look_at_weights(folder, additions.component)
-    for package in ("torch", "diffusers"):
-        if importlib.util.find_spec(package) is None:
-            raise MissingDependencyError(package, "torch", "Opening a diffusers folder")
+    _require_diffusers("Opening a diffusers folder")
     component = additions.component
     if component is not None and component not in DENOISERS and not _denoises(folder / component):
         from mpq_deploy.models.component import open_component
@@ -107,13 +148,15 @@ def _denoises(part: Path) -> bool:
     return model and signature_of(found) is not None
 
 
-def source_denoiser(recipe: Recipe, talk: Talk) -> Denoiser:
-    """Open the model that ``recipe`` names."""
-    files = ("conditions", "scheduler", "prompts", "description", "call", "calls")
+def source_denoiser(recipe: Recipe, talk: Talk, unpacked: Path | None = None) -> Denoiser:
+    """Open the model that ``recipe`` names; ``unpacked``: where a checkpoint is written as a folder."""
+    files = ("conditions", "scheduler", "prompts", "description", "call", "calls", "config")
     additions = Additions(
         guidance_scale=recipe.guidance_scale,
         component=recipe.component,
         component_samples=recipe.component_samples,
+        loras=tuple(map(parse_lora, recipe.lora)),
+        unpacked=unpacked,
         **{name: Path(value) for name in files if (value := getattr(recipe, name))},
     )
     return open_denoiser(recipe.model, additions, talk)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from mpq_deploy.calls.pipeline_runs import pipeline_class
+from mpq_deploy.calls.pipeline_runs import checked_variant, pipeline_class
 from mpq_deploy.errors import ModelError, UsageError
 from mpq_deploy.models.additions import (
     DENOISERS,
@@ -25,13 +25,13 @@ from mpq_deploy.models.additions import (
 from mpq_deploy.models.conditions import Conditions, WantedInput, check_conditions, list_inputs
 from mpq_deploy.models.decoder import decoder_network
 from mpq_deploy.models.denoiser import Denoiser
+from mpq_deploy.models.lora import Loras, told
 from mpq_deploy.models.model_form import OUTPUT, ModelForm, model_class, model_form, network
 from mpq_deploy.models.pipeline_part import open_pipeline_part
 from mpq_deploy.models.spec import DenoiserSpec, InputSpec
 from mpq_deploy.models.torch_export import TorchNetwork
 from mpq_deploy.models.transformer import DIT
-from mpq_deploy.models.unet import WEIGHTS_NAME, find_weights, load_pretrained
-from mpq_deploy.models.weight_files import check_config, stored_weights
+from mpq_deploy.models.unet import load_pretrained
 from mpq_deploy.system.inputs import whole
 from mpq_deploy.system.libraries import tell_cause
 from mpq_deploy.system.progress import Talk
@@ -76,14 +76,14 @@ def _open_sampled(
         refines = bool(pipeline.get("requires_aesthetics_score"))
         form = model_form(config, part, given, refines)
         _refuse_unknown(form, pipeline)
-        variant = find_weights(part, WEIGHTS_NAME)
-        check_config(config, stored_weights(part, WEIGHTS_NAME, variant), part)
+        variant = checked_variant(part)
         card = read_json(folder / CARD) if (folder / CARD).is_file() else {}
         _check_nothing_missing(folder, form.wanted, additions)
         scheduler = read_scheduler(additions.scheduler or folder)
         conditions = given or _own_conditions(form, config, card)
         inputs = check_conditions(conditions, form.wanted, str(additions.conditions or folder))
     module = load_pretrained(model_class(config, part), part, variant)
+    uses = Loras.opened(additions.loras, _pipeline_of(pipeline, folder), config).fuse_alone(module)
     spec = DenoiserSpec(
         name=str(card.get("name") or folder.resolve().name),
         source=source,
@@ -98,10 +98,17 @@ def _open_sampled(
         labels=conditions.labels,
         pixel_range=None if _latent(folder, form.sample.shape) else IMAGE_RANGE,
         config=config,
+        loras=uses,
     )
     decoder, notes = _decoder(folder, form, talk)
-    notes = (*notes, *_warned(form, talk))
+    notes = (*notes, *_warned(form, talk), *told(uses, talk))
     return Denoiser(spec, conditions, network(module, form, config, inputs), decoder, notes)
+
+
+def _pipeline_of(pipeline: dict[str, Any], folder: Path) -> Any:
+    """Return the class that the folder's index names; None where it names none of its own."""
+    named = pipeline.get("_class_name") not in (None, "DiffusionPipeline")
+    return pipeline_class(pipeline, folder) if named else None
 
 
 def _refuse_unknown(form: ModelForm, pipeline: dict[str, Any]) -> None:
@@ -164,9 +171,8 @@ def _open_in_pipeline(
             "Download or save all of it; or give its denoiser's inputs yourself: --conditions FILE.npz.",
         )
     config = read_json(part / CONFIG)
-    variant = find_weights(part, WEIGHTS_NAME)
-    check_config(config, stored_weights(part, WEIGHTS_NAME, variant), part)
-    module = load_pretrained(model_class(config, part, in_pipeline=True), part, variant)
+    module_class = model_class(config, part, in_pipeline=True)
+    module = load_pretrained(module_class, part, checked_variant(part))
     opened = open_pipeline_part(folder, pipeline, part, module, additions, talk)
     return replace(opened, spec=opened.spec.model_copy(update={"source": source}))
 

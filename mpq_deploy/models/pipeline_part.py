@@ -22,6 +22,7 @@ from mpq_deploy.calls.pipeline_runs import (
     first_call,
     load_pipeline,
     opened_call,
+    pipeline_class,
     use_scheduler,
     with_steps,
 )
@@ -31,9 +32,10 @@ from mpq_deploy.models.additions import Additions, predicted, read_scheduler
 from mpq_deploy.models.call_file import read_calls
 from mpq_deploy.models.conditions import Conditions
 from mpq_deploy.models.denoiser import Denoiser
+from mpq_deploy.models.lora import Loras, told
 from mpq_deploy.models.model_form import OUTPUT
 from mpq_deploy.models.prompts import prompts_file, read_prompts
-from mpq_deploy.models.spec import DenoiserSpec, InputSpec, PipelineSpec
+from mpq_deploy.models.spec import DenoiserSpec, InputSpec, LoraUse, PipelineSpec
 from mpq_deploy.models.torch_export import TorchNetwork
 from mpq_deploy.models.transformer import signature_of
 from mpq_deploy.system.progress import Talk
@@ -53,17 +55,17 @@ def open_pipeline_part(
 ) -> Denoiser:
     """Open ``module``, the weights in ``part``, as its pipeline in ``folder`` calls it.
 
-    Raises UsageError for a pipeline that cannot be run or refuses its calls, ModelError as ``_names``.
+    LoRAs are fused into it and the text encoders. Raises UsageError for a pipeline that cannot be run
+    or refuses its calls, ModelError as ``_names`` and for a LoRA that does not fit.
     """
-    talk.line(f"  running {index.get('_class_name')} up to its denoiser")
-    pipeline = load_pipeline(folder, index, {part.name: module})
     scheduler = None if additions.scheduler is None else read_scheduler(additions.scheduler)
+    pipeline, uses = _fused_pipeline(folder, index, part.name, module, additions, talk)
     use_scheduler(pipeline, scheduler)
     calls = calls_of(pipeline, additions)
     arguments = with_steps(pipeline, opened_call(calls[0]), FIRST_STEPS)
     given = first_call(pipeline, part.name, arguments)
-    names = _names(type(module), given)
-    more = _doubled(pipeline, part.name, arguments, names[0], len(given.tensors[names[0]]))
+    sample, timestep = names = _names(type(module), given)
+    more = _doubled(pipeline, part.name, arguments, sample, len(given.tensors[sample]))
     inputs, fixed = _inputs(given, more, names)
     config = _scheduler_config(pipeline)
     spec = DenoiserSpec(
@@ -82,17 +84,42 @@ def open_pipeline_part(
             component=part.name,
             calls=calls,
             scheduler=scheduler,
-            fixed={name: fixed_text(one) for name, one in {**fixed, **given.constants}.items()},
+            fixed=_texts({**fixed, **given.constants}),
         ),
+        loras=uses,
     )
     return Denoiser(
         spec,
         _conditions(given, spec),
         _network(module, given, inputs, fixed),
-        notes=_left_float(index, part.name, type(module).__name__),
-        # Tokens of a given picture have none of the noise.
-        first_timestep=float(torch.as_tensor({**given.tensors, **given.constants}[names[1]]).max()),
+        notes=(*_left_float(index, part.name, spec), *told(spec.loras, talk)),
+        first_timestep=_largest({**given.tensors, **given.constants}[timestep]),
     )
+
+
+def _fused_pipeline(
+    folder: Path,
+    index: Mapping[str, Any],
+    part: str,
+    module: Any,
+    additions: Additions,
+    talk: Talk,
+) -> tuple[Any, tuple[LoraUse, ...]]:
+    """Return the pipeline around ``module``, with the user's LoRAs fused into all that they are for."""
+    talk.line(f"  running {index.get('_class_name')} up to its denoiser")
+    loras = Loras.opened(additions.loras, pipeline_class(index, folder), module.config)
+    loras.fuse(loras.denoiser, module)
+    pipeline = load_pipeline(folder, index, {part: module}, loras)
+    return pipeline, loras.uses()
+
+
+def _largest(timestep: Any) -> float:
+    """Return the timestep of a call; tokens of a given picture have none of the noise."""
+    return float(torch.as_tensor(timestep).max())
+
+
+def _texts(fixed: Mapping[str, Any]) -> dict[str, str]:
+    return {name: fixed_text(value) for name, value in fixed.items()}
 
 
 def _scheduler_config(pipeline: Any) -> dict[str, Any]:
@@ -226,12 +253,14 @@ def _twice(pipeline: Any, arguments: Mapping[str, Any]) -> Iterator[dict[str, An
         yield {**arguments, **texts, **arrays, **pictures}
 
 
-def _left_float(index: Mapping[str, Any], component: str, class_name: str) -> tuple[str, ...]:
+def _left_float(index: Mapping[str, Any], component: str, spec: DenoiserSpec) -> tuple[str, ...]:
     """Say which other parts denoise as well: they stay as they are."""
     others = [
         name
         for name, entry in index.items()
-        if name != component and isinstance(entry, list) and entry[1:] == [class_name]
+        if name != component
+        and isinstance(entry, list)
+        and entry[1:] == [spec.config["_class_name"]]
     ]
     return tuple(
         f"{name} denoises as well and stays in float: build it with --component {name}"

@@ -47,6 +47,26 @@ class PipelineSpec(BaseModel):
     fixed: dict[str, str] = {}
 
 
+class LoraUse(BaseModel):
+    """A LoRA that was fused: its file, and how many layers of each part it changed.
+
+    ``left_out``: layers of parts that were not opened, such as text encoders of a lone UNet.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    file: str
+    sha256: str
+    scale: float
+    layers: dict[str, int]
+    left_out: dict[str, int] = {}
+
+    @property
+    def name(self) -> str:
+        """The file's name without its folder."""
+        return Path(self.file).name
+
+
 class DenoiserSpec(BaseModel):
     """How to call a denoiser and how to sample with it.
 
@@ -61,7 +81,8 @@ class DenoiserSpec(BaseModel):
     calibrate with, the others to compare with. ``first_tokens``: by condition, the first token of every text, for which
     alone the graph holds (``graph.passes.first_token``). ``pipeline``: the model's calls are those
     of a diffusers pipeline; then ``conditions.npz`` holds those of one call alone. ``recorded``: its calls
-    were recorded by somebody's script, and there is nothing to sample with.
+    were recorded by somebody's script, and there is nothing to sample with. ``loras``: fused into the
+    graph and, where a pipeline calls the model, into its text encoders whenever it is run.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -84,6 +105,7 @@ class DenoiserSpec(BaseModel):
     first_tokens: dict[str, tuple[float, ...]] = {}
     recorded: bool = False
     pipeline: PipelineSpec | None = None
+    loras: tuple[LoraUse, ...] = ()
     config: dict[str, Any] = {}
 
     @property

@@ -8,15 +8,18 @@ how large it can be.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
 
 from mpq_deploy.errors import ModelError
-from mpq_deploy.models.locate import PICKLE_ENDINGS
-from mpq_deploy.models.weight_kinds import refuse_quantized_config, refuse_weights
+from mpq_deploy.models.weight_kinds import (
+    PICKLE_ENDINGS,
+    refuse_quantized_config,
+    refuse_weights,
+)
 from mpq_deploy.system.inputs import read_json_object
 from mpq_deploy.system.names import path_inside, printable
 
@@ -24,6 +27,7 @@ CONFIG, SAFETENSORS, INDEX = "config.json", ".safetensors", ".safetensors.index.
 # How the weights' files of diffusers and of transformers begin.
 STEMS = ("diffusion_pytorch_model", "model")
 AGAIN = "The file belongs to another config.json, or is damaged: download or save the model again."
+DAMAGED = "The file is damaged, or no safetensors: download or save it again."
 # Numbers in a configuration up to this are taken as they are; larger ones must be a dimension of
 # some weight (our choice: widths, heads, tokens of an image, steps of training).
 USUAL_NUMBER = 16384
@@ -60,11 +64,16 @@ def stored_weights(folder: Path, stem: str, variant: str | None) -> Stored:
 
     Raises ModelError as ``weight_paths``, and for files that are damaged.
     """
+    return read_headers(weight_paths(folder, stem, variant))
+
+
+def read_headers(paths: Iterable[Path], hint: str = AGAIN) -> Stored:
+    """Read the headers of safetensors. Raises ModelError (with ``hint``) for files that are damaged."""
     from safetensors import SafetensorError, safe_open
 
     shapes: dict[str, tuple[int, ...]] = {}
     types: dict[str, str] = {}
-    for path in weight_paths(folder, stem, variant):
+    for path in paths:
         try:
             with safe_open(path, framework="numpy") as file:
                 for name in file.keys():  # noqa: SIM118 (no mapping)
@@ -72,7 +81,7 @@ def stored_weights(folder: Path, stem: str, variant: str | None) -> Stored:
                     shapes[name], types[name] = tuple(part.get_shape()), str(part.get_dtype())
         except (SafetensorError, OSError, ValueError) as error:
             said = printable(str(error).splitlines()[0] if str(error) else "")
-            raise ModelError(f"The weights in {path} cannot be read: {said}.", AGAIN) from error
+            raise ModelError(f"The weights in {path} cannot be read: {said}.", hint) from error
     return Stored(shapes, types)
 
 

@@ -15,12 +15,14 @@ from typing import Any
 from mpq_deploy.errors import ModelError
 from mpq_deploy.system.names import printable
 
+# Formats that run code when they are loaded.
+PICKLE_ENDINGS = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 FLOAT_CHECKPOINT = (
     "Give the float checkpoint that it was made from: mpq-deploy quantizes it itself."
 )
 FUSE = (
-    "Fuse it in diffusers (pipeline.fuse_lora(), pipeline.unload_lora_weights()), write the result with "
-    "save_pretrained(FOLDER), and give that folder."
+    "Give the base model's folder and the LoRA's own file: --lora FILE.safetensors. Or save it fused: "
+    "pipeline.fuse_lora() and pipeline.unload_lora_weights() before save_pretrained(FOLDER)."
 )
 WITHOUT_ADAPTER = (
     "Give the folder of the base model (pipeline.unload_ip_adapter(), then save_pretrained), or export it with "
@@ -101,7 +103,13 @@ def refuse_weights(types: Mapping[str, str], folder: Path) -> None:
     for kind, pattern, remedy in KINDS:
         held = [name for name in types if pattern.search(name)]
         if kind in NEVER and held:
-            raise ModelError(f"The weights in {folder} hold {kind}: {_named(held)}.", remedy)
+            raise ModelError(f"The weights in {folder} hold {kind}: {named_tensors(held)}.", remedy)
+
+
+def is_lora(names: Collection[str]) -> bool:
+    """Whether most tensors are those of a LoRA and its alphas: the file holds no model beside it."""
+    held = [name for name in names if KINDS[0][1].search(name) or name.endswith(".alpha")]
+    return 2 * len(held) > len(names)
 
 
 def refuse_other_names(
@@ -114,11 +122,11 @@ def refuse_other_names(
         told = [kind for kind, _ in kinds.most_common() if kind]
         is_a = f" ({', '.join(told)})" if told else ""
         said.append(
-            f"hold {len(unexpected):,} tensors that {class_name} does not take{is_a}: {_named(unexpected)}"
+            f"hold {len(unexpected):,} tensors that {class_name} does not take{is_a}: {named_tensors(unexpected)}"
         )
         remedy = next((fix for kind, _, fix in KINDS if told and kind == told[0]), OTHER)
     if missing:
-        said.append(f"lack {len(missing):,} that it needs: {_named(missing)}")
+        said.append(f"lack {len(missing):,} that it needs: {named_tensors(missing)}")
     if said:
         raise ModelError(f"The weights in {folder} {', and '.join(said)}.", remedy)
 
@@ -127,8 +135,8 @@ def _kind(name: str) -> str:
     return next((kind for kind, pattern, _ in KINDS if pattern.search(name)), "")
 
 
-def _named(names: Collection[str]) -> str:
-    """Name tensors, those that differ in their numbers alone once."""
+def named_tensors(names: Collection[str]) -> str:
+    """Name tensors for an error, those that differ in their numbers alone once."""
     alike: dict[str, str] = {}
     for name in sorted(names):
         alike.setdefault(re.sub(r"\d+", "*", name), name)

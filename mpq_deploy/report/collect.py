@@ -30,6 +30,7 @@ from mpq_deploy.report.data import (
     ImportanceInfo,
     Interval,
     LayerRow,
+    LoraInfo,
     ModelInfo,
     OrmPictures,
     OtherRow,
@@ -152,6 +153,10 @@ def _model(exported: Exported, digest: str) -> ModelInfo:
         weights=sum(layer.weights for layer in exported.graph.layers),
         sample_shape=spec.sample.shape,
         digest=digest,
+        loras=tuple(
+            LoraInfo(name=use.name, sha256=use.sha256, scale=use.scale, layers=use.layers)
+            for use in spec.loras
+        ),
     )
 
 

@@ -30,6 +30,15 @@ class Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
+class LoraInfo(Part):
+    """A LoRA that was fused: its file's name and SHA-256, and how many layers of each part it changed."""
+
+    name: str
+    sha256: str
+    scale: float
+    layers: dict[str, int]
+
+
 class ModelInfo(Part):
     """The denoiser. ``synthetic``: what about it is not real (random weights), in words.
 
@@ -43,6 +52,7 @@ class ModelInfo(Part):
     weights: int | None = Field(None, ge=0, description="number of weight elements of all layers")
     sample_shape: tuple[int, ...] = ()
     digest: str = ""
+    loras: tuple[LoraInfo, ...] = ()
 
 
 class TargetInfo(Part):

@@ -166,4 +166,4 @@ def open_pipeline(
 def default_run(recipe: Recipe) -> Path:
     """Return runs/<name>, with the name taken from the model's path or id."""
     name = Path(recipe.model.rstrip("/")).name if recipe.model else "emoji"
-    return Path("runs") / (name.removesuffix(".onnx") or "model")
+    return Path("runs") / (name.removesuffix(".onnx").removesuffix(".safetensors") or "model")

@@ -86,13 +86,15 @@ def _sizes(run: Run) -> tuple[ModelSize, int]:
 
 def _export(run: Run) -> StageMemory:
     from mpq_deploy.models.additions import DENOISERS
-    from mpq_deploy.models.locate import locate
+    from mpq_deploy.models.locate import SINGLE_FILE, locate
     from mpq_deploy.models.open import source_denoiser
     from mpq_deploy.run.memory_model import estimate_onnx_export, estimate_torch_export, source_size
     from mpq_deploy.system.progress import Talk
 
     recipe = run.recipe
     path = locate(recipe.model)
+    if path.suffix == SINGLE_FILE:
+        return estimate_torch_export(*source_size([path]))
     if path.is_file():
         # Its weights stay on the disk, and what it warns of is said when it is opened for good.
         return estimate_onnx_export(path, source_denoiser(recipe, Talk()).spec.input_shapes())

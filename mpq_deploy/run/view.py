@@ -29,19 +29,22 @@ from mpq_deploy.graph.shapes import known_shapes
 from mpq_deploy.latency.conv_products import wants_products, with_products
 from mpq_deploy.models.export import load_exported
 from mpq_deploy.models.locate import locate
+from mpq_deploy.models.open import model_folder
 from mpq_deploy.models.spec import Array, FloatModel
 from mpq_deploy.run.folder import RunFolder
 from mpq_deploy.system.inputs import read_json_object
 from mpq_deploy.system.parallel.work import Alone, Crew
+from mpq_deploy.system.progress import Talk
 from mpq_deploy.system.validated import model_of
 
 if TYPE_CHECKING:
     from mpq_deploy.recipe import Recipe
-    from mpq_deploy.system.progress import Talk
 
 # In the run folder: the recipe that its stages are made by, the finished shards of unfinished
 # stages, and sampled images by what they were made from.
 RECIPE, SHARDS, SAMPLES = "recipe.yaml", ".shards", ".samples"
+# And the folder that a checkpoint in one file is written as.
+CHECKPOINT = ".checkpoint"
 # In the folder of the stage calibrate: the recorded calls.
 CALLS = "calls"
 
@@ -59,9 +62,9 @@ class StageResult:
 class Exported:
     """The export stage, opened: graph, specification, conditions."""
 
-    def __init__(self, folder: Path, source: str | None = None, calls: str | None = None) -> None:
+    def __init__(self, folder: Path, recipe: Recipe, unpacked: Path) -> None:
         exported = load_exported(folder)
-        self._source, self._calls = source, calls
+        self._recipe, self._unpacked = recipe, unpacked
         self.path = exported.model
         self.spec = exported.spec
         self.conditions: dict[str, Array] = dict(exported.conditions.arrays)
@@ -74,8 +77,12 @@ class Exported:
     @property
     def model(self) -> FloatModel:
         """The float model, as rooms that call it take it."""
-        pipeline = locate(self._source) if self.spec.pipeline is not None else None
-        calls = Path(self._calls) if self.spec.recorded and self._calls else None
+        recipe, pipeline = self._recipe, None
+        if self.spec.pipeline is not None:
+            config = Path(recipe.config) if recipe.config else None
+            given = bool(recipe.conditions)
+            pipeline, _ = model_folder(locate(recipe.model), config, self._unpacked, Talk(), given)
+        calls = Path(recipe.calls) if self.spec.recorded and recipe.calls else None
         return FloatModel(self.path, self.spec, self.conditions, pipeline, calls)
 
 
@@ -161,7 +168,7 @@ class Run:
     @cached_property
     def exported(self) -> Exported:
         """What the stage export left; layers as the target's engine will have them."""
-        found = Exported(self.stage("export"), self.recipe.model, self.recipe.calls)
+        found = Exported(self.stage("export"), self.recipe, self.path / CHECKPOINT)
         if wants_products(found.graph, self.target):
             engine = self.recipe.engine
             usual, largest = (

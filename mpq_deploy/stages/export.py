@@ -13,10 +13,12 @@ from mpq_deploy.graph.writers.deployed_graphs import fp16_bytes
 from mpq_deploy.models.call_file import pictures_of
 from mpq_deploy.models.export import export_denoiser
 from mpq_deploy.models.locate import source_files
+from mpq_deploy.models.lora_option import check_lora, parse_lora
 from mpq_deploy.models.open import source_denoiser
 from mpq_deploy.models.sampling_fit import check_declared, check_timesteps
 from mpq_deploy.run.stage import Stage, version_of
 from mpq_deploy.run.stage_memory import check_memory
+from mpq_deploy.run.view import CHECKPOINT
 from mpq_deploy.system.files import Fields, canonical_json, file_digest
 
 if TYPE_CHECKING:
@@ -29,7 +31,8 @@ def inputs(run: Run) -> Fields:
     """Return the settings and versions that the stage depends on, beside the stages it reads."""
     recipe = run.recipe
     description = Path(recipe.description) if recipe.description else None
-    files = source_files(recipe.model, description, recorded=bool(recipe.calls))
+    config = Path(recipe.config) if recipe.config else None
+    files = source_files(recipe.model, description, recorded=bool(recipe.calls), config=config)
     fields: Fields = {
         "export.format": EXPORT_FORMAT,
         "recipe.model": recipe.model,
@@ -43,6 +46,8 @@ def inputs(run: Run) -> Fields:
     for name in ("conditions", "scheduler", "prompts", "description", "call", "calls"):
         given = getattr(recipe, name)
         fields[f"recipe.{name}"] = _path_digest(Path(given)) if given else None
+    if recipe.lora:
+        fields["recipe.lora"] = [_lora_digest(text) for text in recipe.lora]
     if recipe.call:
         fields["call.pictures"] = [file_digest(path) for path in pictures_of(Path(recipe.call))]
     return {**fields, **version_of("torch", "diffusers", "onnx", "onnxscript", "onnx-ir")}
@@ -52,7 +57,7 @@ def make(run: Run, folder: Path) -> str:
     """Make the stage in ``folder``; return a few words for the log."""
     recipe = run.recipe
     check_memory(run, STAGE)
-    denoiser = source_denoiser(recipe, run.talk)
+    denoiser = source_denoiser(recipe, run.talk, run.path / CHECKPOINT)
     check_declared(denoiser.spec)
     steps = (recipe.calibrate.steps, recipe.evaluate.steps)
     check_timesteps(denoiser.spec, steps, recipe.evaluate.sampler)
@@ -77,6 +82,13 @@ def make(run: Run, folder: Path) -> str:
     }
     (folder / "facts.json").write_text(canonical_json(facts), encoding="utf-8")
     return f"{len(graph.layers)} layers, {size / 1e6:.2f} MB in FP16, max error {report.max_relative_error:.1e}"
+
+
+def _lora_digest(text: str) -> list[str | float]:
+    """Digest and scale of a LoRA. Raises UsageError when there is no such file."""
+    option = parse_lora(text)
+    check_lora(option.file)
+    return [file_digest(option.file), option.scale]
 
 
 def _path_digest(path: Path) -> str:

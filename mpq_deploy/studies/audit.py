@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -60,12 +60,12 @@ def parse_methods(text: str) -> tuple[str, ...]:
     return tuple(name for name in AUDITED if name in names)
 
 
-def audit_recipe(source: str | None, model: str | None, changes: Sequence[str]) -> Recipe:
-    """Return an audit's recipe: ``source``, without branches and engine by default; then KEY=VALUE.
+def audit_recipe(source: str | None, options: Mapping[str, Any], changes: Sequence[str]) -> Recipe:
+    """Return an audit's recipe: ``source``, without branches and engine; then options and KEY=VALUE.
 
     Branches would multiply the single layers to quantize. Raises UsageError for an invalid change.
     """
-    given: dict[str, Any] = {"model": model, "engine.build": False, "allocate.branches": []}
+    given: dict[str, Any] = {**options, "engine.build": False, "allocate.branches": []}
     for change in changes:
         key, equals, value = change.partition("=")
         if not equals or not key:

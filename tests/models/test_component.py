@@ -11,7 +11,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
-from mpq_deploy.errors import UsageError  # noqa: E402
+from mpq_deploy.errors import ModelError, UsageError  # noqa: E402
 from mpq_deploy.models.additions import Additions  # noqa: E402
 from mpq_deploy.models.export import export_denoiser  # noqa: E402
 from mpq_deploy.models.open import open_denoiser  # noqa: E402
@@ -66,6 +66,20 @@ def test_a_text_encoder_gets_the_prompts(tmp_path: Path, xl: bool) -> None:
     given = open_denoiser(folder, Additions(prompts=prompts)).conditions.arrays
     of_unet = given["encoder_hidden_states"][1, :, : states.shape[-1]]
     assert min(float(np.abs(row - of_unet).max()) for row in states) < 1e-5
+
+
+def test_a_text_encoder_is_opened_without_the_weights_of_the_denoiser(
+    text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import diffusers
+
+    def refused(*args: object, **kwargs: object) -> None:
+        raise AssertionError("the denoiser's weights are loaded")
+
+    monkeypatch.setattr(diffusers.UNet2DConditionModel, "from_pretrained", refused)
+    open_denoiser(text, Additions(component="text_encoder"))
+    with pytest.raises(ModelError, match="the denoiser's weights are loaded"):
+        open_denoiser(text, Additions(component="vae", component_samples=8))
 
 
 def test_what_cannot_be_a_component_is_refused(text: Path) -> None:

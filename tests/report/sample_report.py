@@ -14,6 +14,7 @@ from mpq_deploy.report.data import (
     ImageSet,
     LayerOption,
     LayerRow,
+    LoraInfo,
     ModelInfo,
     OtherRow,
     ReportData,
@@ -197,6 +198,11 @@ def make_report(**changes):
             source="bundled demo",
             labels=LABELS,
             weights=sum(x.weights for x in layers),
+            loras=(
+                LoraInfo(
+                    name="style.safetensors", sha256="ab" * 32, scale=0.8, layers={"unet": 32}
+                ),
+            ),
         ),
         "target": TargetInfo(name="rtx", title="GeForce RTX, TensorRT-RTX", dialect="trt-rtx"),
         "budget": 0.35,
