@@ -82,21 +82,18 @@ class PlanSolver:
             {name: self.costs.layer_ns(layer, SCHEMES[name]) for name in names}
             if self.costs
             else {},
+            {name: SCHEMES[name].scale_bytes(layer) for name in names},
         )
 
     def _with_latency(self, problem: Problem) -> Problem:
         """Add latencies and the limit on them: the minimum, where latency is the objective."""
         if self.costs is None:
             return problem
-        section = self.section
-        shared = {
-            name: self.costs.quantizer_ns(tensor, SCHEMES[scheme])
-            for choice in problem.layers
-            for scheme in choice.bytes
-            for tensor in choice.inputs
-            for name in choice.quantizers(scheme)
-            if name == tensor + SCHEMES[scheme].activation_form
-        }
+        section, costs = self.section, self.costs
+        shared: dict[str, int] = {}
+        for layer, choice in zip(self.layers, problem.layers, strict=True):
+            for scheme in choice.bytes:
+                shared.update(costs.quantizers_ns(layer, SCHEMES[scheme]))
         limit = section.max_latency.nanoseconds if section.max_latency else None
         timed = replace(
             problem, quantizer_ns=shared, fixed_ns=self.costs.others_ns, max_latency_ns=limit

@@ -11,7 +11,7 @@ Celu). Everything else is FP16.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -39,6 +39,10 @@ class Fp16Region:
 
     nodes32: frozenset[str]
     inputs32: frozenset[str]
+
+    def with_nodes(self, names: frozenset[str]) -> Fp16Region:
+        """Return the region with more nodes, by name, that stay in FP32."""
+        return replace(self, nodes32=self.nodes32 | names)
 
     def takes_fp16(self, node: ir.Node, index: int) -> bool:
         """Say whether a float at input ``index`` of ``node`` is FP16."""

@@ -20,7 +20,7 @@ from mpq_deploy.formats.candidates import (
     weight_matrix,
     with_promoted_rows,
 )
-from mpq_deploy.formats.scheme import FP16, Scheme, branches_of, schemes_named
+from mpq_deploy.formats.scheme import FP16, Scheme, branches_of, ranges_of, schemes_named
 from mpq_deploy.graph.layers import Layer, LayerGraph
 from mpq_deploy.graph.writers.quantize_layers import weight_array
 from mpq_deploy.models.spec import Array
@@ -46,8 +46,8 @@ CONTROLS = {
 
 
 def wanted_schemes(recipe: Recipe) -> tuple[Scheme, ...]:
-    """Return the schemes that the solver may choose from by the recipe, branches included."""
-    bodies = schemes_named(recipe.allocate.schemes)
+    """Return the schemes that the solver may choose from by the recipe, ranges and branches included."""
+    bodies = ranges_of(schemes_named(recipe.allocate.schemes), recipe.allocate.ranges)
     return (*bodies, *branches_of(bodies, recipe.allocate.branches))
 
 
