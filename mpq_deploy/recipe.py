@@ -180,7 +180,7 @@ class AllocateSettings(Section):
         description="what a layer may take, where the target takes it",
     )
     branches: tuple[str, ...] = Field(
-        ("rows",),
+        ("rows", "scale"),
         description="what may stand beside a quantized body, where the target takes it; omq and zres: simulated alone",
     )
     ranges: tuple[str, ...] = Field(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mpq_deploy.allocate.cross_terms import CrossTerms, allocate_with_cross_terms
+from mpq_deploy.allocate.exponents import best_int8, one_exponent_each
 from mpq_deploy.allocate.floor import floor_causes, floor_text
 from mpq_deploy.allocate.milp import Allocation, allocate, fastest_plan, penalty_per_kernel
 from mpq_deploy.allocate.plan import BitProgram, PlannedLayer, PrecisionPlan
@@ -65,7 +66,11 @@ class PlanSolver:
             (name, tuple(s.name for s in choices.schemes if s.name in self.table.losses[name]))
             for name, choices in candidates.items()
         ]
-        allowed = protected_schemes(measured, [*by_target, *by_recipe])
+        allowed = one_exponent_each(
+            self.layers,
+            protected_schemes(measured, [*by_target, *by_recipe]),
+            self.table.losses,
+        )
         self.costs, self.no_latency = latency_costs(run, self.exported)
         self.choices = [self._choice(layer, allowed[layer.name]) for layer in self.layers]
         self.fp16_size = int(self.exported.facts["fp16_size_bytes"])
@@ -178,9 +183,9 @@ class PlanSolver:
     def _latency(self, problem: Problem, schemes: dict[str, str]) -> PlanLatency | None:
         if self.costs is None:
             return None
-        limit = self.section.max_latency.nanoseconds if self.section.max_latency else None
         ours = problem.plan_ns(schemes)
-        return plan_latency_info(self.costs, self.exported, schemes, ours, limit, self.recipe)
+        int8 = best_int8(self.layers, self.target, self.table.losses, self.table.predicts_nmse)
+        return plan_latency_info(self.costs, self.exported, schemes, int8, ours, self.recipe)
 
     def _latency_notes(self, latency: PlanLatency | None) -> list[str]:
         notes = (self.no_latency, int8_warning(latency, len(self.layers)) if latency else "")

@@ -159,6 +159,10 @@ class ActivationRange:
         """Return the quantizer at a value of the timestep input, where that decides it."""
         return grid
 
+    def ratios_at(self, grid: ActivationGrid, timesteps: Any) -> Any:
+        """Return the ratio at each of ``timesteps`` (array or tensor [N]), where that decides it; else None."""
+        return None
+
     def ratio(self, x: Any, grid: ActivationGrid, convolved: bool, absmax: Absmax) -> Any:
         """Return the ratio of the range of ``x`` (array or tensor) to its widest, to broadcast; None for 1.
 
@@ -228,6 +232,11 @@ class TimestepRange(ActivationRange):
     def at(self, grid: ActivationGrid, timestep: float | None) -> ActivationGrid:
         assert grid.table is not None and timestep is not None
         return replace(grid, scale=grid.scale * grid.table.at(timestep), table=None)
+
+    def ratios_at(self, grid: ActivationGrid, timesteps: Any) -> Any:
+        assert grid.table is not None
+        rows = zip(grid.table.slopes, grid.table.offsets, grid.table.steps, strict=True)
+        return sum(step * (slope * timesteps + offset).clip(0, 1) for slope, offset, step in rows)
 
     def write(
         self,
