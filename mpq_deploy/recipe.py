@@ -19,6 +19,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from mpq_deploy.errors import UsageError, nearest
+from mpq_deploy.formats.ranges import RANGE_KINDS
 from mpq_deploy.formats.scheme import BRANCH_KINDS, schemes_named
 from mpq_deploy.models.lora_option import parse_lora
 from mpq_deploy.system.names import LONGEST_NAME, printable
@@ -180,8 +181,12 @@ class AllocateSettings(Section):
         description="what a layer may take, where the target takes it",
     )
     branches: tuple[str, ...] = Field(
-        ("rows",),
+        ("rows", "scale"),
         description="what may stand beside a quantized body, where the target takes it; omq and zres: simulated alone",
+    )
+    ranges: tuple[str, ...] = Field(
+        RANGE_KINDS,
+        description="where ranges of quantized activations may come from beside calibration: the timestep, the values",
     )
     branch_penalty: float = Field(
         0.002,
@@ -229,6 +234,16 @@ class AllocateSettings(Section):
     def _known(cls, names: tuple[str, ...]) -> tuple[str, ...]:
         _check_schemes(names)
         return names
+
+    @field_validator("ranges")
+    @classmethod
+    def _known_ranges(cls, kinds: tuple[str, ...]) -> tuple[str, ...]:
+        for kind in kinds:
+            if kind not in RANGE_KINDS:
+                raise ValueError(
+                    f"unknown range '{kind}'. {nearest(kind, RANGE_KINDS)}Known: {', '.join(RANGE_KINDS)}"
+                )
+        return kinds
 
     @field_validator("branches")
     @classmethod

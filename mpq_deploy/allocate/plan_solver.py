@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mpq_deploy.allocate.cross_terms import CrossTerms, allocate_with_cross_terms
+from mpq_deploy.allocate.exponents import best_int8, one_exponent_each
 from mpq_deploy.allocate.floor import floor_causes, floor_text
 from mpq_deploy.allocate.front import front
 from mpq_deploy.allocate.milp import (
@@ -72,7 +73,11 @@ class PlanSolver:
             (name, tuple(s.name for s in choices.schemes if s.name in self.table.losses[name]))
             for name, choices in candidates.items()
         ]
-        allowed = protected_schemes(measured, [*by_target, *by_recipe])
+        allowed = one_exponent_each(
+            self.layers,
+            protected_schemes(measured, [*by_target, *by_recipe]),
+            self.table.losses,
+        )
         self.costs, self.no_latency = latency_costs(run, self.exported)
         self.choices = [self._choice(layer, allowed[layer.name]) for layer in self.layers]
         self.fp16_size = int(self.exported.facts["fp16_size_bytes"])
@@ -89,21 +94,18 @@ class PlanSolver:
             {name: self.costs.layer_ns(layer, SCHEMES[name]) for name in names}
             if self.costs
             else {},
+            {name: SCHEMES[name].scale_bytes(layer) for name in names},
         )
 
     def _with_latency(self, problem: Problem) -> Problem:
         """Add latencies and the limit on them: the minimum, where latency is the objective."""
         if self.costs is None:
             return problem
-        section = self.section
-        shared = {
-            name: self.costs.quantizer_ns(tensor, SCHEMES[scheme])
-            for choice in problem.layers
-            for scheme in choice.bytes
-            for tensor in choice.inputs
-            for name in choice.quantizers(scheme)
-            if name == tensor + SCHEMES[scheme].activation_form
-        }
+        section, costs = self.section, self.costs
+        shared: dict[str, int] = {}
+        for layer, choice in zip(self.layers, problem.layers, strict=True):
+            for scheme in choice.bytes:
+                shared.update(costs.quantizers_ns(layer, SCHEMES[scheme]))
         limit = section.max_latency.nanoseconds if section.max_latency else None
         timed = replace(
             problem, quantizer_ns=shared, fixed_ns=self.costs.others_ns, max_latency_ns=limit
@@ -198,9 +200,9 @@ class PlanSolver:
     def _latency(self, problem: Problem, schemes: dict[str, str]) -> PlanLatency | None:
         if self.costs is None:
             return None
-        limit = self.section.max_latency.nanoseconds if self.section.max_latency else None
         ours = problem.plan_ns(schemes)
-        info = plan_latency_info(self.costs, self.exported, schemes, ours, limit, self.recipe)
+        int8 = best_int8(self.layers, self.target, self.table.losses, self.table.predicts_nmse)
+        info = plan_latency_info(self.costs, self.exported, schemes, int8, ours, self.recipe)
         return self._with_faster(info, problem) if info.ours_ms > info.fp16_ms else info
 
     def _with_faster(self, info: PlanLatency, problem: Problem) -> PlanLatency:

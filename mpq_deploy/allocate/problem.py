@@ -21,7 +21,8 @@ Plan = Mapping[str, str]
 class LayerChoice:
     """One layer: the tensors that it reads, and bytes and predicted loss per scheme.
 
-    ``input_bytes``: scheme -> bytes of what quantizes one input, where that is more than a scale.
+    ``input_bytes``: scheme -> bytes of what quantizes one input, where that is more than a scale;
+    ``scale_bytes``: what stays of them where its producer takes the factors of channels.
     ``latency_ns``: scheme -> nanoseconds of one call, without the quantizers of its inputs; empty
     where they are not known.
     """
@@ -32,6 +33,7 @@ class LayerChoice:
     loss: Mapping[str, float]
     input_bytes: Mapping[str, int] = field(default_factory=dict)
     latency_ns: Mapping[str, int] = field(default_factory=dict)
+    scale_bytes: Mapping[str, int] = field(default_factory=dict)
 
     def only(self, schemes: Iterable[str]) -> LayerChoice:
         """Return the layer with no other ``schemes`` to choose from."""
@@ -42,14 +44,15 @@ class LayerChoice:
     def quantizers(self, scheme: str) -> dict[str, int]:
         """Return the activation quantizers that the layer reads under ``scheme``: name -> bytes.
 
-        Layers share those of equal names. Factors of channels count even where a producer may take
-        them.
+        And what these read in turn, such as the ramps of ranges by timestep. Layers share what has
+        equal names. Factors of channels count even where a producer may take them.
         """
         form = SCHEMES[scheme]
         if form.activation is None:
             return {}
         size = self.input_bytes.get(scheme, ACTIVATION_SCALE_BYTES)
-        return {tensor + form.activation_form: size for tensor in self.inputs}
+        own = {tensor + form.activation_form: size for tensor in self.inputs}
+        return {**own, **form.range.shared_bytes()}
 
 
 @dataclass(frozen=True)
@@ -79,10 +82,13 @@ class Problem:
             scheme = plan[layer.name]
             total += layer.bytes[scheme]
             quantized.update(layer.quantizers(scheme))
+        by_name = {layer.name: layer for layer in self.layers}
         for tensor, readers in self.foldable.items():
-            forms = {s.activation_form: s for s in (SCHEMES[plan[name]] for name in readers)}
-            if len(forms) == 1 and all(scheme.branch.rescales for scheme in forms.values()):
-                quantized.update((tensor + form, ACTIVATION_SCALE_BYTES) for form in forms)
+            forms = {SCHEMES[plan[name]].activation_form: name for name in readers}
+            if len(forms) == 1 and all(SCHEMES[plan[n]].branch.rescales for n in readers):
+                ((form, reader),) = forms.items()
+                left = by_name[reader].scale_bytes.get(plan[reader], ACTIVATION_SCALE_BYTES)
+                quantized[tensor + form] = left
         return total + sum(quantized.values())
 
     def plan_ns(self, plan: Plan) -> int:

@@ -17,7 +17,7 @@ from mpq_deploy.calibrate.spread_calibration import (
     record_in_shards,
 )
 from mpq_deploy.calibrate.stats import ActivationStats, CalibrationStats
-from mpq_deploy.calls.recorded import CallSet, dealt
+from mpq_deploy.calls.recorded import CallSet, RecordedCalls, dealt
 from mpq_deploy.calls.script_calls import ScriptCalls, check_recorded_model
 from mpq_deploy.calls.trajectories import cycled, record_trajectories
 from mpq_deploy.formats.branches.cols import SHARES
@@ -64,7 +64,7 @@ def calibrate(
             recorded = record_in_shards(pool, setup, talk)
             calls = setup.calls(_observed(recorded, settings.observed))
             seen = observe_in_shards(pool, graph, calls, settings, talk, scratch)
-    return recorded, summarise(seen, weight_ranges(graph), settings)
+    return recorded, summarise(seen, weight_ranges(graph), settings, timestep_values(calls))
 
 
 def _recorded_runs(setup: CalibrationSetup, talk: Talk, scratch: Path | None) -> CallSet:
@@ -97,6 +97,18 @@ def _observed(recorded: CallSet, count: int) -> CallSet:
     return recorded.take(np.sort(dealt(recorded.rows, np.arange(recorded.count))[:count]))
 
 
+def timestep_values(calls: RecordedCalls) -> Array:
+    """Return what the timestep's input was given at each recorded timestep, float32 [K]; empty without one.
+
+    Of several values in the calls of one timestep the largest, as ranges by timestep take it.
+    """
+    name, steps = calls.spec.timestep_name, range(len(calls.recorded.timesteps))
+    if not name:
+        return np.empty(0, np.float32)
+    given = [calls.recorded.values(name, step, slice(None)) for step in steps]
+    return np.array([values.max() for values in given], np.float32)
+
+
 def weight_ranges(graph: LayerGraph) -> dict[str, Array]:
     """Return the largest weight magnitude per channel of an activation: tensor -> float64 [C].
 
@@ -121,11 +133,14 @@ def weight_ranges(graph: LayerGraph) -> dict[str, Array]:
 
 
 def summarise(
-    seen: Observation, weights: Mapping[str, Array], settings: CalibrateSettings
+    seen: Observation,
+    weights: Mapping[str, Array],
+    settings: CalibrateSettings,
+    timesteps: Array,
 ) -> CalibrationStats:
     """Turn sums into moments and choose each tensor's INT8 scale over all timesteps and samples.
 
-    ``weights``: as ``weight_ranges`` returns them.
+    ``weights``: as ``weight_ranges`` returns them; ``timesteps``: as ``timestep_values`` does.
     """
     activations = {}
     for number, name in enumerate(seen.names):
@@ -147,7 +162,7 @@ def summarise(
             seen.square_sum[place] / count,
             seen.fourth_sum[place] / count,
             np.asarray(values, np.float32),
-            seen.amax_by_timestep[:, number],
+            seen.amax_by_timestep[:, place],
             scale,
             outliers,
             np.array([_scale_of(rest, seen, number, settings) for rest in rests]),
@@ -156,6 +171,7 @@ def summarise(
                 [_rescaled_scale(row.astype(np.float64), seen, number, settings) for row in factors]
             ),
             float(count * len(amax)),
+            timesteps,
         )
     return CalibrationStats(activations)
 

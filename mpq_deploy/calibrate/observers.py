@@ -44,7 +44,7 @@ class Observation:
     """Sums over T activations with C_1 .. C_T channels; ``offsets`` int64 [T + 1] sums the C_i.
 
     Per channel, float64 [sum C_i]: ``amax``, ``square_sum`` (of x^2), ``fourth_sum`` (of x^4).
-    ``counts`` float64 [T]: values seen per channel. ``amax_by_timestep`` float32 [K, T]. The
+    ``counts`` float64 [T]: values seen per channel. ``amax_by_timestep`` float32 [K, sum C_i]. The
     reservoir: ``priorities`` uint64 [R'], ascending, common to all tensors, ``values`` float32 [T,
     R'] and the ``channels`` int32 [T, R'] they come from.
     """
@@ -328,7 +328,7 @@ class Totals:
         size = int(self.offsets[-1])
         self.amax, self.square_sum, self.fourth_sum = (np.zeros(size, np.float64) for _ in range(3))
         self.counts = np.zeros(len(self.shapes), np.float64)
-        self.by_timestep = np.zeros((timesteps, len(self.shapes)), np.float32)
+        self.by_timestep = np.zeros((timesteps, size), np.float32)
         self.priorities = np.empty(0, np.uint64)
         self.values = np.empty((len(self.shapes), 0), np.float32)
         self.channels = np.empty((len(self.shapes), 0), np.int32)
@@ -363,9 +363,8 @@ class Totals:
             self.square_sum[place] += square_sum
             self.fourth_sum[place] += fourth_sum
             self.counts[number] += calls * (shape.elements // channels)
-            self.by_timestep[batch.step, number] = max(
-                self.by_timestep[batch.step, number], amax.max()
-            )
+            seen = self.by_timestep[batch.step, place]
+            np.maximum(seen, amax, out=seen, casting="same_kind")
         values = np.stack([r.ravel() for r in results[3::4]]) if results else self.values[:, :0]
         places = [_channel_of(draws, shape, name in self.convolved) for name, shape in self.shapes]
         self.priorities, self.values, self.channels = _smallest(

@@ -23,7 +23,8 @@ class ActivationStats:
     Per channel (axis 1 of a tensor that a Conv reads, else the last axis): ``amax``,
     ``second_moment`` (mean of x^2), ``fourth_moment`` (mean of x^4), float64 [C]. ``reservoir``
     float32 [R]: a fixed-size uniform random sample of the values. ``scale``: the INT8 scale,
-    already rounded to FP16; ``amax_by_timestep`` float32 [K]. ``outliers`` int32 [C]: the channels,
+    already rounded to FP16; ``amax_by_timestep`` float32 [K, C], and ``timesteps`` float32 [K]: what
+    the timestep's input was given then, empty without one. ``outliers`` int32 [C]: the channels,
     those that stretch the range most first; ``scales_without`` float64 [S]: the scale when the
     first 1, 2 ... thirty-seconds of them are left out (``formats.branches.cols.SHARES``).
     ``factors`` float16 [A, C]: by what the channels are multiplied to even out their ranges, for
@@ -42,6 +43,7 @@ class ActivationStats:
     factors: Array
     scales_rescaled: Array
     count: float
+    timesteps: Array
 
     def simulated(self, bits: int) -> ActivationGrid:
         """Return the quantizer of a simulated format of ``bits``, found by a search of its own."""

@@ -45,20 +45,20 @@ def choices_for(layer: Layer, wanted: tuple[Scheme, ...], refusal: Refusal) -> C
     """Sort the ``wanted`` schemes into those ``layer`` may take and those refused, with reasons.
 
     FP16 is always possible. Two nominal block sizes that give the same real one are one candidate.
-    Branches come after the bodies in ``wanted``; of a family's bodies only the one of blocks
-    nearest to ``BRANCH_BLOCK`` has them.
+    Branches come after the bodies in ``wanted``; of a family's bodies with one kind of range only
+    the one of blocks nearest to ``BRANCH_BLOCK`` has them.
     """
     allowed: list[Scheme] = [FP16]
     refused: dict[str, str] = {}
-    seen: dict[tuple[str, int | None], str] = {}
+    seen: dict[tuple[str, str, int | None], str] = {}
     for scheme in wanted:
         if not scheme.quantized or (scheme.branch and scheme.body not in _branch_bodies(allowed)):
             continue
         reason = refusal(layer, scheme) or scheme.refusal(layer)
-        blocks = scheme.series, scheme.weight.block(layer)
+        blocks = scheme.series, scheme.range.kind, scheme.weight.block(layer)
         if not reason and not scheme.branch:
             if blocks in seen:
-                reason = f"same blocks of {blocks[1]} as {seen[blocks]}"
+                reason = f"same blocks of {blocks[2]} as {seen[blocks]}"
             else:
                 seen[blocks] = scheme.name
         if reason:
@@ -69,12 +69,12 @@ def choices_for(layer: Layer, wanted: tuple[Scheme, ...], refusal: Refusal) -> C
 
 
 def _branch_bodies(allowed: list[Scheme]) -> list[Scheme]:
-    bodies: dict[str, Scheme] = {}
+    bodies: dict[tuple[str, str], Scheme] = {}
     for scheme in sorted(
         allowed, key=lambda s: abs(log2((s.block_size or BRANCH_BLOCK) / BRANCH_BLOCK))
     ):
         if scheme.quantized and not scheme.branch:
-            bodies.setdefault(scheme.series, scheme)
+            bodies.setdefault((scheme.series, scheme.range.kind), scheme)
     return list(bodies.values())
 
 
@@ -138,7 +138,8 @@ def round_candidates(
     for rounder, schemes in _by_rounder((*choices.schemes, *also)).items():
         forms.update(rounder(schemes, work))
     for scheme in choices.schemes:
-        matrix = scheme.branch.round(scheme, work, forms)
+        # Ranges of the input share the weights.
+        matrix = None if scheme.weight_form in forms else scheme.branch.round(scheme, work, forms)
         if matrix is not None:
             forms[scheme.weight_form] = matrix
     return LayerCandidates(layer, choices.schemes, choices.refused, weight, forms)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
 
+from mpq_deploy.formats.ranges import STATIC, ActivationRange, RangeTable
 from mpq_deploy.formats.sizes import (
     ACTIVATION_SCALE_BYTES,
     FP16_BYTES,
@@ -57,12 +58,14 @@ INT8 = Precision("int8", 8, -127, 127)
 class ActivationGrid:
     """An activation's quantizer: integer codes from ``quant_min`` to ``quant_max``, a scale.
 
-    By default what QuantizeLinear saturates to in INT8.
+    By default what QuantizeLinear saturates to in INT8. ``table``: of a range by timestep, whose
+    widest has the scale.
     """
 
     scale: float
     quant_min: int = -128
     quant_max: int = 127
+    table: RangeTable | None = None
 
 
 class DeployedMatrix(Protocol):
@@ -262,6 +265,10 @@ class Branch:
         """Return the INT8 scale of the input."""
         return stats.scale
 
+    def input_amax(self, stats: ActivationStats) -> Array:
+        """Return the largest magnitude of the input as it is quantized, by calibrated timestep, float [K]."""
+        return np.asarray(stats.amax_by_timestep.max(axis=1))
+
     def input_bytes(self, layer: Layer) -> int:
         """Bytes of the input's quantizer beside its scale."""
         return 0
@@ -317,12 +324,16 @@ class Branch:
 
 @dataclass(frozen=True)
 class Scheme:
-    """What a layer becomes: how its weight is stored, how its input is rounded (None: FP16), and its branch."""
+    """What a layer becomes: how its weight is stored, how its input is rounded (None: FP16), and its branch.
+
+    ``range``: where the rounded input's range comes from.
+    """
 
     name: str
     weight: WeightFormat
     activation: ActivationFormat | None = None
     branch: Branch = Branch()
+    range: ActivationRange = STATIC
     # For the report: the body in words.
     meaning: str = field(default="", compare=False)
 
@@ -343,12 +354,12 @@ class Scheme:
 
     @cached_property
     def family(self) -> str:
-        """The name without block size and branch, such as ``w4a16``; ``simulated`` for all of those."""
+        """The name without block size, range and branch, such as ``w4a16``; ``simulated`` for all of those."""
         return SIMULATED if self.simulated else self.series
 
     @cached_property
     def series(self) -> str:
-        """What schemes share that differ only in block size or branch: ``w4a16``, ``w2a4-sim``."""
+        """What schemes share that differ only in block size, range or branch: ``w4a16``, ``w2a4-sim``."""
         body = self.name.split("+")[0]
         return body if self.simulated else body.split("-")[0]
 
@@ -370,12 +381,29 @@ class Scheme:
     @cached_property
     def activation_form(self) -> str:
         """Schemes with equal forms share the quantizer of an input; "" for the common one, and for none."""
-        return (self.activation.form if self.activation else "") + self.branch.activation_form
+        own = self.activation.form + self.range.suffix if self.activation else ""
+        return own + self.branch.activation_form
 
     @cached_property
     def body(self) -> Scheme:
         """The scheme without its branch."""
         return replace(self, name=self.name.split("+")[0], branch=Branch()) if self.branch else self
+
+    @property
+    def static(self) -> Scheme:
+        """The scheme without its branch, with one range for all timesteps."""
+        name = self.body.name.removesuffix(self.range.suffix)
+        return replace(self.body, name=name, range=STATIC)
+
+    @property
+    def timeless(self) -> Scheme:
+        """The scheme as a layer alone runs it, without a timestep: its big kernels are the same."""
+        return replace(self, range=STATIC) if self.range.by_timestep else self
+
+    def with_range(self, kind: ActivationRange) -> Scheme:
+        """Return this body with another range of its input."""
+        meaning = f"{self.meaning}, {kind.meaning}" if kind.meaning else self.meaning
+        return replace(self, name=f"{self.name}{kind.suffix}", range=kind, meaning=meaning)
 
     def with_branch(self, branch: Branch) -> Scheme:
         """Return this scheme with ``branch`` beside it."""
@@ -424,12 +452,17 @@ class Scheme:
 
         Factors of channels are counted, though a producer may take them.
         """
-        return ACTIVATION_SCALE_BYTES + self.branch.input_bytes(layer) if self.activation else 0
+        return self.scale_bytes(layer) + self.branch.input_bytes(layer) if self.activation else 0
+
+    def scale_bytes(self, layer: Layer) -> int:
+        """Bytes of ``input_bytes`` that stay where a producer takes the factors of channels."""
+        return ACTIVATION_SCALE_BYTES + self.range.input_bytes(layer)
 
     def input_grid(self, stats: ActivationStats) -> ActivationGrid:
         """Return how the input with these ``stats`` is quantized; only where ``activation`` is given."""
         assert self.activation is not None
-        return self.activation.grid(stats, self.branch.input_scale(stats))
+        grid = self.activation.grid(stats, self.range.scale(self.branch, stats))
+        return self.range.fitted(grid, self.branch, stats)
 
 
 SIMULATED = "simulated"

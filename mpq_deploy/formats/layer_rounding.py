@@ -23,7 +23,7 @@ class InputMoments:
     ``blocks`` float [group * B, w, w]: for each group the B diagonal blocks of the mean of x x^T,
     of which block b covers ``widths[b]`` columns (their sum is K). For branches that want them:
     ``outliers`` int32 [C], the input channels, those to take out of INT8 first; ``factors`` float16
-    [C], by what channels are multiplied; ``amax`` [K], the absolute maximum per column.
+    [A, C], by what channels are multiplied for each exponent; ``amax`` [K], the absolute maximum per column.
     """
 
     blocks: Array

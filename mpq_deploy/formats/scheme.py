@@ -20,6 +20,7 @@ from mpq_deploy.formats.fp16 import FP16
 from mpq_deploy.formats.int4 import INT4_BODIES
 from mpq_deploy.formats.int8 import W8A8, W8A16
 from mpq_deploy.formats.interfaces import SIMULATED, Branch, Scheme
+from mpq_deploy.formats.ranges import RANGES
 from mpq_deploy.formats.simulated import SIMULATED_BODIES
 
 __all__ = [
@@ -51,17 +52,29 @@ SCHEMES: dict[str, Scheme] = {}
 BRANCH_KINDS = {branch.kind: type(branch) for variants in BRANCHES for branch in variants}
 
 
+def with_ranges(bodies: Iterable[Scheme]) -> Iterator[Scheme]:
+    """Yield each of ``bodies`` with every range that its input may have."""
+    for body in bodies:
+        own = body.activation is not None and not body.simulated
+        yield from (body.with_range(kind) for kind in (RANGES if own else RANGES[:1]))
+
+
 def with_branches(bodies: Iterable[Scheme]) -> Iterator[Scheme]:
-    """Yield ``bodies``, then each with every branch that suits it."""
+    """Yield ``bodies``, then each with every branch that suits it and the range of its input."""
     bodies = tuple(bodies)
     yield from bodies
     for variants in BRANCHES:
-        yield from (body.with_branch(b) for body in bodies for b in variants if b.suits(body))
+        pairs = ((body, branch) for body in bodies for branch in variants)
+        yield from (
+            body.with_branch(branch)
+            for body, branch in pairs
+            if branch.suits(body) and body.range.suits(branch)
+        )
 
 
 def register(bodies: Iterable[Scheme]) -> None:
-    """Add ``bodies`` and all their branches to ``SCHEMES``. Raises ValueError for a name that is taken."""
-    for scheme in with_branches(bodies):
+    """Add ``bodies``, with all ranges and branches, to ``SCHEMES``. Raises ValueError for a name that is taken."""
+    for scheme in with_branches(with_ranges(bodies)):
         if scheme.name in SCHEMES:
             raise ValueError(f"there is a scheme '{scheme.name}' already")
         SCHEMES[scheme.name] = scheme
@@ -84,15 +97,27 @@ def branches_of(bodies: tuple[Scheme, ...], kinds: tuple[str, ...]) -> tuple[Sch
     )
 
 
+def ranges_of(bodies: tuple[Scheme, ...], kinds: tuple[str, ...]) -> tuple[Scheme, ...]:
+    """Return ``bodies`` and those that differ from one of them by a range of one of ``kinds``."""
+    names = {scheme.name for scheme in bodies}
+    return tuple(
+        s
+        for s in SCHEMES.values()
+        if not s.branch and (s.name in names or (s.range.kind in kinds and s.static.name in names))
+    )
+
+
 def schemes_named(names: list[str] | tuple[str, ...]) -> tuple[Scheme, ...]:
-    """Return the schemes for ``names``; a family (``w4a16``) stands for all its block sizes.
+    """Return the schemes for ``names``; a family (``w4a16``) stands for all its block sizes, ranges static.
 
     Raises UsageError for an unknown name, naming the nearest.
     """
     chosen: dict[str, Scheme] = {}
     for name in names:
         found = [
-            s for s in SCHEMES.values() if name == s.name or (name == s.family and not s.branch)
+            s
+            for s in SCHEMES.values()
+            if name == s.name or (name == s.family and not s.branch and not s.range.moves)
         ]
         if not found:
             known = [*SCHEMES, *FAMILIES, SIMULATED]

@@ -50,6 +50,10 @@ class Fp16Region:
     # Of the graph before schemes were written into it, where there are wide nodes.
     known: frozenset[str] = frozenset()
 
+    def with_nodes(self, names: frozenset[str]) -> Fp16Region:
+        """Return the region with more nodes, by name, that stay in FP32."""
+        return replace(self, nodes32=self.nodes32 | names)
+
     def takes_fp16(self, node: ir.Node, index: int) -> bool:
         """Say whether a float at input ``index`` of ``node`` is FP16."""
         return node.name not in self.wide and self.stores_fp16(node, index)

@@ -17,7 +17,13 @@ from mpq_deploy.formats.scheme import FP16, Scheme
 from mpq_deploy.graph.layers import Layer, LayerGraph, LayerUse
 from mpq_deploy.latency.latency_table import LatencyTable, LayerShape
 from mpq_deploy.latency.others import others_seconds
-from mpq_deploy.latency.roofline import Rates, Traffic, layer_seconds, quantizer_seconds
+from mpq_deploy.latency.roofline import (
+    LAUNCH_SECONDS,
+    Rates,
+    Traffic,
+    layer_seconds,
+    quantizer_seconds,
+)
 
 NANOSECONDS = 1e9
 # How many names a warning gives.
@@ -86,19 +92,32 @@ class LatencyCosts:
         """Return what all uses of ``layer`` take under ``scheme``, without the quantizers that it may share."""
         return sum(self._use_ns(layer, use, scheme) for use in layer.uses)
 
-    def quantizer_ns(self, tensor: str, scheme: Scheme) -> int:
+    def quantizer_ns(self, tensor: str, scheme: Scheme, product: bool) -> int:
         """Estimate quantizing the activation ``tensor`` under ``scheme``, once for all readers.
 
-        0 without figures: then each reader's own row holds it.
+        ``product``: these are no convolutions. 0 without figures: then each reader's own row holds
+        it.
         """
         if self.rates is None:
             return 0
-        return _ns(quantizer_seconds(prod(self.shapes[tensor]), scheme, self.rates))
+        return _ns(quantizer_seconds(prod(self.shapes[tensor]), scheme, self.rates, product))
+
+    def quantizers_ns(self, layer: Layer, scheme: Scheme) -> dict[str, int]:
+        """Estimate what ``layer`` may share with others under ``scheme``: its inputs' quantizers, and
+        what those of a whole graph have in common; by name.
+        """
+        if scheme.activation is None:
+            return {}
+        form, product = scheme.activation_form, layer.op != "Conv"
+        own = {t + form: self.quantizer_ns(t, scheme, product) for t in layer.inputs}
+        launches = _ns(scheme.range.shared_kernels() * LAUNCH_SECONDS) if self.rates else 0
+        return {**own, **dict.fromkeys(scheme.range.shared_bytes(), launches)}
 
     def alone_ns(self, layer: Layer, scheme: Scheme) -> int:
         """Return what ``layer`` takes when it shares no quantizer."""
+        product = layer.op != "Conv"
         return self.layer_ns(layer, scheme) + sum(
-            self.quantizer_ns(tensor, scheme) for tensor in layer.inputs
+            self.quantizer_ns(tensor, scheme, product) for tensor in layer.inputs
         )
 
     def shape(self, layer: Layer, use: LayerUse) -> LayerShape:
@@ -113,12 +132,11 @@ class LatencyCosts:
 
     def plan_ns(self, layers: Iterable[Layer], schemes: Mapping[str, Scheme]) -> int:
         """Return what a plan (layer -> scheme) takes, what is no layer included."""
-        total, shared = self.others_ns, {}
+        total, shared = self.others_ns, dict[str, int]()
         for layer in layers:
             scheme = schemes[layer.name]
             total += self.layer_ns(layer, scheme)
-            for tensor in layer.inputs if scheme.activation else ():
-                shared[tensor + scheme.activation_form] = self.quantizer_ns(tensor, scheme)
+            shared.update(self.quantizers_ns(layer, scheme))
         return total + sum(shared.values())
 
     def slower_in_int8(
@@ -167,7 +185,7 @@ class LatencyCosts:
             )
             # A row is of the layer alone, its quantizer included; that counts apart, once for all
             # readers.
-            own = self.quantizer_ns(use.input, scheme)
+            own = self.quantizer_ns(use.input, scheme, layer.op != "Conv")
             return max(ceil(found * 1e6) - own, 0)
         if self.rates is None:
             raise UsageError(

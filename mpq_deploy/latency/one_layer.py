@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
+from mpq_deploy.formats.branches.prescaled import TENTHS
 from mpq_deploy.formats.candidates import (
     Choices,
     LayerCandidates,
@@ -63,8 +64,8 @@ def write_one_layer(one: OneLayer, folder: Path, dialect: Dialect) -> int:
     matrix = None
     if one.scheme.quantized:
         matrix = _candidates(one, weight).forms[one.scheme.weight_form]
-    scales: Mapping[str, float] = {INPUT + one.scheme.activation_form: SCALE}
-    rewrite = LayerRewrite(one.alone, one.scheme, matrix)
+    scales: Mapping[str, float] = {INPUT + one.scheme.timeless.activation_form: SCALE}
+    rewrite = LayerRewrite(one.alone, one.scheme.timeless, matrix)
     source = FloatGraph(folder / FLOAT_MODEL, "", INPUT)
     return write_quantized(source, [rewrite], dict(scales), folder, dialect)
 
@@ -114,7 +115,7 @@ def _candidates(one: OneLayer, weight: Array) -> LayerCandidates:
             np.ones((layer.group * layer.reduction, 1, 1)),
             (1,) * layer.reduction,
             outliers=np.arange(channels, dtype=np.int32),
-            factors=np.full(channels, 0.5, np.float16),
+            factors=np.full((len(TENTHS), channels), 0.5, np.float16),
         ),
         Rounding(gptq=False, damping=0.05),
     )

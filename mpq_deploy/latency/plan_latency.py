@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from mpq_deploy.calls.recorded import RecordedCalls
 from mpq_deploy.engine.target import Target, load_target
 from mpq_deploy.errors import ModelError, UsageError
-from mpq_deploy.formats.scheme import FP16, SCHEMES
+from mpq_deploy.formats.scheme import FP16, SCHEMES, Scheme
 from mpq_deploy.latency.costs import LatencyCosts, PlanLatency
 from mpq_deploy.latency.latency_table import LatencyTable
 from mpq_deploy.latency.others import activations_of, weighed_nodes
@@ -113,16 +113,20 @@ def plan_latency_info(
     costs: LatencyCosts,
     exported: Exported,
     schemes: Mapping[str, str],
+    int8: Mapping[str, Scheme],
     ours_ns: int,
-    limit_ns: int | None,
     recipe: Recipe,
 ) -> PlanLatency:
-    """Describe the latency of a plan (layer -> scheme name), of which the solver counted ``ours_ns``."""
+    """Describe the latency of a plan (layer -> scheme name), of which the solver counted ``ours_ns``.
+
+    ``int8``: the scheme of each layer where everything is in INT8.
+    """
     layers, target = exported.graph.layers, load_target(recipe.target)
-    int8 = {layer.name: control_scheme(layer, CONTROLS["int8"][:1], target) for layer in layers}
-    slower = costs.slower_in_int8(layers, int8)
+    limit = recipe.allocate.max_latency
+    static = {layer.name: control_scheme(layer, CONTROLS["int8"][:1], target) for layer in layers}
+    slower = costs.slower_in_int8(layers, static)
     fp16_ns = costs.plan_ns(layers, {layer.name: FP16 for layer in layers})
-    int8_ns = costs.plan_ns(layers, int8)
+    int8_ns = costs.plan_ns(layers, {**static, **int8})
     # Counted before everything INT4 is added up: the solver may not have looked at those entries.
     measured, estimated = len(costs.measured), len(costs.estimated)
     source, basis = costs.source(), costs.basis()
@@ -139,7 +143,7 @@ def plan_latency_info(
         slower_in_int8=slower,
         taken=tuple(name for name in slower if SCHEMES[schemes[name]].activation is not None),
         objective=recipe.allocate.objective,
-        limit_ms=None if limit_ns is None else limit_ns / 1e6,
+        limit_ms=None if limit is None else limit.nanoseconds / 1e6,
         int4_ms=_everything_int4(costs, exported, target),
     )
 

@@ -79,16 +79,18 @@ def column_count(layer: Layer, traffic: Traffic) -> int:
     return traffic.outputs // layer.out_channels * layer.reduction
 
 
-def quantizer_seconds(values: int, scheme: Scheme, rates: Rates) -> float:
-    """Estimate quantizing ``values`` activations under ``scheme``, by one kernel.
+def quantizer_seconds(values: int, scheme: Scheme, rates: Rates, product: bool = False) -> float:
+    """Estimate quantizing ``values`` activations under ``scheme``, by one kernel and its range's.
 
-    TensorRT often fuses it into the producer; then it is cheaper than this. Factors of channels
-    take another kernel, unless the producer takes them. Readers of one tensor share it.
+    TensorRT often fuses it into the producer; then it is cheaper than this. Readers of one tensor
+    share it; ``product``: they are no convolutions.
     """
     if scheme.activation is None:
         return 0.0
+    kernels = 1 + scheme.branch.input_kernels + scheme.range.quantizer_kernels(product)
     moved = values * (FP16_BYTES + scheme.operand_bytes)
-    return moved / rates.bandwidth + LAUNCH_SECONDS * (1 + scheme.branch.input_kernels)
+    moved += values * FP16_BYTES * scheme.range.moves_input(product)
+    return moved / rates.bandwidth + LAUNCH_SECONDS * kernels
 
 
 def bytes_moved(layer: Layer, scheme: Scheme, traffic: Traffic) -> int:

@@ -34,7 +34,9 @@ def initialize_from_error(
     factors = [_factors(weight) for weight in student.layer_weights]
     errors = np.zeros((len(factors), len(GAINS)))
     for feeds in calls:
-        student.observe(feeds, partial(_add_errors, student, factors, errors))
+        student.observe(
+            feeds, partial(_add_errors, student, factors, (errors, student.timesteps(feeds)))
+        )
     chosen: Counter[float] = Counter()
     for weight, pair, row in zip(student.layer_weights, factors, errors, strict=True):
         # The first of equal ones: zero where nothing is gained.
@@ -63,16 +65,21 @@ def _factors(weight: LayerWeight) -> tuple[Tensor, Tensor]:
 def _add_errors(
     student: Student,
     factors: list[tuple[Tensor, Tensor]],
-    errors: Any,
+    totals: tuple[Any, Tensor | None],
     number: int,
     node: str,
     inputs: list[Any],
 ) -> None:
-    """Add the squared output error of layer ``number`` under every gain to its row of ``errors``."""
+    """Add the squared output error of layer ``number`` under every gain to its row of ``totals``.
+
+    These come with the timesteps of the calls.
+    """
+    errors, timesteps = totals
     weight = student.layer_weights[number]
     up, down = (factor.to(inputs[1].device) for factor in factors[number])
     exact = student.graph.apply(node, inputs)
     for place, gain in enumerate(GAINS):
         quantized = weight.folded(weight.through(gain * (up @ down)))
-        output = student.graph.apply(node, student.rewired(node, quantized, inputs, of_float=True))
+        read = student.rewired(node, quantized, inputs, True, timesteps)
+        output = student.graph.apply(node, read)
         errors[number, place] += float((output - exact).double().square().sum())

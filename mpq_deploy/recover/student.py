@@ -58,7 +58,7 @@ class Student(torch.nn.Module):  # type: ignore[misc]
         self._folded_tensors = set(folded_activations(model, list(starts)))
         halves = split_initializers(model, fp16_region(model, spec.timestep_name, spec.sample.name))
         self.graph = TorchGraph(model)
-        self.output = spec.output
+        self.output, self._timestep = spec.output, spec.timestep_name
         self.feature, self.feature_axis = last_features(model)
         self.segments, self.training_type = options.segments, torch.float32
         weights = [
@@ -102,7 +102,10 @@ class Student(torch.nn.Module):  # type: ignore[misc]
                     self._scale_keys.append(tensor + form)
                     made.append(
                         ActivationScale(
-                            start.scheme.input_grid(known), start.scheme.branch.left_out(known)
+                            start.scheme.input_grid(known),
+                            start.scheme.branch.left_out(known),
+                            start.scheme.range,
+                            start.layer.op == "Conv",
                         )
                     )
         return made
@@ -161,9 +164,9 @@ class Student(torch.nn.Module):  # type: ignore[misc]
         float32 and at once.
         """
         learning = torch.is_grad_enabled()
-        made = [weight() for weight in self.weights]
+        made, timesteps = [weight() for weight in self.weights], self.timesteps(feeds)
         rewire = {
-            node: partial(self.rewired, node, made[number])
+            node: partial(self.rewired, node, made[number], timesteps=timesteps)
             for node, (number, _) in self._uses.items()
         }
         known = {
@@ -208,12 +211,22 @@ class Student(torch.nn.Module):  # type: ignore[misc]
         fold = self._folds.get(name)
         return halved(constant if fold is None else constant * fold.to(constant.device))
 
+    def timesteps(self, feeds: Mapping[str, Tensor]) -> Tensor | None:
+        """Return what the timestep's input is given, one number per sample or for all; None without one."""
+        return feeds[self._timestep].float().reshape(-1) if self._timestep else None
+
     def rewired(
-        self, node: str, weight: Tensor, inputs: list[Any], of_float: bool = False
+        self,
+        node: str,
+        weight: Tensor,
+        inputs: list[Any],
+        of_float: bool = False,
+        timesteps: Tensor | None = None,
     ) -> list[Any]:
         """Return what a layer's ``node`` reads in the quantized model: rounded input, ``weight``.
 
-        ``of_float``: the inputs are the float model's, whose norms have taken no factors.
+        ``timesteps``: as ``timesteps`` gives them. ``of_float``: the inputs are the float model's,
+        whose norms have taken no factors.
         """
         number, key = self._uses[node]
         x = inputs[0]
@@ -224,7 +237,8 @@ class Student(torch.nn.Module):  # type: ignore[misc]
         if key is not None:
             scale = self.scales[self._scale_keys.index(key)]
             assert isinstance(scale, ActivationScale)
-            x = scale.quantize(x, 1 if layer_weight.layer.op == "Conv" else -1)
+            axis = 1 if layer_weight.layer.op == "Conv" else -1
+            x = scale.quantize(x, axis, timesteps)
         return [x, weight, *inputs[2:]]
 
     def kinds(self) -> dict[str, list[tuple[torch.nn.Parameter, float]]]:

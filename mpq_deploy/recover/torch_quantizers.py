@@ -16,6 +16,7 @@ from mpq_deploy.calibrate.scales import LARGEST_SCALE as LARGEST_ACTIVATION_SCAL
 from mpq_deploy.calibrate.scales import QUANT_MAX, QUANT_MIN
 from mpq_deploy.calibrate.scales import SMALLEST_SCALE as SMALLEST_ACTIVATION_SCALE
 from mpq_deploy.formats.interfaces import ActivationGrid
+from mpq_deploy.formats.ranges import STATIC, ActivationRange
 from mpq_deploy.models.spec import Array
 from mpq_deploy.rounding.quantizers import (
     LARGEST_SCALE,
@@ -277,21 +278,36 @@ def _levels(matrix: SimulatedMatrix) -> tuple[Array, Array, Array]:
 
 
 class ActivationScale(LearnedScale):
-    """The scale of an activation tensor, rounded to ``grid`` except for the channels ``kept``."""
+    """The scale of an activation tensor, rounded to ``grid`` except for the channels ``kept``.
 
-    def __init__(self, grid: ActivationGrid, kept: Array) -> None:
+    ``range``: where its range comes from; ``convolved``: convolutions read it. Tables are not
+    learned.
+    """
+
+    def __init__(
+        self,
+        grid: ActivationGrid,
+        kept: Array,
+        range: ActivationRange = STATIC,
+        convolved: bool = True,
+    ) -> None:
         super().__init__(
             np.float32(grid.scale), SMALLEST_ACTIVATION_SCALE, LARGEST_ACTIVATION_SCALE
         )
         self.kept, self.code_limits = kept, (grid.quant_min, grid.quant_max)
+        self._range, self._convolved, self._table = range, convolved, grid.table
 
     def grid(self) -> ActivationGrid:
         """Return the quantizer as it is stored."""
-        return ActivationGrid(float(self.stored()), *self.code_limits)
+        return ActivationGrid(float(self.stored()), *self.code_limits, self._table)
 
-    def quantize(self, x: Tensor, channel_axis: int) -> Tensor:
-        """Return ``x`` fake-quantized, but for the kept channels."""
-        quantized = fake_quantize(x, self(), *self.code_limits)
+    def quantize(self, x: Tensor, channel_axis: int, timesteps: Tensor | None = None) -> Tensor:
+        """Return ``x`` fake-quantized, but for the kept channels; ``timesteps`` [N] of its samples."""
+        ratio = self._ratio(x, timesteps)
+        if ratio is None:
+            quantized = fake_quantize(x, self(), *self.code_limits)
+        else:
+            quantized = fake_quantize(x / ratio, self(), *self.code_limits) * ratio
         if not len(self.kept):
             return quantized
         mask = torch.zeros(x.shape[channel_axis], dtype=torch.bool, device=x.device)
@@ -299,3 +315,19 @@ class ActivationScale(LearnedScale):
         shape = [1] * x.ndim
         shape[channel_axis] = -1
         return torch.where(mask.reshape(shape), x, quantized)
+
+    def _ratio(self, x: Tensor, timesteps: Tensor | None) -> Tensor | None:
+        """Return the ratio of each sample's range to the widest; the deployed graph has one timestep per call."""
+        grid = self.grid()
+        ratios = self._range.ratios_at(grid, timesteps)
+        if ratios is None:
+            return self._range.ratio(x.detach(), grid, self._convolved, _absmax)
+        rows, left = divmod(x.shape[0], ratios.numel())
+        if left or ratios.numel() == 1:
+            return ratios.max()
+        each = ratios.reshape(-1).repeat_interleave(rows)
+        return each.reshape(-1, *(1,) * (x.ndim - 1))
+
+
+def _absmax(x: Tensor, axes: tuple[int, ...]) -> Tensor:
+    return x.abs().amax(dim=axes, keepdim=True)

@@ -40,6 +40,7 @@ from mpq_deploy.report.data import (
     StageRow,
     TargetInfo,
 )
+from mpq_deploy.rounding.candidate_store import STATIC_INT8
 from mpq_deploy.run.stage import version_of
 from mpq_deploy.run.view import Exported
 from mpq_deploy.runtime.correction import FILE as CORRECTION
@@ -57,6 +58,7 @@ TITLES = {
     CORRECTED: "Ours, corrected (PTQD)",
     BEFORE: "Ours, before recovery",
     "int8": "Everything INT8",
+    STATIC_INT8: "Everything INT8, static",
     "int4": "Everything INT4",
     "size-only": "Size only, no ORM",
     "random": "Random theta",

@@ -21,6 +21,7 @@ LABEL_WIDTH = 156
 # A series is known by its marker and dash as well as by the colour that CSS gives to its class.
 DASHES = {
     "int8": "7 4",
+    "int8-static": "7 2 2 2",
     "int4": "2 4",
     "size-only": "9 3 2 3",
     "random": "1 3",
@@ -33,6 +34,7 @@ CIRCLE, SQUARE, UP, DOWN, DIAMOND = "circle", "square", "triangle up", "triangle
 SHAPES = {
     "ours": CIRCLE,
     "int8": SQUARE,
+    "int8-static": DIAMOND,
     "int4": UP,
     "random": DOWN,
     "probe": CIRCLE,

@@ -22,7 +22,7 @@ from mpq_deploy.formats.candidates import (
     weight_matrix,
     with_promoted_rows,
 )
-from mpq_deploy.formats.scheme import FP16, Scheme, branches_of, schemes_named
+from mpq_deploy.formats.scheme import FP16, Scheme, branches_of, ranges_of, schemes_named
 from mpq_deploy.graph.layers import Layer, LayerGraph
 from mpq_deploy.graph.writers.quantize_layers import weight_array
 from mpq_deploy.models.spec import Array
@@ -42,16 +42,19 @@ HELD_BYTES = 512 << 20
 LARGEST_ACTIVATION = QUANT_MAX * LARGEST_SCALE
 # Controls: what a user would get without this tool, at the same rounding: one scheme for every
 # layer that may take it (FP16 for the others). The last of each is what the target simulate takes
-# instead.
+# instead. INT8 also has the ranges and factors that were measured as best, and stands without them,
+# where that differs, under a name of its own.
+STATIC_INT8 = "int8-static"
 CONTROLS = {
     "int8": ("w8a8", "w8a16", "w8a8-sim"),
+    STATIC_INT8: ("w8a8", "w8a16", "w8a8-sim"),
     "int4": ("w4a16-b32", "w4a16-b64", "w4a16-b128", "w4a16-sim"),
 }
 
 
 def wanted_schemes(recipe: Recipe) -> tuple[Scheme, ...]:
-    """Return the schemes that the solver may choose from by the recipe, branches included."""
-    bodies = schemes_named(recipe.allocate.schemes)
+    """Return the schemes that the solver may choose from by the recipe, ranges and branches included."""
+    bodies = ranges_of(schemes_named(recipe.allocate.schemes), recipe.allocate.ranges)
     return (*bodies, *branches_of(bodies, recipe.allocate.branches))
 
 
@@ -75,9 +78,13 @@ def control_scheme(
 
 
 def beyond_scales(layer: Layer, scheme: Scheme, stats: CalibrationStats) -> str:
-    """Say that the layer's input is too large for INT8 codes under an FP16 scale; empty when it is not."""
+    """Say that the layer's input is too large for INT8 codes under an FP16 scale; empty when it is not.
+
+    A range that moves has the inverse of its widest in FP16, which ends earlier.
+    """
     largest = max(float(stats.activations[name].amax.max()) for name in layer.inputs)
-    if scheme.activation is None or largest <= LARGEST_ACTIVATION:
+    most = LARGEST_SCALE if scheme.range.moves else LARGEST_ACTIVATION
+    if scheme.activation is None or largest <= most:
         return ""
     return f"its input reaches {largest:.3g}, beyond INT8 codes under an FP16 scale"
 

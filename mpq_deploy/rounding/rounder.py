@@ -85,7 +85,7 @@ class Rounder:
                     moments.blocks,
                     moments.widths,
                     outliers=activations.outliers,
-                    factors=activations.factors[0],
+                    factors=activations.factors,
                     amax=_column_amax(layer, self.stats) if layer.group == 1 else None,
                 ),
                 Rounding(section.rounding == "gptq", section.damping, section.refinements),
@@ -105,8 +105,12 @@ class Rounder:
         return Hessian(layer, _diagonal_moments(layer, self.stats), (1,) * layer.reduction, 0)
 
     def _refusal(self, layer: Layer, scheme: Scheme) -> str:
-        reason = self.target.refusal(layer, scheme) or beyond_scales(layer, scheme, self.stats)
-        if reason or not scheme.branch or scheme.simulated:
+        reason = (
+            self.target.refusal(layer, scheme)
+            or beyond_scales(layer, scheme, self.stats)
+            or self._no_range(scheme)
+        )
+        if reason or scheme.simulated or not (scheme.branch or scheme.range.moves):
             return reason
         if (
             scheme.activation_form
@@ -115,6 +119,10 @@ class Rounder:
         ):
             return "convolutions read its input too, whose channels lie on another axis"
         return bias_refusal(self.exported.graph.model, layer)
+
+    def _no_range(self, scheme: Scheme) -> str:
+        without = scheme.range.by_timestep and self.exported.spec.timestep is None
+        return "the model has no timestep input" if without else ""
 
     @cached_property
     def _convolved(self) -> frozenset[str]:

@@ -31,7 +31,7 @@ from mpq_deploy.sensitivity.layer_weights import (
 from mpq_deploy.sensitivity.local_error import LayerErrors, Taps, tap_names
 from mpq_deploy.sensitivity.measured_calls import MEMORY_BYTES, Calls
 from mpq_deploy.sensitivity.ort_graph import noisy_graph, tapped_graph
-from mpq_deploy.sensitivity.subject import Subject
+from mpq_deploy.sensitivity.subject import Subject, timestep_of
 from mpq_deploy.sensitivity.table import SensitivityTable, table_from_losses
 
 if TYPE_CHECKING:
@@ -129,7 +129,7 @@ def _in_torch(graph: TorchGraph, subject: Subject, chosen: Chosen) -> Iterator[E
     downstream = {layer: graph.affected_by(use.node for use in layer.uses) for layer in chosen}
 
     def evaluate(arrays: dict[str, Array]) -> tuple[float, Iterator[tuple[str, str, float]]]:
-        feeds = graph.feed(arrays)
+        feeds, timestep = graph.feed(arrays), timestep_of(subject.spec, arrays)
         values = graph.run(feeds, keep=graph.values)
         reference = values[output].double()
 
@@ -137,7 +137,9 @@ def _in_torch(graph: TorchGraph, subject: Subject, chosen: Chosen) -> Iterator[E
             for layer, schemes in chosen.items():
                 known = {name: v for name, v in values.items() if name not in downstream[layer]}
                 for scheme in sorted(schemes):
-                    rewire = _rewire(layer, scheme, stacks, subject.stats, graph.float_type)
+                    rewire = _rewire(
+                        layer, scheme, stacks, subject.stats, graph.float_type, timestep
+                    )
                     changed = graph.run(feeds, rewire=rewire, known=known)[output]
                     yield layer.name, scheme, float((changed.double() - reference).square().sum())
 
@@ -153,6 +155,7 @@ def _rewire(
     stacks: StackStore[FormStack],
     stats: CalibrationStats,
     float_type: Any,
+    timestep: float | None,
 ) -> dict[str, Any]:
     """Return what the layer's nodes read under ``scheme``: rounded input, dequantized weight."""
     from mpq_deploy.onnx_torch.torch_graph import torch_from_constant
@@ -169,7 +172,10 @@ def _rewire(
         def change(inputs: list[Any]) -> list[Any]:
             # Channels kept in float, with their float columns, are what a branch computes beside
             # the body.
-            rounded = [fake_quantize(inputs[0], rounding, layer) for rounding in roundings.values()]
+            rounded = [
+                fake_quantize(inputs[0], rounding.at(timestep), layer)
+                for rounding in roundings.values()
+            ]
             return [*(rounded or inputs[:1]), tensor, *inputs[2:]]
 
         return change
@@ -198,7 +204,7 @@ def _in_onnxruntime(subject: Subject, calls: Calls, chosen: Chosen) -> Iterator[
                 def changes() -> Iterator[tuple[str, str, float]]:
                     for layer, schemes in chosen.items():
                         by_scheme: dict[str, dict[str, Array]] = {}
-                        for output, scheme, error in layer_errors.of(layer, values, schemes):
+                        for output, scheme, error in layer_errors.of(layer, values, feeds, schemes):
                             by_scheme.setdefault(scheme, {})[output] = error
                         for scheme, added in by_scheme.items():
                             change = noisy.run(feeds, added) - reference

@@ -14,15 +14,22 @@ from mpq_deploy.onnx_torch.window_pads import window_pads
 from mpq_deploy.sensitivity.layer_weights import FormStack, InputRounding
 
 
+def absmax(x: Array, axes: tuple[int, ...]) -> Array:
+    """Return the largest magnitude of ``x`` over ``axes``, which stay."""
+    return np.asarray(np.abs(x).max(axis=axes, keepdims=True))
+
+
 def fake_quantize(x: Array, rounding: InputRounding, layer: Layer) -> Array:
     """Round ``x`` as QuantizeLinear and DequantizeLinear do (half to even).
 
     The kept channels stay as they are.
     """
-    step = rounding.step(layer, x.ndim)
-    rounded: Array = (
-        np.clip(np.rint(x / step), rounding.quant_min, rounding.quant_max).astype(np.float32) * step
-    )
+    factors = rounding.by_channel(layer, x.ndim)
+    seen = x if factors is None else x * factors
+    ratio = rounding.range.ratio(seen, rounding.grid, layer.op == "Conv", absmax)
+    step = np.float32(rounding.scale) if ratio is None else np.float32(rounding.scale) * ratio
+    codes = np.clip(np.rint(seen / step), *rounding.limits).astype(np.float32)
+    rounded: Array = codes * step if factors is None else codes * step / factors
     if not len(rounding.kept):
         return rounded
     channels = x.shape[1 if layer.op == "Conv" else -1]

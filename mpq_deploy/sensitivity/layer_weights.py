@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 
 from mpq_deploy.calibrate.stats import ActivationStats, CalibrationStats
 from mpq_deploy.errors import ModelError
+from mpq_deploy.formats.interfaces import ActivationGrid
+from mpq_deploy.formats.ranges import STATIC, ActivationRange
 from mpq_deploy.formats.scheme import Scheme
 from mpq_deploy.graph.layers import Layer, LayerGraph, LayerUse
 from mpq_deploy.models.spec import Array
@@ -59,8 +61,9 @@ class FormStack:
     distinct form. ``weights_only``, ``with_activation``: scheme -> row of ``differences``, for
     schemes whose activation stays float and for those whose activation is INT8. Their rows are
     consecutive: ``[:split_end]`` and ``[split_start:kept_start]``. ``with_kept``: activation form
-    -> scheme -> row, for schemes that leave some channels of the activation in float or rescale
-    them; their rows follow. Schemes with a ``rows`` branch are in ``promotions``.
+    -> scheme -> row, for schemes that leave some channels of the activation in float, rescale them
+    or have a range that moves; their rows follow, or are the same. Schemes with a ``rows`` branch
+    are in ``promotions``.
     """
 
     weight: Array
@@ -121,13 +124,10 @@ def form_stack(weight: Array, candidate: CandidateWeights) -> FormStack:
     ]
     kept_start = len(order)
     row = {form: i for i, form in enumerate(order)}
-    # One weight form may stand behind several activation forms: rows of one activation form are
-    # consecutive.
-    apart = [(form, s.weight_form) for form, schemes in kept.items() for s in schemes]
-    row_apart = {key: kept_start + i for i, key in enumerate(dict.fromkeys(apart))}
-    differences = np.empty((kept_start + len(row_apart), *weight.shape), np.float32)
+    starts, behind = _rows_apart(kept, tuple(quantized), kept_start)
+    differences = np.empty((kept_start + len(behind), *weight.shape), np.float32)
     rows_of_form: dict[str, list[int]] = {form: [i] for form, i in row.items()}
-    for (_, form), i in row_apart.items():
+    for i, form in enumerate(behind, kept_start):
         rows_of_form.setdefault(form, []).append(i)
     for form, rows in rows_of_form.items():
         error = candidate.weight_matrix(form) - weight
@@ -142,11 +142,33 @@ def form_stack(weight: Array, candidate: CandidateWeights) -> FormStack:
         len(plain),
         kept_start,
         {
-            form: {s.name: row_apart[form, s.weight_form] for s in schemes}
+            form: {s.name: starts[form] + _distinct(schemes).index(s.weight_form) for s in schemes}
             for form, schemes in kept.items()
         },
         _promotions(candidate),
     )
+
+
+def _distinct(schemes: list[Scheme]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(s.weight_form for s in schemes))
+
+
+def _rows_apart(
+    kept: Mapping[str, list[Scheme]], quantized: tuple[str, ...], start: int
+) -> tuple[dict[str, int], list[str]]:
+    """Return the first row of each activation form, and the weight forms of the rows from ``start`` on.
+
+    Rows of one activation form are consecutive. Those of equal weight forms share theirs: ranges of
+    the input change no weight. The forms ``quantized`` end before ``start``.
+    """
+    first: dict[tuple[str, ...], int] = {quantized: start - len(quantized)}
+    behind: list[str] = []
+    for schemes in kept.values():
+        forms = _distinct(schemes)
+        if forms not in first:
+            first[forms] = start + len(behind)
+            behind += forms
+    return {form: first[_distinct(schemes)] for form, schemes in kept.items()}, behind
 
 
 def _promotions(candidate: CandidateWeights) -> tuple[Promotion, ...]:
@@ -241,26 +263,37 @@ def numpy_stacks(
 
 @dataclass(frozen=True)
 class InputRounding:
-    """How schemes round the input of a layer: to ``quant_min`` ... ``quant_max`` times the scale.
+    """How schemes round the input of a layer: by ``grid``, with a range as ``range`` says.
 
     ``kept`` int32 [n]: the channels that stay in float. ``factors`` float [C]: by what the channels
-    are multiplied before; the weight is divided by them. None for none. The range is INT8's by
-    default, as QuantizeLinear saturates to; that of a simulated quantizer lies around its zero
-    point.
+    are multiplied before; the weight is divided by them. None for none.
     """
 
-    scale: float
+    grid: ActivationGrid
     kept: Array
     factors: Array | None = None
-    quant_min: int = -128
-    quant_max: int = 127
+    range: ActivationRange = STATIC
 
-    def step(self, layer: Layer, rank: int) -> Array:
-        """Return the rounding step of the unscaled input, float32: a number, or one per channel."""
+    def at(self, timestep: float | None) -> InputRounding:
+        """Return the rounding at a value of the timestep's input."""
+        return replace(self, grid=self.range.at(self.grid, timestep))
+
+    @property
+    def scale(self) -> float:
+        """The scale at the widest range."""
+        return self.grid.scale
+
+    @property
+    def limits(self) -> tuple[int, int]:
+        """The smallest and the largest code."""
+        return self.grid.quant_min, self.grid.quant_max
+
+    def by_channel(self, layer: Layer, rank: int) -> Array | None:
+        """Return the factors, float32, to broadcast against an input of ``rank``."""
         if self.factors is None:
-            return np.asarray(self.scale, np.float32)
-        steps: Array = np.float32(self.scale) / self.factors.astype(np.float32)
-        return steps.reshape(1, -1, *(1,) * (rank - 2)) if layer.op == "Conv" else steps
+            return None
+        factors = self.factors.astype(np.float32)
+        return factors.reshape(1, -1, *(1,) * (rank - 2)) if layer.op == "Conv" else factors
 
     def kept_mask(self, layer: Layer, rank: int, channels: int) -> Array:
         """Return a mask of the kept channels, to broadcast against an input of ``rank``."""
@@ -284,14 +317,8 @@ def input_roundings(
 
 
 def _rounding(found: ActivationStats, scheme: Scheme) -> InputRounding:
-    grid = scheme.input_grid(found)
-    return InputRounding(
-        grid.scale,
-        scheme.branch.left_out(found),
-        scheme.branch.factors(found),
-        grid.quant_min,
-        grid.quant_max,
-    )
+    left_out, factors = scheme.branch.left_out(found), scheme.branch.factors(found)
+    return InputRounding(scheme.input_grid(found), left_out, factors, scheme.range)
 
 
 def _statistics(stats: CalibrationStats, use: LayerUse) -> ActivationStats:

@@ -19,7 +19,7 @@ from mpq_deploy.sensitivity.layer_numpy import UseErrors
 from mpq_deploy.sensitivity.layer_weights import input_roundings, node_attributes, numpy_stacks
 from mpq_deploy.sensitivity.measured_calls import MEMORY_BYTES, Calls
 from mpq_deploy.sensitivity.ort_graph import run_session, tapped_graph
-from mpq_deploy.sensitivity.subject import Subject
+from mpq_deploy.sensitivity.subject import Subject, timestep_of
 from mpq_deploy.sensitivity.table import Nested, SensitivityTable, table_from_losses
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -70,9 +70,10 @@ def local_errors(subject: Subject, calls: Calls) -> LocalErrors:
         shared = _shared_values(taps, shapes, calls)
         with subject.talk.bar("local errors", steps * calls.count) as advance:
             for step_index, chunk in calls.chunks(subject.batch_size(calls)):
-                values = taps.values(calls.feeds(step_index, chunk))
+                feeds = calls.feeds(step_index, chunk)
+                values = taps.values(feeds)
                 for layer in layers:
-                    for _, scheme, error in errors.of(layer, values):
+                    for _, scheme, error in errors.of(layer, values, feeds):
                         totals[layer.name][scheme][step_index] += _square_sum(error)
                     for use in layer.uses:
                         power[use.output][step_index] += _square_sum(values[use.output])
@@ -96,15 +97,23 @@ class LayerErrors:
         self._stacks = numpy_stacks(subject.graph, subject.candidates, MEMORY_BYTES)
 
     def of(
-        self, layer: Layer, values: Mapping[str, Array], schemes: frozenset[str] | None = None
+        self,
+        layer: Layer,
+        values: Mapping[str, Array],
+        feeds: Mapping[str, Array],
+        schemes: frozenset[str] | None = None,
     ) -> Iterator[tuple[str, str, Array]]:
-        """Yield (output name, scheme, dY) for every use and scheme of ``layer``."""
-        stack = self._stacks[layer]
+        """Yield (output name, scheme, dY) for every use and scheme of ``layer``.
+
+        ``feeds``: the inputs of the run that gave ``values``.
+        """
+        stack, timestep = self._stacks[layer], timestep_of(self._subject.spec, feeds)
         for use in layer.uses:
             roundings = input_roundings(
                 self._subject.stats, use, self._subject.candidates[layer.name].schemes
             )
-            errors = UseErrors(layer, self._attributes[use.node], stack, roundings)
+            now = {form: rounding.at(timestep) for form, rounding in roundings.items()}
+            errors = UseErrors(layer, self._attributes[use.node], stack, now)
             for scheme, error in errors.errors(values[use.input], schemes):
                 yield use.output, scheme, error
 

@@ -33,7 +33,7 @@ from mpq_deploy.sensitivity.layer_weights import (
     node_attributes,
 )
 from mpq_deploy.sensitivity.measured_calls import HELD_SHARE, MEMORY_BYTES
-from mpq_deploy.sensitivity.subject import Subject
+from mpq_deploy.sensitivity.subject import Subject, timestep_of
 from mpq_deploy.sensitivity.table import Nested, SensitivityTable, table_from_projections
 from mpq_deploy.sensitivity.torch_projection import ProjectedUse, TorchStack, project_layer
 from mpq_deploy.system.parallel.work import Result, Within, Work, run_shards
@@ -198,7 +198,8 @@ class _Probing:
 
     def probe(self, step_index: int, chunk: slice, parts: Sequence[slice], values: Nested) -> float:
         """Add the products of a chunk of samples into ``values``; return the sum of ||output||^2."""
-        feeds, power = self._graph.feed(self._calls.feeds(step_index, chunk)), 0.0
+        arrays, power = self._calls.feeds(step_index, chunk), 0.0
+        feeds, timestep = self._graph.feed(arrays), timestep_of(self._subject.spec, arrays)
 
         def seeds(output: Any) -> list[Any]:
             nonlocal power
@@ -214,7 +215,11 @@ class _Probing:
             self._graph, feeds, parts, uses, {self._output: seeds}
         ):
             with torch.no_grad():
-                self._project(self._uses[number], x, torch.stack(rows, 1), chunk, values)
+                products = self._products(
+                    self._uses[number], x, torch.stack(rows, 1), timestep, chunk
+                )
+                for scheme, found in products.items():
+                    values[self._uses[number].layer.name][scheme][:, chunk] += found.float().numpy()
         return power
 
     def _noise(self, step_index: int, chunk: slice, shape: tuple[int, ...]) -> Any:
@@ -227,11 +232,13 @@ class _Probing:
         ]
         return torch.from_numpy(np.stack(rows, 1))
 
-    def _project(self, item: _Use, x: Any, gradients: Any, chunk: slice, values: Nested) -> None:
+    def _products(
+        self, item: _Use, x: Any, gradients: Any, timestep: float | None, chunk: slice
+    ) -> dict[str, Any]:
         attributes = self._attributes[item.use.node]
-        use = ProjectedUse(item.layer, attributes, self._stacks[item.layer], item.roundings)
-        for scheme, products in project_layer(use, x, gradients, chunk.stop - chunk.start).items():
-            values[item.layer.name][scheme][:, chunk] += products.float().numpy()
+        roundings = {form: rounding.at(timestep) for form, rounding in item.roundings.items()}
+        use = ProjectedUse(item.layer, attributes, self._stacks[item.layer], roundings)
+        return project_layer(use, x, gradients, chunk.stop - chunk.start)
 
 
 def _refuse_non_finite(name: str, value: Any) -> None:

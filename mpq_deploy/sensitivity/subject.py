@@ -118,6 +118,11 @@ class Subject:
         return calls.fixed_batch or self.settings.batch_size
 
 
+def timestep_of(spec: DenoiserSpec, feeds: Mapping[str, Any]) -> float | None:
+    """Return what the timestep's input is given in ``feeds``, the largest of several; None without one."""
+    return float(feeds[spec.timestep_name].max()) if spec.timestep else None
+
+
 def _work_on(work: Callable[[Subject], Work], subject: Subject, root: Path, talk: Talk) -> Work:
     return work(subject)
 

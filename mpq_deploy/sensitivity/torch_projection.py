@@ -19,7 +19,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-import numpy as np
 import torch
 from torch.nn import functional
 
@@ -49,17 +48,22 @@ def quantized_codes(x: Any, scale: Any) -> Any:
     return torch.round(x / scale).clamp_(INT8_MIN, INT8_MAX)
 
 
+def absmax(x: Any, axes: tuple[int, ...]) -> Any:
+    """Return the largest magnitude of ``x`` over ``axes``, which stay."""
+    return x.abs().amax(dim=axes, keepdim=True)
+
+
 def fake_quantize(x: Any, rounding: InputRounding, layer: Layer) -> Any:
     """Round ``x`` as QuantizeLinear and DequantizeLinear do; kept channels stay."""
-    if rounding.factors is None:
-        rounded = (
-            torch.round(x / rounding.scale)
-            .clamp_(rounding.quant_min, rounding.quant_max)
-            .mul_(rounding.scale)
-        )
-    else:
-        step = torch.from_numpy(np.asarray(rounding.step(layer, x.ndim))).to(x.dtype)
-        rounded = quantized_codes(x, step).mul_(step)
+    factors, seen = rounding.by_channel(layer, x.ndim), x
+    if factors is not None:
+        multiplier = torch.from_numpy(factors).to(x.dtype)
+        seen = x * multiplier
+    ratio = rounding.range.ratio(seen, rounding.grid, layer.op == "Conv", absmax)
+    step = rounding.scale if ratio is None else ratio * rounding.scale
+    rounded = torch.round(seen / step).clamp_(*rounding.limits).mul_(step)
+    if factors is not None:
+        rounded.div_(multiplier)
     if not len(rounding.kept):
         return rounded
     channels = x.shape[1 if layer.op == "Conv" else -1]

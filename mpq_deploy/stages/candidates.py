@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 # Raised with every change of what the candidates' files hold.
-CANDIDATES_FORMAT = 9
+CANDIDATES_FORMAT = 10
 TAKEN = {"schemes", "branches", "rules", "conv_products"}
 
 
@@ -31,6 +31,7 @@ def inputs(run: Run) -> Fields:
     return {
         "recipe.allocate.schemes": list(run.recipe.allocate.schemes),
         "recipe.allocate.branches": list(run.recipe.allocate.branches),
+        "recipe.allocate.ranges": list(run.recipe.allocate.ranges),
         "recipe.measure.samples": run.recipe.measure.samples,
         "candidates.format": CANDIDATES_FORMAT,
         "target.schemes": target.model_dump(mode="json", include=TAKEN),

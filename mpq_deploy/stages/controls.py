@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mpq_deploy.allocate.exponents import best_int8
 from mpq_deploy.allocate.plan_solver import PlanSolver
 from mpq_deploy.graph.writers.plan_graphs import write_plan
-from mpq_deploy.rounding.candidate_store import CONTROLS, control_scheme
+from mpq_deploy.rounding.candidate_store import CONTROLS, STATIC_INT8, control_scheme
 from mpq_deploy.run.stage import Stage, version_of
 from mpq_deploy.sensitivity.methods import ORM_CONTROLS
+from mpq_deploy.sensitivity.table import SensitivityTable
 from mpq_deploy.stages.allocate import STAGE as ALLOCATE
 from mpq_deploy.system.files import Fields, canonical_json
 
@@ -33,12 +35,7 @@ def make(run: Run, folder: Path) -> str:
     """Make the stage in ``folder``; return a few words for the log."""
     sizes = {}
     if run.recipe.evaluate.controls:
-        layers = run.exported.graph.layers
-        target, stats = run.target, run.calibration.stats
-        for name, preferred in CONTROLS.items():
-            schemes = {
-                layer.name: control_scheme(layer, preferred, target, stats).name for layer in layers
-            }
+        for name, schemes in _control_schemes(run).items():
             (folder / name).mkdir()
             sizes[name] = write_plan(run, schemes, folder / name)
         for name in ORM_CONTROLS if run.recipe.measure.method == "orm" else ():
@@ -49,10 +46,26 @@ def make(run: Run, folder: Path) -> str:
     return ", ".join(f"{name} {size:,} bytes" for name, size in sizes.items()) or "none"
 
 
+def _control_schemes(run: Run) -> dict[str, dict[str, str]]:
+    """Return the controls by name, each as layer -> scheme."""
+    layers, target = run.exported.graph.layers, run.target
+    stats = run.calibration.stats
+    table = SensitivityTable.load(run.stage("measure"))
+    found = {
+        name: {layer.name: control_scheme(layer, preferred, target, stats).name for layer in layers}
+        for name, preferred in CONTROLS.items()
+    }
+    best = best_int8(layers, target, table.losses, table.predicts_nmse, stats)
+    found["int8"] = {name: scheme.name for name, scheme in best.items()}
+    if found["int8"] == found[STATIC_INT8]:
+        del found[STATIC_INT8]
+    return found
+
+
 STAGE = Stage(
     "controls",
     make,
     inputs,
-    reads=("export", "calibrate", "candidates"),
+    reads=("export", "calibrate", "candidates", "measure"),
     after=("allocate",),
 )

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from mpq_deploy.calibrate import activation_shapes as shapes_module
 from mpq_deploy.calibrate.activation_shapes import ActivationShape, activation_shapes
-from mpq_deploy.calibrate.calibrate import summarise, weight_ranges
+from mpq_deploy.calibrate.calibrate import summarise, timestep_values, weight_ranges
 from mpq_deploy.calibrate.observers import Observation, merge, observe
 from mpq_deploy.calls.recorded import RecordedCalls
 from mpq_deploy.errors import ModelError
@@ -43,7 +43,7 @@ def calls_of(given_case: Case) -> RecordedCalls:
 
 def check_against_numpy(case_: Case) -> None:
     observed, graph = seen(case_), case_.graph
-    stats = summarise(observed, weight_ranges(graph), OPTIONS)
+    stats = summarise(observed, weight_ranges(graph), OPTIONS, timestep_values(calls_of(case_)))
     values = case_.activations(list(graph.activations))
     convolved = {use.input for layer in graph.layers if layer.op == "Conv" for use in layer.uses}
     for number, name in enumerate(observed.names):
@@ -61,8 +61,9 @@ def check_against_numpy(case_: Case) -> None:
         np.testing.assert_allclose(
             one.fourth_moment, np.mean(flat**4, axis=1), rtol=1e-4, atol=1e-9
         )
-        per_step = np.abs(whole).reshape(len(whole), -1).max(axis=1)
-        np.testing.assert_allclose(one.amax_by_timestep, per_step, rtol=2e-5)
+        per_step = np.abs(flat.reshape(len(flat), len(whole), -1)).max(axis=2).T
+        np.testing.assert_allclose(one.amax_by_timestep, per_step, rtol=2e-5, atol=1e-6)
+        assert one.timesteps.tolist() == case_.recorded.timesteps.tolist()
         assert observed.counts[number] == flat.shape[1]
         # Each sampled value is one of the tensor's.
         ordered = np.sort(whole.ravel())
@@ -123,10 +124,10 @@ def test_a_channel_that_stretches_the_range_is_found_and_the_scale_without_it_is
     samples_of(stretched.recorded)[:, :, 5] *= 40
     samples_of(stretched.recorded)[0, 3, 9] *= 30  # now and then counts as well
     options = CalibrateSettings(batch_size=8, reservoir=2048)
-    one = summarise(seen(stretched, options), {}, options).activations["sample"]
+    one = summarise(seen(stretched, options), {}, options, np.empty(0)).activations["sample"]
     assert set(one.outliers[:2]) == {5, 9}
     samples_of(stretched.recorded)[:, :, [5, 9]] = 0
-    rest = summarise(seen(stretched, options), {}, options).activations["sample"]
+    rest = summarise(seen(stretched, options), {}, options, np.empty(0)).activations["sample"]
     # The zeros that now stand in the two channels cost no rounding error, so the best scale is the same.
     without = SCHEMES["w8a8+cols1"]
     assert without.input_grid(one).scale == pytest.approx(rest.scale, rel=0.15)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from mpq_deploy.calibrate.stats import ActivationStats, CalibrationStats
+from mpq_deploy.formats.branches.prescaled import TENTHS
 from mpq_deploy.formats.candidates import (
     LayerCandidates,
     choices_for,
@@ -17,6 +18,7 @@ from mpq_deploy.formats.candidates import (
     with_promoted_rows,
 )
 from mpq_deploy.formats.layer_rounding import InputMoments
+from mpq_deploy.formats.ranges import RANGE_KINDS
 from mpq_deploy.formats.scheme import SCHEMES, Scheme
 from mpq_deploy.formats.sizes import input_channels
 from mpq_deploy.graph.layers import Layer, layer_graph
@@ -106,8 +108,11 @@ def normed_denoiser() -> GraphBuilder:
 
 
 def _matches(scheme: Scheme, wanted: str) -> bool:
-    family, _, branch = wanted.partition("+")
-    return scheme.series == family and scheme.branch.suffix == (branch and f"+{branch}")
+    body, _, branch = wanted.partition("+")
+    kind = next((k for k in RANGE_KINDS if body.endswith(k)), "")
+    family = body.removesuffix(f"-{kind}") if kind else body
+    same = scheme.series == family and scheme.range.kind == kind
+    return same and scheme.branch.suffix == (branch and f"+{branch}")
 
 
 def make_case(folder: Path, graph: GraphBuilder | None = None, **spec: Any) -> Case:
@@ -116,7 +121,7 @@ def make_case(folder: Path, graph: GraphBuilder | None = None, **spec: Any) -> C
     layers = layer_graph(load_model(path))
 
     def refusal(layer: Layer, scheme: Scheme) -> str:
-        return bias_refusal(layers.model, layer) if scheme.branch else ""
+        return bias_refusal(layers.model, layer) if scheme.branch or scheme.range.moves else ""
 
     candidates = {}
     wanted = tuple(s for s in SCHEMES.values() if not s.simulated or s.name in SIMULATED_FORMS)
@@ -132,7 +137,7 @@ def make_case(folder: Path, graph: GraphBuilder | None = None, **spec: Any) -> C
                 moments,
                 (layer.reduction,),
                 outliers=outlier_order(layer),
-                factors=factors_of(layer),
+                factors=np.tile(factors_of(layer), (len(TENTHS), 1)),
                 amax=np.ones(layer.reduction),
             ),
             Rounding(gptq=True, damping=0.01, refinements=1),
@@ -192,11 +197,12 @@ def _stats(layers: tuple[Layer, ...], tensor: str) -> ActivationStats:
         channels,
         channels,
         np.ones(4, np.float32),
-        np.ones(2, np.float32),
+        127 * scale * np.array([[1.0], [0.5]], np.float32) * channels,
         scale,
         outliers,
         np.array([np.float16(0.025), np.float16(0.02)], np.float64),
-        factors_of(layer)[None],
-        np.array([np.float16(0.035)], np.float64),
+        np.tile(factors_of(layer), (len(TENTHS), 1)),
+        np.full(len(TENTHS), np.float16(0.035), np.float64),
         4,
+        np.array([900.0, 100.0], np.float32),
     )

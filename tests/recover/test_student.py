@@ -43,6 +43,10 @@ FORMS = (
     "w4a16+lowrank8",
     "w8a8+scale5",
     "w4a8+scale5",
+    "w8a8-timestep",
+    "w8a8-timestep+scale5",
+    "w8a8-dynamic",
+    "w4a8-dynamic+scale5",
     *SIMULATED_FORMS,
 )
 
@@ -97,7 +101,10 @@ def feeds(count: int = 3) -> dict[str, np.ndarray]:
 
 
 def by_runtime(path: Path) -> np.ndarray:
-    return np.asarray(make_session(path, fake_quant_only=True).run(["out_sample"], feeds())[0])
+    """One call per sample: the samples of a call have one timestep where ranges follow it."""
+    session, given = make_session(path, fake_quant_only=True), feeds()
+    calls = [{n: v[i : i + 1] for n, v in given.items()} for i in range(len(given["sample"]))]
+    return np.concatenate([session.run(["out_sample"], call)[0] for call in calls])
 
 
 def by_torch(student: Student) -> np.ndarray:

@@ -13,6 +13,7 @@ import onnxruntime as ort
 
 from mpq_deploy.calibrate.stats import ActivationStats, CalibrationStats
 from mpq_deploy.calls.recorded import CallSet
+from mpq_deploy.formats.branches.prescaled import TENTHS
 from mpq_deploy.formats.scheme import SCHEMES, Scheme
 from mpq_deploy.graph.layers import Layer, LayerGraph, layer_graph
 from mpq_deploy.models.spec import DenoiserSpec, InputSpec
@@ -29,6 +30,11 @@ NAMES = (
     "w8a8+cols1",
     "w4a8-b32+cols1",
     "w8a8+scale5",
+)
+# Ranges that move, alone and with factors: the weights of w8a8 and of w8a8+scale5.
+NAMES = (
+    *NAMES,
+    *(f"w8a8-{kind}{more}" for kind in ("timestep", "dynamic") for more in ("", "+scale5")),
 )
 # One weight form behind two activation forms, and two behind one.
 NAMES = (*NAMES, "w5a16-sim", "w5a7-sim", "w6a7-sim")
@@ -149,6 +155,8 @@ def setting(
     tops = {name: float(np.abs(values).max()) for name, values in reservoirs.items()}
     empty = np.zeros(1, np.float32)
     channels = {t: _channels(n) for n in graph.layers for t in n.inputs}
+    # Each timestep is said to reach half as far as the one before: FP16 holds such ratios.
+    by_step = np.float32(0.5) ** np.arange(steps)
     # Without its first channel a tensor is said to reach only two thirds as far: rounding then differs visibly.
     made.stats = CalibrationStats(
         {
@@ -156,18 +164,35 @@ def setting(
                 np.array([top]),
                 *[empty] * 2,
                 reservoir=reservoirs[name],
-                amax_by_timestep=empty,
+                amax_by_timestep=top * by_step[:, None] * np.ones((1, channels[name])),
                 scale=top / 127,
                 outliers=np.roll(np.arange(channels[name], dtype=np.int32), 1),
                 scales_without=np.array([top / 187, top / 200]),
-                factors=np.linspace(0.5, 2, channels[name], dtype=np.float16)[None],
-                scales_rescaled=np.array([top / 170]),
+                factors=np.tile(
+                    np.linspace(0.5, 2, channels[name], dtype=np.float16), (len(TENTHS), 1)
+                ),
+                scales_rescaled=np.full(len(TENTHS), top / 170),
                 count=float(len(reservoirs[name])),
+                timesteps=calibration.timesteps,
             )
             for name, top in tops.items()
         }
     )
     return made
+
+
+def moved_scale(kind: Scheme, scale: float, step: int, seen: Any, axes: tuple[int, ...]) -> Any:
+    """What ``scale`` is at a timestep of ``setting``, or for the values ``seen``: 127 steps up to their largest.
+
+    The inverse of the widest range is a constant in FP16, and at most 128 times as wide as any.
+    """
+    if "-timestep" in kind.name:
+        return np.float32(scale * 0.5**step)
+    if "-dynamic" in kind.name:
+        inverse = np.float32(np.float16(1 / (127 * scale)))
+        ratio = np.abs(seen).max(axis=axes, keepdims=True) * inverse
+        return np.float32(scale) * np.maximum(ratio, 1 / 128)
+    return np.float32(scale)
 
 
 def _channels(layer: Layer) -> int:

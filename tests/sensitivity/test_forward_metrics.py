@@ -29,7 +29,7 @@ from mpq_deploy.sensitivity.table import SensitivityTable
 from mpq_deploy.system.progress import Talk
 from tests.calls.sets import samples_of
 from tests.graphs import GraphBuilder, denoiser_graph
-from tests.sensitivity.cases import NAMES, Rounded, Setting, setting
+from tests.sensitivity.cases import NAMES, Rounded, Setting, moved_scale, setting
 from tests.sensitivity.kinds import kinds, linear
 
 OPTIONS = MeasureSettings(calls=3, probes=4)
@@ -77,8 +77,8 @@ def test_gemm_local_error_by_hand() -> None:
     for scheme in NAMES:
         kind = SCHEMES[scheme]
         grid = (kind if kind.activation else SCHEMES["w8a8"]).input_grid(stats)
-        scale = np.float32(grid.scale)
         factors = stats.factors[0].astype(np.float32) if "+scale" in scheme else np.float32(1)
+        scale = moved_scale(kind, grid.scale, 1, x * factors, (-1,))
         rounded = (
             np.clip(np.rint(x * factors / scale), grid.quant_min, grid.quant_max) * scale / factors
         )

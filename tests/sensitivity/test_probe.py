@@ -24,7 +24,7 @@ from mpq_deploy.sensitivity.subject import Subject  # noqa: E402
 from mpq_deploy.system.progress import Talk  # noqa: E402
 from tests.calls.sets import samples_of  # noqa: E402
 from tests.graphs import GraphBuilder, denoiser_graph  # noqa: E402
-from tests.sensitivity.cases import NAMES, Setting, setting  # noqa: E402
+from tests.sensitivity.cases import NAMES, Setting, moved_scale, setting  # noqa: E402
 from tests.sensitivity.kinds import kinds, linear  # noqa: E402
 
 pytestmark = pytest.mark.torch
@@ -66,7 +66,9 @@ def brute_force(case: Setting, options: MeasureSettings) -> dict[str, dict[str, 
                 for (layer, use), gradient in zip(uses, gradients):
                     x = values[use.input].detach()
                     for scheme in case.candidates[layer.name].schemes:
-                        error = local_error(case, layer, nodes[use.node], x, scheme, use.input)
+                        error = local_error(
+                            case, layer, nodes[use.node], x, scheme, (use.input, step)
+                        )
                         product = (error * gradient).sum().item()
                         found[layer.name][scheme.name][step, p, call] += product / norm
     entries = steps * options.probes * calls
@@ -75,11 +77,13 @@ def brute_force(case: Setting, options: MeasureSettings) -> dict[str, dict[str, 
     }
 
 
-def local_error(case: Setting, layer: Any, node: Any, x: Any, scheme: Any, tensor: str) -> Any:
+def local_error(
+    case: Setting, layer: Any, node: Any, x: Any, scheme: Any, place: tuple[str, int]
+) -> Any:
     """layer(Qa(x); Qw(W)) - layer(x; W), both evaluated in full by torch's own functions in float64."""
     attributes = {a.name: list(a.ints) or a.i for a in node.attribute}
     candidate = case.candidates[layer.name]
-    rounded = x
+    rounded, (tensor, timestep) = x, place
     if scheme.activation is not None:
         stats = case.stats.activations[tensor]
         grid = scheme.input_grid(stats)
@@ -87,7 +91,9 @@ def local_error(case: Setting, layer: Any, node: Any, x: Any, scheme: Any, tenso
         if "+scale" in scheme.name:
             factors = torch.from_numpy(stats.factors[0].astype(np.float32))
             factors = factors.reshape(-1, 1, 1) if layer.op == "Conv" else factors
-        step = float(np.float32(grid.scale)) / factors
+        axes = tuple(range(1, x.ndim)) if layer.op == "Conv" else (-1,)
+        seen = (x.float() * factors).numpy()
+        step = torch.as_tensor(moved_scale(scheme, grid.scale, timestep, seen, axes)) / factors
         codes = torch.round(x.float() / step)
         rounded = torch.clamp(codes, grid.quant_min, grid.quant_max).double() * step.double()
         if "+cols" in scheme.name:

@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from mpq_deploy.models.spec import Array
     from mpq_deploy.recover.trained_weights import LayerTwin, StartingWeight, TwinKit
 
-# Tenths of the activation's range that move to the weight: factors of (max|W| / max|X|) ** 0.5,
-# MPQ-DM's.
-TENTHS = (5,)
+# Tenths of the activation's range that move to the weight: factors max|W| ** (1 - a) / max|X| ** a.
+# MPQ-DM's is 5; which one a layer takes is measured.
+TENTHS = (3, 5, 7, 9)
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,7 @@ class Prescaled(Branch):
     """``amount`` tenths of the activation's range move to the weight. Nothing is computed beside the body."""
 
     kind = "scale"
-    # The multiplication, where the producer cannot take it.
-    kernels = input_kernels = 1
+    meaning = "the input's channels multiplied by factors that even out their ranges"
     rescales = True
 
     @property
@@ -64,6 +63,10 @@ class Prescaled(Branch):
     def input_scale(self, stats: ActivationStats) -> float:
         return float(stats.scales_rescaled[TENTHS.index(self.amount)])
 
+    def input_amax(self, stats: ActivationStats) -> Array:
+        factors = stats.factors[TENTHS.index(self.amount)].astype(np.float32)
+        return np.asarray((stats.amax_by_timestep * factors).max(axis=1))
+
     def input_bytes(self, layer: Layer) -> int:
         return FP16_BYTES * input_channels(layer)
 
@@ -75,8 +78,10 @@ class Prescaled(Branch):
 
     def round(self, scheme: Scheme, layer: LayerRounding, forms: Forms) -> ScaledMatrix:
         """The body is the weight that the rescaled input sees."""
-        factors = layer.inputs.factors
-        assert factors is not None, "branches that rescale the input's channels need the factors"
+        assert layer.inputs.factors is not None, (
+            "branches that rescale the input's channels need the factors"
+        )
+        factors = layer.inputs.factors[TENTHS.index(self.amount)]
         divided, moments = rescaled(layer.weight, layer.moments, by_column(factors, layer.taps))
         return ScaledMatrix(round_alone(scheme.body, layer, divided, moments), factors)
 

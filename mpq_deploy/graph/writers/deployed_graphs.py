@@ -15,6 +15,7 @@ import onnx_ir as ir
 
 from mpq_deploy.errors import ModelError
 from mpq_deploy.formats.interfaces import ActivationGrid
+from mpq_deploy.formats.ranges import ramp_nodes
 from mpq_deploy.graph.dialects import Dialect
 from mpq_deploy.graph.fp16_region import fp16_region
 from mpq_deploy.graph.load import load_model
@@ -68,8 +69,8 @@ def write_quantized(
         for constant, tensor in learned.items():
             model.graph.initializers[constant].const_value = tensor
         region = fp16_region(model, exported.timestep, exported.sample, exported.beyond_fp16)
-        quantize_layers(model, list(rewrites), scales)
-        finish(region.with_written(model))(model)
+        quantize_layers(model, list(rewrites), scales, exported.timestep)
+        finish(region.with_nodes(ramp_nodes()).with_written(model))(model)
         if dialect is not None:
             LowerOpsetPass(dialect.opsets[1])(model)
         models[name] = model

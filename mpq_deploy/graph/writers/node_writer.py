@@ -240,6 +240,28 @@ class LayerWriter(NodeWriter):
         inputs = self.node.inputs if bias else self.node.inputs[:2]
         return self.beside(self.node.op_type, list(inputs), dict(self.node.attributes), label)
 
+    def multiply_product(self, ratio: ir.Value) -> None:
+        """Multiply what the node gives by ``ratio``, before its bias is added."""
+        node = self.node
+        bias = node.inputs[2] if len(node.inputs) > 2 else None
+        output = node.outputs[0]
+        nodes = [self.beside("Mul", [output, ratio], {}, "range")]
+        if bias is not None:
+            node.resize_inputs(2)
+            added = self._by_channel(bias) if node.op_type == "Conv" else bias
+            nodes.append(self.beside("Add", [nodes[-1].outputs[0], added], {}, "bias"))
+        self.graph.insert_after(node, nodes)
+        self.hand_over(output, nodes[-1], nodes[0])
+        output.shape = nodes[-1].outputs[0].shape
+
+    def _by_channel(self, bias: ir.Value) -> ir.Value:
+        """Return a Conv's bias [O] as [O, 1, ...], to be added to its output."""
+        assert bias.const_value is not None
+        array = bias.const_value.numpy().reshape(-1, *(1,) * len(self.layer.kernel))
+        if not bias.uses():
+            del self.graph.initializers[bias.name or ""]
+        return self.constant("bias", array)
+
     def add_output(self, nodes: list[ir.Node], label: str) -> None:
         """Insert ``nodes`` after the layer's, and add what the last of them gives to its output."""
         output = self.node.outputs[0]

@@ -3,7 +3,8 @@
 1. FP16: nothing.
 2. Quantized activations: one QuantizeLinear/DequantizeLinear pair per activation tensor and form,
    shared by all its readers, directly on their inputs; factors of its channels before it (see
-   ``prescale``).
+   ``prescale``). Where the range moves (``formats.ranges``), the input is divided by its ratio to
+   the widest before the pair, and each product multiplied by it, before the bias is added.
 3. Weights and branches: what the scheme's format and branch write (see ``formats``). Branches stand
    on the activation side, where TensorRT keeps both parts packed: it rebuilds a weight that is the
    sum or concatenation of dequantized ones at each call, or fails to build.
@@ -19,6 +20,7 @@ import onnx_ir as ir
 
 from mpq_deploy.errors import ModelError
 from mpq_deploy.formats.interfaces import ActivationGrid, DeployedMatrix, Scheme
+from mpq_deploy.formats.ranges import RangeNames
 from mpq_deploy.graph.layers import Layer, LayerGraph
 from mpq_deploy.graph.writers.node_writer import LayerWriter, NodeWriter
 from mpq_deploy.graph.writers.prescale import fold_factors, foldable_inputs, multiply_channels
@@ -43,14 +45,17 @@ def quantize_layers(
     model: ir.Model,
     rewrites: list[LayerRewrite],
     activation_scales: Mapping[str, float | ActivationGrid],
+    timestep: str = "",
 ) -> tuple[ir.Model, bool]:
     """Rewrite ``model`` in place; return it and whether anything changed.
 
     ``activation_scales``: activation tensor (followed by the scheme's ``activation_form``) -> its
     quantizer, or the scale of one of INT8, for every input of a layer with quantized activations.
+    ``timestep``: the graph's input that ranges by timestep follow. Raises ModelError where they
+    have none.
     """
     nodes = {node.name: node for node in model.graph}
-    pairs: dict[str, ir.Value] = {}
+    pairs: dict[str, QuantizedInput] = {}
     changed = False
     folded = _fold_factors(model, rewrites)
     for rewrite in rewrites:
@@ -61,16 +66,19 @@ def quantize_layers(
             node = nodes[use.node]
             x = node.inputs[0]
             assert x is not None
+            ratio = None
             if rewrite.scheme.activation is not None:
                 key = use.input + rewrite.scheme.activation_form
                 if key not in pairs:
                     factors = None if use.input in folded else rewrite.factors
-                    pairs[key] = _quantize_activation(
-                        model, x, rewrite, activation_scales[key], factors
-                    )
-                node.replace_input_with(0, pairs[key])
+                    writing = InputWriter(model, rewrite, activation_scales[key], timestep)
+                    pairs[key] = writing.quantize(x, factors)
+                node.replace_input_with(0, pairs[key].value)
+                ratio = pairs[key].ratio
             to = LayerWriter(model, rewrite.layer, rewrite.scheme, node, x, number, tensors)
             rewrite.scheme.branch.write(to, rewrite.scheme, rewrite.matrix)
+            if ratio is not None:
+                to.multiply_product(ratio)
         _drop_if_unused(model, rewrite.layer.weight)
         changed = True
     return model, changed
@@ -123,25 +131,54 @@ def _fold_factors(model: ir.Model, rewrites: list[LayerRewrite]) -> set[str]:
     return set(folded)
 
 
-def _quantize_activation(
-    model: ir.Model,
-    x: ir.Value,
-    rewrite: LayerRewrite,
-    found: float | ActivationGrid,
-    factors: Array | None,
-) -> ir.Value:
-    """Insert the quantizer of ``x``, times ``factors`` if any, right after its producer; return what it gives."""
-    grid = found if isinstance(found, ActivationGrid) else ActivationGrid(found)
-    scheme = rewrite.scheme
-    assert scheme.activation is not None and x.name is not None
-    if not np.isfinite(grid.scale) or grid.scale <= 0:
-        raise ModelError(
-            f"The scale of the activation '{x.name}' is {grid.scale}.", "Calibrate again."
-        )
-    form, to, value = scheme.activation_form, NodeWriter(model), x
-    if factors is not None:
-        value = multiply_channels(model, x, rewrite.layer, factors, form)
-    return to.after(value, scheme.activation.write(to, value, grid, (x.name, form)))
+@dataclass(frozen=True)
+class QuantizedInput:
+    """A rounded activation, and the ratio that its readers' products are multiplied by; None for 1."""
+
+    value: ir.Value
+    ratio: ir.Value | None
+
+
+@dataclass(frozen=True)
+class InputWriter:
+    """Writes the quantizer of an input of ``rewrite``'s layer: ``found``, or the scale of one of INT8."""
+
+    model: ir.Model
+    rewrite: LayerRewrite
+    found: float | ActivationGrid
+    timestep: str
+
+    def quantize(self, x: ir.Value, factors: Array | None) -> QuantizedInput:
+        """Insert the quantizer of ``x``, times ``factors`` if any, right after its producer."""
+        grid = self.found if isinstance(self.found, ActivationGrid) else ActivationGrid(self.found)
+        scheme = self.rewrite.scheme
+        assert scheme.activation is not None and x.name is not None
+        if not np.isfinite(grid.scale) or grid.scale <= 0:
+            raise ModelError(
+                f"The scale of the activation '{x.name}' is {grid.scale}.", "Calibrate again."
+            )
+        form, to, value = scheme.activation_form, NodeWriter(self.model), x
+        if factors is not None:
+            value = multiply_channels(self.model, x, self.rewrite.layer, factors, form)
+        nodes, ratio = scheme.range.write(to, value, grid, self._names(x, form))
+        divided = value
+        if ratio is not None:
+            label = f"{x.name}/divide{form}"
+            nodes = [*nodes, to.make("Div", [value, ratio], {}, label, like=value)]
+            divided = nodes[-1].outputs[0]
+        nodes = [*nodes, *scheme.activation.write(to, divided, grid, (x.name, form))]
+        return QuantizedInput(to.after(value, nodes), ratio)
+
+    def _names(self, x: ir.Value, form: str) -> RangeNames:
+        layer, inputs = self.rewrite.layer, {value.name for value in self.model.graph.inputs}
+        if self.rewrite.scheme.range.by_timestep and self.timestep not in inputs:
+            raise ModelError(
+                f"'{layer.name}' has a range by timestep, and the graph has no timestep input.",
+                "Leave 'timestep' out of allocate.ranges.",
+            )
+        convolved = layer.op == "Conv"
+        rank = 2 + len(layer.kernel) if convolved else 0
+        return RangeNames(f"{x.name}//range{form}", convolved, rank, self.timestep)
 
 
 def _drop_if_unused(model: ir.Model, name: str) -> None:

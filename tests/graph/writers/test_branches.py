@@ -15,6 +15,7 @@ from mpq_deploy.engine.builder import BatchProfile, BuildRequest, build_engine
 from mpq_deploy.engine.expected import ExpectedLayers
 from mpq_deploy.engine.target import load_target
 from mpq_deploy.formats.branches.cols import Cols
+from mpq_deploy.formats.branches.prescaled import TENTHS
 from mpq_deploy.formats.candidates import (
     LayerCandidates,
     choices_for,
@@ -92,7 +93,7 @@ def candidates_of(graph: LayerGraph) -> dict[str, LayerCandidates]:
                 np.eye(layer.reduction, dtype=np.float32)[None],
                 (layer.reduction,),
                 outliers=outlier_order(layer),
-                factors=factors_of(layer),
+                factors=np.tile(factors_of(layer), (len(TENTHS), 1)),
             ),
             Rounding(gptq=True, damping=0.01),
         )

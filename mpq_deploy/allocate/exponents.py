@@ -1,0 +1,90 @@
+"""Which exponent of the channels' factors each activation takes, before the integer program chooses.
+
+Exponents change neither bytes nor kernels, only the loss, and layers that read one tensor share its
+quantizer where they agree: so each tensor has one exponent per body and range, that of the least
+loss summed over its readers. Our choice: it keeps the integer program small.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from mpq_deploy.calibrate.stats import CalibrationStats
+from mpq_deploy.engine.target import Target
+from mpq_deploy.formats.scheme import SCHEMES, W8A8, Scheme
+from mpq_deploy.graph.layers import Layer
+from mpq_deploy.rounding.candidate_store import CONTROLS, control_scheme
+
+Names = Mapping[str, tuple[str, ...]]
+Losses = Mapping[str, Mapping[str, float]]
+Key = tuple[tuple[str, ...], str]
+
+
+def one_exponent_each(
+    layers: Sequence[Layer], allowed: Names, losses: Losses
+) -> dict[str, tuple[str, ...]]:
+    """Return ``allowed`` (layer -> schemes) with at most one exponent per body, the same for all readers."""
+    totals: dict[Key, dict[int, float]] = {}
+    for layer in layers:
+        for name in allowed[layer.name]:
+            if _rescales(name):
+                amounts = totals.setdefault(_key(layer, name), {})
+                amount = SCHEMES[name].branch.amount
+                amounts[amount] = amounts.get(amount, 0.0) + losses[layer.name][name]
+    best = {key: min(amounts, key=lambda a: (amounts[a], a)) for key, amounts in totals.items()}
+    return {
+        layer.name: tuple(
+            name
+            for name in allowed[layer.name]
+            if not _rescales(name) or SCHEMES[name].branch.amount == best[_key(layer, name)]
+        )
+        for layer in layers
+    }
+
+
+def best_int8(
+    layers: Sequence[Layer],
+    target: Target,
+    losses: Losses,
+    predicts: bool,
+    stats: CalibrationStats | None = None,
+) -> dict[str, Scheme]:
+    """Return everything in INT8 as well as the tool knows how: layer -> scheme.
+
+    The range and exponent of each activation are those of the least loss summed over its readers.
+    ``predicts``: losses are of a metric that tells ranges apart; else, and where ``losses`` has no
+    other, everything has one range. ``stats``: of inputs, some of which are too large.
+    """
+    static = {
+        layer.name: control_scheme(layer, CONTROLS["int8"], target, stats) for layer in layers
+    }
+    if not predicts:
+        return static
+    totals: dict[tuple[str, ...], dict[str, float]] = {}
+    for layer in layers:
+        for name in _int8_variants(static[layer.name], losses[layer.name]):
+            row = totals.setdefault(layer.inputs, {})
+            row[name] = row.get(name, 0.0) + losses[layer.name][name]
+    chosen = dict(static)
+    for layer in layers:
+        own = _int8_variants(static[layer.name], losses[layer.name])
+        if own:
+            row = totals[layer.inputs]
+            chosen[layer.name] = SCHEMES[min(own, key=lambda name: (row[name], name))]
+    return chosen
+
+
+def _int8_variants(static: Scheme, losses: Mapping[str, float]) -> tuple[str, ...]:
+    """Names of the measured schemes that differ from W8A8 by the input's range and factors alone."""
+    if static != W8A8:
+        return ()
+    found = [SCHEMES[name] for name in losses]
+    return tuple(s.name for s in found if s.static == W8A8 and (not s.branch or s.branch.rescales))
+
+
+def _rescales(name: str) -> bool:
+    return SCHEMES[name].branch.rescales
+
+
+def _key(layer: Layer, name: str) -> Key:
+    return layer.inputs, SCHEMES[name].body.name

@@ -1,0 +1,358 @@
+"""Where the range of a quantized activation comes from: calibration, the timestep, or its values.
+
+An activation's range changes by the factor of ten and more along the denoising. One scale for all
+timesteps wastes codes where it is narrow. A range that moves divides the input by a ratio in (0, 1]
+before its quantizer, and multiplies the product by the same ratio: the scale stays one constant,
+as INT8 kernels want, the input never exceeds its widest range, and FP16 holds all of it. Source:
+ranges by timestep are calibrated by Q-Diffusion (arXiv 2302.04304) and TFMQ-DM (arXiv 2311.16503);
+a table indexed in the graph, interpolated between recorded timesteps, is our choice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+
+from mpq_deploy.formats.sizes import FP16_BYTES, INT64_BYTES
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from mpq_deploy.calibrate.stats import ActivationStats
+    from mpq_deploy.formats.interfaces import ActivationGrid, Branch
+    from mpq_deploy.graph.layers import Layer
+    from mpq_deploy.graph.writers.node_writer import NodeWriter
+    from mpq_deploy.models.spec import Array
+
+# Entries of a table: as many as timesteps are calibrated by default. Of more, each entry is the
+# widest of its neighbourhood; of fewer, the rest is not used. So bytes do not depend on calibration.
+ENTRIES = 20
+FLOAT32_BYTES = 4
+# The smallest ratio: what is narrower than this part of the widest range has fewer codes. Below it
+# an FP16 product of the divided input could overflow where the whole one does not (our choice).
+SMALLEST_RATIO = 2.0**-7
+# What all tables of a graph share: the slopes and offsets of each entry's ramp, FP32, and the ends
+# 0 and 1 of the ramps.
+RAMPS = "timestep_ranges"
+RAMP_BYTES = FLOAT32_BYTES * (2 * ENTRIES + 2)
+# Kernels that make all ratios of a graph from its timestep (built: docs/engine-forms.md).
+TABLE_KERNELS = 2
+# One range per sample of a convolution needs its maximum first: kernels beside the quantizer's, and
+# how often the input is moved for it in FP16. A product's rows have theirs in the quantizer's own.
+SAMPLE_KERNELS, SAMPLE_MOVES = 2, 2
+
+# Largest magnitude of an array or tensor over axes that stay.
+Absmax = Callable[[Any, tuple[int, ...]], Any]
+
+
+@dataclass(frozen=True)
+class RangeTable:
+    """The ratio of an activation's range at a timestep to its widest, piecewise linear.
+
+    ``slopes`` and ``offsets`` (float32 values, ``ENTRIES`` each): entry k's ramp is clip(slope t +
+    offset, 0, 1); ``steps`` (FP16 values): by how much the ratio changes along each ramp. The first
+    ramp is 1 everywhere: its step is the ratio at the smallest timestep.
+    """
+
+    slopes: tuple[float, ...]
+    offsets: tuple[float, ...]
+    steps: tuple[float, ...]
+
+    @classmethod
+    def of(cls, timesteps: Array, ranges: Array) -> RangeTable:
+        """Make the table of ``ranges`` float [K] > 0 at the values ``timesteps`` [K] of the input.
+
+        Equal timesteps count with their widest range.
+        """
+        knots, place = np.unique(np.asarray(timesteps, np.float64), return_inverse=True)
+        widest = np.zeros(len(knots))
+        np.maximum.at(widest, place.ravel(), np.asarray(ranges, np.float64))
+        knots, widest = _thinned(knots, widest)
+        ratios = np.maximum(widest / widest.max(), SMALLEST_RATIO)
+        slopes, offsets, steps = (np.zeros(ENTRIES) for _ in range(3))
+        gaps = np.diff(knots)
+        slopes[1 : len(knots)] = 1 / gaps
+        offsets[1 : len(knots)], offsets[0] = -knots[:-1] / gaps, 1.0
+        # Each step goes on from what FP16 has made of those before.
+        reached = 0.0
+        for entry, ratio in enumerate(ratios):
+            steps[entry] = np.float16(ratio - reached)
+            reached += steps[entry]
+        return cls(
+            *(tuple(np.asarray(row, np.float32).tolist()) for row in (slopes, offsets, steps))
+        )
+
+    def at(self, timestep: float) -> float:
+        """Return the ratio at a value of the timestep input."""
+        slopes, offsets, steps = (
+            np.array(row, np.float32) for row in (self.slopes, self.offsets, self.steps)
+        )
+        return float(np.clip(slopes * np.float32(timestep) + offsets, 0, 1) @ steps)
+
+
+def _thinned(knots: Array, ranges: Array) -> tuple[Array, Array]:
+    """Return at most ``ENTRIES`` of the knots, evenly by position, each with the widest range near it."""
+    if len(knots) <= ENTRIES:
+        return knots, ranges
+    places = np.linspace(0, len(knots) - 1, ENTRIES)
+    chosen = np.rint(places).astype(int)
+    half = (len(knots) - 1) / (ENTRIES - 1)
+    spans = [(int(np.floor(p - half)), int(np.ceil(p + half))) for p in places]
+    widest = [ranges[max(low, 0) : high + 1].max() for low, high in spans]
+    return knots[chosen], np.array(widest)
+
+
+@dataclass(frozen=True)
+class ActivationRange:
+    """One range for all calls, which calibration has chosen: the ratio is always 1."""
+
+    kind: ClassVar[str] = ""
+    # For the report, behind what the scheme's body means.
+    meaning: ClassVar[str] = ""
+    # Whether the input is divided by a ratio, and the product multiplied by it.
+    moves: ClassVar[bool] = False
+    by_timestep: ClassVar[bool] = False
+
+    @property
+    def suffix(self) -> str:
+        """How a body's name ends with this range."""
+        return f"-{self.kind}" if self.kind else ""
+
+    def suits(self, branch: Branch) -> bool:
+        """Whether ``branch`` may stand beside a body whose input has such a range."""
+        return True
+
+    def scale(self, branch: Branch, stats: ActivationStats) -> float:
+        """Return the INT8 scale at the widest range."""
+        return branch.input_scale(stats)
+
+    def fitted(
+        self, grid: ActivationGrid, branch: Branch, stats: ActivationStats
+    ) -> ActivationGrid:
+        """Return ``grid`` with what the range stores."""
+        return grid
+
+    def input_bytes(self, layer: Layer) -> int:
+        """Bytes of each quantizer's constants beside its scale."""
+        return 0
+
+    def shared_bytes(self) -> dict[str, int]:
+        """Bytes of constants that all quantizers of a graph share, by name."""
+        return {}
+
+    def shared_kernels(self) -> int:
+        """Kernels that serve all quantizers of a graph."""
+        return 0
+
+    def quantizer_kernels(self, product: bool) -> int:
+        """Kernels beside the quantizer's own; ``product``: its readers are no convolutions."""
+        return 0
+
+    def moves_input(self, product: bool) -> int:
+        """How often the FP16 input is read or written for its range, beside the quantizer's own reading."""
+        return 0
+
+    def at(self, grid: ActivationGrid, timestep: float | None) -> ActivationGrid:
+        """Return the quantizer at a value of the timestep input, where that decides it."""
+        return grid
+
+    def ratios_at(self, grid: ActivationGrid, timesteps: Any) -> Any:
+        """Return the ratio at each of ``timesteps`` (array or tensor [N]), where that decides it; else None."""
+        return None
+
+    def ratio(self, x: Any, grid: ActivationGrid, convolved: bool, absmax: Absmax) -> Any:
+        """Return the ratio of the range of ``x`` (array or tensor) to its widest, to broadcast; None for 1.
+
+        ``convolved``: a Conv reads ``x``; ``absmax``: the largest magnitude over axes, which stay.
+        """
+        return None
+
+    def write(
+        self,
+        to: NodeWriter,
+        value: ir.Value,
+        grid: ActivationGrid,
+        names: RangeNames,
+    ) -> tuple[list[ir.Node], ir.Value | None]:
+        """Return nodes, not yet inserted, that make the ratio of ``value``, and the ratio; None for 1."""
+        return [], None
+
+
+@dataclass(frozen=True)
+class RangeNames:
+    """What a range is written with: ``base`` of its nodes' names, its layer's operator, the timestep's input."""
+
+    base: str
+    convolved: bool
+    rank: int
+    timestep: str = ""
+
+
+@dataclass(frozen=True)
+class TimestepRange(ActivationRange):
+    """A table of ratios, by the timestep input, interpolated between the calibrated timesteps.
+
+    The samples of a call have one timestep, as samplers' calls do; of several the largest counts.
+    """
+
+    kind = "timestep"
+    meaning = "with ranges by timestep"
+    moves = True
+    by_timestep = True
+
+    def suits(self, branch: Branch) -> bool:
+        return not branch or branch.rescales
+
+    def scale(self, branch: Branch, stats: ActivationStats) -> float:
+        from mpq_deploy.calibrate.scales import QUANT_MAX, round_scale
+
+        return round_scale(float(branch.input_amax(stats).max()) / QUANT_MAX)
+
+    def fitted(
+        self, grid: ActivationGrid, branch: Branch, stats: ActivationStats
+    ) -> ActivationGrid:
+        ranges = branch.input_amax(stats)
+        if not ranges.any():
+            ranges = np.ones_like(ranges)
+        return replace(grid, table=RangeTable.of(stats.timesteps, ranges))
+
+    def input_bytes(self, layer: Layer) -> int:
+        """The table's steps."""
+        return FP16_BYTES * ENTRIES
+
+    def shared_bytes(self) -> dict[str, int]:
+        return {RAMPS: RAMP_BYTES}
+
+    def shared_kernels(self) -> int:
+        return TABLE_KERNELS
+
+    def at(self, grid: ActivationGrid, timestep: float | None) -> ActivationGrid:
+        assert grid.table is not None and timestep is not None
+        return replace(grid, scale=grid.scale * grid.table.at(timestep), table=None)
+
+    def ratios_at(self, grid: ActivationGrid, timesteps: Any) -> Any:
+        assert grid.table is not None
+        rows = zip(grid.table.slopes, grid.table.offsets, grid.table.steps, strict=True)
+        return sum(step * (slope * timesteps + offset).clip(0, 1) for slope, offset, step in rows)
+
+    def write(
+        self,
+        to: NodeWriter,
+        value: ir.Value,
+        grid: ActivationGrid,
+        names: RangeNames,
+    ) -> tuple[list[ir.Node], ir.Value | None]:
+        assert grid.table is not None
+        ramps = write_ramps(to, names.timestep, grid.table)
+        steps = to.named_constant(f"{names.base}/steps", np.array(grid.table.steps, np.float32))
+        weighed = to.make("Mul", [ramps, steps], {}, f"{names.base}/weigh")
+        inputs = [weighed.outputs[0]]
+        total = to.make("ReduceSum", inputs, {"keepdims": 0}, f"{names.base}/ratio")
+        return [weighed, total], total.outputs[0]
+
+
+@dataclass(frozen=True)
+class DynamicRange(ActivationRange):
+    """The input's own absolute maximum: of each sample before a convolution, of each row before a product."""
+
+    kind = "dynamic"
+    meaning = "with ranges taken from the values"
+    moves = True
+
+    def suits(self, branch: Branch) -> bool:
+        return not branch or branch.rescales
+
+    def scale(self, branch: Branch, stats: ActivationStats) -> float:
+        from mpq_deploy.calibrate.scales import QUANT_MAX, round_scale
+
+        return round_scale(float(branch.input_amax(stats).max()) / QUANT_MAX)
+
+    def input_bytes(self, layer: Layer) -> int:
+        """The axes that the maximum is taken over, the inverse of the widest range, the smallest ratio."""
+        return INT64_BYTES * len(_axes(layer.op == "Conv", 2 + len(layer.kernel))) + 2 * FP16_BYTES
+
+    def quantizer_kernels(self, product: bool) -> int:
+        return 0 if product else SAMPLE_KERNELS
+
+    def moves_input(self, product: bool) -> int:
+        return 0 if product else SAMPLE_MOVES
+
+    def ratio(self, x: Any, grid: ActivationGrid, convolved: bool, absmax: Absmax) -> Any:
+        return (absmax(x, _axes(convolved, x.ndim)) * _inverse(grid)).clip(SMALLEST_RATIO)
+
+    def write(
+        self,
+        to: NodeWriter,
+        value: ir.Value,
+        grid: ActivationGrid,
+        names: RangeNames,
+    ) -> tuple[list[ir.Node], ir.Value | None]:
+        base = names.base
+        axes = np.array(_axes(names.convolved, names.rank), np.int64)
+        constants = [
+            to.named_constant(f"{base}/{what}", array)
+            for what, array in (
+                ("axes", axes),
+                ("inverse", np.asarray(_inverse(grid), np.float32)),
+                ("smallest", np.asarray(SMALLEST_RATIO, np.float32)),
+            )
+        ]
+        nodes = [to.make("Abs", [value], {}, f"{base}/magnitude", like=value)]
+        for op, second, label in zip(
+            ("ReduceMax", "Mul", "Max"), constants, ("largest", "relative", "ratio"), strict=True
+        ):
+            nodes.append(to.make(op, [nodes[-1].outputs[0], second], {}, f"{base}/{label}"))
+        return nodes, nodes[-1].outputs[0]
+
+
+def _axes(convolved: bool, rank: int) -> tuple[int, ...]:
+    """All axes but the samples' before a convolution, the channels' before a product."""
+    return tuple(range(1, rank)) if convolved else (-1,)
+
+
+def _inverse(grid: ActivationGrid) -> float:
+    """Return the inverse of the widest range, rounded to FP16."""
+    return float(np.float16(1.0 / (grid.scale * grid.quant_max)))
+
+
+def write_ramps(to: NodeWriter, timestep: str, table: RangeTable) -> ir.Value:
+    """Return the ramps of all tables of a graph, [ENTRIES], written once behind its ``timestep`` input."""
+    known = {node.name: node for node in to.graph}
+    if f"{RAMPS}/ramps" in known:
+        return known[f"{RAMPS}/ramps"].outputs[0]
+    value = next(value for value in to.graph.inputs if value.name == timestep)
+    nodes = [to.make("Cast", [value], {"to": 1}, f"{RAMPS}/float")]
+    if value.shape is None or len(value.shape):
+        inputs = [nodes[-1].outputs[0]]
+        nodes.append(to.make("ReduceMax", inputs, {"keepdims": 0}, f"{RAMPS}/timestep"))
+    slopes, offsets, low, high = (
+        to.named_constant(f"{RAMPS}/{what}", np.asarray(array, np.float32))
+        for what, array in (
+            ("slopes", table.slopes),
+            ("offsets", table.offsets),
+            ("low", 0.0),
+            ("high", 1.0),
+        )
+    )
+    for op, others, label in (
+        ("Mul", [slopes], "scaled"),
+        ("Add", [offsets], "moved"),
+        ("Clip", [low, high], "ramps"),
+    ):
+        nodes.append(to.make(op, [nodes[-1].outputs[0], *others], {}, f"{RAMPS}/{label}"))
+    to.graph.insert_before(to.graph[0], nodes)
+    return nodes[-1].outputs[0]
+
+
+def ramp_nodes() -> frozenset[str]:
+    """Names of the nodes that compute the ramps: FP16 does not hold a timestep finely enough."""
+    labels = ("float", "timestep", "scaled", "moved", "ramps")
+    return frozenset(f"{RAMPS}/{label}" for label in labels)
+
+
+STATIC, BY_TIMESTEP, DYNAMIC = ActivationRange(), TimestepRange(), DynamicRange()
+RANGES: tuple[ActivationRange, ...] = (STATIC, BY_TIMESTEP, DYNAMIC)
+RANGE_KINDS = tuple(one.kind for one in RANGES if one.kind)
