@@ -12,7 +12,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 
+# A busy machine is slow: neither an example nor drawing one may fail a test by its time.
+settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("busy")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # What its tests are about is the export itself.

@@ -7,22 +7,27 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from typing import Any
 
 import onnx_ir as ir
 import onnxscript.optimizer
 from onnxscript.rewriter import MatchResult
 
-try:
-    from onnxscript.rewriter._matcher import SimplePatternMatcher
-except ImportError:  # an inner class: other versions may not have it, and are slower
-    SimplePatternMatcher = None
-
 
 def optimize(model: ir.Model) -> None:
     """Run the optimizer of onnxscript on ``model``; the result is what it gives by itself."""
     with _rules_by_operator():
         onnxscript.optimizer.optimize_ir(model)
+
+
+def _matcher_class() -> Any:
+    """Return what matches patterns: an inner class, which other versions may not have, and are slower."""
+    try:
+        module = import_module("onnxscript.rewriter._matcher")
+    except ImportError:
+        return None
+    return getattr(module, "SimplePatternMatcher", None)
 
 
 @contextmanager
@@ -32,10 +37,10 @@ def _rules_by_operator() -> Iterator[None]:
     A pattern with several outputs is otherwise preceded by a pass over the whole graph at every
     node, which makes rewriting quadratic.
     """
-    if SimplePatternMatcher is None:
+    matcher = _matcher_class()
+    if matcher is None:
         yield
         return
-    matcher: Any = SimplePatternMatcher
     original = matcher.match
 
     def match(self: Any, model: Any, graph: Any, node: ir.Node, **options: Any) -> Any:
