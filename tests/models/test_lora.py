@@ -34,6 +34,7 @@ from mpq_deploy.models.open import open_denoiser  # noqa: E402
 from mpq_deploy.recipe import load_recipe  # noqa: E402
 from mpq_deploy.runtime.ort import make_session, run_session  # noqa: E402
 from mpq_deploy.stages.export import inputs as export_inputs  # noqa: E402
+from tests.compvis_names import unet_name  # noqa: E402
 from tests.lora_files import diffusers_file, factors, kohya_file, layers_of  # noqa: E402
 from tests.tiny_models import (  # noqa: E402
     tiny_conditional_folder,
@@ -192,6 +193,30 @@ def test_the_alpha_that_peft_wrote_into_the_header_counts(
         scale = alpha / (math.sqrt(4) if root else 4)
         differences = [float((one[name] - before[name]).norm()) for one in weights]
         assert differences[1] == pytest.approx(scale * differences[0], rel=1e-3)
+
+
+def test_blocks_that_are_numbered_through_are_found(tmp_path: Path, prompts: Path) -> None:
+    folder, parts = parts_of(tiny_text_pipeline_folder(tmp_path, xl=True), unet="unet")
+    unet = parts["unet"]
+    file = kohya_file(tmp_path / "a.safetensors", parts, ("to_q", "to_out.0", "conv1"))
+    attends = {str(n) for n, block in enumerate(unet.up_blocks) if hasattr(block, "attentions")}
+    through = {}
+    for name in layers_of(unet, "to_q", "to_out.0", "conv1"):
+        stem = unet_name(f"{name}.weight", unet.config.layers_per_block, attends)
+        through[f"lora_unet_{name.replace('.', '_')}."] = (
+            f"lora_unet_{stem.removesuffix('.weight').replace('.', '_')}."
+        )
+    tensors = {
+        through[f"{name.split('.')[0]}."] + name.split(".", 1)[1]: value
+        for name, value in load_file(file).items()
+    }
+    assert any("input_blocks" in name for name in tensors)
+    save_file(tensors, tmp_path / "b.safetensors")
+    one, other = (
+        opened(folder, LoraOption(tmp_path / name), prompts=prompts).network.module.state_dict()  # type: ignore[attr-defined]
+        for name in ("a.safetensors", "b.safetensors")
+    )
+    assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_two_loras_add_up_and_a_bare_unet_takes_one_too(tmp_path: Path, prompts: Path) -> None:

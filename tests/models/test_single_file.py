@@ -34,7 +34,11 @@ from tests.compvis_names import (  # noqa: E402
     without_weights,
 )
 from tests.lora_files import kohya_file  # noqa: E402
-from tests.tiny_models import tiny_text_pipeline_folder  # noqa: E402
+from tests.tiny_models import (  # noqa: E402
+    tiny_text_pipeline_folder,
+    write_text_encoder,
+    write_tokenizer,
+)
 
 pytestmark = pytest.mark.torch
 
@@ -81,6 +85,30 @@ def test_it_is_the_model_of_the_folder(
         for one, spec in ((folder, expected), (place, found))
     ]
     assert np.array_equal(*images)
+
+
+def test_sdxls_two_text_encoders_are_told_apart(tmp_path: Path, prompts: Path) -> None:
+    first, second = 6, 8
+    folder = tiny_text_pipeline_folder(
+        tmp_path,
+        xl=True,
+        cross_attention_dim=first + second,
+        projection_class_embeddings_input_dim=second + 6 * 8,
+    )
+    tokenizer = write_tokenizer(tmp_path / "tokens")
+    place, end = folder / "text_encoder_2", tokenizer.eos_token_id
+    write_text_encoder(place, len(tokenizer), end, True, second, 1)
+    file = compvis_file(folder, tmp_path / "xl.safetensors")
+    config = without_weights(folder, tmp_path / "config")
+    additions = Additions(prompts=prompts, config=config)
+    found, expected = (
+        open_denoiser(file, additions),
+        open_denoiser(folder, Additions(prompts=prompts)),
+    )
+    left, right = (d.network.module.state_dict() for d in (found, expected))  # type: ignore[attr-defined]
+    assert all(torch.equal(left[name], right[name]) for name in {*left, *right})
+    for name, values in expected.conditions.arrays.items():
+        assert np.array_equal(values, found.conditions.arrays[name]), name
 
 
 def test_weights_keep_the_types_that_they_have(folder: Path, config: Path, tmp_path: Path) -> None:
