@@ -29,6 +29,9 @@ PRELOAD = [
     *("mpq_deploy.check.check", "mpq_deploy.report.gate", "mpq_deploy.report.comparison"),
     *("mpq_deploy.delivery.package", "mpq_deploy.device.installer", "mpq_deploy.runtime.drop_in"),
     *("diffusers.models.unets.unet_2d", "diffusers.schedulers.scheduling_ddim", "diffusers"),
+    *("mpq_deploy.models.lora", "mpq_deploy.models.single_file", "transformers.models.clip"),
+    *("diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion",),
+    *("diffusers.loaders.single_file", "diffusers.pipelines.auto_pipeline"),
     *("mpq_deploy.sensitivity.probe", "mpq_deploy.evaluate.evaluate", "tests.fuzz.runner"),
 ]
 LOST = 255
