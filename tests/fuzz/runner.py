@@ -31,7 +31,7 @@ PRELOAD = [
     *("diffusers.models.unets.unet_2d", "diffusers.schedulers.scheduling_ddim", "diffusers"),
     *("mpq_deploy.models.lora", "mpq_deploy.models.single_file", "transformers.models.clip"),
     *("diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion",),
-    *("diffusers.loaders.single_file", "diffusers.pipelines.auto_pipeline"),
+    *("diffusers.loaders.single_file",),
     *("mpq_deploy.sensitivity.probe", "mpq_deploy.evaluate.evaluate", "tests.fuzz.runner"),
 ]
 LOST = 255
