@@ -10,9 +10,25 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file, save_file
 
 UNET, VAE, CLIP = "model.diffusion_model.", "first_stage_model.", "cond_stage_model.transformer."
+# SDXL's: CLIP as transformers has it, and a larger one as OpenCLIP has it.
+XL_CLIP, XL_OPEN_CLIP = "conditioner.embedders.0.transformer.", "conditioner.embedders.1.model."
+OPEN_CLIP = {
+    "embeddings.position_embedding.weight": "positional_embedding",
+    "embeddings.token_embedding.weight": "token_embedding.weight",
+    "final_layer_norm.weight": "ln_final.weight",
+    "final_layer_norm.bias": "ln_final.bias",
+}
+OPEN_CLIP_LAYER = {
+    "layer_norm1": "ln_1",
+    "layer_norm2": "ln_2",
+    "mlp.fc1": "mlp.c_fc",
+    "mlp.fc2": "mlp.c_proj",
+    "self_attn.out_proj": "attn.out_proj",
+}
 RESNET = {
     "norm1": "in_layers.0",
     "conv1": "in_layers.2",
@@ -27,6 +43,8 @@ AROUND = {
     "time_embedding.linear_2": "time_embed.2",
     "conv_norm_out": "out.0",
     "conv_out": "out.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
 }
 ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
 
@@ -75,8 +93,24 @@ def vae_name(name: str, levels: int) -> str:
     return name.replace("conv_shortcut", "nin_shortcut").replace("conv_norm_out", "norm_out")
 
 
+def open_clip_tensors(state: dict[str, Any]) -> dict[str, Any]:
+    """A CLIPTextModelWithProjection by OpenCLIP's names: queries, keys and values in one matrix."""
+    found = {"text_projection": state["text_projection.weight"].T}
+    text = {n.removeprefix("text_model."): v for n, v in state.items() if n.startswith("text_")}
+    found |= {new: text[old] for old, new in OPEN_CLIP.items()}
+    count = 1 + max(int(name.split(".")[2]) for name in text if name.startswith("encoder."))
+    for number in range(count):
+        old, new = f"encoder.layers.{number}", f"transformer.resblocks.{number}"
+        for kind in ("weight", "bias"):
+            parts = [text[f"{old}.self_attn.{one}_proj.{kind}"] for one in "qkv"]
+            found[f"{new}.attn.in_proj_{kind}"] = torch.cat(parts)
+            for theirs, ours in OPEN_CLIP_LAYER.items():
+                found[f"{new}.{ours}.{kind}"] = text[f"{old}.{theirs}.{kind}"]
+    return found
+
+
 def compvis_tensors(folder: Path) -> dict[str, Any]:
-    """All weights of a Stable Diffusion folder by CompVis' names."""
+    """All weights of a folder of Stable Diffusion, or of SDXL, by CompVis' names."""
     from diffusers import AutoencoderKL, UNet2DConditionModel
 
     unet = UNet2DConditionModel.from_pretrained(folder / "unet")
@@ -90,9 +124,14 @@ def compvis_tensors(folder: Path) -> dict[str, Any]:
         new = vae_name(name, len(vae.config.block_out_channels))
         attention = ".attn_1." in new and value.ndim == 2
         tensors[VAE + new] = value[:, :, None, None] if attention else value
+    second = folder / "text_encoder_2" / "model.safetensors"
+    prefix = XL_CLIP if second.is_file() else CLIP
     for name, value in load_file(folder / "text_encoder" / "model.safetensors").items():
         full = name if name.startswith("text_model.") else f"text_model.{name}"
-        tensors[CLIP + full] = value
+        tensors[prefix + full] = value
+    if second.is_file():
+        open_clip = open_clip_tensors(load_file(second))
+        tensors |= {XL_OPEN_CLIP + name: value for name, value in open_clip.items()}
     return {name: value.clone().contiguous() for name, value in tensors.items()}
 
 

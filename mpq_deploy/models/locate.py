@@ -10,6 +10,7 @@ from pathlib import Path
 from mpq_deploy.errors import MissingDependencyError, ModelError, UsageError, nearest
 from mpq_deploy.models.weight_kinds import PICKLE_ENDINGS
 from mpq_deploy.system.inputs import read_json_object
+from mpq_deploy.system.libraries import tell_cause
 from mpq_deploy.system.names import plain_name
 from mpq_deploy.system.progress import Talk
 
@@ -182,7 +183,8 @@ def fetch_configs(hub_id: str, talk: Talk) -> Path | None:
         kinds = [kind for kind in KINDS if not kind.endswith(SINGLE_FILE)]
         patterns = [INDEX_FILE, *(f"*/{kind}" for kind in kinds)]
         return Path(snapshot_download(hub_id, allow_patterns=patterns))
-    except (OSError, HFValidationError, RevisionResolutionError):
+    except (OSError, HFValidationError, RevisionResolutionError) as error:
+        tell_cause(error)
         return None
 
 

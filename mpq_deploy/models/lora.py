@@ -183,13 +183,14 @@ def lora_loader(found: Any, config: Mapping[str, Any]) -> Any:
     if found is not None and hasattr(found, "lora_state_dict"):
         return found
     denoiser = str(config.get("_class_name"))
-    if found is None:
-        candidates = [one for one in _pipelines() if _takes(one, denoiser)]
+    if found is None and denoiser == "UNet2DConditionModel":
+        import diffusers
+
         # UNets of SDXL are known by their pooled text.
-        two = config.get("addition_embed_type") == "text_time"
-        fitting = [one for one in candidates if ("text_encoder_2" in _parameters(one)) == two]
-        if denoiser != "UNet2DConditionModel":
-            fitting = candidates
+        xl = "XL" if config.get("addition_embed_type") == "text_time" else ""
+        return getattr(diffusers, f"StableDiffusion{xl}Pipeline")
+    if found is None:
+        fitting = [one for one in _pipelines() if _takes(one, denoiser)]
         if fitting:
             return fitting[0]
     of = getattr(found, "__name__", denoiser)
@@ -207,12 +208,8 @@ def _pipelines() -> list[Any]:
     return [one for table in mappings for one in table.values() if hasattr(one, "lora_state_dict")]
 
 
-def _parameters(pipeline: Any) -> Mapping[str, Any]:
-    return inspect.signature(pipeline.__init__).parameters
-
-
 def _takes(pipeline: Any, denoiser: str) -> bool:
-    given = _parameters(pipeline)
+    given = inspect.signature(pipeline.__init__).parameters
     return any(
         denoiser in str(getattr(given.get(name), "annotation", ""))
         for name in ("unet", "transformer")

@@ -13,10 +13,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
+from math import prod
 from pathlib import Path
 from typing import Any
 
-from mpq_deploy.errors import ModelError, MpqError, UsageError
+from mpq_deploy.errors import DiskError, ModelError, MpqError, UsageError
 from mpq_deploy.models.additions import CONFIG, DENOISERS, INDEX, LEFT_OUT, pipeline_index
 from mpq_deploy.models.locate import SINGLE_FILE, fetch_configs, folder_files
 from mpq_deploy.models.weight_files import DAMAGED, STEMS, Stored, check_config, read_headers
@@ -42,6 +43,8 @@ FLOATS = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
 VAE = ("first_stage_model.", "vae.")
 # The kind that diffusers takes what it does not know for, and what shows that a file is of it.
 UNKNOWN_KIND, OF_UNKNOWN = "v1", "model.diffusion_model."
+# The class whose weights are converted one to one.
+OF_UNET = "UNet2DConditionModel"
 # Copies of weights that loading leaves: the average of training.
 AVERAGE = re.compile(r"^model_ema\.")
 LACKED = re.compile(r"^(\w+) = \w+\.from_pretrained", re.MULTILINE)
@@ -63,7 +66,9 @@ class SingleFile:
     @property
     def dtype(self) -> str:
         """The type that holds every weight: the file's own, or float32 where it has several."""
-        types = set(self.stored.types.values()) & set(FLOATS)
+        # Constants of the noise schedule have no part before their name.
+        weights = [n for n in self.stored.types if "." in n and not AVERAGE.search(n)]
+        types = {self.stored.types[name] for name in weights} & set(FLOATS)
         return FLOATS[types.pop()] if len(types) == 1 else "float32"
 
 
@@ -194,8 +199,40 @@ def _write(file: SingleFile, folder: Path, out: Path, lone: bool) -> None:
             f"{file.path} holds no weights of the {lack.part}, and neither does {folder / lack.part}.",
             f"Put them there as safetensors; or give the inputs of the {part} yourself: --conditions FILE.npz.",
         ) from lack
-    with no_bars("diffusers"), no_bars("transformers"), silenced():
-        pipeline.save_pretrained(out, safe_serialization=True)
+    _check_whole(file, getattr(pipeline, part, None))
+    _save(pipeline, out)
+
+
+def _save(model: Any, out: Path) -> None:
+    """Write a pipeline or a module. Raises DiskError."""
+    from safetensors import SafetensorError
+
+    try:
+        with no_bars("diffusers"), no_bars("transformers"), silenced():
+            model.save_pretrained(out, safe_serialization=True)
+    except (OSError, SafetensorError) as error:
+        raise DiskError(
+            f"{out} cannot be written: {gist(error)}.",
+            "A checkpoint is written as a folder, as large as its file: free space, or give another run folder (-o).",
+        ) from error
+
+
+def _check_whole(file: SingleFile, denoiser: Any) -> None:
+    """Raise ModelError for weights of a UNet that diffusers' conversion has left out."""
+    if type(denoiser).__name__ != OF_UNET:
+        return
+    own = {n: s for n, s in file.stored.shapes.items() if n.startswith(OF_UNKNOWN)}
+    held, taken = (
+        sum(map(prod, shapes))
+        for shapes in (own.values(), (v.shape for v in denoiser.state_dict().values()))
+    )
+    if held > taken:
+        raise ModelError(
+            f"{file.path} holds {held - taken:,} values more under {OF_UNKNOWN} than a {OF_UNET} of this "
+            "configuration takes.",
+            "It has layers beside (motion modules, adapters), or is of another configuration: load it where it was "
+            "made and write it with save_pretrained(FOLDER), then give the folder.",
+        )
 
 
 class _LacksWeightsError(Exception):
@@ -334,9 +371,9 @@ def _write_denoiser(file: SingleFile, folder: Path, part: str, out: Path) -> Non
             "Write it with save_pretrained(FOLDER) where it was made, and give the folder.",
         )
     more = {"subfolder": part} if part else {}
-    model = _converted(found, file, folder, {}, **more, low_cpu_mem_usage=False)
-    with no_bars("diffusers"), silenced():
-        model.save_pretrained(out / part, safe_serialization=True)
+    model = _converted(found, file, folder, {}, **more)
+    _check_whole(file, model)
+    _save(model, out / part)
     if (folder / SCHEDULER).is_dir():
         shutil.copytree(folder / SCHEDULER, out / SCHEDULER)
 

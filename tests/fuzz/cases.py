@@ -15,6 +15,8 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import numpy as np
+
 from mpq_deploy.device.archive import MANIFEST, SUMS, extract, read_archive, write_archive
 from mpq_deploy.engine.target import load_target
 from mpq_deploy.errors import MpqError
@@ -22,11 +24,23 @@ from mpq_deploy.run.folder import RECORD
 from mpq_deploy.run.pipeline import open_pipeline
 from mpq_deploy.system.files import canonical_json, file_digest
 from mpq_deploy.system.progress import Talk
+from tests.compvis_names import compvis_file, without_weights
 from tests.fuzz import mutations
+from tests.lora_files import kohya_file
 from tests.pipeline.runs import build, recipe_for, save_denoiser
-from tests.tiny_models import tiny_unet_folder
+from tests.tiny_models import (
+    TEXT_WIDTH,
+    TOKENS,
+    tiny_text_pipeline_folder,
+    tiny_unet_folder,
+)
 
 Arguments = tuple[str, ...]
+ONE_LEVEL = {
+    "block_out_channels": (8,),
+    "down_block_types": ("CrossAttnDownBlock2D",),
+    "up_block_types": ("CrossAttnUpBlock2D",),
+}
 TARGETS = ("rtx", "jetson-agx-orin", "jetson-thor", "onnxruntime-cpu")
 
 
@@ -63,7 +77,21 @@ class Bases:
         (root / "results.json").write_text(json.dumps(_results(digests)), encoding="utf-8")
         (root / "target.yaml").write_text(TARGET, encoding="utf-8")
         tiny_unet_folder(root)
+        bases._make_adapted()
         return bases
+
+    def _make_adapted(self) -> None:
+        """A Stable-Diffusion-like folder, the same as one file, and a LoRA for it."""
+        import diffusers
+
+        folder = tiny_text_pipeline_folder(self.root, **ONE_LEVEL)
+        compvis_file(folder, self.root / "checkpoint.safetensors")
+        without_weights(folder, self.root / "config")
+        unet = diffusers.UNet2DConditionModel.from_pretrained(folder / "unet")
+        ends = ("to_q", "to_out.0", "conv1")
+        kohya_file(self.root / "lora.safetensors", {"unet": unet}, ends)
+        texts = np.random.default_rng(0).standard_normal((2, TOKENS, TEXT_WIDTH), np.float32)
+        np.savez(self.root / "texts.npz", encoder_hidden_states=texts)
 
 
 TARGET = """
@@ -187,6 +215,26 @@ def safetensors_case(bases: Bases, folder: Path, draw: Random) -> Arguments:
     return ("open", str(folder / "model"))
 
 
+def lora_case(bases: Bases, folder: Path, draw: Random) -> Arguments:
+    """A LoRA for a UNet."""
+    path = folder / "lora.safetensors"
+    path.write_bytes(mutations.mutated_safetensors((bases.root / path.name).read_bytes(), draw))
+    return ("lora", str(bases.root / "tiny_text"), str(path), str(bases.root / "texts.npz"))
+
+
+def checkpoint_case(bases: Bases, folder: Path, draw: Random) -> Arguments:
+    """A checkpoint in one file, or the folder of its configuration."""
+    path = folder / "checkpoint.safetensors"
+    shutil.copyfile(bases.root / path.name, path)
+    shutil.copytree(bases.root / "config", folder / "config")
+    if draw.random() < 0.6:
+        path.write_bytes(mutations.mutated_safetensors(path.read_bytes(), draw))
+    else:
+        files = sorted((folder / "config").rglob("*.json"))
+        mutations.mutated_file(draw.choice(files), draw)
+    return ("checkpoint", str(path), str(folder / "config"))
+
+
 def archive_case(bases: Bases, folder: Path, draw: Random) -> Arguments:
     """A package: altered bytes, or other parts with digests that fit."""
     source = bases.root / "package.mpq.tar"
@@ -278,6 +326,8 @@ KINDS: dict[str, Callable[[Bases, Path, Random], Arguments]] = {
     "json": json_case,
     "arrays": arrays_case,
     "safetensors": safetensors_case,
+    "lora": lora_case,
+    "checkpoint": checkpoint_case,
     "archive": archive_case,
     "run": run_case,
 }

@@ -29,6 +29,9 @@ PRELOAD = [
     *("mpq_deploy.check.check", "mpq_deploy.report.gate", "mpq_deploy.report.comparison"),
     *("mpq_deploy.delivery.package", "mpq_deploy.device.installer", "mpq_deploy.runtime.drop_in"),
     *("diffusers.models.unets.unet_2d", "diffusers.schedulers.scheduling_ddim", "diffusers"),
+    *("mpq_deploy.models.lora", "mpq_deploy.models.single_file", "transformers.models.clip"),
+    *("diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion",),
+    *("diffusers.loaders.single_file",),
     *("mpq_deploy.sensitivity.probe", "mpq_deploy.evaluate.evaluate", "tests.fuzz.runner"),
 ]
 LOST = 255
@@ -157,6 +160,23 @@ def _open(source: str) -> Any:
     return open_denoiser(source)
 
 
+def _lora(folder: str, file: str, texts: str) -> Any:
+    from mpq_deploy.models.additions import Additions
+    from mpq_deploy.models.lora_option import parse_lora
+    from mpq_deploy.models.open import open_denoiser
+
+    scheduler, conditions = Path(folder), Path(texts)
+    given = Additions(loras=(parse_lora(file),), scheduler=scheduler, conditions=conditions)
+    return open_denoiser(scheduler / "unet", given)
+
+
+def _checkpoint(file: str, config: str) -> Any:
+    from mpq_deploy.models.additions import Additions
+    from mpq_deploy.models.open import open_denoiser
+
+    return open_denoiser(file, Additions(config=Path(config)))
+
+
 def _load(source: str) -> Any:
     import mpq_deploy
 
@@ -164,7 +184,12 @@ def _load(source: str) -> Any:
 
 
 # What no command does alone: errors end as a command's do.
-LIBRARY: dict[str, Callable[..., Any]] = {"open": _open, "load": _load}
+LIBRARY: dict[str, Callable[..., Any]] = {
+    "open": _open,
+    "lora": _lora,
+    "checkpoint": _checkpoint,
+    "load": _load,
+}
 
 
 def _problem(

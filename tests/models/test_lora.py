@@ -29,17 +29,21 @@ from mpq_deploy.errors import ModelError, MpqError, UsageError  # noqa: E402
 from mpq_deploy.models.additions import Additions, pipeline_index  # noqa: E402
 from mpq_deploy.models.denoiser import Denoiser  # noqa: E402
 from mpq_deploy.models.export import export_denoiser  # noqa: E402
+from mpq_deploy.models.lora import lora_loader  # noqa: E402
 from mpq_deploy.models.lora_option import LoraOption, parse_lora  # noqa: E402
 from mpq_deploy.models.open import open_denoiser  # noqa: E402
 from mpq_deploy.recipe import load_recipe  # noqa: E402
 from mpq_deploy.runtime.ort import make_session, run_session  # noqa: E402
 from mpq_deploy.stages.export import inputs as export_inputs  # noqa: E402
+from tests.compvis_names import unet_name  # noqa: E402
 from tests.lora_files import diffusers_file, factors, kohya_file, layers_of  # noqa: E402
 from tests.tiny_models import (  # noqa: E402
     tiny_conditional_folder,
     tiny_scheduler,
     tiny_text_pipeline_folder,
     tiny_text_transformer_folder,
+    tiny_transformer_conditions,
+    tiny_transformer_folder,
     tiny_unet_folder,
 )
 
@@ -194,6 +198,30 @@ def test_the_alpha_that_peft_wrote_into_the_header_counts(
         assert differences[1] == pytest.approx(scale * differences[0], rel=1e-3)
 
 
+def test_blocks_that_are_numbered_through_are_found(tmp_path: Path, prompts: Path) -> None:
+    folder, parts = parts_of(tiny_text_pipeline_folder(tmp_path, xl=True), unet="unet")
+    unet = parts["unet"]
+    file = kohya_file(tmp_path / "a.safetensors", parts, ("to_q", "to_out.0", "conv1"))
+    attends = {str(n) for n, block in enumerate(unet.up_blocks) if hasattr(block, "attentions")}
+    through = {}
+    for name in layers_of(unet, "to_q", "to_out.0", "conv1"):
+        stem = unet_name(f"{name}.weight", unet.config.layers_per_block, attends)
+        through[f"lora_unet_{name.replace('.', '_')}."] = (
+            f"lora_unet_{stem.removesuffix('.weight').replace('.', '_')}."
+        )
+    tensors = {
+        through[f"{name.split('.')[0]}."] + name.split(".", 1)[1]: value
+        for name, value in load_file(file).items()
+    }
+    assert any("input_blocks" in name for name in tensors)
+    save_file(tensors, tmp_path / "b.safetensors")
+    one, other = (
+        opened(folder, LoraOption(tmp_path / name), prompts=prompts).network.module.state_dict()  # type: ignore[attr-defined]
+        for name in ("a.safetensors", "b.safetensors")
+    )
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
 def test_two_loras_add_up_and_a_bare_unet_takes_one_too(tmp_path: Path, prompts: Path) -> None:
     folder, parts = sd(tmp_path / "p")
     first = diffusers_file(tmp_path / "1.safetensors", named(parts), ATTENTION)
@@ -219,6 +247,44 @@ def test_two_loras_add_up_and_a_bare_unet_takes_one_too(tmp_path: Path, prompts:
     assert bare.spec.loras[0].left_out == {"text_encoder": 8}
     assert "layers of parts that are not opened here (8 of the text_encoder)" in bare.notes[-2]
     assert "unet" not in bare.spec.loras[0].left_out and not bare.spec.loras[1].left_out
+
+
+@pytest.mark.parametrize(
+    ("entries", "name"),
+    [
+        ({"_class_name": "UNet2DConditionModel"}, "StableDiffusionPipeline"),
+        (
+            {"_class_name": "UNet2DConditionModel", "addition_embed_type": "text_time"},
+            "StableDiffusionXLPipeline",
+        ),
+        ({"_class_name": "SD3Transformer2DModel"}, "StableDiffusion3Pipeline"),
+        ({"_class_name": "FluxTransformer2DModel"}, "FluxPipeline"),
+        ({"_class_name": "WanTransformer3DModel"}, "WanPipeline"),
+    ],
+)
+def test_a_bare_denoiser_takes_the_loras_of_its_pipelines(
+    entries: dict[str, Any], name: str
+) -> None:
+    assert lora_loader(None, entries).__name__ == name
+
+
+def test_a_bare_transformer_takes_one(tmp_path: Path) -> None:
+    kind = "SD3Transformer2DModel"
+    folder = tiny_transformer_folder(tmp_path, kind)
+    module = diffusers.SD3Transformer2DModel.from_pretrained(folder / "transformer")
+    file = diffusers_file(tmp_path / "a.safetensors", {"transformer": module}, ATTENTION)
+    conditions = tiny_transformer_conditions(tmp_path / "c.npz", kind)
+    found = opened(
+        folder / "transformer", LoraOption(file), scheduler=folder, conditions=conditions
+    )
+    raw, before = load_file(file), module.state_dict()
+    for name, value in found.network.module.state_dict().items():  # type: ignore[attr-defined]
+        layer = f"transformer.{name.removesuffix('.weight')}"
+        expected = before[name]
+        if f"{layer}.lora_A.weight" in raw:
+            expected = expected + raw[f"{layer}.lora_B.weight"] @ raw[f"{layer}.lora_A.weight"]
+        assert torch.allclose(value, expected, atol=1e-5), name
+    assert found.spec.loras[0].layers == {"transformer": len(raw) // 2}
 
 
 def test_a_file_that_a_module_saved_has_no_prefix(tmp_path: Path, prompts: Path) -> None:

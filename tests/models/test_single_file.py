@@ -17,7 +17,7 @@ pytest.importorskip("transformers")
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 from mpq_deploy.calls.pipeline_runs import PipelineRuns  # noqa: E402
-from mpq_deploy.errors import ModelError, UsageError  # noqa: E402
+from mpq_deploy.errors import DiskError, ModelError, UsageError  # noqa: E402
 from mpq_deploy.models.additions import Additions  # noqa: E402
 from mpq_deploy.models.lora_option import LoraOption  # noqa: E402
 from mpq_deploy.models.open import model_folder, open_denoiser  # noqa: E402
@@ -34,7 +34,11 @@ from tests.compvis_names import (  # noqa: E402
     without_weights,
 )
 from tests.lora_files import kohya_file  # noqa: E402
-from tests.tiny_models import tiny_text_pipeline_folder  # noqa: E402
+from tests.tiny_models import (  # noqa: E402
+    tiny_text_pipeline_folder,
+    write_text_encoder,
+    write_tokenizer,
+)
 
 pytestmark = pytest.mark.torch
 
@@ -83,9 +87,36 @@ def test_it_is_the_model_of_the_folder(
     assert np.array_equal(*images)
 
 
+def test_sdxls_two_text_encoders_are_told_apart(tmp_path: Path, prompts: Path) -> None:
+    first, second = 6, 8
+    folder = tiny_text_pipeline_folder(
+        tmp_path,
+        xl=True,
+        cross_attention_dim=first + second,
+        projection_class_embeddings_input_dim=second + 6 * 8,
+    )
+    tokenizer = write_tokenizer(tmp_path / "tokens")
+    place, end = folder / "text_encoder_2", tokenizer.eos_token_id
+    write_text_encoder(place, len(tokenizer), end, True, second, 1)
+    file = compvis_file(folder, tmp_path / "xl.safetensors")
+    config = without_weights(folder, tmp_path / "config")
+    additions = Additions(prompts=prompts, config=config)
+    found, expected = (
+        open_denoiser(file, additions),
+        open_denoiser(folder, Additions(prompts=prompts)),
+    )
+    left, right = (d.network.module.state_dict() for d in (found, expected))  # type: ignore[attr-defined]
+    assert all(torch.equal(left[name], right[name]) for name in {*left, *right})
+    for name, values in expected.conditions.arrays.items():
+        assert np.array_equal(values, found.conditions.arrays[name]), name
+
+
 def test_weights_keep_the_types_that_they_have(folder: Path, config: Path, tmp_path: Path) -> None:
     file = compvis_file(folder, tmp_path / "half.safetensors", torch.float16)
-    place, _ = unpack(file, config, tmp_path / "u", Talk())
+    more = {"betas": torch.ones(4), "model_ema.decay": torch.ones(1)}
+    save_file({**load_file(file), **more}, file)
+    place, note = unpack(file, config, tmp_path / "u", Talk())
+    assert note.endswith("; its average of training (model_ema) is not used")
     stored = load_file(place / "unet" / "diffusion_pytorch_model.safetensors")
     whole = load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
     assert {value.dtype for value in stored.values()} == {torch.float16}
@@ -110,6 +141,20 @@ def test_what_was_written_is_kept_until_a_file_changes(
     compvis_file(folder, file, torch.bfloat16)
     unpack(file, config, tmp_path / "u", Talk())
     assert len(made) == 2
+
+
+def test_a_full_disk_is_said(
+    folder: Path, config: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(diffusers.StableDiffusionPipeline, "save_pretrained", full)
+    with pytest.raises(
+        DiskError, match=r"cannot be written: .*No space left.*as large as its file"
+    ):
+        unpack(checkpoint, config, tmp_path / "u", Talk())
+    assert not (tmp_path / "u").exists()
 
 
 def test_digests_of_the_file_and_its_configuration_decide_what_is_exported_again(
@@ -228,6 +273,10 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "scales of FP8": (
         {f"{UNET}out.2.weight_scale": torch.ones(1)},
         r"is already quantized: .*Give the float checkpoint",
+    ),
+    "layers beside": (
+        {f"{UNET}motion.0.weight": torch.zeros(5, 3)},
+        r"holds 15 values more under model\.diffusion_model\. than a UNet2DConditionModel",
     ),
     "a LoRA": ({"lora_unet_x.lora_down.weight": torch.ones(2, 2)}, r"hold an unfused LoRA"),
 }

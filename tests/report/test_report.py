@@ -335,6 +335,7 @@ def test_page_says_what_it_should(report):
         "TensorRT has no INT8 or INT4 ConvTranspose",
         "1.42 GB",
         "onnxruntime",
+        "style.safetensors, scale 0.8, SHA-256 abababababababab: 32 layers of unet",
     ):
         assert said in text, said
 
