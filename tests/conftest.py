@@ -83,7 +83,7 @@ def _export_key(network: Any) -> str:
     """A digest of all that the exporter's graph depends on."""
     digest = hashlib.sha256()
     module = network.module
-    told = [type(module).__qualname__, str(getattr(module, "config", module)), network.output]
+    told = [type(module).__qualname__, _configuration(module), network.output]
     told += [repr(item) for item in network.inputs]
     told += _described(network._call)
     for text in told:
@@ -91,6 +91,15 @@ def _export_key(network: Any) -> str:
     for name, tensor in module.state_dict().items():
         digest.update(name.encode() + tensor.detach().float().contiguous().numpy().tobytes())
     return digest.hexdigest()
+
+
+def _configuration(module: Any) -> str:
+    """A module's configuration, or its parts, without the folder that it was read from."""
+    config = getattr(module, "config", None)
+    if config is None:
+        return str(module)
+    values = dict(config) if isinstance(config, dict) else config.to_dict()
+    return str({key: value for key, value in values.items() if key != "_name_or_path"})
 
 
 def _described(value: Any) -> list[str]:
