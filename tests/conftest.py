@@ -115,14 +115,18 @@ def _described(value: Any) -> list[str]:
         code = value.__code__
         return [
             code.co_code.hex(),
-            re.sub(r" at 0x[0-9a-f]+", "", str(code.co_consts)),
+            _without_addresses(str(code.co_consts)),
             *(t for c in cells for t in _described(c)),
         ]
     if hasattr(value, "form"):
         # Arguments of a first call: the tensors in their places are replaced.
-        return [repr(value.form)]
+        return [_without_addresses(repr(value.form))]
     if hasattr(value, "__dataclass_fields__"):
         return [
             text for name in value.__dataclass_fields__ for text in _described(getattr(value, name))
         ]
-    return [re.sub(r" at 0x[0-9a-f]+", "", repr(value))]
+    return [_without_addresses(repr(value))]
+
+
+def _without_addresses(text: str) -> str:
+    return re.sub(r" at 0x[0-9a-f]+", "", text)
