@@ -87,7 +87,7 @@ def _export_key(network: Any) -> str:
     """A digest of all that the exporter's graph depends on."""
     digest = hashlib.sha256()
     module = network.module
-    told = [type(module).__qualname__, str(getattr(module, "config", module)), network.output]
+    told = [type(module).__qualname__, _configuration(module), network.output]
     told += [repr(item) for item in network.inputs]
     told += _described(network._call)
     for text in told:
@@ -95,6 +95,15 @@ def _export_key(network: Any) -> str:
     for name, tensor in module.state_dict().items():
         digest.update(name.encode() + tensor.detach().float().contiguous().numpy().tobytes())
     return digest.hexdigest()
+
+
+def _configuration(module: Any) -> str:
+    """A module's configuration, or its parts, without the folder that it was read from."""
+    config = getattr(module, "config", None)
+    if config is None:
+        return str(module)
+    values = dict(config) if isinstance(config, dict) else config.to_dict()
+    return str({key: value for key, value in values.items() if key != "_name_or_path"})
 
 
 def _described(value: Any) -> list[str]:
@@ -110,14 +119,18 @@ def _described(value: Any) -> list[str]:
         code = value.__code__
         return [
             code.co_code.hex(),
-            re.sub(r" at 0x[0-9a-f]+", "", str(code.co_consts)),
+            _without_addresses(str(code.co_consts)),
             *(t for c in cells for t in _described(c)),
         ]
     if hasattr(value, "form"):
         # Arguments of a first call: the tensors in their places are replaced.
-        return [repr(value.form)]
+        return [_without_addresses(repr(value.form))]
     if hasattr(value, "__dataclass_fields__"):
         return [
             text for name in value.__dataclass_fields__ for text in _described(getattr(value, name))
         ]
-    return [re.sub(r" at 0x[0-9a-f]+", "", repr(value))]
+    return [_without_addresses(repr(value))]
+
+
+def _without_addresses(text: str) -> str:
+    return re.sub(r" at 0x[0-9a-f]+", "", text)
