@@ -38,10 +38,8 @@ from mpq_deploy.system.progress import PlainTalk
 UNIFORM: dict[str, tuple[str, ...]] = {
     "weights alone": ("w8a16",),
     "static": ("w8a8",),
-    "static + scale5": ("w8a8+scale5", "w8a8"),
     "static + scale7": ("w8a8+scale7", "w8a8"),
     "timestep": ("w8a8-timestep", "w8a8"),
-    "timestep + scale5": ("w8a8-timestep+scale5", "w8a8"),
     "timestep + scale7": ("w8a8-timestep+scale7", "w8a8"),
     "dynamic": ("w8a8-dynamic", "w8a8"),
     "dynamic + scale7": ("w8a8-dynamic+scale7", "w8a8"),
@@ -156,6 +154,8 @@ def planned(models: Models, options: list[str], base: dict[str, object], out: Pa
     int8 = f"{models.rows[BEST].share:.4f}"
     for budget in (*BUDGETS, int8):
         for title, allowed in ALLOWED.items():
+            if budget == int8 and allowed:
+                continue
             protect = [{"layers": "*", "schemes": allowed}] if allowed else []
             values = {**base, "budget": budget, "allocate.protect": protect}
             with open_pipeline(bench_recipe(None, options, values), out, PlainTalk()) as pipeline:
