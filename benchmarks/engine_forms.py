@@ -339,6 +339,36 @@ def lhs_int4(d: Draft) -> str:
     return d.op("MatMul", d.int4((128, 128), 64, 1), "x")
 
 
+def moving(op: str, kind: str) -> Form:
+    """INT8 behind a SiLU, with a range that moves: by a table of ramps, or the largest value of each sample or row."""
+
+    def form(d: Draft) -> str:
+        x = d.op("Mul", "x", d.op("Sigmoid", "x"))
+        if kind == "timestep":
+            # Any number that is known at run time stands for the timestep.
+            ramps = d.op("Cast", d.op("ReduceMax", "x", keepdims=0), to=TensorProto.FLOAT)
+            ramps = d.op("Mul", ramps, d.const(np.full(20, 0.1, np.float32)))
+            ramps = d.op("Clip", ramps, d.const(np.float32(0)), d.const(np.float32(1)))
+            ramps = d.op("Cast", ramps, to=TensorProto.FLOAT16)
+            steps = d.const(np.linspace(0.1, 0.2, 20).astype(np.float16), "steps")
+            ratio = d.op("ReduceSum", d.op("Mul", ramps, steps), keepdims=0)
+        else:
+            axes = d.const(np.array([1, 2, 3] if op == "Conv" else [-1], np.int64))
+            ratio = d.op("ReduceMax", d.op("Abs", x), axes)
+            ratio = d.op("Mul", ratio, d.const(np.float16(0.1)))
+            ratio = d.op("Max", ratio, d.const(np.float16(2**-7)))
+        x = d.act(d.op("Div", x, ratio))
+        y = (
+            conv(d, x, d.int8((64, 64, 3, 3)), 3)
+            if op == "Conv"
+            else d.op("MatMul", x, d.int8((64, 64), 1))
+        )
+        bias = d.const(np.ones((64, 1, 1) if op == "Conv" else 64, np.float16), "bias")
+        return d.op("Add", d.op("Mul", y, ratio), bias)
+
+    return form
+
+
 def forms() -> list[tuple[str, tuple[int, ...], Form]]:
     """(name, shape of x without batch, form)."""
     square, many = (64, 16, 16), (16,)
@@ -362,6 +392,10 @@ def forms() -> list[tuple[str, tuple[int, ...], Form]]:
         ("conv w8a8, scale of shape [1]", square, scale_rank1),
         ("conv w8a8, Q/DQ before Resize", square, qdq_before_resize),
         ("conv w8a8, Q/DQ after Resize", square, qdq_after_resize),
+        ("conv w8a8, range by timestep", square, moving("Conv", "timestep")),
+        ("conv w8a8, range of each sample", square, moving("Conv", "dynamic")),
+        ("matmul w8a8, range by timestep", (32, 64), moving("MatMul", "timestep")),
+        ("matmul w8a8, range of each row", (32, 64), moving("MatMul", "dynamic")),
         ("two convs w8a8 sharing one Q/DQ", square, shared_act),
         ("two convs w8a8 and w4a8 sharing one Q/DQ", square, shared_act_mixed),
         ("one conv w8a8 and one fp16 on the same tensor", square, act_and_plain),

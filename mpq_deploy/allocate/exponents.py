@@ -23,23 +23,29 @@ Key = tuple[tuple[str, ...], str]
 def one_exponent_each(
     layers: Sequence[Layer], allowed: Names, losses: Losses
 ) -> dict[str, tuple[str, ...]]:
-    """Return ``allowed`` (layer -> schemes) with at most one exponent per body, the same for all readers."""
+    """Return ``allowed`` (layer -> schemes) with at most one exponent per body, the same for all readers.
+
+    Of a range that moves, no factors at all are one of the exponents; static ranges without factors
+    stay beside the others.
+    """
     totals: dict[Key, dict[int, float]] = {}
     for layer in layers:
-        for name in allowed[layer.name]:
-            if _rescales(name):
-                amounts = totals.setdefault(_key(layer, name), {})
-                amount = SCHEMES[name].branch.amount
-                amounts[amount] = amounts.get(amount, 0.0) + losses[layer.name][name]
-    best = {key: min(amounts, key=lambda a: (amounts[a], a)) for key, amounts in totals.items()}
-    return {
-        layer.name: tuple(
-            name
-            for name in allowed[layer.name]
-            if not _rescales(name) or SCHEMES[name].branch.amount == best[_key(layer, name)]
-        )
-        for layer in layers
-    }
+        for name in filter(_has_exponent, allowed[layer.name]):
+            amounts = totals.setdefault(_key(layer, name), {})
+            amount = SCHEMES[name].branch.amount
+            amounts[amount] = amounts.get(amount, 0.0) + losses[layer.name][name]
+
+    def chosen(layer: Layer) -> tuple[str, ...]:
+        best: dict[Key, str] = {}
+        for name in filter(_has_exponent, allowed[layer.name]):
+            key = _key(layer, name)
+            row = totals[key]
+            least = min(best.get(key, name), name, key=lambda n: row[SCHEMES[n].branch.amount])
+            best[key] = least
+        kept = set(best.values())
+        return tuple(n for n in allowed[layer.name] if not _has_exponent(n) or n in kept)
+
+    return {layer.name: chosen(layer) for layer in layers}
 
 
 def best_int8(
@@ -82,8 +88,9 @@ def _int8_variants(static: Scheme, losses: Mapping[str, float]) -> tuple[str, ..
     return tuple(s.name for s in found if s.static == W8A8 and (not s.branch or s.branch.rescales))
 
 
-def _rescales(name: str) -> bool:
-    return SCHEMES[name].branch.rescales
+def _has_exponent(name: str) -> bool:
+    scheme = SCHEMES[name]
+    return scheme.branch.rescales or (scheme.range.moves and not scheme.branch)
 
 
 def _key(layer: Layer, name: str) -> Key:

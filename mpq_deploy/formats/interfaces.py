@@ -398,7 +398,9 @@ class Scheme:
     @property
     def timeless(self) -> Scheme:
         """The scheme as a layer alone runs it, without a timestep: its big kernels are the same."""
-        return replace(self, range=STATIC) if self.range.by_timestep else self
+        if not self.range.by_timestep:
+            return self
+        return self.static.with_branch(self.branch) if self.branch else self.static
 
     def with_range(self, kind: ActivationRange) -> Scheme:
         """Return this body with another range of its input."""

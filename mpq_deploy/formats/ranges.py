@@ -42,7 +42,7 @@ RAMP_BYTES = FLOAT32_BYTES * (2 * ENTRIES + 2)
 TABLE_KERNELS = 2
 # One range per sample of a convolution needs its maximum first: kernels beside the quantizer's, and
 # how often the input is moved for it in FP16. A product's rows have theirs in the quantizer's own.
-SAMPLE_KERNELS, SAMPLE_MOVES = 2, 2
+SAMPLE_KERNELS, SAMPLE_MOVES = 3, 2
 
 # Largest magnitude of an array or tensor over axes that stay.
 Absmax = Callable[[Any, tuple[int, ...]], Any]

@@ -175,9 +175,8 @@ class LatencyCosts:
         return "; ".join(said)
 
     def _use_ns(self, layer: Layer, use: LayerUse, scheme: Scheme) -> int:
-        found = (
-            self.table.entries.get((self.shape(layer, use), scheme.name)) if self.table else None
-        )
+        row = self.shape(layer, use), scheme.timeless.name
+        found = self.table.entries.get(row) if self.table else None
         if found is not None:
             assert self.table is not None
             (self.measured if self.table.source == "measured" else self.estimated).add(

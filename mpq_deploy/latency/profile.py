@@ -180,8 +180,11 @@ def why_not_here(target: Target) -> str:
 
 
 def _schemes(layer: Layer, wanted: Iterable[Scheme], target: Target) -> list[Scheme]:
-    """What the solver may choose for ``layer``, and what plans are compared with."""
+    """What the solver may choose for ``layer``, and what plans are compared with.
+
+    A range by timestep has the kernels of a static one.
+    """
     chosen = choices_for(layer, tuple(wanted), target.refusal).schemes
     compared = (control_scheme(layer, CONTROLS["int8"][:1], target), FP16)
-    names = {scheme.name for scheme in (*chosen, *compared) if not scheme.simulated}
+    names = {scheme.timeless.name for scheme in (*chosen, *compared) if not scheme.simulated}
     return [scheme for scheme in SCHEMES.values() if scheme.name in names]

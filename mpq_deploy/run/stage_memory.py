@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mpq_deploy.formats.scheme import SCHEMES
+from mpq_deploy.rounding.candidate_store import wanted_schemes
 from mpq_deploy.system import memory
 
 if TYPE_CHECKING:
@@ -44,6 +45,8 @@ def stage_memory(run: Run, stage: str) -> StageMemory:
     if stage == "engine":
         return _engine(run)
     size, forms = _sizes(run)
+    if stage == "measure":
+        forms += _rescaled_forms(run)
     return estimate_stage(stage, size, run.recipe, forms, _rounding_workers(run, stage))
 
 
@@ -82,6 +85,12 @@ def _sizes(run: Run) -> tuple[ModelSize, int]:
         if not s.branch and (s.name in named or s.family in named)
     }
     return model_size(exported.path, exported.graph, exported.spec.input_shapes()), len(forms)
+
+
+def _rescaled_forms(run: Run) -> int:
+    """Return the weight forms of each layer for rescaled inputs: rounded one by one, measured together."""
+    wanted = wanted_schemes(run.recipe)
+    return len({s.weight_form for s in wanted if s.branch.rescales and not s.range.moves})
 
 
 def _export(run: Run) -> StageMemory:

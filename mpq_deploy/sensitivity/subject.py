@@ -95,7 +95,8 @@ class Subject:
     def memory_bytes(self) -> int:
         """Estimate what a worker holds: candidates, errors and activations, the latter two limited."""
         weights = 4 * sum(layer.weights for layer in self.layers)
-        forms = max((len(c.schemes) for c in self.candidates.values()), default=0)
+        counts = (len({s.weight_form for s in c.schemes}) for c in self.candidates.values())
+        forms = max(counts, default=0)
         return 2 * weights + min(forms * weights, MEMORY_BYTES) + MEMORY_BYTES
 
     @property

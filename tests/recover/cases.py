@@ -201,7 +201,7 @@ def _stats(layers: tuple[Layer, ...], tensor: str) -> ActivationStats:
         scale,
         outliers,
         np.array([np.float16(0.025), np.float16(0.02)], np.float64),
-        np.tile(factors_of(layer), (len(TENTHS), 1)),
+        np.tile(factors_of(layer), (len(TENTHS), layer.group)),
         np.full(len(TENTHS), np.float16(0.035), np.float64),
         4,
         np.array([900.0, 100.0], np.float32),

@@ -48,7 +48,9 @@ def candidates_for(graph: LayerGraph) -> dict[str, LayerCandidates]:
     found = {}
     for layer in graph.layers:
         choices = choices_for(
-            layer, tuple(s for s in SCHEMES.values() if not s.branch and not s.simulated), even
+            layer,
+            tuple(s for s in SCHEMES.values() if not (s.branch or s.simulated or s.range.moves)),
+            even,
         )
         weight = weight_matrix(layer, weight_array(graph.model, layer))
         moments = np.ones((layer.group * layer.reduction, 1, 1))
