@@ -9,7 +9,7 @@ Between two neighbours a MILP may find a plan that no price does.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,7 +34,8 @@ class FrontPlan:
 def front(problem: Problem, most: int | None = None) -> list[FrontPlan]:
     """Return plans that no other of them equals in size, error and latency, smallest first.
 
-    ``most``: so many at most, spread evenly over the sizes. The problem's limits do not count.
+    ``most``: so many at most (3 or more): both ends, the fastest, those of least error of their
+    size, and others spread evenly over the sizes. The problem's limits do not count.
     """
     choices = _Choices(problem)
     distinct = {chosen.tobytes(): chosen for chosen in choices.chosen_by_prices()}
@@ -43,20 +44,49 @@ def front(problem: Problem, most: int | None = None) -> list[FrontPlan]:
         schemes = choices.schemes(chosen)
         size, time = problem.plan_bytes(schemes), problem.plan_ns(schemes)
         plans.append(FrontPlan(schemes, size, problem.plan_loss(schemes), time))
-    kept = _undominated(sorted(plans, key=lambda one: (one.size_bytes, one.loss, one.latency_ns)))
-    if most is None or len(kept) <= most:
-        return kept
-    return [kept[i] for i in np.unique(np.linspace(0, len(kept) - 1, most).round().astype(int))]
+    plans.sort(key=lambda one: (one.size_bytes, one.loss, one.latency_ns))
+    kept = undominated([(p.size_bytes, p.loss, p.latency_ns) for p in plans])
+    return _some([plans[number] for number in kept], most)
 
 
-def _undominated(plans: list[FrontPlan]) -> list[FrontPlan]:
-    """Leave out plans that another equals or beats in all three."""
-    values = np.array([(p.size_bytes, p.loss, p.latency_ns) for p in plans], np.float64)
+def undominated(values: Sequence[tuple[float, float, float]]) -> list[int]:
+    """Return the positions of ascending ``values`` that no other equals or beats in all three."""
+    rows = np.array(values, np.float64).reshape(-1, 3)
     kept: list[int] = []
-    for number, value in enumerate(values):
-        if not kept or not (values[kept] <= value).all(axis=1).any():
+    for number, row in enumerate(rows):
+        if not kept or not (rows[kept] <= row).all(axis=1).any():
             kept.append(number)
-    return [plans[number] for number in kept]
+    return kept
+
+
+def least_so_far(losses: Sequence[float | None]) -> list[int]:
+    """Return the positions of losses below all before them: of plans by size, the lower envelope.
+
+    Those without a loss count as below.
+    """
+    found: list[int] = []
+    for number, loss in enumerate(losses):
+        lowest = losses[found[-1]] if found else None
+        if lowest is None or loss is None or loss < lowest:
+            found.append(number)
+    return found
+
+
+def _some(plans: list[FrontPlan], most: int | None) -> list[FrontPlan]:
+    if most is None or len(plans) <= most:
+        return plans
+    fastest = min(range(len(plans)), key=lambda number: plans[number].latency_ns)
+    kept = {0, len(plans) - 1, fastest}
+    kept.update(_evenly(least_so_far([plan.loss for plan in plans]), most - len(kept)))
+    rest = [number for number in range(len(plans)) if number not in kept]
+    kept.update(_evenly(rest, most - len(kept)))
+    return [plans[number] for number in sorted(kept)]
+
+
+def _evenly(numbers: Sequence[int], count: int) -> list[int]:
+    """Return ``count`` of ``numbers`` at most, their ends included."""
+    places = np.linspace(0, len(numbers) - 1, min(count, len(numbers))).round().astype(int)
+    return [numbers[place] for place in places]
 
 
 class _Choices:

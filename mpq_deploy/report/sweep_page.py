@@ -62,12 +62,18 @@ def _lead(points: list[dict[str, Any]], simulated: bool) -> str:
 
 
 def _note(result: dict[str, Any]) -> str:
-    if result.get("curve"):
+    if not result.get("curve"):
+        return "The plans are this sweep's own."
+    objective = result.get("objective", "quality")
+    if objective == "quality":
         return (
-            "The line is of the integer program's plans; the measured ones are also refined with the cross terms "
-            "between layers, so they may lie a little below it."
+            "The measured plans are also refined with the cross terms between layers, so they may "
+            "lie a little below the line."
         )
-    return "The line joins this sweep's own plans."
+    return (
+        f"The measured plans are those of the recipe's objective ({objective}), which chooses faster ones than the "
+        "line's: they may lie above it."
+    )
 
 
 def _row(point: dict[str, Any]) -> list[str]:
