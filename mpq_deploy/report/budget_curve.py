@@ -46,6 +46,9 @@ DECADES_BELOW = 2
 # Positions of the slider of times, at most (our choice).
 TIME_STEPS = 60
 
+# Where a plan is in the chart, in pixels; no height where its error is below the axis.
+Place = tuple[float, float | None]
+
 
 @dataclass(frozen=True)
 class Mark:
@@ -161,7 +164,7 @@ def view(
     drawn, places = curve_chart(line, dots, stops, marks, simulated)
     families = in_order({family(scheme) for scheme in plans.schemes})
     shares = [_shares(stop, plans, families) for stop in stops]
-    sizes = sorted({stop.size_bytes for stop in [*line, *([own] if own else [])]})
+    sizes = _size_limits(line, own)
     limits = _time_limits(stops, own, times) if times else []
     values: dict[str, object] = {
         "schemes": list(plans.schemes),
@@ -174,7 +177,6 @@ def view(
         ],
         "budgets": [[value, percent(value / fp16_size)] for value in sizes],
         "times": [[value, milliseconds(value)] for value in limits],
-        "fp16": milliseconds(times.fp16_ms) if times else "",
     }
     return BudgetView(
         chart=drawn,
@@ -202,6 +204,12 @@ def _row(stop: Stop, share: list[list[object]], times: PlanTimes | None) -> list
         *([milliseconds(stop.latency_ms)] if times else []),
         *(str(layers) for layers, _ in share),
     ]
+
+
+def _size_limits(line: Sequence[Stop], own: Stop | None) -> list[int]:
+    """Return the slider's limits in bytes: the line's sizes, the largest of those that read alike."""
+    alike = {percent(stop.size_ratio): stop.size_bytes for stop in line}
+    return sorted({*alike.values(), *([own.size_bytes] if own else [])})
 
 
 def _time_limits(stops: Sequence[Stop], own: Stop | None, times: PlanTimes) -> list[float]:
@@ -275,21 +283,23 @@ def curve_chart(
     stops: Sequence[Stop],
     marks: Sequence[Mark],
     simulated: bool = False,
-) -> tuple[Markup | None, list[list[float] | None]]:
+) -> tuple[Markup | None, list[Place | None]]:
     """Draw the predicted error over size: a line, dots, ``marks``; also return the stops' places.
 
-    The chart is None where no error is positive, a place where its error is 0.
+    The chart is None where no error is positive.
     """
     known = [m for m in marks if m.measured or m.predicted]
     measured = [m.measured for m in known if m.measured]
     floor = min(measured, default=0.0) / 10**DECADES_BELOW
-    joined = [(s.size_ratio, s.predicted) for s in line if s.predicted and s.predicted >= floor]
-    heights = [loss for _, loss in joined] + measured + [m.predicted for m in known if m.predicted]
+    heights = [s.predicted for s in line if s.predicted and s.predicted >= floor]
+    heights += measured + [m.predicted for m in known if m.predicted]
     if not heights:
         return None, [None] * len(stops)
-    ratios = [ratio for ratio, _ in joined] + [mark.size_ratio for mark in known]
-    ticks = [tick for tick in nice_ticks(ratios, 6) if tick >= 0]
     decades = log_ticks(heights)
+    seen = [s for s in line if s.predicted and s.predicted >= decades[0]]
+    ratios = [s.size_ratio for s in stops] + [m.size_ratio for m in known]
+    ticks = [tick for tick in nice_ticks(ratios, 6) if 0 <= tick <= max(1.0, *ratios)]
+    joined = [(s.size_ratio, s.predicted or 0.0) for s in seen]
     x = Axis(ticks[0], ticks[-1], LEFT, WIDTH - RIGHT)
     y = Axis(decades[0], decades[-1], HEIGHT - BOTTOM, TOP, log=True)
     nominal = f"{'nominal bytes (simulated)' if simulated else 'size'}, relative to FP16"
@@ -314,19 +324,23 @@ def _cursor(y: Axis) -> Markup:
     ).format(y.end, y.start)
 
 
-def _place(stop: Stop, x: Axis, y: Axis) -> list[float] | None:
-    """Return where a plan is drawn; None outside the chart."""
-    inside = stop.predicted and y.low <= stop.predicted <= y.high and stop.size_ratio <= x.high
-    if not inside or not stop.predicted:
-        return None
-    return [round(x(stop.size_ratio), 1), round(y(stop.predicted), 1)]
+def _place(stop: Stop, x: Axis, y: Axis) -> Place:
+    inside = stop.predicted and y.low <= stop.predicted <= y.high
+    height = round(y(stop.predicted), 1) if inside and stop.predicted else None
+    return round(x(stop.size_ratio), 1), height
 
 
 def _drawn(dots: Dots, x: Axis, y: Axis) -> Markup:
     """Draw the plans of a part as round dots; the legend says what they are."""
-    places = [place for stop in dots.stops if (place := _place(stop, x, y))]
-    path = "".join(f"M{at_x:g} {at_y:g}h0" for at_x, at_y in places)
-    return Markup('<path class="plans {}" d="{}"/>').format(dots.key, path)
+    places = [_place(stop, x, y) for stop in dots.stops]
+    path = "".join(f"M{at_x:g} {at_y:g}h0" for at_x, at_y in places if at_y is not None)
+    drawn = Markup('<path class="plans {}" d="{}"/>').format(dots.key, path)
+    # Rings: the same again, smaller, in the colour of the ground.
+    return (
+        drawn + Markup('<path class="plans hole" d="{}"/>').format(path)
+        if dots.key == "slow"
+        else drawn
+    )
 
 
 def _marks(x: Axis, y: Axis, marks: Sequence[Mark]) -> list[Markup]:

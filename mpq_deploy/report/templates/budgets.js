@@ -42,13 +42,17 @@ document.documentElement.classList.add("scripted");
     if (!cursor) return;
     cursor.toggleAttribute("hidden", at === null);
     if (at === null) return;
-    cursor.querySelector("path").setAttribute("transform", `translate(${at[0]} 0)`);
-    cursor.querySelector("circle").setAttribute("transform", `translate(${at[0]} ${at[1]})`);
+    const [x, y] = at;
+    const circle = cursor.querySelector("circle");
+    cursor.querySelector("path").setAttribute("transform", `translate(${x} 0)`);
+    circle.toggleAttribute("hidden", y === null);
+    circle.setAttribute("transform", `translate(${x} ${y ?? 0})`);
   };
   const showPlan = (stop) => {
-    text("budget-size", `${stop.size}, ${stop.ratio} of FP16`);
+    text("budget-size", stop.size);
+    text("budget-share", `${stop.ratio} of FP16`);
     text("budget-loss", stop.loss || "not predicted");
-    text("budget-time", `${stop.time}; FP16 ${plans.fp16}`);
+    text("budget-time", stop.time);
     text("budget-changed", stop.own ? "this run's plan" : stop.changed || `${blocks.length} layers`);
     if (options) options.textContent = stop.options;
     showLayers(stop);
@@ -57,7 +61,7 @@ document.documentElement.classList.add("scripted");
   const showNone = (small, limit) => {
     const fastest = Math.min(...small.map((stop) => stop.ms));
     const next = small.find((stop) => stop.ms === fastest);
-    text("budget-none", `No plan is that small and that fast. The fastest within this budget takes ${next.time}, not ${limit}.`);
+    text("budget-none", `None of these plans is that small and that fast: within this budget the fastest takes ${next.time}, not ${limit}.`);
     showPoint(null);
   };
 
