@@ -19,6 +19,8 @@ from mpq_deploy.models.spec import Array
 
 # Prices of a byte, and of a nanosecond, evenly spaced in logarithms (our choice).
 BYTE_PRICES, TIME_PRICES = 48, 12
+# Factors of size, error and latency between plans that are told apart (our choice).
+ALIKE = np.array([1.002, 1.05, 1.005])
 
 
 @dataclass(frozen=True)
@@ -34,8 +36,9 @@ class FrontPlan:
 def front(problem: Problem, most: int | None = None) -> list[FrontPlan]:
     """Return plans that no other of them equals in size, error and latency, smallest first.
 
-    ``most``: so many at most (3 or more): both ends, the fastest, those of least error of their
-    size, and others spread evenly over the sizes. The problem's limits do not count.
+    ``most``: so many at most (3 or more), and none that is hardly different from another: both
+    ends, the fastest, those of least error of their size, and others spread evenly over the sizes.
+    The problem's limits do not count.
     """
     choices = _Choices(problem)
     distinct = {chosen.tobytes(): chosen for chosen in choices.chosen_by_prices()}
@@ -73,14 +76,31 @@ def least_so_far(losses: Sequence[float | None]) -> list[int]:
 
 
 def _some(plans: list[FrontPlan], most: int | None) -> list[FrontPlan]:
-    if most is None or len(plans) <= most:
+    if most is None:
         return plans
-    fastest = min(range(len(plans)), key=lambda number: plans[number].latency_ns)
-    kept = {0, len(plans) - 1, fastest}
+    plans = _distinct(plans)
+    if len(plans) <= most:
+        return plans
+    kept = _ends(plans)
     kept.update(_evenly(least_so_far([plan.loss for plan in plans]), most - len(kept)))
     rest = [number for number in range(len(plans)) if number not in kept]
     kept.update(_evenly(rest, most - len(kept)))
     return [plans[number] for number in sorted(kept)]
+
+
+def _ends(plans: Sequence[FrontPlan]) -> set[int]:
+    """Return the smallest, the largest and the fastest."""
+    return {0, len(plans) - 1, min(range(len(plans)), key=lambda i: plans[i].latency_ns)}
+
+
+def _distinct(plans: list[FrontPlan]) -> list[FrontPlan]:
+    """Leave out plans that another, hardly larger, worse or slower (``ALIKE``), stands for."""
+    rows = np.array([(p.size_bytes, p.loss, p.latency_ns) for p in plans], np.float64)
+    kept = sorted(_ends(plans))
+    for number in np.argsort(rows[:, 1], kind="stable"):
+        if not (rows[kept] <= rows[number] * ALIKE).all(axis=1).any():
+            kept.append(int(number))
+    return [plans[number] for number in sorted(set(kept))]
 
 
 def _evenly(numbers: Sequence[int], count: int) -> list[int]:
