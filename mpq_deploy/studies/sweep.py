@@ -347,13 +347,19 @@ def _draw(result: dict[str, Any], path: Path) -> None:
     measured = [p for p in points if "measured_nmse" in p]
     with matplotlib.rc_context({"svg.hashsalt": "sweep", "font.size": 10}):
         figure, axes = plt.subplots(figsize=(6.4, 4))
-        predicted = [p for p in result.get("curve", points) if p["predicted_nmse"] is not None]
+        # Far below what was measured the curve would only stretch the axis.
+        floor = min((p["measured_nmse"] for p in measured), default=0.0) / 100
+        predicted = [
+            p
+            for p in result.get("curve", points)
+            if p["predicted_nmse"] is not None and p["predicted_nmse"] >= floor
+        ]
         if predicted:
             losses = [p["predicted_nmse"] for p in predicted]
             sizes = [p["size_ratio"] for p in predicted]
             line = least_so_far(losses)
             axes.plot(sizes, losses, ".", color="0.75", markersize=4, label="other plans")
-            axes.plot([sizes[i] for i in line], [losses[i] for i in line], label="predicted")
+            axes.plot([sizes[i] for i in line], [losses[i] for i in line], label="least predicted")
         axes.plot(
             [p["size_ratio"] for p in measured],
             [p["measured_nmse"] for p in measured],
