@@ -24,30 +24,6 @@ EXPORTS = "test_torch_export.py"
 
 
 @pytest.fixture(autouse=True, scope="session")
-def few_budgets() -> Iterator[float]:
-    """Solve every fifth budget of the report's curve: the whole grid is a fifth of a tiny build.
-
-    Yields the usual step, which ``whole_grid`` gives back to the tests of the curve.
-    """
-    from mpq_deploy.report import budget_grid
-
-    usual = budget_grid.STEP
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(budget_grid, "STEP", 5 * usual)
-        yield usual
-
-
-@pytest.fixture(scope="module")
-def whole_grid(few_budgets: float) -> Iterator[None]:
-    """The curve's budgets as users get them."""
-    from mpq_deploy.report import budget_grid
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(budget_grid, "STEP", few_budgets)
-        yield
-
-
-@pytest.fixture(autouse=True, scope="session")
 def shared_exports(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Trace each tiny module once: PyTorch's exporter takes most of the suite's time.
 

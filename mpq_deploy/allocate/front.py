@@ -3,13 +3,14 @@
 In: an allocation problem without its limits. Out: some plans, each with its exact bytes and
 nanoseconds. One Lagrangian relaxation per pair of prices, of a byte and of a nanosecond, splits
 into the layers and takes milliseconds; its plan has the least error of all of its own size and time
-(Everett, 1963), but for quantizers that layers share, which count for each reader while choosing.
+(Everett, 1963), but for quantizers that layers share: while choosing, each layer that may read one has its part of it.
 Between two neighbours a MILP may find a plan that no price does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +20,8 @@ from mpq_deploy.models.spec import Array
 
 # Prices of a byte, and of a nanosecond, evenly spaced in logarithms (our choice).
 BYTE_PRICES, TIME_PRICES = 48, 12
+# Factors of size, error and latency between plans that are told apart (our choice).
+ALIKE = np.array([1.002, 1.05, 1.005])
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,9 @@ class FrontPlan:
 def front(problem: Problem, most: int | None = None) -> list[FrontPlan]:
     """Return plans that no other of them equals in size, error and latency, smallest first.
 
-    ``most``: so many at most, spread evenly over the sizes. The problem's limits do not count.
+    ``most``: so many at most (3 or more), and none that is hardly different from another: both
+    ends, the fastest, those of least error of their size, and others spread evenly over the sizes.
+    The problem's limits do not count.
     """
     choices = _Choices(problem)
     distinct = {chosen.tobytes(): chosen for chosen in choices.chosen_by_prices()}
@@ -43,24 +48,70 @@ def front(problem: Problem, most: int | None = None) -> list[FrontPlan]:
         schemes = choices.schemes(chosen)
         size, time = problem.plan_bytes(schemes), problem.plan_ns(schemes)
         plans.append(FrontPlan(schemes, size, problem.plan_loss(schemes), time))
-    kept = _undominated(sorted(plans, key=lambda one: (one.size_bytes, one.loss, one.latency_ns)))
-    if most is None or len(kept) <= most:
-        return kept
-    return [kept[i] for i in np.unique(np.linspace(0, len(kept) - 1, most).round().astype(int))]
+    plans.sort(key=lambda one: (one.size_bytes, one.loss, one.latency_ns))
+    kept = undominated([(p.size_bytes, p.loss, p.latency_ns) for p in plans])
+    return _some([plans[number] for number in kept], most)
 
 
-def _undominated(plans: list[FrontPlan]) -> list[FrontPlan]:
-    """Leave out plans that another equals or beats in all three."""
-    values = np.array([(p.size_bytes, p.loss, p.latency_ns) for p in plans], np.float64)
+def undominated(values: Sequence[tuple[float, float, float]]) -> list[int]:
+    """Return the positions of ascending ``values`` that no other equals or beats in all three."""
+    rows = np.array(values, np.float64).reshape(-1, 3)
     kept: list[int] = []
-    for number, value in enumerate(values):
-        if not kept or not (values[kept] <= value).all(axis=1).any():
+    for number, row in enumerate(rows):
+        if not kept or not (rows[kept] <= row).all(axis=1).any():
             kept.append(number)
-    return [plans[number] for number in kept]
+    return kept
+
+
+def least_so_far(losses: Sequence[float | None]) -> list[int]:
+    """Return the positions of losses below all before them: of plans by size, the lower envelope.
+
+    Those without a loss count as below.
+    """
+    found: list[int] = []
+    for number, loss in enumerate(losses):
+        lowest = losses[found[-1]] if found else None
+        if lowest is None or loss is None or loss < lowest:
+            found.append(number)
+    return found
+
+
+def _some(plans: list[FrontPlan], most: int | None) -> list[FrontPlan]:
+    if most is None:
+        return plans
+    plans = _distinct(plans)
+    if len(plans) <= most:
+        return plans
+    kept = _ends(plans)
+    kept.update(_evenly(least_so_far([plan.loss for plan in plans]), most - len(kept)))
+    rest = [number for number in range(len(plans)) if number not in kept]
+    kept.update(_evenly(rest, most - len(kept)))
+    return [plans[number] for number in sorted(kept)]
+
+
+def _ends(plans: Sequence[FrontPlan]) -> set[int]:
+    """Return the smallest, the largest and the fastest."""
+    return {0, len(plans) - 1, min(range(len(plans)), key=lambda i: plans[i].latency_ns)}
+
+
+def _distinct(plans: list[FrontPlan]) -> list[FrontPlan]:
+    """Leave out plans that another, hardly larger, worse or slower (``ALIKE``), stands for."""
+    rows = np.array([(p.size_bytes, p.loss, p.latency_ns) for p in plans], np.float64)
+    kept = sorted(_ends(plans))
+    for number in np.argsort(rows[:, 1], kind="stable"):
+        if not (rows[kept] <= rows[number] * ALIKE).all(axis=1).any():
+            kept.append(int(number))
+    return [plans[number] for number in sorted(set(kept))]
+
+
+def _evenly(numbers: Sequence[int], count: int) -> list[int]:
+    """Return ``count`` of ``numbers`` at most, their ends included."""
+    places = np.linspace(0, len(numbers) - 1, min(count, len(numbers))).round().astype(int)
+    return [numbers[place] for place in places]
 
 
 class _Choices:
-    """All (layer, scheme) pairs as arrays, layer after layer; a quantizer counts for each reader."""
+    """All (layer, scheme) pairs as arrays, layer after layer; a quantizer's cost is split among its readers."""
 
     def __init__(self, problem: Problem) -> None:
         self._layers = problem.layers
@@ -68,7 +119,12 @@ class _Choices:
         sizes = [len(layer.bytes) for layer in problem.layers]
         self._starts = np.concatenate([[0], np.cumsum(sizes)[:-1]]).astype(np.int64)
         self._sizes = np.asarray(sizes, np.int64)
-        rows = [_pair(problem, layer, s) for layer in problem.layers for s in layer.bytes]
+        readers = Counter(
+            name
+            for layer in problem.layers
+            for name in {name for scheme in layer.bytes for name in layer.quantizers(scheme)}
+        )
+        rows = [_pair(problem, layer, s, readers) for layer in problem.layers for s in layer.bytes]
         self._loss, self._bytes, self._time = np.array(rows, np.float64).T
 
     def schemes(self, chosen: Array) -> dict[str, str]:
@@ -103,12 +159,15 @@ class _Choices:
         return np.repeat(np.minimum.reduceat(first, self._starts), self._sizes)
 
 
-def _pair(problem: Problem, layer: LayerChoice, scheme: str) -> tuple[float, float, float]:
-    """Return a pair's loss, bytes and nanoseconds, its quantizers included."""
+def _pair(
+    problem: Problem, layer: LayerChoice, scheme: str, readers: Mapping[str, int]
+) -> tuple[float, float, float]:
+    """Return a pair's loss, bytes and nanoseconds, with its share of the quantizers that it reads."""
     quantizers = layer.quantizers(scheme)
-    time = layer.latency_ns.get(scheme, 0)
-    time += sum(problem.quantizer_ns.get(name, 0) for name in quantizers)
-    return layer.loss[scheme], layer.bytes[scheme] + sum(quantizers.values()), time
+    size = sum(bytes_ / readers[name] for name, bytes_ in quantizers.items())
+    time = sum(problem.quantizer_ns.get(name, 0) / readers[name] for name in quantizers)
+    own = layer.latency_ns.get(scheme, 0)
+    return layer.loss[scheme], layer.bytes[scheme] + size, own + time
 
 
 def _prices(slopes: Array, count: int) -> list[float]:

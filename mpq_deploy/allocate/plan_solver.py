@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,7 +12,7 @@ import numpy as np
 from mpq_deploy.allocate.cross_terms import CrossTerms, allocate_with_cross_terms
 from mpq_deploy.allocate.exponents import best_int8, one_exponent_each
 from mpq_deploy.allocate.floor import floor_causes, floor_text
-from mpq_deploy.allocate.front import front
+from mpq_deploy.allocate.front import front, undominated
 from mpq_deploy.allocate.milp import (
     Allocation,
     allocate,
@@ -41,6 +41,26 @@ if TYPE_CHECKING:
 
 # A layer's importance and the bits that the linear program gives it.
 LayerBits = tuple[float | None, float | None]
+
+
+@dataclass(frozen=True)
+class PredictedPlan:
+    """A plan with its exact bytes, its predicted error and the milliseconds of one call.
+
+    ``predicted_loss`` has the cross terms; None where the metric only ranks layers.
+    ``latency_ms``: None where nothing is known of the target's speed.
+    """
+
+    schemes: dict[str, str]
+    size_bytes: int
+    predicted_loss: float | None
+    latency_ms: float | None = None
+
+    @classmethod
+    def of(cls, plan: PrecisionPlan) -> PredictedPlan:
+        """Return the same of a plan that was solved."""
+        time = plan.latency.ours_ms if plan.latency else None
+        return cls(plan.schemes, plan.size_bytes, plan.predicted_loss, time)
 
 
 class PlanSolver:
@@ -97,22 +117,26 @@ class PlanSolver:
             {name: SCHEMES[name].scale_bytes(layer) for name in names},
         )
 
-    def _with_latency(self, problem: Problem) -> Problem:
-        """Add latencies and the limit on them: the minimum, where latency is the objective."""
+    def _timed(self, problem: Problem) -> Problem:
+        """Add the latencies of quantizers and of what is no layer, where the speed is known."""
         if self.costs is None:
             return problem
-        section, costs = self.section, self.costs
         shared: dict[str, int] = {}
         for layer, choice in zip(self.layers, problem.layers, strict=True):
             for scheme in choice.bytes:
-                shared.update(costs.quantizers_ns(layer, SCHEMES[scheme]))
+                shared.update(self.costs.quantizers_ns(layer, SCHEMES[scheme]))
+        return replace(problem, quantizer_ns=shared, fixed_ns=self.costs.others_ns)
+
+    def _limited(self, timed: Problem) -> Problem:
+        """Add the limit on latency: the minimum, where latency is the objective."""
+        if self.costs is None:
+            return timed
+        section = self.section
         limit = section.max_latency.nanoseconds if section.max_latency else None
-        timed = replace(
-            problem, quantizer_ns=shared, fixed_ns=self.costs.others_ns, max_latency_ns=limit
-        )
+        timed = replace(timed, max_latency_ns=limit)
         if section.objective == "quality" or self._slack_is_unknown:
             return timed
-        if problem.plan_bytes(problem.smallest_plan()) > problem.budget_bytes:
+        if timed.plan_bytes(timed.smallest_plan()) > timed.budget_bytes:
             return timed  # the solver says what the smallest feasible budget is
         if section.objective == "balanced":
             minimum = balanced_limit(timed, section, self._allocated(timed).report.loss)
@@ -127,15 +151,16 @@ class PlanSolver:
         )
 
     @property
+    def objective(self) -> str:
+        """What plans are best at: quality, too, where balanced lacks the times or the errors."""
+        balanced = self.section.objective == "balanced"
+        lacking = balanced and (self.costs is None or self._slack_is_unknown)
+        return "quality" if lacking else self.section.objective
+
+    @property
     def _slack_is_unknown(self) -> bool:
         """Whether the balanced objective has no errors to compare: the metric only ranks layers."""
         return self.section.objective == "balanced" and not self.table.predicts_nmse
-
-    @property
-    def smallest(self) -> int:
-        """Bytes of each layer's smallest scheme: the smallest feasible budget, or a bit more."""
-        problem = self._problem(0)
-        return problem.plan_bytes(problem.smallest_plan())
 
     @property
     def fixed_bytes(self) -> int:
@@ -145,26 +170,34 @@ class PlanSolver:
     def _problem(self, budget_bytes: int) -> Problem:
         return Problem(self.choices, self.fixed_bytes, budget_bytes, self.foldable)
 
-    def unrefined(
-        self, budget_bytes: int, gap: float
-    ) -> tuple[dict[str, str], int, float | None] | None:
-        """Solve for ``budget_bytes`` without cross terms: schemes, bytes and predicted loss.
+    def front(self, most: int) -> list[PredictedPlan]:
+        """Return plans of which none is better in size, predicted error and time, smallest first.
 
-        Quicker than ``solve``, which refines the plan with the cross terms; the prediction has them
-        all the same. None where the solver's time was up before it came within ``gap``.
+        At most ``most``, in well under a second, by Lagrangian relaxation: ``solve`` finds a plan
+        at least as good within the limits of each. The recipe's own limits do not count.
         """
-        problem = self._with_latency(self._problem(budget_bytes))
-        allocation = self._allocated(problem, gap)
-        if allocation.report.status != "Optimal":
-            return None
-        schemes = allocation.schemes
-        return schemes, problem.plan_bytes(schemes), self._predicted(schemes, None)
+        plans = front(self._timed(self._problem(0)), most)
+        points = [
+            PredictedPlan(
+                plan.schemes,
+                plan.size_bytes,
+                self._predicted(plan.schemes, None),
+                plan.latency_ns / 1e6 if self.costs else None,
+            )
+            for plan in plans
+        ]
+        if not self.table.predicts_nmse:
+            return points
+        # The cross terms move the errors: a plan that was on the front may no longer be.
+        values = [(p.size_bytes, p.predicted_loss or 0.0, p.latency_ms or 0.0) for p in points]
+        order = sorted(range(len(values)), key=values.__getitem__)
+        return [points[order[i]] for i in undominated([values[number] for number in order])]
 
     def solve(self, budget: Budget | str) -> PrecisionPlan:
         """Solve the allocation for ``budget`` and describe the plan."""
         problem = self._problem(Budget.parse(budget).bytes(self.fp16_size, self.weights))
         try:
-            problem = self._with_latency(problem)
+            problem = self._limited(self._timed(problem))
             allocation, cross_terms = self._refined(problem)
         except InfeasibleBudgetError as error:
             ratio = math.ceil(error.smallest / self.fp16_size * 1e4) / 1e4
@@ -248,10 +281,9 @@ class PlanSolver:
             problem, self.table, self._allocated, self.section.cross_terms
         )
 
-    def _allocated(self, problem: Problem, gap: float | None = None) -> Allocation:
-        """Solve without cross terms, to the recipe's gap where there is no other."""
-        section = self.section if gap is None else self.section.model_copy(update={"gap": gap})
-        return allocate(problem, section, penalty_per_kernel(problem, section))
+    def _allocated(self, problem: Problem) -> Allocation:
+        """Solve without cross terms."""
+        return allocate(problem, self.section, penalty_per_kernel(problem, self.section))
 
     def _predicted(self, schemes: dict[str, str], cross_terms: CrossTerms | None) -> float | None:
         if cross_terms is not None:

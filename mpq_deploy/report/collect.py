@@ -17,7 +17,7 @@ from mpq_deploy.evaluate.evaluation_result import Evaluation, VariantResult
 from mpq_deploy.evaluate.interval import mean_interval
 from mpq_deploy.evaluate.variants import BEFORE, CORRECTED, LATENCY, read_sizes
 from mpq_deploy.graph.writers.deployed_graphs import DEPLOYED, SIMULATED
-from mpq_deploy.report.budget_grid import budget_plans, layer_kurtoses
+from mpq_deploy.report.budget_plans import budget_plans, layer_kurtoses
 from mpq_deploy.report.data import (
     Check,
     Control,

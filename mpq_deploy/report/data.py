@@ -471,29 +471,41 @@ class LayerOption(Part):
 
 
 class BudgetPlan(Part):
-    """One budget's plan. ``schemes``: each layer's index into ``BudgetPlans.schemes``."""
+    """One plan. ``schemes``: each layer's index into ``BudgetPlans.schemes``.
+
+    ``latency_ms``: of one call; None where nothing is known of the target's speed.
+    """
 
     size_bytes: int = Field(ge=0)
     predicted_nmse: float | None = Field(ge=0)
+    latency_ms: float | None = Field(None, ge=0)
     schemes: tuple[int, ...]
 
 
+class PlanTimes(Part):
+    """What plans' times are: ``source`` as in ``ExpectedLatency``, at ``batch``; FP16's beside."""
+
+    fp16_ms: float = Field(ge=0)
+    source: str
+    batch: int = Field(ge=1)
+
+
 class BudgetPlans(Part):
-    """The integer program's plans for a grid of budgets, by ascending size; not in JSON.
+    """Plans of which none is better in size, predicted error and time, by size; not in JSON.
 
     ``layer_bytes``: per layer, scheme index -> bytes. ``smaller``, ``larger``: per layer, the best
-    option of fewer and of more bytes than this run's plan. ``wanted``: more than ``plans`` where
-    time ran out. ``command``: builds another budget's plan on this run.
+    option of fewer and of more bytes than this run's plan. ``command``: builds a plan on this run,
+    once ``--budget`` and the like are added. ``times``: None where plans have none.
     """
 
     layers: tuple[str, ...]
     schemes: tuple[str, ...]
     layer_bytes: tuple[dict[int, int], ...]
     plans: tuple[BudgetPlan, ...]
-    wanted: int = Field(ge=0)
     smaller: dict[str, LayerOption] = Field(default_factory=dict)
     larger: dict[str, LayerOption] = Field(default_factory=dict)
     command: str = ""
+    times: PlanTimes | None = None
 
 
 class SchemeTotal(Part):

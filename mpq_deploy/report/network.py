@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from mpq_deploy.allocate.front import least_so_far
 from mpq_deploy.formats.scheme import FAMILIES, SCHEMES
 from mpq_deploy.report.data import LayerOption, LayerRow, ReportData
 from mpq_deploy.report.words import NOT_PREDICTED, error, percent, size
@@ -128,15 +129,15 @@ def layer_details(data: ReportData) -> list[dict[str, object]]:
 
 
 def byte_price(data: ReportData) -> float | None:
-    """Return what a byte is worth at this run's size: the slope of the curve of budgets.
+    """Return what a byte is worth at this run's size: the slope of the least error over size.
 
     Taken between the nearest plans on both sides; None where one is missing or it does not fall.
     """
     if data.budgets is None:
         return None
-    known = [
-        (p.size_bytes, p.predicted_nmse) for p in data.budgets.plans if p.predicted_nmse is not None
-    ]
+    plans = data.budgets.plans
+    line = [plans[number] for number in least_so_far([p.predicted_nmse for p in plans])]
+    known = [(p.size_bytes, p.predicted_nmse) for p in line if p.predicted_nmse is not None]
     below = max((p for p in known if p[0] < data.size_bytes), default=None)
     above = min((p for p in known if p[0] > data.size_bytes), default=None)
     if below is None or above is None or above[1] >= below[1]:

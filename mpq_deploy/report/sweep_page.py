@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from mpq_deploy.report import words
-from mpq_deploy.report.budget_curve import Mark, view
+from mpq_deploy.report.budget_curve import Mark, milliseconds, view
 from mpq_deploy.report.data import BudgetPlans
 from mpq_deploy.report.page import asset, rendered
 
@@ -33,10 +33,10 @@ def sweep_page(result: dict[str, Any], plans: BudgetPlans, about: dict[str, str]
         **about,
         budgets=view(plans, fp16_size, marks, simulated=simulated) if plans.plans else None,
         curve_note=_note(result),
-        columns=COLUMNS,
+        columns=[*COLUMNS, f"Time, {plans.times.source}"] if plans.times else COLUMNS,
         rows=[
-            *(_row(point) for point in points),
-            *(_control(c) for c in result["controls"].values()),
+            *([*_row(point), *_time(point, plans)] for point in points),
+            *([*_control(c), *_time(c, plans)] for c in result["controls"].values()),
         ],
         refused=[_refused(point) for point in result["points"] if "size_bytes" not in point],
         simulated=simulated,
@@ -62,12 +62,18 @@ def _lead(points: list[dict[str, Any]], simulated: bool) -> str:
 
 
 def _note(result: dict[str, Any]) -> str:
-    if result.get("curve"):
+    if not result.get("curve"):
+        return "The plans are this sweep's own."
+    objective = result.get("objective", "quality")
+    if objective == "quality":
         return (
-            "The line is of the integer program's plans; the measured ones are also refined with the cross terms "
-            "between layers, so they may lie a little below it."
+            "The measured plans are also refined with the cross terms between layers, so they may "
+            "lie a little below the line."
         )
-    return "The line joins this sweep's own plans."
+    return (
+        f"The measured plans are those of the recipe's objective ({objective}), which chooses faster ones than the "
+        "line's: they may lie above it."
+    )
 
 
 def _row(point: dict[str, Any]) -> list[str]:
@@ -81,6 +87,13 @@ def _row(point: dict[str, Any]) -> list[str]:
         words.error(point.get("measured_nmse")),
         psnr,
     ]
+
+
+def _time(point: dict[str, Any], plans: BudgetPlans) -> list[str]:
+    """Return the cell of a time, where plans have one; empty for a control."""
+    if plans.times is None:
+        return []
+    return [milliseconds(point["latency_ms"]) if point.get("latency_ms") else ""]
 
 
 def _control(control: dict[str, Any]) -> list[str]:

@@ -338,15 +338,27 @@ def prediction(data: ReportData) -> str:
 
 
 def curve_note(data: ReportData) -> str:
-    """Say what the predictions of the curve of budgets are, and what the build does beyond them."""
+    """Say what the predictions of other plans are, and how this run's own plan lies to them."""
     if data.predicted_nmse is None:
         return f"The metric {data.sensitivity} predicts no error.".replace("  ", " ")
+    objective = data.expected_latency.objective if data.expected_latency else "quality"
+    note = ""
     if data.sensitivity == "probe":
-        return (
-            "These are the integer program's plans, and their predictions have the cross terms between layers; a "
-            "build also refines its plan with those terms, so this run's own point may lie a little below the line."
-        )
-    return "These are the integer program's plans."
+        note = "Predictions have the cross terms between layers. "
+    if objective in PLACES:
+        return f"{note}{PLACES[objective]}"
+    if data.sensitivity == "probe":
+        note += "A build also refines its plan with those terms, so this run's own may lie a little below the line."
+    return note.strip()
+
+
+# How a plan lies to the line of the least errors, by objective.
+PLACES = {
+    "balanced": "This run's own plan is the fastest whose error is within the slack of the least (objective balanced), "
+    "so it may lie above the line.",
+    "latency": "This run's own plan is the fastest within its limits (objective latency), "
+    "so it may lie above the line.",
+}
 
 
 def importance(info: ImportanceInfo) -> str:

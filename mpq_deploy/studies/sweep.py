@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mpq_deploy.allocate.front import least_so_far
 from mpq_deploy.errors import InfeasibleBudgetError, InfeasibleLatencyError, UsageError
 from mpq_deploy.run.view import RECIPE, SAMPLES, Run
 from mpq_deploy.system.files import sealed_json, write_text
@@ -72,11 +73,7 @@ def spread_over(sizes: Sequence[float], losses: Sequence[float | None], count: i
     ``sizes`` ascend; ``losses`` are on a logarithmic axis. Points that a smaller plan equals are
     not on the curve; those without a positive loss count by their size alone. Our choice.
     """
-    frontier: list[int] = []
-    for number, loss in enumerate(losses):
-        lowest = losses[frontier[-1]] if frontier else None
-        if lowest is None or loss is None or loss < lowest:
-            frontier.append(number)
+    frontier = least_so_far(losses)
     width = (sizes[frontier[-1]] - sizes[frontier[0]]) or 1.0
     logs = [np.log10(loss) if loss else None for loss in (losses[i] for i in frontier)]
     known = [log for log in logs if log is not None]
@@ -91,12 +88,18 @@ def spread_over(sizes: Sequence[float], losses: Sequence[float | None], count: i
 
 
 def points_on_curve(
-    plans: BudgetPlans, fp16_size: int, count: int, highest: float = HIGHEST
+    plans: BudgetPlans,
+    fp16_size: int,
+    count: int,
+    highest: float = HIGHEST,
+    limit_ms: float = math.inf,
 ) -> list[float]:
-    """Return ``count`` ascending budgets spread over the predicted curve, at most ``highest``."""
-    low = [plan for plan in plans.plans if plan.size_bytes <= highest * fp16_size] or list(
-        plans.plans[:1]
-    )
+    """Return ``count`` ascending budgets spread over the predicted curve, at most ``highest``.
+
+    ``limit_ms``: the longest call that the recipe allows; slower plans are not on the curve.
+    """
+    fast = [plan for plan in plans.plans if (plan.latency_ms or 0.0) <= limit_ms] or plans.plans
+    low = [plan for plan in fast if plan.size_bytes <= highest * fp16_size] or fast[:1]
     chosen = spread_over(
         [p.size_bytes / fp16_size for p in low], [p.predicted_nmse for p in low], count
     )
@@ -116,15 +119,17 @@ def run_sweep(
     A budget that no plan fits is a point that names the smallest feasible budget.
     ``points_wanted``: in place of ``budgets``, that many of the predicted curve, measured.
     """
-    from mpq_deploy.allocate.plan_solver import PlanSolver
-    from mpq_deploy.report.budget_grid import grid_plans, packed
+    from mpq_deploy.allocate.plan_solver import PlanSolver, PredictedPlan
+    from mpq_deploy.report.budget_plans import front_plans, packed
     from mpq_deploy.report.sweep_page import sweep_page
 
     solver = PlanSolver(run)
     curve: BudgetPlans | None = None
     if points_wanted is not None:
-        curve = grid_plans(run, solver, HIGHEST)
-        budgets, evaluate = points_on_curve(curve, solver.fp16_size, points_wanted), True
+        curve, limit = front_plans(solver), solver.section.max_latency
+        limit_ms = limit.nanoseconds / 1e6 if limit else math.inf
+        budgets = points_on_curve(curve, solver.fp16_size, points_wanted, HIGHEST, limit_ms)
+        evaluate = True
     plans, points = _solve(run, solver, budgets)
     controls = _measure(run, plans, points) if evaluate else {}
     simulated = any(plan.simulated for plan in plans.values())
@@ -133,20 +138,20 @@ def run_sweep(
         "points": points,
         "controls": controls,
         "simulated": simulated,
+        "objective": solver.objective,
     }
     if curve is not None:
         result["curve"] = [
             {
                 "size_ratio": plan.size_bytes / solver.fp16_size,
                 "predicted_nmse": plan.predicted_nmse,
+                "latency_ms": plan.latency_ms,
             }
             for plan in curve.plans
         ]
     write_text(run.path / "sweep.json", sealed_json(result))
     _draw(result, run.path / "sweep.svg")
-    shown = curve or packed(
-        solver, [(p.schemes, p.size_bytes, p.predicted_loss) for p in plans.values()]
-    )
+    shown = curve or packed(solver, [PredictedPlan.of(plan) for plan in plans.values()])
     write_text(run.path / "sweep.html", sweep_page(result, shown, _about(run, solver, command)))
     return result
 
@@ -164,6 +169,7 @@ def _solve(
                 point["size_bytes"] = plan.size_bytes
                 point["size_ratio"] = plan.size_bytes / plan.fp16_size_bytes
                 point["predicted_nmse"] = plan.predicted_loss
+                point["latency_ms"] = plan.latency.ours_ms if plan.latency else None
             except InfeasibleBudgetError as error:
                 point["smallest_feasible_bytes"] = error.smallest
             except InfeasibleLatencyError as error:
@@ -341,10 +347,19 @@ def _draw(result: dict[str, Any], path: Path) -> None:
     measured = [p for p in points if "measured_nmse" in p]
     with matplotlib.rc_context({"svg.hashsalt": "sweep", "font.size": 10}):
         figure, axes = plt.subplots(figsize=(6.4, 4))
-        predicted = [p for p in result.get("curve", points) if p["predicted_nmse"] is not None]
+        # Far below what was measured the curve would only stretch the axis.
+        floor = min((p["measured_nmse"] for p in measured), default=0.0) / 100
+        predicted = [
+            p
+            for p in result.get("curve", points)
+            if p["predicted_nmse"] is not None and p["predicted_nmse"] >= floor
+        ]
         if predicted:
+            losses = [p["predicted_nmse"] for p in predicted]
             sizes = [p["size_ratio"] for p in predicted]
-            axes.plot(sizes, [p["predicted_nmse"] for p in predicted], label="predicted")
+            line = least_so_far(losses)
+            axes.plot(sizes, losses, ".", color="0.75", markersize=4, label="other plans")
+            axes.plot([sizes[i] for i in line], [losses[i] for i in line], label="least predicted")
         axes.plot(
             [p["size_ratio"] for p in measured],
             [p["measured_nmse"] for p in measured],

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mpq_deploy.allocate.front import FrontPlan, front
+from mpq_deploy.allocate.front import ALIKE, FrontPlan, front
 from mpq_deploy.allocate.problem import LayerChoice, Problem
 
 SCHEMES = ("fp16", "w8a8", "w8a16", "w4a16-b32")
@@ -83,6 +83,19 @@ def test_so_many_plans_at_most_with_both_ends() -> None:
     whole, some = front(problem), front(problem, 9)
     assert len(whole) > 100 and len(some) == 9
     assert some[0] == whole[0] and some[-1] == whole[-1]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_every_plan_has_one_hardly_worse_among_the_distinct(seed: int) -> None:
+    problem = made_up(30, seed)
+    whole, some = front(problem), front(problem, 10**6)
+    kept = np.array([(p.size_bytes, p.loss, p.latency_ns) for p in some])
+    assert len(some) < len(whole) and all(plan in whole for plan in some)
+    for plan in whole:
+        limit = np.array([plan.size_bytes, plan.loss, plan.latency_ns]) * ALIKE
+        assert (kept <= limit).all(axis=1).any()
+    fastest = min(plan.latency_ns for plan in whole)
+    assert fastest == min(plan.latency_ns for plan in some)
 
 
 def test_layers_with_one_scheme_are_a_plan() -> None:

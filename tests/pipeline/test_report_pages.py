@@ -13,16 +13,19 @@ import numpy as np
 import pytest
 
 from mpq_deploy.allocate.plan import PrecisionPlan
+from mpq_deploy.allocate.plan_solver import PlanSolver
 from mpq_deploy.evaluate.evaluation_result import Evaluation
+from mpq_deploy.formats.scheme import SCHEMES
 from mpq_deploy.recipe import load_recipe
-from mpq_deploy.report import budget_grid as budgets
+from mpq_deploy.report import budget_plans as budgets
 from mpq_deploy.report import collect as assemble
+from mpq_deploy.report.budget_curve import Stop, options
 from mpq_deploy.run.pipeline import open_pipeline
 from mpq_deploy.sensitivity.table import SensitivityTable
 from mpq_deploy.system.progress import Talk
+from mpq_deploy.system.quantities import Latency
 from tests.pipeline.conftest import Outcome
 
-pytestmark = pytest.mark.usefixtures("whole_grid")
 Cli = Callable[..., Outcome]
 
 
@@ -96,11 +99,11 @@ def test_the_plans_of_other_budgets_hold_them_and_are_kept(
     with open_pipeline(load_recipe(run / "recipe.yaml"), run, Talk()) as pipeline:
         pipeline.run_until("allocate")
         plan = PrecisionPlan.load(run / "allocate" / "plan.json")
-        (run / budgets.CACHE).unlink()
         found = budgets.budget_plans(pipeline.run, plan)
         table = SensitivityTable.load(run / "measure")
-        losses = [one.predicted_nmse for one in found.plans]
-        assert len(found.plans) > 10 and losses == sorted(losses, reverse=True)
+        solver = PlanSolver(pipeline.run)
+        assert len(found.plans) > 3 and found.times is not None and solver.costs is not None
+        values = [(p.size_bytes, p.predicted_nmse, p.latency_ms or 0.0) for p in found.plans]
         for one in found.plans:
             schemes = {
                 name: found.schemes[i] for name, i in zip(found.layers, one.schemes, strict=True)
@@ -108,15 +111,50 @@ def test_the_plans_of_other_budgets_hold_them_and_are_kept(
             assert one.predicted_nmse == pytest.approx(table.plan_loss(schemes))
             sizes = sum(row[i] for row, i in zip(found.layer_bytes, one.schemes, strict=True))
             assert plan.fixed_bytes + sizes <= one.size_bytes <= plan.fp16_size_bytes
+            forms = {name: SCHEMES[scheme] for name, scheme in schemes.items()}
+            assert one.latency_ms == solver.costs.plan_ns(solver.layers, forms) / 1e6
+            mine = (one.size_bytes, one.predicted_nmse, one.latency_ms or 0.0)
+            assert not any(o != mine and all(a <= b for a, b in zip(o, mine)) for o in values)
+        fp16 = dict.fromkeys(found.layers, SCHEMES["fp16"])
+        assert found.times.fp16_ms == solver.costs.plan_ns(solver.layers, fp16) / 1e6
+        assert found.times.source == "estimated"
 
         def refuse(*_: object) -> None:
             raise AssertionError("solved again")
 
-        monkeypatch.setattr(budgets, "grid_plans", refuse)
+        monkeypatch.setattr(budgets, "front_plans", refuse)
         assert budgets.budget_plans(pipeline.run, plan) == found
         (run / budgets.CACHE).write_text("{", encoding="utf-8")
         with pytest.raises(AssertionError, match="solved again"):
             budgets.budget_plans(pipeline.run, plan)
+
+
+def test_the_options_of_each_plan_build_one_at_least_as_good(run: Path) -> None:
+    recipe = load_recipe(run / "recipe.yaml")
+    with open_pipeline(recipe, run, Talk()) as pipeline:
+        pipeline.run_until("allocate")
+        solver = PlanSolver(pipeline.run)
+        section = solver.section
+        points = solver.front(12)
+    assert len(points) > 4
+    for point in points:
+        size, time = point.size_bytes, point.latency_ms
+        words = options(Stop(size, 1.0, point.predicted_loss, (), time), solver.fp16_size).split()
+        given = dict(zip(words[::2], words[1::2], strict=True))
+        solver.section = section.model_copy(
+            update={
+                "max_latency": Latency.parse(given["--max-latency"]),
+                "objective": given["--objective"],
+                "cross_terms": False,
+            }
+        )
+        built = solver.solve(given["--budget"])
+        losses = solver.table.losses
+        summed = [
+            sum(losses[name][scheme] for name, scheme in plan.items())
+            for plan in (built.schemes, point.schemes)
+        ]
+        assert summed[0] <= summed[1] * (1 + 1e-3)
 
 
 def test_the_kurtosis_is_that_of_the_weights_rows(run: Path) -> None:
@@ -143,6 +181,7 @@ def test_a_sweep_measures_points_of_the_curve_onto_its_page(run: Path, cli: Cli)
         point["measured_nmse"] > 0 for point in swept["points"]
     )
     sizes = np.array([point["size_ratio"] for point in swept["curve"]])
+    assert all(point["latency_ms"] > 0 for point in [*swept["curve"], *swept["points"]])
     for point in swept["points"]:
         assert np.abs(sizes - point["size_ratio"]).min() < 0.02
         assert point["size_ratio"] <= point["budget"]
@@ -151,6 +190,8 @@ def test_a_sweep_measures_points_of_the_curve_onto_its_page(run: Path, cli: Cli)
         page.count('class="marker series-swept"') == 3
         and "Everything INT8" in page
         and "sweep.html" in done.out
+        and 'id="time"' in page
+        and 'class="plans fast"' in page
     )
     cli("report", run)
     assert (run / "report.html").read_text(encoding="utf-8").count(

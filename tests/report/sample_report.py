@@ -11,12 +11,14 @@ from mpq_deploy.report.data import (
     CpuLatencyInfo,
     EngineInfo,
     EvaluationInfo,
+    ExpectedLatency,
     ImageSet,
     LayerOption,
     LayerRow,
     LoraInfo,
     ModelInfo,
     OtherRow,
+    PlanTimes,
     ReportData,
     SolverInfo,
     StageRow,
@@ -124,9 +126,12 @@ def layer_rows():
 
 
 def make_budgets(
-    layers, command="mpq-deploy build --recipe runs/emoji/recipe.yaml -o runs/emoji --budget"
+    layers, command="mpq-deploy build --recipe runs/emoji/recipe.yaml -o runs/emoji", timed=False
 ):
-    """Nine plans: from every layer in w4a16-b64 to the first half of them in w8a16, and an eighth more each time."""
+    """Nine plans: from every layer in w4a16-b64 to the first half of them in w8a16, and an eighth more each time.
+
+    ``timed``: two more of each size, a slower one of less error and a faster one of more.
+    """
     forms = {"w4a16-b64": 4.25, "w8a16": 8.1}
     sizes = tuple(
         {i: int(row.weights * bits / 8) for i, bits in enumerate(forms.values())} for row in layers
@@ -136,7 +141,15 @@ def make_budgets(
         large = step * len(layers) // 16
         schemes = tuple(int(number < large) for number in range(len(layers)))
         total = sum(row[scheme] for row, scheme in zip(sizes, schemes, strict=True)) + 25_000 + step
-        plans.append(BudgetPlan(size_bytes=total, predicted_nmse=3e-5 * 0.5**step, schemes=schemes))
+        for variant in range(3 if timed else 1):
+            moved = (*schemes[:variant], *schemes[: len(schemes) - variant])[: len(schemes)]
+            plan = BudgetPlan(
+                size_bytes=total,
+                predicted_nmse=3e-5 * 0.5**step * 3**variant,
+                latency_ms=0.9 - 0.03 * step - 0.11 * variant if timed else None,
+                schemes=moved,
+            )
+            plans.append(plan)
     smaller = {
         row.name: LayerOption(scheme="w4a16-b64", bytes=row.bytes // 2, predicted_loss=1e-5)
         for row in layers
@@ -150,7 +163,7 @@ def make_budgets(
         schemes=tuple(forms),
         layer_bytes=sizes,
         plans=tuple(plans),
-        wanted=len(plans),
+        times=PlanTimes(fp16_ms=0.7, source="estimated", batch=2) if timed else None,
         smaller=smaller,
         larger=larger,
         command=command,
@@ -350,6 +363,17 @@ def distance_row(**changes):
         "increase_interval": {"low": 0.9, "high": 1.1},
     }
     return {**row, "other_noise": 2.0, **changes}
+
+
+def timed_report(**changes):
+    """A report whose plans have times, its own too."""
+    expected = {**expected_row(0.75, "a roofline"), "objective": "balanced", "fp16_ms": 0.7}
+    layers = layer_rows()
+    values = {
+        "expected_latency": ExpectedLatency(**expected),
+        "budgets": make_budgets(layers, timed=True),
+    }
+    return make_report(**{"layers": layers, **values, **changes})
 
 
 def expected_row(milliseconds, basis):

@@ -1,44 +1,19 @@
-"""The grid of budgets, what is drawn of it, and the points that a sweep measures."""
+"""The plans behind the sliders, what is drawn of them, and the points that a sweep measures."""
 
 import math
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mpq_deploy.report.budget_curve import budget_view, view
-from mpq_deploy.report.budget_grid import STEP, coarse_first, grid, undominated
+from mpq_deploy.allocate.front import least_so_far
+from mpq_deploy.report.budget_curve import Stop, budget_view, options, view
 from mpq_deploy.report.data import CurvePoint
 from mpq_deploy.report.network import byte_price, why
 from mpq_deploy.report.page import html_page
 from mpq_deploy.studies.sweep import points_on_curve, spread_over
-from tests.report.sample_report import make_budgets, make_report
-
-pytestmark = pytest.mark.usefixtures("whole_grid")
-
-
-@given(st.integers(1, 900), st.floats(0.01, 1.0))
-def test_the_grid_rises_from_the_smallest_and_reaches_the_run(smallest, ratio):
-    budgets = grid(smallest, 1000, ratio)
-    assert budgets[0] == smallest and budgets == sorted(set(budgets)) and budgets[-1] <= 1000
-    assert budgets[-1] >= min(1000 * ratio, 1000) - 1000 * STEP
-    assert max(np.diff(budgets), default=0) <= 1000 * STEP + 1
-
-
-@given(st.lists(st.integers(), min_size=1, max_size=80, unique=True))
-def test_every_beginning_of_the_coarse_order_is_spread(values):
-    order = coarse_first(values)
-    assert sorted(order) == sorted(values)
-    half = [values.index(v) for v in order[: math.ceil(len(values) / 2)]]
-    assert max(np.diff(sorted(half)), default=0) <= 2
-
-
-def test_what_a_smaller_plan_equals_is_left_out():
-    plans = [({}, 30, 1e-3), ({}, 10, 1e-2), ({}, 20, 1e-3), ({}, 40, 5e-4), ({}, 50, 9e-4)]
-    assert [plan[1] for plan in undominated(plans)] == [10, 20, 40]
-    unpredicted = [({}, 20, None), ({}, 10, None)]
-    assert [plan[1] for plan in undominated(unpredicted)] == [10, 20]
+from mpq_deploy.system.quantities import Budget, Latency
+from tests.report.sample_report import make_budgets, make_report, timed_report
 
 
 @given(st.lists(st.floats(1e-9, 1.0), min_size=2, max_size=40), st.integers(2, 10))
@@ -68,13 +43,87 @@ def test_budgets_of_the_points_hold_their_plans():
         assert any(size <= int(budget * fp16) and size > (budget - 2e-4) * fp16 for size in sizes)
 
 
-def test_the_run_is_a_stop_among_the_grid_with_its_own_bytes():
+def test_points_of_a_sweep_are_fast_enough_for_the_recipe():
+    plans, fp16 = make_budgets(make_report().layers, timed=True), make_report().fp16_size_bytes
+    limit = 0.7
+    budgets = points_on_curve(plans, fp16, 20, limit_ms=limit)
+    sizes = {p.size_bytes for p in plans.plans if p.latency_ms <= limit}
+    assert 0 < len(budgets) < len({p.size_bytes for p in plans.plans})
+    for budget in budgets:
+        assert any((budget - 2e-4) * fp16 < size <= int(budget * fp16) for size in sizes)
+
+
+@given(
+    st.integers(1, 10**12),
+    st.floats(1e-4, 1.0),
+    st.one_of(st.none(), st.integers(1, 10**12)),
+)
+def test_the_options_hold_the_plan_that_they_are_of(fp16, ratio, nanoseconds):
+    size = max(1, int(ratio * fp16))
+    time = None if nanoseconds is None else nanoseconds / 1e6
+    words = options(Stop(size, size / fp16, 1e-6, (), time), fp16).split()
+    given = dict(zip(words[::2], words[1::2], strict=True))
+    budget = Budget.parse(given["--budget"]).bytes(fp16, 1)
+    assert size <= budget <= size + 2e-4 * fp16 + 1
+    if nanoseconds is None:
+        assert len(given) == 1
+    else:
+        limit = Latency.parse(given["--max-latency"]).nanoseconds
+        assert nanoseconds <= limit <= 1.001 * nanoseconds + 1
+        assert given["--objective"] == "quality"
+
+
+def test_the_line_joins_what_no_smaller_plan_equals():
+    assert least_so_far([1e-2, 1e-3, 1e-3, 5e-4, 9e-4]) == [0, 1, 3]
+    assert least_so_far([None, None]) == [0, 1] and least_so_far([]) == []
+
+
+def test_plans_with_times_have_dots_by_time_limits_and_a_column():
+    report = timed_report()
+    seen = budget_view(report)
+    drawn = str(seen.chart)
+    assert sum(len(part.stops) for part in seen.dots) == len(report.budgets.plans)
+    assert [part.key for part in seen.dots] == ["slow", "medium", "fast"]
+    for part in seen.dots:
+        assert f'class="plans {part.key}"' in drawn and f"that take {part.said}" in drawn
+    assert seen.columns[3] == "Time" and all(row[3].endswith(" ms") for row in seen.rows)
+    limits = [value for value, _ in seen.values["times"]]
+    times = [stop.latency_ms for stop in seen.stops]
+    assert limits == sorted(limits) and limits[0] == min(times) and limits[-1] < max(times)
+    assert limits[seen.start_time] == 0.75 and 0.7 in limits  # this run's, and FP16's
+    assert seen.values["budgets"][seen.start][0] == report.size_bytes
+    text = " ".join(html_page(report).split())
+    assert "Every budget and time" in text and "(estimated; FP16 0.700 ms)" in text
+    assert "above the line" in text
+
+
+def test_without_a_time_of_the_run_itself_no_times_are_shown():
+    seen = budget_view(timed_report(expected_latency=None))
+    assert seen.times is None and seen.dots == () and seen.values["times"] == []
+    assert "Time" not in seen.columns
+
+
+def test_a_run_on_the_front_is_shown_once():
+    report = make_report()
+    row = report.layers[0]
+    plan = report.budgets.plans[0]
+    alone = report.budgets.model_copy(
+        update={
+            "layers": (row.name,),
+            "layer_bytes": ({0: row.bytes},),
+            "schemes": (row.scheme,),
+            "plans": (plan.model_copy(update={"schemes": (0,)}),),
+        }
+    )
+    seen = budget_view(make_report(layers=(row,), budgets=alone))
+    assert len(seen.stops) == 1 and seen.has_own
+
+
+def test_the_run_is_a_stop_with_its_own_bytes():
     report = make_report()
     seen = budget_view(report)
-    own = seen.stops[seen.start]
-    assert (
-        own.own and own.size_bytes == report.size_bytes and own.predicted == report.predicted_nmse
-    )
+    own = next(stop for stop in seen.stops if stop.own)
+    assert own.size_bytes == report.size_bytes and own.predicted == report.predicted_nmse
     assert [stop.size_bytes for stop in seen.stops] == sorted(
         stop.size_bytes for stop in seen.stops
     )
@@ -85,10 +134,9 @@ def test_the_run_is_a_stop_among_the_grid_with_its_own_bytes():
     assert names == [layer.scheme for layer in report.layers]
     for stop, row in zip(values["stops"], seen.rows, strict=True):
         assert sum(layers for layers, _ in stop["shares"]) == len(report.layers)
-        assert (
-            float(stop["budget"]) * report.fp16_size_bytes
-            >= seen.stops[seen.rows.index(row)].size_bytes - 1e-4
-        )
+        plan = seen.stops[seen.rows.index(row)]
+        assert stop["options"] == options(plan, report.fp16_size_bytes)
+        assert [ord(letter) - ord("A") for letter in stop["plan"]] == list(plan.schemes)
     first = values["stops"][0]
     moved = sum(a != b for a, b in zip(seen.stops[0].schemes, own.schemes, strict=True))
     assert first["changed"].startswith(f"{moved} layer")
@@ -116,14 +164,13 @@ def test_a_metric_that_predicts_nothing_has_plans_but_no_curve():
             budgets=silent, predicted_nmse=None, measured_nmse=None, sensitivity="orm", controls={}
         )
     )
-    assert "predicts no error" in text and "integer program's plans" not in text
+    assert "predicts no error" in text and "cross terms" not in text
+    assert "largest plan within it" in " ".join(text.split())
 
 
-def test_unfinished_and_simulated_curves_say_so():
-    report = make_report()
-    cut = report.budgets.model_copy(update={"wanted": 40})
-    text = " ".join(html_page(make_report(budgets=cut, simulated=True)).split())
-    assert "Only 9 of 40 budgets" in text and "Simulated:</strong> sizes are nominal" in text
+def test_simulated_curves_say_so():
+    text = " ".join(html_page(make_report(simulated=True)).split())
+    assert "Simulated:</strong> sizes are nominal" in text
     assert "nominal bytes (simulated), relative to FP16" in text and "Size (nominal)" in text
 
 
@@ -132,7 +179,7 @@ def test_an_error_of_zero_has_no_place_on_a_logarithmic_axis():
     last = report.budgets.plans[-1].model_copy(update={"predicted_nmse": 0.0})
     exact = report.budgets.model_copy(update={"plans": (*report.budgets.plans[:-1], last)})
     seen = budget_view(make_report(budgets=exact))
-    assert seen.values["stops"][-1]["at"] is None and seen.rows[-1][2] == "0"
+    assert seen.values["stops"][-1]["at"][1] is None and seen.rows[-1][2] == "0"
     only = exact.model_copy(update={"plans": (last,)})
     assert view(only, report.fp16_size_bytes, []).chart is None
 

@@ -11,7 +11,7 @@ from PIL import Image
 from mpq_deploy.report.data import EvaluationInfo, FrechetInfo, ImageSet, Interval, ScoreInfo
 from mpq_deploy.report.page import html_page
 from mpq_deploy.report.sweep_page import sweep_page
-from tests.report.sample_report import make_budgets, make_report, pictures
+from tests.report.sample_report import make_budgets, make_report, pictures, timed_report
 from tests.report.test_report import HOSTILE, bare_report, identical_report, orm_report
 
 sync_api = pytest.importorskip(
@@ -188,6 +188,7 @@ def scores():
     "make",
     [
         make_report,
+        timed_report,
         bare_report,
         identical_report,
         orm_report,
@@ -200,7 +201,7 @@ def scores():
 def test_every_kind_of_report_opens_and_fits_any_width(make, open_page):
     text = html_page(make())
     assert len(text.encode()) < 5_000_000
-    for width in (400, 1200):
+    for width in (320, 1200):
         page = open_page(text)
         page.set_viewport_size({"width": width, "height": 800})
         assert page.evaluate("document.documentElement.scrollWidth") <= width
@@ -219,32 +220,149 @@ def test_orthogonality_is_read_back_from_the_colours(open_page):
     sync_api.expect(page.locator("#orm-timestep")).to_have_text("50")
 
 
+def values_of(page):
+    return page.evaluate("JSON.parse(document.getElementById('budget-plans').textContent)")
+
+
+def best_within(stops, most_bytes, most_ms=None):
+    """The plan of least error within both limits, by looking at each; the largest where none is predicted."""
+    fit = [
+        stop
+        for stop in stops
+        if stop["bytes"] <= most_bytes and (most_ms is None or stop["ms"] <= most_ms)
+    ]
+    if not fit:
+        return None
+    if fit[0]["error"] is None:
+        return max(fit, key=lambda stop: stop["bytes"])
+    return min(fit, key=lambda stop: stop["error"])
+
+
+def strip_of(page):
+    return page.eval_on_selector_all(
+        "#budget-strip span", "spans => spans.map(one => Number(one.style.flexGrow))"
+    )
+
+
 def test_the_budget_slider_shows_the_plan_of_each_budget(open_page):
     report = make_report()
     page = open_page(html_page(report))
+    assert page.get_by_role("slider", name="Time").count() == 0
     slider = page.get_by_role("slider", name="Budget")
-    stops = page.evaluate("JSON.parse(document.getElementById('budget-plans').textContent).stops")
-    own = next(number for number, stop in enumerate(stops) if stop["own"])
-    assert slider.input_value() == str(own)
+    values = values_of(page)
+    own = next(stop for stop in values["stops"] if stop["own"])
+    start = slider.input_value()
+    assert values["budgets"][int(start)][0] == own["bytes"]
     assert page.locator("#budget-changed").inner_text() == "this run's plan"
     seen = set()
     slider.press("Home")
-    for number, stop in enumerate(stops):
+    for number, (most, _) in enumerate(values["budgets"]):
         assert slider.input_value() == str(number)
+        stop = best_within(values["stops"], most)
         assert page.locator("#budget-loss").inner_text() == stop["loss"]
+        assert page.locator("#budget-size").inner_text() == stop["size"]
+        assert page.locator("#budget-options").inner_text() == stop["options"]
         assert stop["loss"] in slider.get_attribute("aria-valuetext")
         seen.add(page.locator("#budget-cursor circle").get_attribute("transform"))
         slider.press("ArrowRight")
-    assert len(seen) == len(stops)
+    assert len(seen) >= len(report.budgets.plans) - 1
     # The last plan's layers, as wide as their bytes.
     last, layers = report.budgets.plans[-1], report.budgets.layer_bytes
-    grown = page.eval_on_selector_all(
-        "#budget-strip span", "spans => spans.map(one => Number(one.style.flexGrow))"
-    )
-    assert grown == [row[scheme] for row, scheme in zip(layers, last.schemes, strict=True)]
+    if best_within(values["stops"], values["budgets"][-1][0])["error"] == last.predicted_nmse:
+        assert strip_of(page) == [
+            row[scheme] for row, scheme in zip(layers, last.schemes, strict=True)
+        ]
     page.get_by_role("button", name="Back to this run").click()
-    assert slider.input_value() == str(own)
+    assert slider.input_value() == start
+    assert page.locator("#budget-changed").inner_text() == "this run's plan"
     assert page.evaluate("document.activeElement.id") == "budget"
+
+
+def test_both_sliders_show_the_least_error_within_both(open_page):
+    page = open_page(html_page(timed_report()))
+    budget, time = (page.get_by_role("slider", name=name) for name in ("Budget", "Time"))
+    values = values_of(page)
+    assert values["times"][int(time.input_value())][0] == 0.75
+    limits = [ms for ms, _ in values["times"]] + [None]
+    shown, refused = set(), 0
+    time.press("Home")
+    for place, ms in enumerate(limits):
+        assert time.input_value() == str(place)
+        budget.press("Home")
+        for number, (most, _) in enumerate(values["budgets"]):
+            assert budget.input_value() == str(number)
+            stop = best_within(values["stops"], most, ms)
+            assert page.locator("#budget-said").is_visible() == (stop is not None)
+            assert page.locator("#budget-none").is_visible() == (stop is None)
+            if stop is None:
+                refused += 1
+                least = min(s["ms"] for s in values["stops"] if s["bytes"] <= most)
+                assert f"takes {least:.3f} ms" in page.locator("#budget-none").inner_text()
+                assert "no plan" in budget.get_attribute("aria-valuetext")
+            else:
+                shown.add(stop["options"])
+                assert page.locator("#budget-loss").inner_text() == stop["loss"]
+                assert page.locator("#budget-time").inner_text() == stop["time"]
+                assert page.locator("#budget-options").inner_text() == stop["options"]
+                for slider in (budget, time):
+                    assert f"{stop['loss']}, {stop['time']}" in slider.get_attribute(
+                        "aria-valuetext"
+                    )
+            budget.press("ArrowRight")
+        time.press("ArrowRight")
+    assert refused > 0 and len(shown) > 12
+    assert page.locator("#time-limit").inner_text() == "no limit"
+    assert "estimated" in page.locator("#budget-said").inner_text()
+    assert "FP16: 0.700 ms" in page.locator("#budget-said").inner_text()
+    page.get_by_role("button", name="Back to this run").click()
+    assert page.locator("#budget-changed").inner_text() == "this run's plan"
+    assert values["times"][int(time.input_value())][0] == 0.75
+
+
+@pytest.mark.parametrize("width", [320, 1280])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_plans_with_times_fit_any_width(open_page, width, scheme):
+    page = open_page(html_page(timed_report()), color_scheme=scheme)
+    page.set_viewport_size({"width": width, "height": 900})
+    page.get_by_text("All plans as a table").click()
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    box = page.locator(".budget-slider")
+    inside = box.bounding_box()
+    for name in ("Budget", "Time"):
+        slider = page.get_by_role("slider", name=name).bounding_box()
+        assert slider["width"] > 150
+        assert slider["x"] + slider["width"] <= inside["x"] + inside["width"] + 1
+    # A legend names the dots without their colour.
+    legend = page.get_by_role("list", name="What a dot's size says")
+    assert "up to" in legend.inner_text() and "over" in legend.inner_text()
+    widths = [legend.locator(".dot").nth(i).bounding_box()["width"] for i in range(3)]
+    assert widths == sorted(set(widths))
+
+
+def test_unpredicted_plans_show_the_largest_within_both(open_page):
+    report = timed_report()
+    silent = report.budgets.model_copy(
+        update={
+            "plans": tuple(
+                p.model_copy(update={"predicted_nmse": None}) for p in report.budgets.plans
+            )
+        }
+    )
+    text = html_page(timed_report(budgets=silent, predicted_nmse=None, sensitivity="orm"))
+    page = open_page(text)
+    values = values_of(page)
+    assert "largest plan within both" in page.locator("#budgets").inner_text()
+    page.get_by_role("slider", name="Time").press("End")
+    slider = page.get_by_role("slider", name="Budget")
+    slider.press("Home")
+    for most, _ in values["budgets"]:
+        stop = best_within(values["stops"], most)
+        assert (
+            page.locator("#budget-options").inner_text().split(" --max")[0]
+            == (stop["options"].split(" --max")[0])
+        )
+        assert page.locator("#budget-loss").inner_text() == "not predicted"
+        slider.press("ArrowRight")
 
 
 def test_the_wipe_goes_from_the_variant_to_the_original(open_page):
@@ -347,7 +465,7 @@ def test_the_page_is_whole_without_scripts(open_page):
     assert asking.count() >= 2
     assert not any(asking.nth(number).is_visible() for number in range(asking.count()))
     assert not page.locator("#budget-box").is_visible() and not page.locator("#viewer").is_visible()
-    page.get_by_text("All budgets as a table").click()
+    page.get_by_text("All plans as a table").click()
     assert page.locator("#budgets tbody tr").count() == len(make_report().budgets.plans) + 1
 
 
@@ -379,8 +497,15 @@ def test_the_sweep_page_has_its_own_slider(open_page):
     }
     about = {"model": HOSTILE, "target": "rtx", "synthetic": "", "command": HOSTILE}
     result = {"points": points, "controls": {"int8": control}, "simulated": True}
-    page = open_page(sweep_page(result, make_budgets(rows), about))
+    for point in points[:2]:
+        point["latency_ms"] = 0.61
+    page = open_page(sweep_page(result, make_budgets(rows, timed=True), about))
     before = page.locator("#budget-size").inner_text()
+    label, slider = (
+        page.locator(f"{kind}#{name}").bounding_box()
+        for kind, name in (("output", "time-limit"), ("input", "time"))
+    )
+    assert label["x"] + label["width"] <= slider["x"]
     page.get_by_role("slider", name="Budget").press("ArrowRight")
     assert page.locator("#budget-size").inner_text() != before
     text = page.locator("main").inner_text()
@@ -391,6 +516,7 @@ def test_the_sweep_page_has_its_own_slider(open_page):
         "no plan fits",
         "nominal",
         "Simulated",
+        "0.610 ms",
     ):
         assert said in text, said
     assert not page.get_by_role("button", name="Back to this run").is_visible()
