@@ -21,7 +21,7 @@ from mpq_deploy.calls.recorded import CallSet, RecordedCalls, dealt
 from mpq_deploy.calls.script_calls import ScriptCalls, check_recorded_model
 from mpq_deploy.calls.trajectories import cycled, record_trajectories
 from mpq_deploy.formats.branches.cols import SHARES
-from mpq_deploy.formats.branches.prescaled import TENTHS, scale_factors
+from mpq_deploy.formats.branches.prescaled import TENTHS, exponent_order, scale_factors
 from mpq_deploy.formats.sizes import outlier_count
 from mpq_deploy.graph.layers import LayerGraph
 from mpq_deploy.graph.writers.quantize_layers import weight_array
@@ -172,6 +172,7 @@ def summarise(
             ),
             float(count * len(amax)),
             timesteps,
+            exponent_order(ranges, seen.amax_by_timestep[:, place], factors),
         )
     return CalibrationStats(activations)
 

@@ -29,7 +29,8 @@ class ActivationStats:
     first 1, 2 ... thirty-seconds of them are left out (``formats.branches.cols.SHARES``).
     ``factors`` float16 [A, C]: by what the channels are multiplied to even out their ranges, for
     each of ``formats.branches.prescaled.TENTHS``, and ``scales_rescaled`` float64 [A]: the scale
-    then. ``count``: the number of values behind it all.
+    then; ``exponents`` int32 [A]: their positions, that of the least expected error of the readers'
+    own outputs first. ``count``: the number of values behind it all.
     """
 
     amax: Array
@@ -44,6 +45,7 @@ class ActivationStats:
     scales_rescaled: Array
     count: float
     timesteps: Array
+    exponents: Array
 
     def simulated(self, bits: int) -> ActivationGrid:
         """Return the quantizer of a simulated format of ``bits``, found by a search of its own."""

@@ -269,6 +269,10 @@ class Branch:
         """Return the largest magnitude of the input as it is quantized, by calibrated timestep, float [K]."""
         return np.asarray(stats.amax_by_timestep.max(axis=1))
 
+    def rank(self, stats: ActivationStats) -> int:
+        """How many variants of the branch promise more for an input with these ``stats``, before measuring."""
+        return 0
+
     def input_bytes(self, layer: Layer) -> int:
         """Bytes of the input's quantizer beside its scale."""
         return 0

@@ -63,6 +63,7 @@ def check_against_numpy(case_: Case) -> None:
         )
         per_step = np.abs(flat.reshape(len(flat), len(whole), -1)).max(axis=2).T
         np.testing.assert_allclose(one.amax_by_timestep, per_step, rtol=2e-5, atol=1e-6)
+        assert sorted(one.exponents) == list(range(len(one.factors)))
         assert one.timesteps.tolist() == case_.recorded.timesteps.tolist()
         assert observed.counts[number] == flat.shape[1]
         # Each sampled value is one of the tensor's.

@@ -174,6 +174,7 @@ def setting(
                 scales_rescaled=np.full(len(TENTHS), top / 170),
                 count=float(len(reservoirs[name])),
                 timesteps=calibration.timesteps,
+                exponents=np.arange(len(TENTHS), dtype=np.int32),
             )
             for name, top in tops.items()
         }

@@ -67,6 +67,9 @@ class Prescaled(Branch):
         factors = stats.factors[TENTHS.index(self.amount)].astype(np.float32)
         return np.asarray((stats.amax_by_timestep * factors).max(axis=1))
 
+    def rank(self, stats: ActivationStats) -> int:
+        return int(np.flatnonzero(stats.exponents == TENTHS.index(self.amount))[0])
+
     def input_bytes(self, layer: Layer) -> int:
         return FP16_BYTES * input_channels(layer)
 
@@ -104,6 +107,19 @@ class Prescaled(Branch):
             grid.mean_step,
             divided,
         )
+
+
+def exponent_order(weight_amax: Array, amax_by_timestep: Array, factors: Array) -> Array:
+    """Return the rows of ``factors`` [A, C] by the error that rounding leaves in the readers' outputs, int32 [A].
+
+    The least first: rounding x f in steps of s is noise of s^2 / 12 in each channel, which the
+    weight divided by f makes sum_c (max|W_c| / f_c)^2 times as large; s follows the widest channel
+    of each timestep of ``amax_by_timestep`` [K, C], in the mean over timesteps. Our choice.
+    """
+    wide = factors.astype(np.float64)
+    steps = (amax_by_timestep[:, None] * wide).max(axis=2)
+    noise = np.square(steps).mean(axis=0) * np.square(weight_amax / wide).sum(axis=1)
+    return np.argsort(noise, kind="stable").astype(np.int32)
 
 
 def by_column(factors: Array, taps: int) -> Array:
