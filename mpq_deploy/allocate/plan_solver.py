@@ -173,8 +173,8 @@ class PlanSolver:
     def front(self, most: int) -> list[PredictedPlan]:
         """Return plans of which none is better in size, predicted error and time, smallest first.
 
-        At most ``most``, in well under a second, by Lagrangian relaxation: ``solve`` finds a plan
-        at least as good within the limits of each. The recipe's own limits do not count.
+        At most ``most``, in about a second, by Lagrangian relaxation: ``solve`` finds a plan whose
+        layers' errors add up to no more within the limits of each. The recipe's do not count.
         """
         plans = front(self._timed(self._problem(0)), most)
         points = [

@@ -166,18 +166,13 @@ def view(
     shares = [_shares(stop, plans, families) for stop in stops]
     sizes = _size_limits(line, own)
     limits = _time_limits(stops, own, times) if times else []
-    values: dict[str, object] = {
-        "schemes": list(plans.schemes),
-        "families": [family(scheme) for scheme in plans.schemes],
-        "layers": list(plans.layers),
-        "bytes": [{str(k): v for k, v in row.items()} for row in plans.layer_bytes],
-        "stops": [
-            {**_stop_values(stop, own, fp16_size), "at": at, "shares": share}
-            for stop, at, share in zip(stops, places, shares, strict=True)
-        ],
-        "budgets": [[value, percent(value / fp16_size)] for value in sizes],
-        "times": [[value, milliseconds(value)] for value in limits],
-    }
+    values = _plan_values(plans)
+    values["stops"] = [
+        {**_stop_values(stop, own, fp16_size), "at": at, "shares": share}
+        for stop, at, share in zip(stops, places, shares, strict=True)
+    ]
+    values["budgets"] = [[value, percent(value / fp16_size)] for value in sizes]
+    values["times"] = [[value, milliseconds(value)] for value in limits]
     return BudgetView(
         chart=drawn,
         dots=dots,
@@ -194,6 +189,15 @@ def view(
         families=families,
         times=times,
     )
+
+
+def _plan_values(plans: BudgetPlans) -> dict[str, object]:
+    return {
+        "schemes": list(plans.schemes),
+        "families": [family(scheme) for scheme in plans.schemes],
+        "layers": list(plans.layers),
+        "bytes": [{str(k): v for k, v in row.items()} for row in plans.layer_bytes],
+    }
 
 
 def _row(stop: Stop, share: list[list[object]], times: PlanTimes | None) -> list[str]:

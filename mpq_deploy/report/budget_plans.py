@@ -29,8 +29,10 @@ if TYPE_CHECKING:
 CACHE = "page.json"
 # Changes when the file's form or the way to its values does.
 CACHE_FORMAT = 2
-# So many plans at most: the page of a model of 1,000 layers stays below a megabyte (our choice).
-MOST_PLANS = 200
+# So many plans, and so many characters for their layers, at most: they take about a quarter of a
+# megabyte of the page, whatever the model (our choice).
+MOST_PLANS, MOST_CHARACTERS = 200, 100_000
+FEWEST_PLANS = 60
 
 
 def budget_plans(run: Run, plan: PrecisionPlan) -> BudgetPlans:
@@ -38,7 +40,7 @@ def budget_plans(run: Run, plan: PrecisionPlan) -> BudgetPlans:
     solver = PlanSolver(run)
     record = run.folder.record("allocate")
     fields = {k: v for k, v in (record.inputs if record else {}).items() if k != "recipe.budget"}
-    made_from = canonical_json({**fields, "most": MOST_PLANS})
+    made_from = canonical_json({**fields, "most": most_plans(len(solver.choices))})
     stored = _read(run).get("budgets", {})
     plans = (
         _stored_plans(stored)
@@ -66,7 +68,12 @@ def budget_plans(run: Run, plan: PrecisionPlan) -> BudgetPlans:
 
 def front_plans(solver: PlanSolver) -> BudgetPlans:
     """Return the run's plans of which none is better in size, predicted error and time."""
-    return packed(solver, solver.front(MOST_PLANS))
+    return packed(solver, solver.front(most_plans(len(solver.choices))))
+
+
+def most_plans(layers: int) -> int:
+    """Return how many plans a page shows of a model of so many layers."""
+    return min(MOST_PLANS, max(FEWEST_PLANS, MOST_CHARACTERS // layers))
 
 
 def layer_kurtoses(run: Run, exported: Exported) -> dict[str, float]:

@@ -336,6 +336,21 @@ def _decibels(psnr_db: float | None) -> str:
     return "-" if psnr_db is None else f"{psnr_db:.1f}"
 
 
+def _predicted(
+    plans: Sequence[dict[str, Any]], measured: Sequence[dict[str, Any]]
+) -> tuple[list[tuple[float, float]], list[tuple[float, float]]]:
+    """Return the plans' (share of FP16, predicted error), and those of the least error of their size.
+
+    None is far below what was measured: that would only stretch the axis.
+    """
+    floor = min((p["measured_nmse"] for p in measured), default=0.0) / 100
+    known = sorted(
+        (p["size_ratio"], p["predicted_nmse"]) for p in plans if p["predicted_nmse"] is not None
+    )
+    line = [known[number] for number in least_so_far([loss for _, loss in known])]
+    return [p for p in known if p[1] >= floor], [p for p in line if p[1] >= floor]
+
+
 def _draw(result: dict[str, Any], path: Path) -> None:
     """Draw predicted (line) and measured (dots) error against size, the same bytes each time."""
     import matplotlib
@@ -347,19 +362,10 @@ def _draw(result: dict[str, Any], path: Path) -> None:
     measured = [p for p in points if "measured_nmse" in p]
     with matplotlib.rc_context({"svg.hashsalt": "sweep", "font.size": 10}):
         figure, axes = plt.subplots(figsize=(6.4, 4))
-        # Far below what was measured the curve would only stretch the axis.
-        floor = min((p["measured_nmse"] for p in measured), default=0.0) / 100
-        predicted = [
-            p
-            for p in result.get("curve", points)
-            if p["predicted_nmse"] is not None and p["predicted_nmse"] >= floor
-        ]
-        if predicted:
-            losses = [p["predicted_nmse"] for p in predicted]
-            sizes = [p["size_ratio"] for p in predicted]
-            line = least_so_far(losses)
-            axes.plot(sizes, losses, ".", color="0.75", markersize=4, label="other plans")
-            axes.plot([sizes[i] for i in line], [losses[i] for i in line], label="least predicted")
+        drawn, line = _predicted(result.get("curve", points), measured)
+        if drawn:
+            axes.plot(*zip(*drawn), ".", color="0.75", markersize=4, label="other plans")
+            axes.plot(*zip(*line), label="least predicted")
         axes.plot(
             [p["size_ratio"] for p in measured],
             [p["measured_nmse"] for p in measured],
@@ -371,13 +377,13 @@ def _draw(result: dict[str, Any], path: Path) -> None:
             axes.annotate(
                 control.get("title", name), (control["size_ratio"], control["measured_nmse"])
             )
-        if predicted or measured:
+        if drawn or measured:
             axes.set_yscale("log")
         nominal = "nominal bytes (simulated)" if result.get("simulated") else "bytes"
         axes.set_xlabel(f"{nominal} of all constants, as a share of FP16")
         axes.set_ylabel("relative squared error of the output")
         axes.grid(alpha=0.3)
-        if predicted or measured:
+        if drawn or measured:
             axes.legend(frameon=False)
         figure.tight_layout()
         figure.savefig(path, metadata={"Date": None})
