@@ -26,7 +26,7 @@ from mpq_deploy.formats.candidates import (
 from mpq_deploy.formats.layer_rounding import InputMoments
 from mpq_deploy.formats.scheme import Scheme
 from mpq_deploy.graph.layers import Layer
-from mpq_deploy.graph.writers.quantize_layers import bias_refusal, weight_array
+from mpq_deploy.graph.writers.quantize_layers import bias_refusals, weight_array
 from mpq_deploy.models.spec import Array
 from mpq_deploy.rounding.candidate_store import (
     CONTROLS,
@@ -112,7 +112,12 @@ class Rounder:
             and self._convolved.intersection(layer.inputs)
         ):
             return "convolutions read its input too, whose channels lie on another axis"
-        return bias_refusal(self.exported.graph.model, layer)
+        return self._bias_refusals[layer.name]
+
+    @cached_property
+    def _bias_refusals(self) -> dict[str, str]:
+        graph = self.exported.graph
+        return bias_refusals(graph.model, graph.layers)
 
     @cached_property
     def _convolved(self) -> frozenset[str]:
