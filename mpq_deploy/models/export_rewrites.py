@@ -27,7 +27,7 @@ def _rules_by_operator() -> Iterator[None]:
     A pattern with several outputs is otherwise preceded by a pass over the whole graph at every
     node, which makes rewriting quadratic.
     """
-    matcher = _matcher.SimplePatternMatcher
+    matcher: Any = _matcher.SimplePatternMatcher
     original = matcher.match
 
     def match(self: Any, model: Any, graph: Any, node: ir.Node, **options: Any) -> Any:
