@@ -26,7 +26,7 @@ from mpq_deploy.formats.candidates import (
 from mpq_deploy.formats.layer_rounding import InputMoments
 from mpq_deploy.formats.scheme import Scheme
 from mpq_deploy.graph.layers import Layer
-from mpq_deploy.graph.writers.quantize_layers import bias_refusal, weight_array
+from mpq_deploy.graph.writers.quantize_layers import bias_refusals, weight_array
 from mpq_deploy.models.spec import Array
 from mpq_deploy.rounding.candidate_store import (
     CONTROLS,
@@ -124,7 +124,12 @@ class Rounder:
             and self._convolved.intersection(layer.inputs)
         ):
             return "convolutions read its input too, whose channels lie on another axis"
-        return bias_refusal(self.exported.graph.model, layer)
+        return self._bias_refusals[layer.name]
+
+    @cached_property
+    def _bias_refusals(self) -> dict[str, str]:
+        graph = self.exported.graph
+        return bias_refusals(graph.model, graph.layers)
 
     def _left_out(self, layer: Layer, scheme: Scheme) -> str:
         if scheme.range.by_timestep and self.exported.spec.timestep is None:

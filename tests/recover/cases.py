@@ -23,7 +23,7 @@ from mpq_deploy.formats.scheme import SCHEMES, Scheme
 from mpq_deploy.formats.sizes import input_channels
 from mpq_deploy.graph.layers import Layer, layer_graph
 from mpq_deploy.graph.load import load_model
-from mpq_deploy.graph.writers.quantize_layers import bias_refusal, weight_array
+from mpq_deploy.graph.writers.quantize_layers import bias_refusals, weight_array
 from mpq_deploy.models.spec import DenoiserSpec, FloatModel, InputSpec
 from mpq_deploy.recover.recover import RecoverTask
 from mpq_deploy.recover.trained_weights import StartingWeight
@@ -119,9 +119,10 @@ def make_case(folder: Path, graph: GraphBuilder | None = None, **spec: Any) -> C
     builder = graph or denoiser_graph(channels=32, size=8)
     path = builder.save(folder / "model.onnx")
     layers = layer_graph(load_model(path))
+    refusals = bias_refusals(layers.model, layers.layers)
 
     def refusal(layer: Layer, scheme: Scheme) -> str:
-        return bias_refusal(layers.model, layer) if scheme.branch or scheme.range.moves else ""
+        return refusals[layer.name] if scheme.branch or scheme.range.moves else ""
 
     candidates = {}
     wanted = tuple(s for s in SCHEMES.values() if not s.simulated or s.name in SIMULATED_FORMS)

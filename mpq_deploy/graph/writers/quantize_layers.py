@@ -12,7 +12,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -84,14 +84,20 @@ def quantize_layers(
     return model, changed
 
 
-def bias_refusal(model: ir.Model, layer: Layer) -> str:
-    """Say why a branch cannot be written beside ``layer`` because of its bias; empty when it can.
+def bias_refusals(model: ir.Model, layers: Iterable[Layer]) -> dict[str, str]:
+    """Say per layer why a branch cannot be written beside it because of its bias; empty when it can.
 
     Promoting rows splits the bias. One that other nodes read too would then lie in the file twice,
     and bytes would not be those of the plan.
     """
     nodes = {node.name: node for node in model.graph}
-    own = [nodes[use.node] for use in layer.uses]
+    return {
+        layer.name: _bias_refusal(layer, [nodes[use.node] for use in layer.uses])
+        for layer in layers
+    }
+
+
+def _bias_refusal(layer: Layer, own: list[ir.Node]) -> str:
     if len(own) > 1:
         return "several nodes share its weight"
     bias = own[0].inputs[2] if len(own[0].inputs) > 2 else None

@@ -36,7 +36,7 @@ from mpq_deploy.graph.writers.deployed_graphs import (
     write_quantized,
 )
 from mpq_deploy.graph.writers.prescale import foldable_inputs
-from mpq_deploy.graph.writers.quantize_layers import LayerRewrite, bias_refusal, weight_array
+from mpq_deploy.graph.writers.quantize_layers import LayerRewrite, bias_refusals, weight_array
 from mpq_deploy.rounding.quantizers import Rounding
 from mpq_deploy.runtime.ort import session_options
 from mpq_deploy.system.progress import Talk
@@ -79,8 +79,10 @@ def network() -> GraphBuilder:
 
 
 def candidates_of(graph: LayerGraph) -> dict[str, LayerCandidates]:
+    refusals = bias_refusals(graph.model, graph.layers)
+
     def refusal(layer: Layer, scheme: Scheme) -> str:
-        return bias_refusal(graph.model, layer) if scheme.branch else ""
+        return refusals[layer.name] if scheme.branch else ""
 
     found = {}
     for number, layer in enumerate(graph.layers):
@@ -305,7 +307,7 @@ def test_a_shared_bias_or_weight_keeps_a_layer_whole(tmp_path: Path) -> None:
         g.nodes.append(onnx.helper.make_node("Conv", [x, tied], [name], name=name))
     g.op("Add", ["tied_a", "tied_b"], "sum")
     graph = layer_graph(ir.load(g.save(tmp_path / "model.onnx")))
-    reasons = {layer.name: bias_refusal(graph.model, layer) for layer in graph.layers}
+    reasons = bias_refusals(graph.model, graph.layers)
     assert "bias is shared" in reasons["first"] and "bias is shared" in reasons["second"]
     assert "share its weight" in reasons["tied"]
 
