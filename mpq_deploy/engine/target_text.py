@@ -5,7 +5,7 @@ from __future__ import annotations
 from textwrap import wrap
 
 from mpq_deploy.engine.target import Figure, Rule, Target
-from mpq_deploy.formats.scheme import FAMILIES
+from mpq_deploy.formats.scheme import FAMILIES, NEW_FAMILIES
 from mpq_deploy.graph.layers import LAYER_OPS
 
 WIDTH = 80
@@ -57,6 +57,11 @@ def _figures(target: Target) -> list[str]:
         ("bandwidth", target.bandwidth_bytes_per_s, "GB/s", 1e9),
         ("INT8", target.int8_ops_per_s, "TOPS dense", 1e12),
         ("FP16", target.fp16_ops_per_s, "TFLOPS dense", 1e12),
+        *(
+            (name, figure, "TFLOPS dense", 1e12)
+            for name, figure in (("FP8", target.fp8_ops_per_s), ("FP4", target.fp4_ops_per_s))
+            if figure is not None
+        ),
     )
     of = _entry("figures of", target.figures_of) if target.figures_of else []
     return of + [
@@ -68,10 +73,11 @@ def _figures(target: Target) -> list[str]:
 
 def _schemes(target: Target) -> list[str]:
     """A table: one row per operator, one column per family, branches at the end."""
-    lines = [" " * LABEL + "".join(f"{family:<7}" for family in FAMILIES) + "branches"]
+    families = (*FAMILIES, *(f for f in NEW_FAMILIES if f in sum(target.schemes.values(), ())))
+    lines = [" " * LABEL + "".join(f"{family:<7}" for family in families) + "branches"]
     for op in LAYER_OPS:
         marks = "".join(
-            f"{'yes' if family in target.schemes[op] else '-':<7}" for family in FAMILIES
+            f"{'yes' if family in target.schemes[op] else '-':<7}" for family in families
         )
         lines += [f"{op:<{LABEL}}{marks}{', '.join(target.branches.get(op, ())) or 'none'}"]
     return lines

@@ -103,7 +103,7 @@ class Rounder:
         return Hessian(layer, _diagonal_moments(layer, self.stats), (1,) * layer.reduction, 0)
 
     def _refusal(self, layer: Layer, scheme: Scheme) -> str:
-        reason = self.target.refusal(layer, scheme)
+        reason = self.target.refusal(layer, scheme) or self._rank_refusal(layer, scheme)
         if reason or not scheme.branch or scheme.simulated:
             return reason
         if (
@@ -113,6 +113,23 @@ class Rounder:
         ):
             return "convolutions read its input too, whose channels lie on another axis"
         return bias_refusal(self.exported.graph.model, layer)
+
+    def _rank_refusal(self, layer: Layer, scheme: Scheme) -> str:
+        """Say that an input has more or fewer dimensions than the scheme's activations may."""
+        ranks = scheme.activation.ranks if scheme.activation else ()
+        for tensor in layer.inputs if ranks else ():
+            rank = self._ranks.get(tensor)
+            if rank not in ranks:
+                found = "an unknown number of" if rank is None else rank
+                wanted = " or ".join(map(str, ranks))
+                return f"{scheme.family} takes inputs of {wanted} dimensions, and '{tensor}' has {found}"
+        return ""
+
+    @cached_property
+    def _ranks(self) -> dict[str, int]:
+        graph = self.exported.graph.model.graph
+        values = [*graph.inputs, *(value for node in graph for value in node.outputs)]
+        return {v.name or "": len(v.shape) for v in values if v.shape is not None}
 
     @cached_property
     def _convolved(self) -> frozenset[str]:

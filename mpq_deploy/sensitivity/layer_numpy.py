@@ -19,6 +19,8 @@ def fake_quantize(x: Array, rounding: InputRounding, layer: Layer) -> Array:
 
     The kept channels stay as they are.
     """
+    if rounding.grid is not None:
+        return np.asarray(rounding.grid.rounded(np.asarray(x, np.float32), np), np.float32)
     step = rounding.step(layer, x.ndim)
     rounded: Array = (
         np.clip(np.rint(x / step), rounding.quant_min, rounding.quant_max).astype(np.float32) * step

@@ -10,6 +10,7 @@ import numpy as np
 
 from mpq_deploy.calibrate.stats import ActivationStats, CalibrationStats
 from mpq_deploy.errors import ModelError
+from mpq_deploy.formats.interfaces import ActivationGrid
 from mpq_deploy.formats.scheme import Scheme
 from mpq_deploy.graph.layers import Layer, LayerGraph, LayerUse
 from mpq_deploy.models.spec import Array
@@ -246,7 +247,7 @@ class InputRounding:
     ``kept`` int32 [n]: the channels that stay in float. ``factors`` float [C]: by what the channels
     are multiplied before; the weight is divided by them. None for none. The range is INT8's by
     default, as QuantizeLinear saturates to; that of a simulated quantizer lies around its zero
-    point.
+    point. ``grid``: the quantizer itself where its levels are not uniform; those have no factors.
     """
 
     scale: float
@@ -254,6 +255,7 @@ class InputRounding:
     factors: Array | None = None
     quant_min: int = -128
     quant_max: int = 127
+    grid: ActivationGrid | None = None
 
     def step(self, layer: Layer, rank: int) -> Array:
         """Return the rounding step of the unscaled input, float32: a number, or one per channel."""
@@ -291,6 +293,7 @@ def _rounding(found: ActivationStats, scheme: Scheme) -> InputRounding:
         scheme.branch.factors(found),
         grid.quant_min,
         grid.quant_max,
+        None if grid.uniform else grid,
     )
 
 

@@ -51,7 +51,9 @@ def quantized_codes(x: Any, scale: Any) -> Any:
 
 def fake_quantize(x: Any, rounding: InputRounding, layer: Layer) -> Any:
     """Round ``x`` as QuantizeLinear and DequantizeLinear do; kept channels stay."""
-    if rounding.factors is None:
+    if rounding.grid is not None:
+        rounded = rounding.grid.rounded(x.float(), torch).to(x.dtype)
+    elif rounding.factors is None:
         rounded = (
             torch.round(x / rounding.scale)
             .clamp_(rounding.quant_min, rounding.quant_max)

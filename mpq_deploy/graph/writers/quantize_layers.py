@@ -43,11 +43,13 @@ def quantize_layers(
     model: ir.Model,
     rewrites: list[LayerRewrite],
     activation_scales: Mapping[str, float | ActivationGrid],
+    simulating: bool = False,
 ) -> tuple[ir.Model, bool]:
     """Rewrite ``model`` in place; return it and whether anything changed.
 
     ``activation_scales``: activation tensor (followed by the scheme's ``activation_form``) -> its
     quantizer, or the scale of one of INT8, for every input of a layer with quantized activations.
+    ``simulating``: as for ``NodeWriter``.
     """
     nodes = {node.name: node for node in model.graph}
     pairs: dict[str, ir.Value] = {}
@@ -65,11 +67,21 @@ def quantize_layers(
                 key = use.input + rewrite.scheme.activation_form
                 if key not in pairs:
                     factors = None if use.input in folded else rewrite.factors
+                    writer = NodeWriter(model, simulating=simulating)
                     pairs[key] = _quantize_activation(
-                        model, x, rewrite, activation_scales[key], factors
+                        writer, x, rewrite, activation_scales[key], factors
                     )
                 node.replace_input_with(0, pairs[key])
-            to = LayerWriter(model, rewrite.layer, rewrite.scheme, node, x, number, tensors)
+            to = LayerWriter(
+                model,
+                rewrite.layer,
+                rewrite.scheme,
+                node,
+                x,
+                number,
+                tensors,
+                simulating=simulating,
+            )
             rewrite.scheme.branch.write(to, rewrite.scheme, rewrite.matrix)
         _drop_if_unused(model, rewrite.layer.weight)
         changed = True
@@ -124,7 +136,7 @@ def _fold_factors(model: ir.Model, rewrites: list[LayerRewrite]) -> set[str]:
 
 
 def _quantize_activation(
-    model: ir.Model,
+    to: NodeWriter,
     x: ir.Value,
     rewrite: LayerRewrite,
     found: float | ActivationGrid,
@@ -138,9 +150,9 @@ def _quantize_activation(
         raise ModelError(
             f"The scale of the activation '{x.name}' is {grid.scale}.", "Calibrate again."
         )
-    form, to, value = scheme.activation_form, NodeWriter(model), x
+    form, value = scheme.activation_form, x
     if factors is not None:
-        value = multiply_channels(model, x, rewrite.layer, factors, form)
+        value = multiply_channels(to.model, x, rewrite.layer, factors, form)
     return to.after(value, scheme.activation.write(to, value, grid, (x.name, form)))
 
 

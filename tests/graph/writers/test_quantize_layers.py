@@ -48,7 +48,12 @@ def candidates_for(graph: LayerGraph) -> dict[str, LayerCandidates]:
     found = {}
     for layer in graph.layers:
         choices = choices_for(
-            layer, tuple(s for s in SCHEMES.values() if not s.branch and not s.simulated), even
+            layer,
+            # Those of FP8 and FP4 have tests of their own, in tests/formats.
+            tuple(
+                s for s in SCHEMES.values() if not (s.branch or s.simulated or s.weight.generation)
+            ),
+            even,
         )
         weight = weight_matrix(layer, weight_array(graph.model, layer))
         moments = np.ones((layer.group * layer.reduction, 1, 1))
