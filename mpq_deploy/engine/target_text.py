@@ -73,13 +73,16 @@ def _figures(target: Target) -> list[str]:
 
 def _schemes(target: Target) -> list[str]:
     """A table: one row per operator, one column per family, branches at the end."""
-    families = (*FAMILIES, *(f for f in NEW_FAMILIES if f in sum(target.schemes.values(), ())))
-    lines = [" " * LABEL + "".join(f"{family:<7}" for family in families) + "branches"]
+    lines = [" " * LABEL + "".join(f"{family:<7}" for family in FAMILIES) + "branches"]
     for op in LAYER_OPS:
         marks = "".join(
-            f"{'yes' if family in target.schemes[op] else '-':<7}" for family in families
+            f"{'yes' if family in target.schemes[op] else '-':<7}" for family in FAMILIES
         )
         lines += [f"{op:<{LABEL}}{marks}{', '.join(target.branches.get(op, ())) or 'none'}"]
+    newer = {op: [f for f in NEW_FAMILIES if f in target.schemes[op]] for op in LAYER_OPS}
+    if any(newer.values()):
+        listed = (f"{op} {', '.join(families) or 'none'}" for op, families in newer.items())
+        lines += _entry("FP8, FP4", "; ".join(listed))
     return lines
 
 
