@@ -12,8 +12,6 @@ from mpq_deploy.formats.fp8 import LARGEST_AREA
 # Turing's INT8 convolutions are computed in FP16 by TensorRT-RTX.
 INT8_CONV_FROM = 80
 RGB = 3
-# The only GPU family for which TensorRT 10's NVFP4 is reported as broken.
-THOR = 110
 
 
 def scale_of_one_element(context: Context) -> Iterator[Match]:
@@ -142,14 +140,14 @@ def mxfp8(context: Context) -> Iterator[Match]:
             yield Match(node, "what reads its MXFP8 is computed in FP16")
 
 
-def nvfp4_on_thor(context: Context) -> Iterator[Match]:
-    """NVFP4 activations for Thor: its releases of TensorRT 10 compute them wrongly, or crash."""
-    for node in context.view.nodes if THOR in context.capabilities else ():
+def nvfp4_release(context: Context) -> Iterator[Match]:
+    """NVFP4 activations for TensorRT 10, whose releases compute them wrongly, or crash."""
+    for node in context.view.nodes:
         if node.op == "TRT_FP4DynamicQuantize":
             yield Match(
                 node,
-                "NVFP4 at batch 1 is wrong on 10.13.3.9 where two or more epilogues fuse, and the builder of "
-                "10.16.2.10 crashes",
+                "NVFP4 with dynamic scales needs TensorRT 11: on Thor 10.13.3.9 is wrong at batch 1 where two or "
+                "more epilogues fuse, and the builder of 10.16.2.10 crashes",
             )
 
 
@@ -214,7 +212,7 @@ ACTIVATION_RULES = (
          built_here("fp16")),
     Rule("mxfp8", mxfp8, "use FP8 with one scale per tensor, or NVFP4 on Blackwell",
          built_here("fp16")),
-    Rule("nvfp4-thor", nvfp4_on_thor, "use FP8 on this release, or TensorRT 11",
+    Rule("nvfp4-release", nvfp4_release, "use FP8 on this release, or TensorRT 11",
          documented("wrong", "trt-10.13")),
     Rule("shared-input", shared_input,
          "compare the engine's output at batch 1 with ONNX Runtime's on the device (TensorRT-Edge-"

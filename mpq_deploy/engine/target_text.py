@@ -24,9 +24,11 @@ def describe_target(target: Target) -> str:
     lines += ["", *_figures(target), "", *_schemes(target)]
     if target.protected:
         lines += _entry("stay FP16", ", ".join(target.protected))
-    if target.rules:
+    # What a shipped target refuses, one that extends it may list.
+    rules = [rule for rule in target.rules if rule.when != "always" or _refuses(target, rule)]
+    if rules:
         lines += ["", "what it may not take, and why"]
-        for rule in target.rules:
+        for rule in rules:
             lines += _hanging("  -", f"{_subject(rule)}: {rule.reason}", 4)
     if target.proven:
         lines += ["", "what is proven, and by what"]
@@ -84,6 +86,10 @@ def _schemes(target: Target) -> list[str]:
         listed = (f"{op} {', '.join(families) or 'none'}" for op, families in newer.items())
         lines += _entry("FP8, FP4", "; ".join(listed))
     return lines
+
+
+def _refuses(target: Target, rule: Rule) -> bool:
+    return any(f not in target.schemes[op] for op in rule.ops for f in rule.families)
 
 
 def _subject(rule: Rule) -> str:

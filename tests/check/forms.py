@@ -347,7 +347,9 @@ BAD = [
     Form("fp8-kernel", lambda d: d.conv(act8(d, d.relu()), w8f8(d, 64, 64, 7, 7), pad=3), target="rtx-ada"),
     Form("fp8-kernel", lambda d: d.conv(trt_pair(d, d.relu(), "FP8"), w8f8(d, 64, 64, 7, 7), pad=3), target="rtx-ada"),
     Form("mxfp8", mxfp8, ROWS, "rtx-blackwell", opset=23),
-    Form("nvfp4-thor", nvfp4, ROWS, "jetson-thor", opset=23),
+    Form("operator-tensorrt", nvfp4, ROWS, "rtx-blackwell", opset=23),
+    Form("operator-tensorrt", nvfp4, ROWS, "jetson-thor-jp7", opset=23),
+    Form("nvfp4-release", nvfp4, ROWS, "jetson-thor", opset=23),
     Form("requantized-cost", requant8, ROWS, "rtx-ada", "unpacked"),
     Form("w4a8-product", lambda d: d.op("MatMul", act8(d, d.relu()), d.int4(128, 128)), ROWS, "rtx-ada", "fails"),
     Form("depthwise-int8", lambda d: conv8(d, d.act(d.relu()), 64, 1, 3, 3, group=64)),
@@ -437,8 +439,6 @@ GOOD = [
     Form(
         "", lambda d: d.op("MatMul", act8(d, d.relu()), w8f8(d, 128, 128, axis=1)), ROWS, "rtx-ada"
     ),
-    Form("operator-tensorrt", nvfp4, ROWS, "rtx-blackwell", opset=23),
-    Form("operator-tensorrt", nvfp4, ROWS, "jetson-thor-jp7", opset=23),
     Form("", lambda d: conv8(d, d.act(d.relu())), target="onnxruntime-cpu"),
 ]
 

@@ -79,6 +79,9 @@ def conditional(folder: Path) -> tuple[Path, Additions]:
 
 def transformer(class_name: str, folder: Path) -> tuple[Path, Additions]:
     path = tiny_transformer_folder(folder, class_name)
+    if class_name == "DiTTransformer2DModel":
+        np.savez(folder / "c.npz", class_labels=np.array([0, 1]))
+        return path, Additions(conditions=folder / "c.npz")
     conditions = tiny_transformer_conditions(folder / "c.npz", class_name)
     return path, Additions(conditions=conditions)
 
@@ -88,7 +91,6 @@ NETWORKS = {
     "UNet2DCondition": conditional,
     "DiT": partial(transformer, "DiTTransformer2DModel"),
     "SD3": partial(transformer, "SD3Transformer2DModel"),
-    "Flux": partial(transformer, "FluxTransformer2DModel"),
 }
 
 
