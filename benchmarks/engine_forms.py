@@ -48,11 +48,13 @@ class Draft:
         self.constants.append(numpy_helper.from_array(np.asarray(array), name))
         return name
 
-    def op(self, op: str, *inputs: str, **attributes: object) -> str:
+    def op(self, op: str, *inputs: str, domain: str = "", **attributes: object) -> str:
         """Add a node with one output, and return that."""
         out = self.name(op.lower())
         self.nodes.append(
-            helper.make_node(op, list(inputs), [out], name=f"node.{out}", **attributes)
+            helper.make_node(
+                op, list(inputs), [out], name=f"node.{out}", domain=domain, **attributes
+            )
         )
         return out
 
@@ -113,9 +115,10 @@ class Draft:
         )
         graph.output[0].type.tensor_type.elem_type = TensorProto.FLOAT16
         ir_version = {21: 10, 23: 11}[self.opset]
-        return helper.make_model(
-            graph, opset_imports=[helper.make_opsetid("", self.opset)], ir_version=ir_version
-        )
+        domains = sorted({node.domain for node in self.nodes} - {""})
+        opsets = [("", self.opset), *((domain, 1) for domain in domains)]
+        imports = [helper.make_opsetid(domain, version) for domain, version in opsets]
+        return helper.make_model(graph, opset_imports=imports, ir_version=ir_version)
 
 
 def conv(d: Draft, x: str, w: str, k: int, group: int = 1, **more: object) -> str:
@@ -502,9 +505,13 @@ def constant_bytes(model: onnx.ModelProto) -> int:
     total = 0
     for tensor in model.graph.initializer:
         size = int(np.prod(tensor.dims))
-        bits = {TensorProto.FLOAT16: 16, TensorProto.INT8: 8, TensorProto.INT4: 4}.get(
-            tensor.data_type, 0
-        )
+        bits = {
+            TensorProto.FLOAT16: 16,
+            TensorProto.INT8: 8,
+            TensorProto.INT4: 4,
+            TensorProto.FLOAT8E4M3FN: 8,
+            TensorProto.FLOAT4E2M1: 4,
+        }.get(tensor.data_type, 0)
         total += -(-size * bits // 8)
     return total
 
@@ -513,7 +520,8 @@ def kernels(log: EngineLog) -> str:
     """Name the kernels that compute, and those that rebuild a quantized weight at each call."""
     found = [f"{layer.type} {compute_dtype(layer)}" for layer in log.layers if layer.compute]
     for layer in log.layers:
-        dtypes = {tensor.dtype for tensor in layer.constants} & {"Int4", "Int8"}
+        narrow = {"Int4", "Int8", "FP8", "FP4E2M1"}
+        dtypes = {tensor.dtype for tensor in layer.constants} & narrow
         if layer.type == "kgen" and dtypes and not layer.inputs:
             found.append(f"whole weight {min(dtypes)} -> {layer.outputs[0].dtype} each call")
     return ", ".join(found)
@@ -575,6 +583,23 @@ What follows from it, and is a rule of the target `rtx` or of the check of engin
 """
 
 
+FLOATS = """## FP8 and FP4
+
+One engine for the GPUs named. What follows, and is a rule of the targets that list these formats or of `check`:
+
+- FP8 computes wherever INT8 does, with the same bytes, but for kernels of more than 32 positions: those run in FP16,
+  silently. One SM80 among the GPUs of an engine, and its build fails.
+- FP8 weights alone are fused into products, as INT8's are: not into all; a convolution unpacks them at each call.
+- 4-bit storage with FP8 compute: INT4 blocks, quantized to E4M3 per channel by a kernel at each call.
+- NVFP4 multiplies FP4 by FP4 in products of inputs of two or three dimensions, K a multiple of 16, on SM100 and later.
+  FP4 weights alone are unpacked, and MXFP8 is dequantized and multiplied in FP16.
+- TensorRT's own FP8 quantizers, and `com.microsoft` Q/DQ and Gelu, are read as ONNX's.
+
+| form | GPUs | builds | weight bytes in the engine (of the constants) | kernels that compute |
+|---|---|---|---|---|
+"""
+
+
 def measured(names: tuple[str, ...] | None, only: str, sm: list[str]) -> list[str]:
     """Build the forms (all, or those of ``names``) and return the rows of the table; print each as it comes."""
     rows = []
@@ -595,15 +620,18 @@ def main() -> None:
     parser.add_argument("--sm", nargs="*", default=["SM80", "SM86", "SM89", "SM120"])
     parser.add_argument("-o", "--out", type=Path)
     chosen = parser.parse_args()
+    # Its forms are made with the pieces above.
+    from benchmarks.float_forms import rows as float_rows
+
     rows = measured(None, chosen.only, chosen.sm)
     if chosen.out:
         chosen.out.parent.mkdir(parents=True, exist_ok=True)
         chosen.out.write_text(
-            page(rows, chosen.sm, measured(TURING, "", ["SM75"])), encoding="utf-8"
+            page(rows, chosen.sm, measured(TURING, "", ["SM75"]), float_rows()), encoding="utf-8"
         )
 
 
-def page(rows: list[str], sm: list[str], turing: list[str]) -> str:
+def page(rows: list[str], sm: list[str], turing: list[str], floats: list[str]) -> str:
     from importlib.metadata import version
 
     head = (
@@ -622,7 +650,13 @@ def page(rows: list[str], sm: list[str], turing: list[str]) -> str:
         + head
         + "\n".join(rows)
         + "\n\n"
-        "## Turing (SM75)\n\n" + head + "\n".join(turing) + "\n"
+        "## Turing (SM75)\n\n"
+        + head
+        + "\n".join(turing)
+        + "\n\n"
+        + FLOATS
+        + "\n".join(floats)
+        + "\n"
     )
 
 

@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from mpq_deploy.errors import UsageError, nearest
 from mpq_deploy.formats.ranges import RANGE_KINDS
-from mpq_deploy.formats.scheme import BRANCH_KINDS, schemes_named
+from mpq_deploy.formats.scheme import BRANCH_KINDS, NEW_FAMILIES, schemes_named
 from mpq_deploy.models.lora_option import parse_lora
 from mpq_deploy.system.names import LONGEST_NAME, printable
 from mpq_deploy.system.quantities import Budget, BudgetEntry, LatencyEntry
@@ -463,6 +463,27 @@ class Recipe(Section):
         except UsageError as error:
             raise ValueError(str(error).rstrip(".")) from error
         return given
+
+    @model_validator(mode="before")
+    @classmethod
+    def _newer_by_default(cls, values: Any) -> Any:
+        """Let a target choose from FP8 and FP4 too where it lists them and the recipe names no schemes."""
+        from mpq_deploy.engine.target import load_target
+
+        name = values.get("target") if isinstance(values, dict) else None
+        section = values.get("allocate", {}) if isinstance(values, dict) else None
+        if not isinstance(name, str) or not isinstance(section, dict) or "schemes" in section:
+            return values
+        try:
+            taken = {f for listed in load_target(name).schemes.values() for f in listed}
+        except UsageError:
+            # What is wrong with the target is said where the recipe is checked.
+            return values
+        newer = tuple(family for family in NEW_FAMILIES if family in taken)
+        if not newer:
+            return values
+        schemes = (*AllocateSettings.model_fields["schemes"].default, *newer)
+        return {**values, "allocate": {**section, "schemes": schemes}}
 
     @model_validator(mode="before")
     @classmethod

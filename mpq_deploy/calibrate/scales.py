@@ -9,6 +9,7 @@ import numpy as np
 
 from mpq_deploy.errors import UsageError
 from mpq_deploy.formats.interfaces import ActivationGrid
+from mpq_deploy.formats.minifloat import Minifloat
 from mpq_deploy.models.spec import Array
 
 QUANT_MIN, QUANT_MAX = -128, 127
@@ -20,6 +21,8 @@ LARGEST_SCALE = 65504.0
 # minimum).
 COARSE_RATIOS = 2.0 ** (-np.arange(65) / 8)
 FINE_RATIOS = 1.0 + 0.01 * np.arange(-12, 13)
+# For small floats: an octave above the absolute maximum over their largest value, four below it.
+FLOAT_RATIOS = np.exp2(np.arange(-32, 9) / 8)
 # Points that stand for the part of the distribution between the sample's maximum and the exact one.
 TAIL_POINTS = 16
 # Points behind the choice of a simulated quantizer, which tries many zero points (our choice).
@@ -80,6 +83,21 @@ def mse_scale(
     best = coarse[np.argmin(quantization_error(points, weights, coarse, limits))]
     fine = _rounded(best * FINE_RATIOS)
     return float(fine[np.argmin(quantization_error(points, weights, fine, limits))])
+
+
+def float_scale(minifloat: Minifloat, sample: Array, amax: float, count: float) -> float:
+    """Return the FP16 scale of minimum expected squared error for the levels of ``minifloat``.
+
+    The others as for ``activation_scale``. A float's relative precision hardly depends on the scale,
+    so what is searched is the clipping, and where in an octave the largest values lie.
+    """
+    if amax == 0:
+        return SMALLEST_SCALE
+    points, weights = with_tail(sample[:: -(-len(sample) // SEARCH_POINTS)], amax, count)
+    x, scales = np.asarray(points, np.float32), _rounded(amax / minifloat.largest * FLOAT_RATIOS)
+    missed = [x - minifloat.nearest(x / scale, np) * scale for scale in scales]
+    errors = [float(np.square(part, dtype=np.float64) @ weights) for part in missed]
+    return float(scales[int(np.argmin(errors))])
 
 
 def simulated_grid(bits: int, sample: Array, amax: float, count: float) -> ActivationGrid:

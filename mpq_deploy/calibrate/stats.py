@@ -9,8 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from mpq_deploy.calibrate.scales import simulated_grid
+from mpq_deploy.calibrate.scales import float_scale, simulated_grid
 from mpq_deploy.formats.interfaces import ActivationGrid
+from mpq_deploy.formats.minifloat import Minifloat
 from mpq_deploy.models.spec import Array
 from mpq_deploy.system.array_file import read_arrays
 from mpq_deploy.system.inputs import whole
@@ -55,8 +56,20 @@ class ActivationStats:
             )
         return self._searched[bits]
 
+    def float_scale(self, minifloat: Minifloat) -> float:
+        """Return the FP16 scale of a small float of minimum expected squared error."""
+        if minifloat.name not in self._float_scales:
+            self._float_scales[minifloat.name] = float_scale(
+                minifloat, self.reservoir, float(self.amax.max()), self.count
+            )
+        return self._float_scales[minifloat.name]
+
     @cached_property
     def _searched(self) -> dict[int, ActivationGrid]:
+        return {}
+
+    @cached_property
+    def _float_scales(self) -> dict[str, float]:
         return {}
 
 

@@ -31,6 +31,8 @@ HANDING_ON = (
     *("Reshape", "Transpose", "Cast", "Identity", "Squeeze", "Unsqueeze", "Flatten"),
     *("QuantizeLinear", "DequantizeLinear"),
 )
+# TensorRT's quantizers that find the scales of an activation's blocks at run time.
+DYNAMIC = ("TRT_FP4DynamicQuantize", "TRT_MXFP8DynamicQuantize")
 # Operators of ONNX Runtime's domain that TensorRT-RTX was seen to read as ONNX's: it looks at names.
 READ_ALIKE = (("com.microsoft", "QuantizeLinear"), ("com.microsoft", "DequantizeLinear"))
 # The narrow floats of ONNX all begin so.
@@ -135,6 +137,8 @@ class LayerView:
     side: int
     x: str
     pair: Pair | None
+    # Its activation is quantized with scales that are found at run time, by an operator of TensorRT.
+    dynamic: bool = False
 
     @property
     def product(self) -> bool:
@@ -144,7 +148,7 @@ class LayerView:
     @property
     def weight_only(self) -> bool:
         """Its weight is quantized, its activation is not."""
-        return self.weight.quantized and self.pair is None
+        return self.weight.quantized and self.pair is None and not self.dynamic
 
 
 class View:
@@ -212,6 +216,14 @@ class View:
             return None
         return Pair(q, dq, q.inputs[0])
 
+    def dynamic(self, name: str) -> bool:
+        """Whether the tensor ``name`` was quantized with scales of its own, such as by TRT_FP4DynamicQuantize."""
+        dq = self.producer(name)
+        if dq is None or not dq.op.endswith("DequantizeLinear"):
+            return False
+        q = self.producer(dq.input(0))
+        return q is not None and q.op in DYNAMIC
+
     def scale(self, node: Node) -> Constant | None:
         """The constant scale of a Q or DQ, through a Cast; None when it is computed."""
         stored = self.stored(node.input(1)) if node.input(1) else None
@@ -246,7 +258,7 @@ class View:
             weight = self.stored(node.inputs[side])
             assert weight is not None
             x = node.inputs[1 - side]
-            layers.append(LayerView(node, weight, side, x, self.pair(x)))
+            layers.append(LayerView(node, weight, side, x, self.pair(x), self.dynamic(x)))
         return tuple(layers)
 
     def _constant(self, name: str, tensor: TensorProto) -> Constant:

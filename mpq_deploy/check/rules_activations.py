@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import prod
 
 from mpq_deploy.check.graph_view import LayerView, Node, Pair, View
 from mpq_deploy.check.rule import Context, Match, Rule, built_here, documented
+from mpq_deploy.formats.fp8 import LARGEST_AREA
 
 # Turing's INT8 convolutions are computed in FP16 by TensorRT-RTX.
 INT8_CONV_FROM = 80
@@ -115,6 +117,40 @@ def turing_conv(context: Context) -> Iterator[Match]:
             )
 
 
+def fp8_kernel(context: Context) -> Iterator[Match]:
+    """An FP8 convolution with a kernel of more than 32 positions."""
+    for layer in context.view.layers:
+        dq = context.view.producer(layer.x)
+        constant = layer.weight.constant
+        shape = context.view.shape(layer.node.inputs[1]) or (constant.shape if constant else ())
+        area = prod(size or 1 for size in shape[2:])
+        if layer.node.op != "Conv" or dq is None or not dq.op.endswith("DequantizeLinear"):
+            continue
+        if area > LARGEST_AREA and _fp8(context.view, dq):
+            size = "x".join(str(size) for size in shape[2:])
+            yield Match(
+                layer.node, f"an FP8 convolution with a kernel of {size} is computed in FP16"
+            )
+
+
+def mxfp8(context: Context) -> Iterator[Match]:
+    """Activations in MXFP8: FP8 in blocks of 32 with scales found at run time."""
+    for node in context.view.nodes:
+        if node.op == "TRT_MXFP8DynamicQuantize":
+            yield Match(node, "what reads its MXFP8 is computed in FP16")
+
+
+def nvfp4_release(context: Context) -> Iterator[Match]:
+    """NVFP4 activations for TensorRT 10, whose releases compute them wrongly, or crash."""
+    for node in context.view.nodes:
+        if node.op == "TRT_FP4DynamicQuantize":
+            yield Match(
+                node,
+                "NVFP4 with dynamic scales needs TensorRT 11: on Thor 10.13.3.9 is wrong at batch 1 where two or "
+                "more epilogues fuse, and the builder of 10.16.2.10 crashes",
+            )
+
+
 def shared_input(context: Context) -> Iterator[Match]:
     """Products that share an input, as q, k and v do: one release miscompiles them for Thor."""
     if 110 not in context.capabilities:
@@ -137,6 +173,12 @@ def _int8_layers(view: View) -> Iterator[tuple[LayerView, Pair]]:
     """Layers whose activation is quantized to 8-bit integers."""
     pairs = ((layer, layer.pair) for layer in view.layers)
     return ((layer, pair) for layer, pair in pairs if pair is not None and _int8(view, pair))
+
+
+def _fp8(view: View, dq: Node) -> bool:
+    """Whether ``dq`` gives what was quantized to FP8, by ONNX's operator or TensorRT's own."""
+    own = dq.domain == "trt" and dq.op == "TRT_FP8DequantizeLinear"
+    return own or view.dtype(dq.input(0)).startswith("FLOAT8E4M3")
 
 
 def _int8(view: View, pair: Pair) -> bool:
@@ -166,6 +208,12 @@ ACTIVATION_RULES = (
     Rule("int8-conv-gpu", turing_conv,
          "leave convolutions in FP16 on this GPU, or use w8a16 for their bytes",
          {"trt-rtx": built_here("fp16")["trt-rtx"]}),
+    Rule("fp8-kernel", fp8_kernel, "leave it in FP16: FP8 gains nothing there and loses accuracy",
+         built_here("fp16")),
+    Rule("mxfp8", mxfp8, "use FP8 with one scale per tensor, or NVFP4 on Blackwell",
+         built_here("fp16")),
+    Rule("nvfp4-release", nvfp4_release, "use FP8 on this release, or TensorRT 11",
+         documented("wrong", "trt-10.13")),
     Rule("shared-input", shared_input,
          "compare the engine's output at batch 1 with ONNX Runtime's on the device (TensorRT-Edge-"
          "LLM issue 105)", documented("note", "trt-10.13")),

@@ -86,10 +86,10 @@ def ragged_blocks(context: Context) -> Iterator[Match]:
 
 
 def w4a8_product(context: Context) -> Iterator[Match]:
-    """A product of an INT8 activation with an INT4 weight in blocks."""
+    """A product of an INT8 or FP8 activation with an INT4 weight in blocks."""
     for layer in _w4a8(context, product=True):
         if _blocked(layer.weight):
-            yield Match(layer.node, "it multiplies an INT8 activation by an INT4 weight in blocks")
+            yield Match(layer.node, "it multiplies an 8-bit activation by an INT4 weight in blocks")
 
 
 def w4a8_conv(context: Context) -> Iterator[Match]:
@@ -191,13 +191,13 @@ def product_unpacked(context: Context) -> Iterator[Match]:
 
 
 def requantized_each_call(context: Context) -> Iterator[Match]:
-    """4-bit storage with INT8 compute pays for turning the weight into INT8 at each call."""
+    """4-bit storage with INT8 or FP8 compute pays for turning the weight into 8 bits at each call."""
     weights = [layer.weight for layer in context.view.layers]
     count = sum(weight.quantized and weight.requantized for weight in weights)
     if count and context.dialect.requantized:
         yield Match(
             None,
-            f"{count} layers turn their 4-bit weight into INT8 at each call (bytes saved, not bandwidth)",
+            f"{count} layers turn their 4-bit weight into 8 bits at each call (bytes saved, not bandwidth)",
         )
 
 

@@ -18,6 +18,8 @@ from mpq_deploy.system.inputs import as_object, parse_json
 _DTYPES = {
     "INT8": "Int8",
     "INT4": "Int4",
+    "FP8": "FP8",
+    "FP4": "FP4E2M1",
     "FP16": "Half",
     "HALF": "Half",
     "FP32": "Float",

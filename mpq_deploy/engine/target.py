@@ -28,6 +28,7 @@ from mpq_deploy.formats.scheme import (
     Scheme,
     families,
     nearest_scheme,
+    rate_of,
 )
 from mpq_deploy.graph.dialects import Dialect, dialect_named
 from mpq_deploy.graph.layers import LAYER_OPS, Layer
@@ -121,6 +122,8 @@ class Target(BaseModel):
     bandwidth_bytes_per_s: Figure | None = None
     int8_ops_per_s: Figure | None = None
     fp16_ops_per_s: Figure | None = None
+    fp8_ops_per_s: Figure | None = None
+    fp4_ops_per_s: Figure | None = None
     schemes: dict[str, tuple[str, ...]]
     branches: dict[str, tuple[str, ...]] = {}
     conv_products: bool = True
@@ -162,6 +165,10 @@ class Target(BaseModel):
                 raise ValueError(
                     f"schemes.{op} leaves out {', '.join(silent)}, and no rule gives the reason"
                 )
+        for family in dict.fromkeys(f for listed in self.schemes.values() for f in listed):
+            rate = rate_of(family)
+            if rate and self.int8_ops_per_s is not None and getattr(self, rate) is None:
+                raise ValueError(f"schemes list {family}, and {rate} is not given")
         if self.simulated and self.builder != "none":
             raise ValueError(
                 f"simulated schemes never reach a builder, and this target has '{self.builder}'"
@@ -210,7 +217,9 @@ class Target(BaseModel):
                     more = f"; as a matrix product: {layer.no_product}{more}"
                 return f"{rule.reason}{more}"
         if left_out:
-            return f"{self.name} does not list {scheme.family}; nearest: {self.nearest(op, scheme)}"
+            more = f" ({scheme.weight.generation})" if scheme.weight.generation else ""
+            nearest = self.nearest(op, scheme)
+            return f"{self.name} does not list {scheme.family}{more}; nearest: {nearest}"
         if scheme.branch and scheme.branch.kind not in self.branches.get(op, ()):
             return f"a {scheme.branch.kind} branch beside a {op} is unproven on {self.name}"
         return ""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from textwrap import wrap
 
 from mpq_deploy.engine.target import Figure, Rule, Target
-from mpq_deploy.formats.scheme import FAMILIES
+from mpq_deploy.formats.scheme import FAMILIES, NEW_FAMILIES
 from mpq_deploy.graph.layers import LAYER_OPS
 
 WIDTH = 80
@@ -24,9 +24,11 @@ def describe_target(target: Target) -> str:
     lines += ["", *_figures(target), "", *_schemes(target)]
     if target.protected:
         lines += _entry("stay FP16", ", ".join(target.protected))
-    if target.rules:
+    # What a shipped target refuses, one that extends it may list.
+    rules = [rule for rule in target.rules if rule.when != "always" or _refuses(target, rule)]
+    if rules:
         lines += ["", "what it may not take, and why"]
-        for rule in target.rules:
+        for rule in rules:
             lines += _hanging("  -", f"{_subject(rule)}: {rule.reason}", 4)
     if target.proven:
         lines += ["", "what is proven, and by what"]
@@ -57,6 +59,11 @@ def _figures(target: Target) -> list[str]:
         ("bandwidth", target.bandwidth_bytes_per_s, "GB/s", 1e9),
         ("INT8", target.int8_ops_per_s, "TOPS dense", 1e12),
         ("FP16", target.fp16_ops_per_s, "TFLOPS dense", 1e12),
+        *(
+            (name, figure, "TFLOPS dense", 1e12)
+            for name, figure in (("FP8", target.fp8_ops_per_s), ("FP4", target.fp4_ops_per_s))
+            if figure is not None
+        ),
     )
     of = _entry("figures of", target.figures_of) if target.figures_of else []
     return of + [
@@ -74,7 +81,15 @@ def _schemes(target: Target) -> list[str]:
             f"{'yes' if family in target.schemes[op] else '-':<7}" for family in FAMILIES
         )
         lines += [f"{op:<{LABEL}}{marks}{', '.join(target.branches.get(op, ())) or 'none'}"]
+    newer = {op: [f for f in NEW_FAMILIES if f in target.schemes[op]] for op in LAYER_OPS}
+    if any(newer.values()):
+        listed = (f"{op} {', '.join(families) or 'none'}" for op, families in newer.items())
+        lines += _entry("FP8, FP4", "; ".join(listed))
     return lines
+
+
+def _refuses(target: Target, rule: Rule) -> bool:
+    return any(f not in target.schemes[op] for op in rule.ops for f in rule.families)
 
 
 def _subject(rule: Rule) -> str:

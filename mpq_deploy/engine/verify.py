@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from math import ceil
 from typing import Literal
 
 from mpq_deploy.engine.build_log import EngineLayer, EngineLog, EngineTensor
@@ -37,10 +38,15 @@ CHANNEL_MULTIPLE = 4
 # Literals, and the kernels' own tables, of an engine without any layer: measured 0.5 to 1.5 kB.
 BASE_BYTES = 4096
 
-# Types in which products multiply both operands, FP16's apart.
+# Types in which products multiply both operands, FP16's apart, narrow ones first: a kernel of FP4
+# reads block scales in FP8 beside it.
 OPERANDS = tuple(
     dict.fromkeys(
-        s.activation.operand for s in SCHEMES.values() if s.activation and not s.simulated
+        activation.operand
+        for activation in sorted(
+            (s.activation for s in SCHEMES.values() if s.activation and not s.simulated),
+            key=lambda one: one.bits,
+        )
     )
 )
 
@@ -250,4 +256,4 @@ def _layer_allowance(layer: ExpectedLayer) -> int:
         + -layer.out_channels % multiple * layer.reduction
     )
     factors = layer.form.activation.engine_bytes(layer) if layer.form.activation else 0
-    return ALIGNMENT_BYTES + factors + padded * layer.form.operand_bytes
+    return ALIGNMENT_BYTES + factors + ceil(padded * layer.form.operand_bytes)

@@ -36,8 +36,9 @@ class HalfPrecision:
     """The output's error (NMSE) of the deployed FP16 file and of its FP32 twin on ``calls``.
 
     ``beyond``: nodes that the file computes in FP16 and whose values pass its range in the float
-    model, in graph order. ``unknown``: why there are no errors, where ONNX
-    Runtime has no kernel for the file.
+    model, in graph order. ``unknown``: why there are no errors, where ONNX Runtime has no kernel for
+    the file. ``simulated``: what the twin does in place of what ONNX Runtime lacks, so that the file
+    cannot run there.
     """
 
     deployed: float = 0.0
@@ -45,10 +46,14 @@ class HalfPrecision:
     calls: int = 0
     beyond: tuple[LargeValue, ...] = ()
     unknown: str = ""
+    simulated: str = ""
 
     @property
     def note(self) -> str:
         """Both, for the report."""
+        if self.simulated:
+            large = f" {_named(self.beyond)}." if self.beyond else ""
+            return f"{self.simulated}. What FP16 arithmetic adds is not known.{large}"
         if self.unknown:
             return f"What the deployed file's FP16 arithmetic costs is not known: {self.unknown}"
         large = f" {_named(self.beyond)}." if self.beyond else ""
@@ -80,10 +85,12 @@ def half_precision(
     calls: RecordedCalls,
     talk: Talk,
     wide: Collection[str] = (),
+    simulated: str = "",
 ) -> HalfPrecision:
     """Run one recorded call at some timesteps through all three files, one file after the other.
 
     ``wide``: nodes that the deployed file computes in FP32, since FP16 does not hold their values.
+    Where the twin is ``simulated``, which says of what, the deployed file cannot be run.
     Raises ModelError, naming the nodes whose values FP16 does not hold, where the deployed file's
     output is not finite.
     """
@@ -101,6 +108,8 @@ def half_precision(
         return np.stack(rows)
 
     beyond = large_values(float_model, some, talk, wide)
+    if simulated:
+        return HalfPrecision(beyond=beyond, simulated=simulated)
     try:
         half = outputs(make_session(deployed, fake_quant_only=True))
     except ModelError as error:

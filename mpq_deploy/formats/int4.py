@@ -100,18 +100,24 @@ class Int4Weight(IntegerWeight):
         return choose_scale(weight, importance, layer.reduction // block, self.precision), None
 
     def write(self, to: LayerWriter, matrix: QuantizedMatrix) -> ir.Value:
+        return self.write_blocks(to, matrix.codes, matrix.scale, matrix.taps)
+
+    def write_blocks(self, to: LayerWriter, codes: Array, scales: Array, taps: int = 1) -> ir.Value:
+        """Write ``codes`` [O, K] and their ``scales`` [O, B]; ``taps`` as of a ``QuantizedMatrix``."""
         layer = to.layer
         product = self.multiplies(layer, alone=True)
         first = layer.out_axis == 0 and not product
 
         def stored() -> Array:
-            ordered = position_first(matrix.codes, matrix.taps)
+            ordered = position_first(codes, taps)
             return ordered if first else ordered.T
 
-        codes = to.codes(stored, "INT4", self.stored_shape(layer))
-        scale = matrix.scale.astype(np.float32)
-        inputs = [codes, to.constant("scale", scale if first else scale.T)]
-        block = layer.reduction // matrix.scale.shape[1]
+        scale = scales.astype(np.float32)
+        inputs = [
+            to.codes(stored, "INT4", self.stored_shape(layer)),
+            to.constant("scale", scale if first else scale.T),
+        ]
+        block = layer.reduction // scales.shape[1]
         attributes = {"axis": int(first), "block_size": block}
         weight = to.insert("DequantizeLinear", inputs, attributes, "weight_dequantize")
         if layer.op != "Conv" or product:
@@ -154,11 +160,18 @@ class RequantizedInt4(Int4Weight):
     def write(self, to: LayerWriter, matrix: QuantizedMatrix) -> ir.Value:
         assert matrix.channel_scale is not None
         weight = super().write(to, matrix)
-        channel = to.constant("channel_scale", matrix.channel_scale.astype(np.float32))
-        axis, name = {"axis": to.layer.out_axis}, "weight_requantize"
-        attributes = {**axis, "output_dtype": ONNX_INT8}
-        weight = to.insert("QuantizeLinear", [weight, channel], attributes, name, dtype="INT8")
-        return to.insert("DequantizeLinear", [weight, channel], axis, name, ending="_back")
+        return write_requantized(to, weight, matrix.channel_scale, ("INT8", ONNX_INT8))
+
+
+def write_requantized(
+    to: LayerWriter, weight: ir.Value, scale: Array, dtype: tuple[str, int]
+) -> ir.Value:
+    """Quantize a ``weight`` that was dequantized, again: by ``scale`` [O] per channel, to ``dtype`` and back."""
+    channel = to.constant("channel_scale", scale.astype(np.float32))
+    axis, name = {"axis": to.layer.out_axis}, "weight_requantize"
+    attributes = {**axis, "output_dtype": dtype[1]}
+    weight = to.insert("QuantizeLinear", [weight, channel], attributes, name, dtype=dtype[0])
+    return to.insert("DequantizeLinear", [weight, channel], axis, name, ending="_back")
 
 
 INT4_BODIES = (

@@ -13,6 +13,8 @@ from mpq_deploy.formats.sizes import FP16_BYTES
 from mpq_deploy.rounding.quantizers import QuantizedMatrix, choose_scale, position_first
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import onnx_ir as ir
 
     from mpq_deploy.calibrate.stats import ActivationStats
@@ -52,16 +54,23 @@ class Int8Weight(IntegerWeight):
         return choose_scale(weight, importance, 1, self.precision), None
 
     def write(self, to: LayerWriter, matrix: QuantizedMatrix) -> ir.Value:
-        layer = to.layer
-        if self.multiplies(layer, to.scheme.activation is None):
-            axis, shape = 1, (layer.reduction, layer.out_channels)
-            codes = to.codes(lambda: position_first(matrix.codes, layer.taps).T, "INT8", shape)
-        else:
-            axis = layer.out_axis
-            codes = to.codes(lambda: to.folded(matrix.codes), "INT8", layer.weight_shape)
-        scale = to.constant("scale", matrix.scale[:, 0].astype(np.float32))
-        attributes = {"axis": axis}
-        return to.insert("DequantizeLinear", [codes, scale], attributes, "weight_dequantize")
+        product = self.multiplies(to.layer, to.scheme.activation is None)
+        return write_by_channel(to, lambda: matrix.codes, matrix.scale[:, 0], "INT8", product)
+
+
+def write_by_channel(
+    to: LayerWriter, codes: Callable[[], Array], scale: Array, dtype: str, product: bool
+) -> ir.Value:
+    """Write ``codes`` [O, K] of ``dtype`` and their ``scale`` [O]; ``product``: of a Conv that becomes one."""
+    layer = to.layer
+    if product:
+        axis, shape = 1, (layer.reduction, layer.out_channels)
+        stored = to.codes(lambda: position_first(codes(), layer.taps).T, dtype, shape)
+    else:
+        axis = layer.out_axis
+        stored = to.codes(lambda: to.folded(codes()), dtype, layer.weight_shape)
+    inputs = [stored, to.constant("scale", scale.astype(np.float32))]
+    return to.insert("DequantizeLinear", inputs, {"axis": axis}, "weight_dequantize")
 
 
 @dataclass(frozen=True)
@@ -69,6 +78,7 @@ class Int8Activation(ActivationFormat):
     """One QuantizeLinear/DequantizeLinear pair per tensor, rank-0 scale, shared by all its readers."""
 
     bits = 8
+    takes_ranges = True
     operand = "Int8"
     value_bytes = 1
 
@@ -84,18 +94,22 @@ class Int8Activation(ActivationFormat):
     def write(
         self, to: NodeWriter, value: ir.Value, grid: ActivationGrid, key: tuple[str, str]
     ) -> list[ir.Node]:
-        tensor, form = key
-        # Rank 0: with shape [1] TensorRT silently runs the convolution in FP16.
-        scale = to.named_constant(f"{tensor}//scale{form}", np.asarray(grid.scale, np.float32))
-        inputs, to_int8 = [value, scale], {"output_dtype": ONNX_INT8}
-        quantize = to.make(
-            "QuantizeLinear", inputs, to_int8, f"{tensor}/quantize{form}", like=value, dtype="INT8"
-        )
-        inputs = [quantize.outputs[0], scale]
-        return [
-            quantize,
-            to.make("DequantizeLinear", inputs, {}, f"{tensor}/dequantize{form}", like=value),
-        ]
+        return write_pair(to, value, grid.scale, key, ("INT8", ONNX_INT8))
+
+
+def write_pair(
+    to: NodeWriter, value: ir.Value, scale: float, key: tuple[str, str], dtype: tuple[str, int]
+) -> list[ir.Node]:
+    """Return one QuantizeLinear/DequantizeLinear pair; ``dtype``: its codes' type in ONNX, by name and number."""
+    tensor, form = key
+    # Rank 0: with shape [1] TensorRT silently runs the convolution in FP16.
+    step = to.named_constant(f"{tensor}//scale{form}", np.asarray(scale, np.float32))
+    name = f"{tensor}/quantize{form}"
+    quantize = to.make(
+        "QuantizeLinear", [value, step], {"output_dtype": dtype[1]}, name, value, dtype[0]
+    )
+    inputs, name = [quantize.outputs[0], step], f"{tensor}/dequantize{form}"
+    return [quantize, to.make("DequantizeLinear", inputs, {}, name, value)]
 
 
 INT8_WEIGHT, INT8_INPUT = Int8Weight(), Int8Activation()

@@ -67,6 +67,19 @@ class ActivationGrid:
     quant_max: int = 127
     table: RangeTable | None = None
 
+    # Every integer between the limits is a level.
+    uniform: ClassVar[bool] = True
+    # The scales of its levels are found at run time.
+    dynamic: ClassVar[bool] = False
+
+    def levels(self, x: Any, xp: Any) -> Any:
+        """Return the nearest level to each of ``x``, in units of the scale: an array or tensor of the module ``xp``."""
+        return xp.clip(xp.round(x), self.quant_min, self.quant_max)
+
+    def rounded(self, x: Any, xp: Any) -> Any:
+        """Return ``x`` as the quantizer gives it, by its own scale."""
+        return self.levels(x / self.scale, xp) * self.scale
+
 
 class DeployedMatrix(Protocol):
     """The weight of a layer as it is deployed."""
@@ -107,6 +120,12 @@ class WeightFormat:
     simulated: ClassVar[bool] = False
     # What an engine's log may call the type of the stored weight.
     engine_types: ClassVar[tuple[str, ...]] = ()
+    # Whether branches may stand beside it, as far as they suit it.
+    takes_branches: ClassVar[bool] = True
+    # The first opset of ONNX that has it: blocks and INT4 are in 21.
+    opset: ClassVar[int] = 21
+    # Which GPUs brought the format, where not all have it.
+    generation: ClassVar[str] = ""
 
     @property
     def form(self) -> str:
@@ -168,13 +187,23 @@ class WeightFormat:
 
 @dataclass(frozen=True)
 class ActivationFormat:
-    """How the input of a layer is rounded."""
+    """How the input of a layer is rounded.
+
+    ``takes_ranges``: its range may follow the timestep or the values (``formats.ranges``).
+    """
 
     bits: ClassVar[int]
+    takes_ranges: ClassVar[bool] = False
     simulated: ClassVar[bool] = False
     # What an engine's log calls both operands of the product, and the bytes of one element.
     operand: ClassVar[str] = ""
-    value_bytes: ClassVar[int] = 1
+    value_bytes: ClassVar[float] = 1
+    # The ranks of inputs that can be rounded so; empty: all.
+    ranks: ClassVar[tuple[int, ...]] = ()
+    # Where ONNX Runtime lacks it: what its twin graph does instead, for the report.
+    twin_only: ClassVar[str] = ""
+    # The target's figure that gives the rate of its products.
+    rate: ClassVar[str] = "int8_ops_per_s"
 
     @property
     def form(self) -> str:
@@ -373,7 +402,7 @@ class Scheme:
         return self.weight.bits, self.activation.bits if self.activation else 16
 
     @property
-    def operand_bytes(self) -> int:
+    def operand_bytes(self) -> float:
         """Bytes of one element of the input as the product reads it."""
         return self.activation.value_bytes if self.activation else FP16_BYTES
 

@@ -16,10 +16,12 @@ from mpq_deploy.formats.branches.prescaled import TENTHS, Prescaled
 from mpq_deploy.formats.branches.rows import TENTHS as ROW_TENTHS
 from mpq_deploy.formats.branches.rows import Rows
 from mpq_deploy.formats.branches.zres import ZeroResidual
+from mpq_deploy.formats.fp8 import FP8_BODIES
 from mpq_deploy.formats.fp16 import FP16
 from mpq_deploy.formats.int4 import INT4_BODIES
 from mpq_deploy.formats.int8 import W8A8, W8A16
 from mpq_deploy.formats.interfaces import SIMULATED, Branch, Scheme
+from mpq_deploy.formats.nvfp4 import NVFP4
 from mpq_deploy.formats.ranges import RANGES
 from mpq_deploy.formats.simulated import SIMULATED_BODIES
 
@@ -39,7 +41,7 @@ __all__ = [
 # out.
 FAMILIES = ("fp16", "w8a8", "w8a16", "w4a16", "w4a8")
 # Schemes without branches, and the branches that stand beside those that they suit.
-FORMATS: tuple[Scheme, ...] = (FP16, W8A8, W8A16, *INT4_BODIES)
+FORMATS: tuple[Scheme, ...] = (FP16, W8A8, W8A16, *INT4_BODIES, *FP8_BODIES, NVFP4)
 BRANCHES: tuple[tuple[Branch, ...], ...] = (
     tuple(Rows(tenths) for tenths in ROW_TENTHS),
     tuple(Cols(share) for share in SHARES),
@@ -55,8 +57,8 @@ BRANCH_KINDS = {branch.kind: type(branch) for variants in BRANCHES for branch in
 def with_ranges(bodies: Iterable[Scheme]) -> Iterator[Scheme]:
     """Yield each of ``bodies`` with every range that its input may have."""
     for body in bodies:
-        own = body.activation is not None and not body.simulated
-        yield from (body.with_range(kind) for kind in (RANGES if own else RANGES[:1]))
+        moves = body.activation is not None and body.activation.takes_ranges
+        yield from (body.with_range(kind) for kind in (RANGES if moves else RANGES[:1]))
 
 
 def with_branches(bodies: Iterable[Scheme]) -> Iterator[Scheme]:
@@ -64,7 +66,7 @@ def with_branches(bodies: Iterable[Scheme]) -> Iterator[Scheme]:
     bodies = tuple(bodies)
     yield from bodies
     for variants in BRANCHES:
-        pairs = ((body, branch) for body in bodies for branch in variants)
+        pairs = ((body, b) for body in bodies if body.weight.takes_branches for b in variants)
         yield from (
             body.with_branch(branch)
             for body, branch in pairs
@@ -82,6 +84,15 @@ def register(bodies: Iterable[Scheme]) -> None:
 
 register(FORMATS)
 register(SIMULATED_BODIES)
+# Families that only some GPUs compute in: candidates by default where the target lists them.
+NEW_FAMILIES = tuple(dict.fromkeys(s.family for s in FORMATS if s.weight.generation))
+
+
+def rate_of(family: str) -> str:
+    """Return the target's figure by which products of ``family`` are estimated; empty for FP16's."""
+    schemes = (s for s in SCHEMES.values() if s.family == family and not s.simulated)
+    activation = next(schemes, FP16).activation
+    return activation.rate if activation else ""
 
 
 def families() -> tuple[str, ...]:
@@ -133,13 +144,15 @@ def schemes_named(names: list[str] | tuple[str, ...]) -> tuple[Scheme, ...]:
 
 def nearest_scheme(scheme: Scheme, offered: tuple[Scheme, ...]) -> Scheme:
     """Return the one of ``offered`` (not empty) that comes nearest to ``scheme`` in its weights'
-    bits, then in its activations'; of two as near, the wider. Our choice.
+    bits, then in its activations', then in whether both are floats; of two as near, the wider. Our
+    choice.
     """
 
     def distance(other: Scheme) -> tuple[float, ...]:
         pairs = list(zip(other.bits, scheme.bits))
         return (
             *(abs(log2(a / b)) for a, b in pairs),
+            bool(scheme.weight.generation) != bool(other.weight.generation),
             -other.bits[0],
             -other.bits[1],
             len(other.name),

@@ -21,8 +21,8 @@ def save_sharing(models: dict[str, ir.Model], folder: Path, data_name: str) -> N
     """Write each model as ``folder/name``; all refer to the same constants in ``folder/data_name``.
 
     The models hold equal initializers under equal names (ValueError when not), so that the bytes
-    exist once. Tensors are written one by one; those that are one object in memory are written
-    once.
+    exist once; one may read them as another type. Tensors are written one by one; those that are
+    one object in memory are written once.
     """
     first = next(iter(models.values()))
     external = _write_data(first, folder / data_name)
@@ -32,13 +32,30 @@ def save_sharing(models: dict[str, ir.Model], folder: Path, data_name: str) -> N
             written = external.get(value.name or "")
             if tensor is None or (written is None and tensor.nbytes < EXTERNAL_FROM_BYTES):
                 continue
-            if written is None or written.dtype != tensor.dtype or written.shape != tensor.shape:
+            if written is not None and written.dtype != tensor.dtype:
+                written = _read_as(written, tensor)
+            if written is None or written.shape != tensor.shape:
                 raise ValueError(
                     f"The constant '{value.name}' of {name} is not in the shared weights file."
                 )
             value.const_value = written
         path = folder / name
         path.write_bytes(ir.serde.serialize_model(model).SerializeToString(deterministic=True))
+
+
+def _read_as(written: ir.ExternalTensor, tensor: ir.TensorProtocol) -> ir.ExternalTensor | None:
+    """Return ``written`` as of the type of ``tensor``, whose bytes are the same; None where they are not."""
+    if written.tobytes() != tensor.tobytes():
+        return None
+    return ir.ExternalTensor(
+        written.location,
+        written.offset,
+        written.length,
+        tensor.dtype,
+        shape=written.shape,
+        name=written.name,
+        base_dir=written.base_dir,
+    )
 
 
 def _write_data(model: ir.Model, path: Path) -> dict[str, ir.ExternalTensor]:

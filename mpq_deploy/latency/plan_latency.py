@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from mpq_deploy.run.view import Run
 
 FIGURES = {"title", "figures_of", "bandwidth_bytes_per_s", "int8_ops_per_s", "fp16_ops_per_s"}
+FIGURES |= {"fp8_ops_per_s", "fp4_ops_per_s"}
 
 
 def latency_inputs(recipe: Recipe) -> Fields:
@@ -141,7 +142,7 @@ def plan_latency_info(
         measured=measured,
         estimated=estimated,
         slower_in_int8=slower,
-        taken=tuple(name for name in slower if SCHEMES[schemes[name]].activation is not None),
+        taken=tuple(n for n in slower if SCHEMES[schemes[n]].activation == int8[n].activation),
         objective=recipe.allocate.objective,
         limit_ms=None if limit is None else limit.nanoseconds / 1e6,
         int4_ms=_everything_int4(costs, exported, target),

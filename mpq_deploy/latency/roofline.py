@@ -9,6 +9,7 @@ what moves is from the kernels that TensorRT-RTX 1.7 builds.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import ceil
 
 from mpq_deploy.engine.target import Figure, Target
 from mpq_deploy.formats.interfaces import Scheme
@@ -31,6 +32,9 @@ class Rates:
     fp16: float
     int8: float
     unconfirmed: tuple[str, ...] = ()
+    # None where the target takes no such products.
+    fp8: float | None = None
+    fp4: float | None = None
 
     @classmethod
     def of(cls, target: Target) -> Rates | None:
@@ -43,9 +47,13 @@ class Rates:
         known = {name: figure for name, figure in figures.items() if figure is not None}
         if len(known) < len(figures):
             return None
-        unconfirmed = tuple(name for name, figure in known.items() if not figure.confirmed)
         bandwidth, fp16, int8 = (figure.value for figure in known.values())
-        return cls(target.figures_of or target.title, bandwidth, fp16, int8, unconfirmed)
+        newer = {"FP8 rate": target.fp8_ops_per_s, "FP4 rate": target.fp4_ops_per_s}
+        known |= {name: figure for name, figure in newer.items() if figure is not None}
+        unconfirmed = tuple(name for name, figure in known.items() if not figure.confirmed)
+        fp8, fp4 = (None if figure is None else figure.value for figure in newer.values())
+        device = target.figures_of or target.title
+        return cls(device, bandwidth, fp16, int8, unconfirmed, fp8, fp4)
 
 
 @dataclass(frozen=True)
@@ -101,9 +109,10 @@ def bytes_moved(layer: Layer, scheme: Scheme, traffic: Traffic) -> int:
     order of channels by another.
     """
     product = scheme.multiplies(layer)
+    values = column_count(layer, traffic) if product else traffic.inputs
     moved = (
         scheme.weight_bytes(layer)
-        + scheme.operand_bytes * (column_count(layer, traffic) if product else traffic.inputs)
+        + ceil(scheme.operand_bytes * values)
         + FP16_BYTES * traffic.outputs
     )
     if product:

@@ -7,6 +7,7 @@ limits.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from mpq_deploy.calibrate.scales import SMALLEST_SCALE as SMALLEST_ACTIVATION_SC
 from mpq_deploy.formats.interfaces import ActivationGrid
 from mpq_deploy.formats.ranges import STATIC, ActivationRange
 from mpq_deploy.models.spec import Array
+from mpq_deploy.rounding.float_levels import LevelMatrix
 from mpq_deploy.rounding.quantizers import (
     LARGEST_SCALE,
     SMALLEST_SCALE,
@@ -63,6 +65,15 @@ def fake_quantize(
     limit beyond.
     """
     return torch.clamp(rounded(x / scale), quant_min, quant_max) * scale
+
+
+def fake_quantize_levels(x: Tensor, scale: Tensor, grid: ActivationGrid) -> Tensor:
+    """As ``fake_quantize``, for a ``grid`` whose levels are not uniform."""
+    value = torch.clamp(x / scale, grid.quant_min, grid.quant_max)
+    return (
+        _StraightThrough.apply(value, grid.levels(value.detach().float(), torch).to(value.dtype))
+        * scale
+    )
 
 
 class LearnedScale(torch.nn.Module):  # type: ignore[misc]
@@ -166,6 +177,33 @@ class Grid(torch.nn.Module):  # type: ignore[misc]
             return QuantizedMatrix(codes, scale, None, self.taps)
         blocks = self.multiples.cpu().numpy() * scale.astype(np.float32)
         return QuantizedMatrix(codes, blocks.astype(np.float16), scale[:, 0], self.taps)
+
+
+class FloatLevels(torch.nn.Module):  # type: ignore[misc]
+    """A weight matrix [O, K] of small floats (``LevelMatrix``), whose scales stay as they are.
+
+    A latent takes its nearest level, found as when the weight was rounded, in NumPy. ``target`` and
+    ``margin``: as for ``Levels``.
+    """
+
+    def __init__(self, matrix: LevelMatrix, target: Array, margin: float) -> None:
+        super().__init__()
+        self._matrix, held = matrix, matrix.dequantize()
+        self.mean_step = matrix.mean_step
+        reach = margin * self.mean_step
+        moved = held + np.clip(target - held, -reach, reach).astype(np.float32)
+        same = matrix.rounded(moved).codes == matrix.codes
+        self.register_buffer("start", torch.from_numpy(np.where(same, moved, held)))
+
+    def merged(self, delta: Tensor) -> LevelMatrix:
+        """Return codes and scales of the latent moved by ``delta`` [O, K]."""
+        latent = (self.start + delta).detach().float().cpu().numpy()
+        return self._matrix.rounded(latent)
+
+    def forward(self, delta: Tensor) -> Tensor:
+        """Return the deployed weight [O, K]."""
+        held = torch.from_numpy(self.merged(delta).dequantize()).to(delta.device)
+        return _StraightThrough.apply(self.start + delta, held)
 
 
 class Levels(torch.nn.Module):  # type: ignore[misc]
@@ -295,14 +333,16 @@ class ActivationScale(LearnedScale):
             np.float32(grid.scale), SMALLEST_ACTIVATION_SCALE, LARGEST_ACTIVATION_SCALE
         )
         self.kept, self.code_limits = kept, (grid.quant_min, grid.quant_max)
-        self._range, self._convolved, self._table = range, convolved, grid.table
+        self._range, self._convolved, self._start_grid = range, convolved, grid
 
     def grid(self) -> ActivationGrid:
         """Return the quantizer as it is stored."""
-        return ActivationGrid(float(self.stored()), *self.code_limits, self._table)
+        return replace(self._start_grid, scale=float(self.stored()))
 
     def quantize(self, x: Tensor, channel_axis: int, timesteps: Tensor | None = None) -> Tensor:
         """Return ``x`` fake-quantized, but for the kept channels; ``timesteps`` [N] of its samples."""
+        if not self._start_grid.uniform:
+            return fake_quantize_levels(x, self(), self._start_grid)
         ratio = self._ratio(x, timesteps)
         if ratio is None:
             quantized = fake_quantize(x, self(), *self.code_limits)

@@ -18,7 +18,8 @@ from mpq_deploy.formats.candidates import fold_matrix
 from mpq_deploy.formats.interfaces import INT8, DeployedMatrix, Precision
 from mpq_deploy.graph.writers.quantize_layers import LayerRewrite
 from mpq_deploy.models.spec import Array
-from mpq_deploy.recover.torch_quantizers import Grid, Levels, halved
+from mpq_deploy.recover.torch_quantizers import FloatLevels, Grid, Levels, halved
+from mpq_deploy.rounding.float_levels import LevelMatrix
 from mpq_deploy.rounding.quantizers import QuantizedMatrix
 from mpq_deploy.rounding.row_grids import SimulatedMatrix
 
@@ -75,7 +76,11 @@ class TwinKit:
         """Return the levels of each row that start from ``matrix`` of ``weight`` float [O, K]."""
         return Levels(matrix, weight, self.margin)
 
-    def of(self, grid: Grid | Levels) -> LayerTwin:
+    def float_levels(self, matrix: LevelMatrix, weight: Array) -> FloatLevels:
+        """Return the levels that start from a ``matrix`` of small floats."""
+        return FloatLevels(matrix, weight, self.margin)
+
+    def of(self, grid: Grid | Levels | FloatLevels) -> LayerTwin:
         """Return the twin of a weight that is ``grid`` and nothing else."""
         through, deployed = (
             (lambda w, delta: w.grid(delta)),

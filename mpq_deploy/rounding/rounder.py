@@ -115,6 +115,7 @@ class Rounder:
             self.target.refusal(layer, scheme)
             or beyond_scales(layer, scheme, self.stats)
             or self._left_out(layer, scheme)
+            or self._rank_refusal(layer, scheme)
         )
         if reason or scheme.simulated or not (scheme.branch or scheme.range.moves):
             return reason
@@ -138,6 +139,23 @@ class Rounder:
         if layer.weights > LARGE_WEIGHTS and scheme.branch.rank(stats) >= LARGE_VARIANTS:
             return f"of a layer this large, {LARGE_VARIANTS} exponents of the factors are rounded"
         return ""
+
+    def _rank_refusal(self, layer: Layer, scheme: Scheme) -> str:
+        """Say that an input has more or fewer dimensions than the scheme's activations may."""
+        ranks = scheme.activation.ranks if scheme.activation else ()
+        for tensor in layer.inputs if ranks else ():
+            rank = self._ranks.get(tensor)
+            if rank not in ranks:
+                found = "an unknown number of" if rank is None else rank
+                wanted = " or ".join(map(str, ranks))
+                return f"{scheme.family} takes inputs of {wanted} dimensions, and '{tensor}' has {found}"
+        return ""
+
+    @cached_property
+    def _ranks(self) -> dict[str, int]:
+        graph = self.exported.graph.model.graph
+        values = [*graph.inputs, *(value for node in graph for value in node.outputs)]
+        return {v.name or "": len(v.shape) for v in values if v.shape is not None}
 
     @cached_property
     def _convolved(self) -> frozenset[str]:

@@ -38,13 +38,17 @@ def _check_schemes(recipe: Recipe, target: Target) -> None:
     families = {family for families in target.schemes.values() for family in families}
     accepted = [scheme for scheme in schemes if scheme.family in families]
     strict = target.simulated or not accepted
-    refused = (s for s in schemes if s not in accepted and (s.simulated or strict))
+    # FP8 and FP4 are candidates by themselves where the target lists them: here they were named.
+    named = (s for s in schemes if s not in accepted)
+    refused = (s for s in named if s.simulated or s.weight.generation or strict)
     wrong = next(refused, None)
     if wrong is not None:
         reason = target.refusal(Layer("any", "MatMul", "any", (64, 64), 1, 1, ()), wrong)
         raise UsageError(
             f"The target {target.name} does not take '{wrong.name}' (allocate.schemes): {reason}.",
-            "Simulated schemes are for --target simulate, deployable ones for the other targets.",
+            "Leave it out."
+            if wrong.weight.generation
+            else "Simulated schemes are for --target simulate, deployable ones for the other targets.",
         )
 
 

@@ -24,6 +24,8 @@ def fake_quantize(x: Array, rounding: InputRounding, layer: Layer) -> Array:
 
     The kept channels stay as they are.
     """
+    if not rounding.grid.uniform:
+        return np.asarray(rounding.grid.rounded(np.asarray(x, np.float32), np), np.float32)
     factors = rounding.by_channel(layer, x.ndim)
     seen = x if factors is None else x * factors
     ratio = rounding.range.ratio(seen, rounding.grid, layer.op == "Conv", absmax)

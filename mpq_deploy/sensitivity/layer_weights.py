@@ -266,7 +266,8 @@ class InputRounding:
     """How schemes round the input of a layer: by ``grid``, with a range as ``range`` says.
 
     ``kept`` int32 [n]: the channels that stay in float. ``factors`` float [C]: by what the channels
-    are multiplied before; the weight is divided by them. None for none.
+    are multiplied before; the weight is divided by them. None for none. Grids whose levels are not
+    uniform have neither factors nor a range that moves.
     """
 
     grid: ActivationGrid

@@ -55,6 +55,8 @@ def absmax(x: Any, axes: tuple[int, ...]) -> Any:
 
 def fake_quantize(x: Any, rounding: InputRounding, layer: Layer) -> Any:
     """Round ``x`` as QuantizeLinear and DequantizeLinear do; kept channels stay."""
+    if not rounding.grid.uniform:
+        return rounding.grid.rounded(x.float(), torch).to(x.dtype)
     factors, seen = rounding.by_channel(layer, x.ndim), x
     if factors is not None:
         multiplier = torch.from_numpy(factors).to(x.dtype)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from mpq_deploy.calls.recorded import RecordedCalls
 from mpq_deploy.evaluate.half import half_precision
 from mpq_deploy.evaluate.variants import BEFORE, CORRECTED, LATENCY, evaluate_variants
+from mpq_deploy.formats.scheme import SCHEMES
 from mpq_deploy.graph.writers.deployed_graphs import DEPLOYED, SIMULATED
 from mpq_deploy.run.stage import Stage, settings, version_of
 from mpq_deploy.runtime.correction import FILE as CORRECTION
@@ -45,7 +46,10 @@ def _half_precision(run: Run, deployed: Path) -> HalfPrecision:
     recorded = run.calibration.inputs
     files = exported.path, deployed / DEPLOYED, deployed / SIMULATED
     calls = RecordedCalls(recorded, exported.spec)
-    return half_precision(*files, calls, run.talk, run.calibration.beyond_fp16)
+    activations = {SCHEMES[name].activation for name in run.plan.schemes.values()}
+    simulated = sorted({one.twin_only for one in activations if one and one.twin_only})
+    wide = run.calibration.beyond_fp16
+    return half_precision(*files, calls, run.talk, wide, "; ".join(simulated))
 
 
 def _size(deployed: Path) -> int:

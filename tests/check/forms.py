@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from onnx import TensorProto
+from onnx import TensorProto, helper
 
 from tests.check.draft import Draft
 
@@ -154,6 +154,62 @@ def fp4(d: Draft) -> str:
     return mm(d, d.op("DequantizeLinear", codes, d.scale(0.01, (8, 128)), axis=0, block_size=16))
 
 
+def act8(d: Draft, x: str) -> str:
+    scale = d.scale()
+    q = d.op("QuantizeLinear", x, scale, output_dtype=TensorProto.FLOAT8E4M3FN)
+    return d.op("DequantizeLinear", q, scale)
+
+
+def w8f8(d: Draft, *shape: int, axis: int = 0) -> str:
+    import ml_dtypes
+
+    codes = d.const(d.rng.standard_normal(shape).astype(ml_dtypes.float8_e4m3fn))
+    return d.op("DequantizeLinear", codes, d.scale(0.01, (shape[axis],)), axis=axis)
+
+
+def dynamic(d: Draft, kind: str, **more: Any) -> tuple[str, str]:
+    """Codes and scales of the input, by an operator of TensorRT."""
+    d.count += 1
+    names = [f"codes_{d.count}", f"scales_{d.count}"]
+    inputs = [d.relu(), *([d.scale(0.01)] if kind == "FP4" else [])]
+    op, label = f"TRT_{kind}DynamicQuantize", f"n.dynamic_{d.count}"
+    more = {"axis": -1, **more}
+    d.nodes.append(helper.make_node(op, inputs, names, name=label, domain="trt", **more))
+    return names[0], names[1]
+
+
+def nvfp4(d: Draft) -> str:
+    import ml_dtypes
+
+    codes, scales = dynamic(d, "FP4", block_size=16, scale_type=17)
+    scale = d.nodes[-1].input[1]
+    x = d.op(
+        "DequantizeLinear", codes, d.op("DequantizeLinear", scales, scale), axis=-1, block_size=16
+    )
+    raw = d.raw(TensorProto.FLOAT4E2M1, [128, 128], bytes([0x22] * (128 * 64)))
+    blocks = d.const(np.ones((8, 128), ml_dtypes.float8_e4m3fn))
+    steps = d.op("DequantizeLinear", blocks, d.scale(0.01))
+    return d.op("MatMul", x, d.op("DequantizeLinear", raw, steps, axis=0, block_size=16))
+
+
+def mxfp8(d: Draft) -> str:
+    import ml_dtypes
+
+    codes, scales = dynamic(d, "MXFP8", block_size=32)
+    blocks = {"domain": "trt", "block_size": 32}
+    x = d.op("TRT_MXFP8DequantizeLinear", codes, scales, axis=-1, **blocks)
+    weight = d.const(d.rng.standard_normal((128, 128)).astype(ml_dtypes.float8_e4m3fn))
+    steps = d.const(np.full((4, 128), 127, np.uint8))
+    return d.op("MatMul", x, d.op("TRT_MXFP8DequantizeLinear", weight, steps, axis=0, **blocks))
+
+
+def requant8(d: Draft) -> str:
+    scale = d.scale(0.003, (128,))
+    kind = {"output_dtype": TensorProto.FLOAT8E4M3FN}
+    q = d.op("QuantizeLinear", d.int4(128, 128), scale, axis=1, **kind)
+    return d.op("MatMul", act8(d, d.relu()), d.op("DequantizeLinear", q, scale, axis=1))
+
+
 def raw_codes(d: Draft, data_type: int, bits: int) -> str:
     codes = d.raw(data_type, [128, 128], bytes(128 * 128 * bits // 8))
     return mm(d, d.op("DequantizeLinear", codes, d.scale(0.01, (128,)), axis=1))
@@ -288,6 +344,14 @@ BAD = [
     Form("weight-late", late),
     Form("one-hot", one_hot, ROWS),
     Form("fp4-unpacked", fp4, ROWS, "rtx-blackwell", "unpacked", opset=23),
+    Form("fp8-kernel", lambda d: d.conv(act8(d, d.relu()), w8f8(d, 64, 64, 7, 7), pad=3), target="rtx-ada"),
+    Form("fp8-kernel", lambda d: d.conv(trt_pair(d, d.relu(), "FP8"), w8f8(d, 64, 64, 7, 7), pad=3), target="rtx-ada"),
+    Form("mxfp8", mxfp8, ROWS, "rtx-blackwell", opset=23),
+    Form("operator-tensorrt", nvfp4, ROWS, "rtx-blackwell", opset=23),
+    Form("operator-tensorrt", nvfp4, ROWS, "jetson-thor-jp7", opset=23),
+    Form("nvfp4-release", nvfp4, ROWS, "jetson-thor", opset=23),
+    Form("requantized-cost", requant8, ROWS, "rtx-ada", "unpacked"),
+    Form("w4a8-product", lambda d: d.op("MatMul", act8(d, d.relu()), d.int4(128, 128)), ROWS, "rtx-ada", "fails"),
     Form("depthwise-int8", lambda d: conv8(d, d.act(d.relu()), 64, 1, 3, 3, group=64)),
     Form("transposed-int8", lambda d: d.op("ConvTranspose", d.act(d.relu()), d.int8(*W8, axis=1)), build="half"),
     Form("weight-scale-rank", lambda d: d.conv(
@@ -371,6 +435,10 @@ GOOD = [
     Form("", lambda d: mm(d, d.int4(128, 128)), ROWS, "jetson-agx-orin"),
     Form("", lambda d: mm8(d, d.int8(128, 128, axis=1)), ROWS, "tensorrt-11"),
     Form("", fp8, ROWS, "rtx-ada"),
+    Form("", lambda d: d.conv(act8(d, d.relu()), w8f8(d, 64, 64, 4, 8), pad=3), target="rtx-ada"),
+    Form(
+        "", lambda d: d.op("MatMul", act8(d, d.relu()), w8f8(d, 128, 128, axis=1)), ROWS, "rtx-ada"
+    ),
     Form("", lambda d: conv8(d, d.act(d.relu())), target="onnxruntime-cpu"),
 ]
 

@@ -22,6 +22,7 @@ from mpq_deploy.graph.load import load_model
 from mpq_deploy.graph.passes.fp16_arithmetic import Fp16ArithmeticPass
 from mpq_deploy.graph.passes.fp16_storage import Fp16StoragePass
 from mpq_deploy.graph.passes.lower_opset import LowerOpsetPass
+from mpq_deploy.graph.passes.raise_opset import RaiseOpsetPass
 from mpq_deploy.graph.save import save_sharing
 from mpq_deploy.graph.writers.nominal_bytes import nominal_bytes
 from mpq_deploy.graph.writers.quantize_layers import LayerRewrite, quantize_layers
@@ -66,10 +67,13 @@ def write_quantized(
     models = {}
     for name, finish in ((DEPLOYED, Fp16ArithmeticPass), (SIMULATED, Fp16StoragePass)):
         model = load_model(exported.path)
+        simulating = name == SIMULATED
+        if not simulating:
+            RaiseOpsetPass(max(r.scheme.weight.opset for r in rewrites))(model)
         for constant, tensor in learned.items():
             model.graph.initializers[constant].const_value = tensor
         region = fp16_region(model, exported.timestep, exported.sample, exported.beyond_fp16)
-        quantize_layers(model, list(rewrites), scales, exported.timestep)
+        quantize_layers(model, list(rewrites), scales, exported.timestep, simulating)
         finish(region.with_nodes(ramp_nodes()).with_written(model))(model)
         if dialect is not None:
             LowerOpsetPass(dialect.opsets[1])(model)

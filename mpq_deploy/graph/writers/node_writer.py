@@ -26,9 +26,13 @@ TO_THE_END = 2**31 - 1
 
 @dataclass(frozen=True)
 class NodeWriter:
-    """Makes constants and nodes of ``model``."""
+    """Makes constants and nodes of ``model``.
+
+    ``simulating``: for the FP32 graph of ONNX Runtime, where it lacks what the deployed graph has.
+    """
 
     model: ir.Model
+    simulating: bool = field(default=False, kw_only=True)
 
     @property
     def graph(self) -> ir.Graph:
@@ -53,6 +57,22 @@ class NodeWriter:
         output = node.outputs[0]
         output.name, output.type = f"{name}_output", ir.TensorType(ir.DataType[dtype])
         output.shape = None if like is None else like.shape
+        return node
+
+    def make_foreign(
+        self,
+        operator: tuple[str, str],
+        inputs: Sequence[ir.Value],
+        attributes: Attributes,
+        name: str,
+        dtypes: Sequence[str],
+    ) -> ir.Node:
+        """Make a node of an ``operator`` (domain, name) of no ONNX, not yet inserted, with outputs of ``dtypes``."""
+        domain, op = operator
+        self.graph.opset_imports.setdefault(domain, 1)
+        node = ir.node(op, inputs, attributes, domain=domain, name=name, num_outputs=len(dtypes))
+        for number, (output, dtype) in enumerate(zip(node.outputs, dtypes)):
+            output.name, output.type = f"{name}_output{number}", ir.TensorType(ir.DataType[dtype])
         return node
 
     def after(self, value: ir.Value, nodes: list[ir.Node]) -> ir.Value:
@@ -101,7 +121,9 @@ class LayerWriter(NodeWriter):
         tensor = self.tensors.setdefault(part, ir.Tensor(np.asarray(array, order="C")))
         return self.named_constant(f"{self.layer.weight}//{part}{self._suffix}", tensor)
 
-    def codes(self, make: Callable[[], Array], dtype: str, shape: Sequence[int]) -> ir.Value:
+    def codes(
+        self, make: Callable[[], Array], dtype: str, shape: Sequence[int], part: str = "codes"
+    ) -> ir.Value:
         """Return the constant of codes, made when they are written: they are the bulk of all memory."""
         name, kind = self.layer.weight, ir.DataType[dtype]
 
@@ -110,7 +132,7 @@ class LayerWriter(NodeWriter):
 
         lazy = ir.LazyTensor(stored, dtype=kind, shape=ir.Shape(shape), name=name)
         return self.named_constant(
-            f"{name}//codes{self._suffix}", self.tensors.setdefault("codes", lazy)
+            f"{name}//{part}{self._suffix}", self.tensors.setdefault(part, lazy)
         )
 
     def insert(

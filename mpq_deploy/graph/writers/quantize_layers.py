@@ -46,13 +46,14 @@ def quantize_layers(
     rewrites: list[LayerRewrite],
     activation_scales: Mapping[str, float | ActivationGrid],
     timestep: str = "",
+    simulating: bool = False,
 ) -> tuple[ir.Model, bool]:
     """Rewrite ``model`` in place; return it and whether anything changed.
 
     ``activation_scales``: activation tensor (followed by the scheme's ``activation_form``) -> its
     quantizer, or the scale of one of INT8, for every input of a layer with quantized activations.
-    ``timestep``: the graph's input that ranges by timestep follow. Raises ModelError where they
-    have none.
+    ``timestep``: the graph's input that ranges by timestep follow; ``simulating``: as for
+    ``NodeWriter``. Raises ModelError where such a range has no timestep.
     """
     nodes = {node.name: node for node in model.graph}
     pairs: dict[str, QuantizedInput] = {}
@@ -71,11 +72,21 @@ def quantize_layers(
                 key = use.input + rewrite.scheme.activation_form
                 if key not in pairs:
                     factors = None if use.input in folded else rewrite.factors
-                    writing = InputWriter(model, rewrite, activation_scales[key], timestep)
+                    to_input = NodeWriter(model, simulating=simulating)
+                    writing = InputWriter(to_input, rewrite, activation_scales[key], timestep)
                     pairs[key] = writing.quantize(x, factors)
                 node.replace_input_with(0, pairs[key].value)
                 ratio = pairs[key].ratio
-            to = LayerWriter(model, rewrite.layer, rewrite.scheme, node, x, number, tensors)
+            to = LayerWriter(
+                model,
+                rewrite.layer,
+                rewrite.scheme,
+                node,
+                x,
+                number,
+                tensors,
+                simulating=simulating,
+            )
             rewrite.scheme.branch.write(to, rewrite.scheme, rewrite.matrix)
             if ratio is not None:
                 to.multiply_product(ratio)
@@ -149,7 +160,7 @@ class QuantizedInput:
 class InputWriter:
     """Writes the quantizer of an input of ``rewrite``'s layer: ``found``, or the scale of one of INT8."""
 
-    model: ir.Model
+    to: NodeWriter
     rewrite: LayerRewrite
     found: float | ActivationGrid
     timestep: str
@@ -163,9 +174,9 @@ class InputWriter:
             raise ModelError(
                 f"The scale of the activation '{x.name}' is {grid.scale}.", "Calibrate again."
             )
-        form, to, value = scheme.activation_form, NodeWriter(self.model), x
+        form, to, value = scheme.activation_form, self.to, x
         if factors is not None:
-            value = multiply_channels(self.model, x, self.rewrite.layer, factors, form)
+            value = multiply_channels(to.model, x, self.rewrite.layer, factors, form)
         nodes, ratio = scheme.range.write(to, value, grid, self._names(x, form))
         divided = value
         if ratio is not None:
@@ -176,7 +187,7 @@ class InputWriter:
         return QuantizedInput(to.after(value, nodes), ratio)
 
     def _names(self, x: ir.Value, form: str) -> RangeNames:
-        layer, inputs = self.rewrite.layer, {value.name for value in self.model.graph.inputs}
+        layer, inputs = self.rewrite.layer, {value.name for value in self.to.model.graph.inputs}
         if self.rewrite.scheme.range.by_timestep and self.timestep not in inputs:
             raise ModelError(
                 f"'{layer.name}' has a range by timestep, and the graph has no timestep input.",

@@ -49,7 +49,12 @@ def candidates_for(graph: LayerGraph) -> dict[str, LayerCandidates]:
     for layer in graph.layers:
         choices = choices_for(
             layer,
-            tuple(s for s in SCHEMES.values() if not (s.branch or s.simulated or s.range.moves)),
+            # Those of FP8 and FP4 have tests of their own, in tests/formats.
+            tuple(
+                s
+                for s in SCHEMES.values()
+                if not (s.branch or s.simulated or s.range.moves or s.weight.generation)
+            ),
             even,
         )
         weight = weight_matrix(layer, weight_array(graph.model, layer))

@@ -1,0 +1,312 @@
+"""FP8 (E4M3): weights with one scale per output channel, activations with one per tensor.
+
+``f8a8`` multiplies E4M3 by E4M3, ``f8a16`` stores the weight alone, ``w4f8`` stores INT4 in blocks
+that are turned into E4M3 at run time. Which GPUs have it: Ada (SM89) and later.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mpq_deploy.formats.int4 import BLOCK_SIZES, RequantizedInt4, write_requantized
+from mpq_deploy.formats.int8 import INT8_INPUT, write_by_channel, write_pair
+from mpq_deploy.formats.interfaces import INT4, ActivationFormat, ActivationGrid, Scheme
+from mpq_deploy.formats.levels import LevelWeight
+from mpq_deploy.formats.minifloat import E4M3
+from mpq_deploy.formats.sizes import FP16_BYTES
+from mpq_deploy.rounding.float_levels import LevelMatrix, row_pieces
+from mpq_deploy.rounding.quantizers import CLIP_RATIOS, LARGEST_SCALE, SMALLEST_SCALE, round_scale
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from mpq_deploy.calibrate.stats import ActivationStats
+    from mpq_deploy.engine.expected import ExpectedLayer
+    from mpq_deploy.graph.dialects import Dialect
+    from mpq_deploy.graph.layers import Layer
+    from mpq_deploy.graph.writers.node_writer import LayerWriter, NodeWriter
+    from mpq_deploy.latency.roofline import Rates
+    from mpq_deploy.models.spec import Array
+
+GENERATION = "FP8 products came with Ada (SM89: GeForce RTX 40); Thor and Blackwell have them too"
+# TensorRT-RTX computes larger kernels in FP16, silently: 4x8 is FP8, 3x11, 6x6 and 3x3x4 are not
+# (docs/engine-forms.md).
+LARGEST_AREA = 32
+# Scales tried, of absmax / 448: one octave, over which the relative precision of a float repeats,
+# and a little clipping (our choice).
+WEIGHT_RATIOS = np.exp2(np.arange(-2, 9) / 8)
+# Significant bits of w4f8's block scales: times an INT4 code they fit FP16's 11, so that no step
+# between code and E4M3 rounds (our choice).
+SCALE_BITS = 8
+SMALLEST_CHANNEL_SCALE = 2.0**-14
+
+
+@dataclass(frozen=True)
+class E4M3Matrix(LevelMatrix):
+    """Codes uint8 [O, K] of E4M3 times ``scale`` float16 [O]."""
+
+    scale: Array
+
+    def nearest(self, wanted: Array, columns: Array) -> tuple[Array, Array]:
+        codes = E4M3.encode(wanted / self.scale.astype(np.float32))
+        return codes, self.decode(codes, columns)
+
+    def decode(self, codes: Array, columns: Array) -> Array:
+        return E4M3.decode(codes) * self.scale.astype(np.float32)
+
+    @property
+    def mean_step(self) -> float:
+        """A level's distance to the next is between 1/16 and 1/8 of its size."""
+        return float(np.abs(self.dequantize()).mean() / 12) or float(self.scale.mean())
+
+
+@dataclass(frozen=True)
+class RequantizedMatrix(LevelMatrix):
+    """Codes int8 [O, K] of INT4 in blocks, whose values are rounded to E4M3 per channel.
+
+    ``scale`` float16 [O, B] has ``SCALE_BITS`` significant bits and ``channel_scale`` float16 [O] is a
+    power of two: FP16 and FP32 then give the same E4M3 codes.
+    """
+
+    scale: Array
+    channel_scale: Array
+
+    def nearest(self, wanted: Array, columns: Array) -> tuple[Array, Array]:
+        """Of the two codes around it, take the one whose E4M3 value is nearer."""
+        blocks = self._blocks(columns)
+        below = np.floor(wanted / self._steps[blocks]).astype(np.int32)
+        np.clip(below, INT4.quant_min, INT4.quant_max - 1, out=below)
+        places = self._places(below, blocks)
+        low, high = self._levels.take(places), self._levels.take(places + 1)
+        nearer = np.abs(wanted - high) < np.abs(wanted - low)
+        return np.asarray((below + nearer).astype(np.int8)), np.where(nearer, high, low)
+
+    def decode(self, codes: Array, columns: Array) -> Array:
+        return np.asarray(self._levels.take(self._places(codes, self._blocks(columns))))
+
+    @property
+    def mean_step(self) -> float:
+        return float(self.scale.astype(np.float32).mean())
+
+    def _blocks(self, columns: Array) -> Array:
+        return np.asarray(columns // (self.codes.shape[1] // self.scale.shape[1]))
+
+    def _places(self, codes: Array, blocks: Array) -> Array:
+        """Where the levels of ``codes`` [n, O] lie, whose columns are in ``blocks`` int [n]."""
+        first = blocks[:, None] * len(self.scale) + np.arange(len(self.scale))
+        return np.asarray(first * 2**INT4.bits + codes - INT4.quant_min)
+
+    @cached_property
+    def _steps(self) -> Array:
+        """The block scales, float32 [B, O]."""
+        return np.ascontiguousarray(self.scale.T, np.float32)
+
+    @cached_property
+    def _levels(self) -> Array:
+        """The value of each code in each block, float32 [B * O * 16]."""
+        codes = np.arange(INT4.quant_min, INT4.quant_max + 1, dtype=np.float32)
+        channel = self.channel_scale.astype(np.float32)[:, None]
+        values = self._steps[:, :, None] * codes / channel
+        return np.asarray(E4M3.nearest(values, np) * channel).ravel()
+
+
+@dataclass(frozen=True)
+class Fp8Weight(LevelWeight):
+    """E4M3 codes -> DequantizeLinear with one scale per output channel."""
+
+    bits = 8
+    engine_types = ("FP8",)
+    generation = GENERATION
+    matrix = E4M3Matrix
+
+    @property
+    def form(self) -> str:
+        return "e4m3"
+
+    def refusal(self, layer: Layer) -> str:
+        return _kernel_refusal(layer)
+
+    def bytes_of(self, layer: Layer) -> int:
+        return layer.weights + FP16_BYTES * layer.out_channels
+
+    def unpacked_bytes(self, layer: Layer, alone: bool) -> int:
+        """Weights alone of a Conv become FP16 at every call; those of products are fused."""
+        whole = alone and layer.op == "Conv" and not self.multiplies(layer, alone)
+        return FP16_BYTES * layer.weights if whole else 0
+
+    def scaled(self, layer: Layer, weight: Array, importance: Array) -> E4M3Matrix:
+        share = importance.astype(np.float32)
+        scales = [_channel_scale(weight[part], share) for part in row_pieces(weight)]
+        return E4M3Matrix(np.zeros(weight.shape, np.uint8), np.concatenate(scales))
+
+    def write(self, to: LayerWriter, matrix: E4M3Matrix) -> ir.Value:
+        product = self.multiplies(to.layer, to.scheme.activation is None)
+        values = partial(E4M3.decode, matrix.codes)
+        return write_by_channel(to, values, matrix.scale, E4M3.onnx[0], product)
+
+
+@dataclass(frozen=True)
+class RequantizedToFp8(LevelWeight):
+    """INT4 in blocks, then quantized to E4M3 per output channel: 4-bit storage, FP8 compute.
+
+    Stored as for INT8 compute; what is computed in differs.
+    """
+
+    bits = 4
+    engine_types = ("Int4",)
+    generation = GENERATION
+    matrix = RequantizedMatrix
+
+    @property
+    def stored(self) -> RequantizedInt4:
+        """The form with INT8 compute."""
+        return RequantizedInt4(self.block_size)
+
+    @property
+    def form(self) -> str:
+        return f"int4xe4m3-b{self.block_size}"
+
+    def block(self, layer: Layer) -> int | None:
+        return self.stored.block(layer)
+
+    def refusal(self, layer: Layer) -> str:
+        return self.stored.refusal(layer) or _kernel_refusal(layer)
+
+    def multiplies(self, layer: Layer, alone: bool) -> bool:
+        return False
+
+    def stored_shape(self, layer: Layer) -> tuple[int, int]:
+        return self.stored.stored_shape(layer)
+
+    def dialect_refusal(self, layer: Layer, dialect: Dialect) -> str:
+        return self.stored.dialect_refusal(layer, dialect)
+
+    def bytes_of(self, layer: Layer) -> int:
+        return self.stored.bytes_of(layer)
+
+    def unpacked_bytes(self, layer: Layer, alone: bool) -> int:
+        """The weight becomes E4M3 at every call, whatever the operator."""
+        return self.stored.unpacked_bytes(layer, alone)
+
+    def scaled(self, layer: Layer, weight: Array, importance: Array) -> RequantizedMatrix:
+        block = self.block(layer)
+        assert block is not None, "choices_for admits only schemes with a block size"
+        share = importance.reshape(-1, block).astype(np.float32)
+        found = [_block_scales(weight[part], share) for part in row_pieces(weight)]
+        scale, channel = (np.concatenate(arrays) for arrays in zip(*found))
+        return RequantizedMatrix(np.zeros(weight.shape, np.int8), scale, channel)
+
+    def write(self, to: LayerWriter, matrix: RequantizedMatrix) -> ir.Value:
+        weight = self.stored.write_blocks(to, matrix.codes, matrix.scale)
+        return write_requantized(to, weight, matrix.channel_scale, E4M3.onnx)
+
+
+@dataclass(frozen=True)
+class FloatGrid(ActivationGrid):
+    """The levels of E4M3, times the scale."""
+
+    quant_min: int = -int(E4M3.largest)
+    quant_max: int = int(E4M3.largest)
+
+    uniform = False
+
+    def levels(self, x: Any, xp: Any) -> Any:
+        return E4M3.nearest(x, xp)
+
+
+@dataclass(frozen=True)
+class Fp8Activation(ActivationFormat):
+    """One QuantizeLinear/DequantizeLinear pair per tensor, rank-0 scale, shared by all its readers."""
+
+    bits = 8
+    operand = "FP8"
+    value_bytes = 1
+    rate = "fp8_ops_per_s"
+
+    @property
+    def form(self) -> str:
+        return "+e4m3"
+
+    def grid(self, stats: ActivationStats, scale: float) -> FloatGrid:
+        return FloatGrid(stats.float_scale(E4M3))
+
+    def engine_bytes(self, layer: ExpectedLayer) -> int:
+        """As for INT8: seen in every build."""
+        return INT8_INPUT.engine_bytes(layer)
+
+    def operations_per_s(self, rates: Rates) -> float:
+        assert rates.fp8 is not None, "a target that lists FP8 gives its rate"
+        return rates.fp8
+
+    def write(
+        self, to: NodeWriter, value: ir.Value, grid: ActivationGrid, key: tuple[str, str]
+    ) -> list[ir.Node]:
+        return write_pair(to, value, grid.scale, key, E4M3.onnx)
+
+
+def _kernel_refusal(layer: Layer) -> str:
+    if layer.taps <= LARGEST_AREA:
+        return ""
+    size = "x".join(map(str, layer.kernel))
+    return f"TensorRT computes FP8 kernels of more than {LARGEST_AREA} positions in FP16, and it has {size}"
+
+
+def _channel_scale(weight: Array, share: Array) -> Array:
+    """Choose scales float16 [O] of minimum error weighted by ``share`` float32 [K]."""
+    amax = np.abs(weight).max(axis=1, keepdims=True)
+    lowest = np.full(len(weight), np.inf, np.float32)
+    best = round_scale(np.where(amax > 0, amax / E4M3.largest, 1.0))
+    for ratio in WEIGHT_RATIOS:
+        scale = round_scale(ratio * amax / E4M3.largest)
+        step = scale.astype(np.float32)
+        error = np.square(weight - E4M3.nearest(weight / step, np) * step) @ share
+        better = (error < lowest) & (amax[:, 0] > 0)
+        best[better], lowest[better] = scale[better], error[better]
+    return np.asarray(best[:, 0])
+
+
+def _block_scales(weight: Array, share: Array) -> tuple[Array, Array]:
+    """Choose block scales float16 [O, B] and channel scales float16 [O]; ``share`` float32 [B, width]."""
+    blocked = weight.reshape(len(weight), *share.shape)
+    amax = np.abs(blocked).max(axis=2)
+    # What the largest block reaches with its code of largest size.
+    reach = CLIP_RATIOS[-1] * -INT4.quant_min / INT4.quant_max * amax.max(axis=1)
+    power = np.ceil(np.log2(np.maximum(reach, SMALLEST_SCALE) / E4M3.largest))
+    channel = np.maximum(np.exp2(power), SMALLEST_CHANNEL_SCALE).astype(np.float16)
+    lowest = np.full(amax.shape, np.inf, np.float32)
+    best = _few_bits(np.where(amax > 0, amax / INT4.quant_max, 1.0))
+    for ratio in CLIP_RATIOS:
+        scale = _few_bits(ratio * amax / INT4.quant_max)
+        matrix = RequantizedMatrix(np.zeros(weight.shape, np.int8), scale, channel).rounded(weight)
+        error = (weight - matrix.dequantize()).reshape(blocked.shape)
+        error = np.einsum("obw,bw->ob", np.square(error), share)
+        better = (error < lowest) & (amax > 0)
+        best, lowest = np.where(better, scale, best), np.where(better, error, lowest)
+    return best, channel
+
+
+def _few_bits(scale: Array) -> Array:
+    """Round positive scales to ``SCALE_BITS`` significant bits that FP16 holds."""
+    mantissa, exponent = np.frexp(np.clip(scale, SMALLEST_SCALE, LARGEST_SCALE / 2))
+    rounded = np.ldexp(np.rint(np.ldexp(mantissa, SCALE_BITS)), exponent - SCALE_BITS)
+    return np.asarray(rounded, np.float16)
+
+
+FP8_WEIGHT, FP8_INPUT = Fp8Weight(), Fp8Activation()
+FP8_BODIES = (
+    Scheme("f8a8", FP8_WEIGHT, FP8_INPUT, meaning="FP8 weights and activations (E4M3)"),
+    Scheme("f8a16", FP8_WEIGHT, meaning="FP8 weights (E4M3), FP16 arithmetic"),
+    *(
+        Scheme(
+            f"w4f8-b{block}",
+            RequantizedToFp8(block),
+            FP8_INPUT,
+            meaning="4-bit weights, FP8 arithmetic",
+        )
+        for block in BLOCK_SIZES
+    ),
+)

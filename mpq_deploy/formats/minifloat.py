@@ -1,0 +1,73 @@
+"""Small floats as the ONNX types define them: E4M3 (FLOAT8E4M3FN) and E2M1 (FLOAT4E2M1).
+
+A code is sign, exponent and mantissa in that order of bits; neither type has infinities. Rounding is
+to nearest, ties to even, and saturates, as QuantizeLinear does. Sources: ONNX, "Float stored in 8
+bits" (E4M3FN: bias 7, largest 448, 0x7F is NaN) and "4 bit floating point" (E2M1: bias 1, largest
+6).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from mpq_deploy.models.spec import Array
+
+
+@dataclass(frozen=True)
+class Minifloat:
+    """A type of ``bits``: ``mantissa_bits``, the exponent of its smallest normal, its ``largest`` value.
+
+    ``onnx``: the name and the number of the type in ONNX.
+    """
+
+    name: str
+    bits: int
+    mantissa_bits: int
+    smallest_exponent: int
+    largest: float
+    onnx: tuple[str, int]
+
+    def nearest(self, x: Any, xp: Any) -> Any:
+        """Return the nearest value to each of ``x``, an array or tensor of the module ``xp``."""
+        _, exponent = xp.frexp(x)
+        step = xp.clip(exponent - 1, self.smallest_exponent, None) - self.mantissa_bits
+        rounded = xp.ldexp(xp.round(xp.ldexp(x, -step)), step)
+        return xp.clip(rounded, -self.largest, self.largest)
+
+    def encode(self, x: Array) -> Array:
+        """Return the codes uint8 of the values nearest to ``x``; zeros have no sign."""
+        size = np.minimum(np.abs(np.asarray(x, np.float32)), np.float32(self.largest))
+        _, exponent = np.frexp(size)
+        exponent = np.maximum(
+            np.where(size > 0, exponent - 1, self.smallest_exponent), self.smallest_exponent
+        )
+        mantissa = np.rint(np.ldexp(size, self.mantissa_bits - exponent)).astype(np.int32)
+        # A mantissa that rounds up to the next power of two carries into the exponent by itself.
+        codes = ((exponent - self.smallest_exponent) << self.mantissa_bits) + mantissa
+        sign = (np.signbit(x) & (codes > 0)).astype(np.int32) << (self.bits - 1)
+        return np.asarray((codes + sign).astype(np.uint8))
+
+    def decode(self, codes: Array) -> Array:
+        """Return the values float32 of ``codes``."""
+        return np.asarray(self.values[codes])
+
+    @cached_property
+    def values(self) -> Array:
+        """The value of every code, float32 [2^bits]; NaN beyond the largest."""
+        half = np.arange(2 ** (self.bits - 1))
+        exponent, mantissa = half >> self.mantissa_bits, half & (2**self.mantissa_bits - 1)
+        normal = exponent > 0
+        significand = mantissa + np.where(normal, 2**self.mantissa_bits, 0)
+        power = np.maximum(exponent - 1, 0) + self.smallest_exponent - self.mantissa_bits
+        sizes = np.ldexp(significand.astype(np.float32), power)
+        sizes = np.where(sizes > self.largest, np.nan, sizes)
+        return np.asarray(np.concatenate([sizes, -sizes]), np.float32)
+
+
+E4M3 = Minifloat("e4m3", 8, 3, -6, 448.0, ("FLOAT8E4M3FN", 17))
+E2M1 = Minifloat("e2m1", 4, 1, 0, 6.0, ("FLOAT4E2M1", 23))
