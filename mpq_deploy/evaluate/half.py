@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import onnxruntime as ort
@@ -78,10 +79,16 @@ class HalfPrecision:
         )
 
 
+class ComparedFiles(NamedTuple):
+    """The float graph, the deployed one and its FP32 twin."""
+
+    float_model: Path
+    deployed: Path
+    twin: Path
+
+
 def half_precision(
-    float_model: Path,
-    deployed: Path,
-    twin: Path,
+    files: ComparedFiles,
     calls: RecordedCalls,
     talk: Talk,
     wide: Collection[str] = (),
@@ -97,39 +104,37 @@ def half_precision(
     recorded = calls.recorded
     steps = np.unique(np.linspace(0, len(recorded.timesteps) - 1, TIMESTEPS).round().astype(int))
     some = replace(calls, recorded=recorded.at(steps).take(np.zeros(1, np.int64)))
-    batches = list(some.batches(1))
-
-    def outputs(session: ort.InferenceSession) -> Array:
-        halves = {entry.name for entry in session.get_inputs() if entry.type == "tensor(float16)"}
-        rows = []
-        for batch in batches:
-            feed = {n: v.astype(np.float16) if n in halves else v for n, v in batch.feed.items()}
-            rows.append(np.asarray(run_session(session, calls.spec.output, feed), np.float32))
-        return np.stack(rows)
-
-    beyond = large_values(float_model, some, talk, wide)
+    beyond = large_values(files.float_model, some, talk, wide)
     if simulated:
         return HalfPrecision(beyond=beyond, simulated=simulated)
     try:
-        half = outputs(make_session(deployed, fake_quant_only=True))
+        half = _outputs(make_session(files.deployed, fake_quant_only=True), some)
     except ModelError as error:
         return HalfPrecision(beyond=beyond, unknown=error.message)
-    for batch, output in zip(batches, half, strict=True):
+    for timestep, output in zip(some.recorded.timesteps, half, strict=True):
         if not np.isfinite(output).all():
             raise ModelError(
-                f"In FP16 the output is not finite at timestep {batch.timestep:g}: {_named(beyond)}.",
+                f"In FP16 the output is not finite at timestep {timestep:g}: {_named(beyond)}.",
                 "An engine would give no images. Such a model needs its weights scaled down where its normalisation "
                 "allows that, or training in FP16 (bfloat16 reaches further).",
             )
-    expected, single = (
-        outputs(make_session(float_model)),
-        outputs(make_session(twin, fake_quant_only=True)),
-    )
+    expected = _outputs(make_session(files.float_model), some)
+    single = _outputs(make_session(files.twin, fake_quant_only=True), some)
     errors = [
         np.mean([nmse(*pair) for pair in zip(expected, other, strict=True)])
         for other in (half, single)
     ]
     return HalfPrecision(float(errors[0]), float(errors[1]), len(steps), beyond)
+
+
+def _outputs(session: ort.InferenceSession, calls: RecordedCalls) -> Array:
+    """Return a file's output for each call, one call at each timestep, float32 [K, ...]."""
+    halves = {entry.name for entry in session.get_inputs() if entry.type == "tensor(float16)"}
+    rows = []
+    for batch in calls.batches(1):
+        feed = {n: v.astype(np.float16) if n in halves else v for n, v in batch.feed.items()}
+        rows.append(np.asarray(run_session(session, calls.spec.output, feed), np.float32))
+    return np.stack(rows)
 
 
 def _named(large: Sequence[LargeValue]) -> str:

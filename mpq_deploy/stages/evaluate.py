@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mpq_deploy.calls.recorded import RecordedCalls
-from mpq_deploy.evaluate.half import half_precision
+from mpq_deploy.evaluate.half import ComparedFiles, half_precision
 from mpq_deploy.evaluate.variants import BEFORE, CORRECTED, LATENCY, evaluate_variants
 from mpq_deploy.formats.scheme import SCHEMES
 from mpq_deploy.graph.writers.deployed_graphs import DEPLOYED, SIMULATED
@@ -44,12 +44,12 @@ def _half_precision(run: Run, deployed: Path) -> HalfPrecision:
     """Compare the FP16 graph in the folder ``deployed`` with its twin, on calls that were calibrated on."""
     exported = run.exported
     recorded = run.calibration.inputs
-    files = exported.path, deployed / DEPLOYED, deployed / SIMULATED
+    files = ComparedFiles(exported.path, deployed / DEPLOYED, deployed / SIMULATED)
     calls = RecordedCalls(recorded, exported.spec)
     activations = {SCHEMES[name].activation for name in run.plan.schemes.values()}
     simulated = sorted({one.twin_only for one in activations if one and one.twin_only})
     wide = run.calibration.beyond_fp16
-    return half_precision(*files, calls, run.talk, wide, "; ".join(simulated))
+    return half_precision(files, calls, run.talk, wide, "; ".join(simulated))
 
 
 def _size(deployed: Path) -> int:

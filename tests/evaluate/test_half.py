@@ -9,7 +9,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from mpq_deploy.calls.recorded import RecordedCalls
 from mpq_deploy.errors import ModelError
-from mpq_deploy.evaluate.half import HalfPrecision, half_precision
+from mpq_deploy.evaluate.half import ComparedFiles, HalfPrecision, half_precision
 from mpq_deploy.graph.writers.deployed_graphs import (
     DEPLOYED,
     SIMULATED,
@@ -76,9 +76,8 @@ def compared(folder: Path, size: float, mended: float = 0.5) -> HalfPrecision:
         np.zeros(2, np.int64),
     )
     written = folder / "written"
-    return half_precision(
-        model, written / DEPLOYED, written / SIMULATED, RecordedCalls(calls, SPEC), Talk()
-    )
+    files = ComparedFiles(model, written / DEPLOYED, written / SIMULATED)
+    return half_precision(files, RecordedCalls(calls, SPEC), Talk())
 
 
 def test_fp16_costs_its_rounding_and_no_more(tmp_path: Path) -> None:
@@ -122,9 +121,8 @@ def test_a_file_without_kernels_here_is_said_to_be_unknown(tmp_path: Path) -> No
     foreign.graph.node[0].op_type = "NoSuchOperator"
     onnx.save(foreign, tmp_path / "foreign.onnx")
     calls = call_set(np.zeros((1, 1, 3, 8, 8), np.float32), np.zeros(1), np.zeros(1, np.int64))
-    found = half_precision(
-        model, tmp_path / "foreign.onnx", model, RecordedCalls(calls, SPEC), Talk()
-    )
+    files = ComparedFiles(model, tmp_path / "foreign.onnx", model)
+    found = half_precision(files, RecordedCalls(calls, SPEC), Talk())
     assert (
         found.warning == found.note and "not known" in found.note and "NoSuchOperator" in found.note
     )

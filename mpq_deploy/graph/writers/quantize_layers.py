@@ -62,14 +62,15 @@ def quantize_layers(
     for rewrite in rewrites:
         if rewrite.matrix is None:
             continue
+        layer, scheme = rewrite.layer, rewrite.scheme
         tensors: dict[str, ir.TensorProtocol] = {}
-        for number, use in enumerate(rewrite.layer.uses):
+        for number, use in enumerate(layer.uses):
             node = nodes[use.node]
             x = node.inputs[0]
             assert x is not None
             ratio = None
-            if rewrite.scheme.activation is not None:
-                key = use.input + rewrite.scheme.activation_form
+            if scheme.activation is not None:
+                key = use.input + scheme.activation_form
                 if key not in pairs:
                     factors = None if use.input in folded else rewrite.factors
                     to_input = NodeWriter(model, simulating=simulating)
@@ -77,17 +78,9 @@ def quantize_layers(
                     pairs[key] = writing.quantize(x, factors)
                 node.replace_input_with(0, pairs[key].value)
                 ratio = pairs[key].ratio
-            to = LayerWriter(
-                model,
-                rewrite.layer,
-                rewrite.scheme,
-                node,
-                x,
-                number,
-                tensors,
-                simulating=simulating,
-            )
-            rewrite.scheme.branch.write(to, rewrite.scheme, rewrite.matrix)
+            place = (node, x, number, tensors)
+            to = LayerWriter(model, layer, scheme, *place, simulating=simulating)
+            scheme.branch.write(to, scheme, rewrite.matrix)
             if ratio is not None:
                 to.multiply_product(ratio)
         _drop_if_unused(model, rewrite.layer.weight)
