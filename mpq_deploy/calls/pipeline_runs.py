@@ -126,14 +126,7 @@ def load_pipeline(
     ModelError for parts that cannot be loaded, and as ``Loras.fuse_others``.
     """
     found = pipeline_class(index, folder)
-    parts = [
-        name
-        for name, entry in index.items()
-        if isinstance(entry, list) and entry[0] and name not in (*(given or {}), *LEFT_OUT)
-    ]
-    for name in parts:
-        refuse_own_code(folder / name)
-    variants = {name: checked_variant(folder / name) for name in parts}
+    variants = _variants(folder, index, given or {})
     variant = next((one for one in variants.values() if one), None)
     absent = _absent(found, index)
     own = {**_loaded_here(folder, index, variants), **(given or {})}
@@ -143,7 +136,7 @@ def load_pipeline(
                 options = {**own, **absent, **_SAFELY}
                 pipeline = found.from_pretrained(str(folder), variant=variant, **options)
             else:
-                others = [name for name in parts if name not in own]
+                others = [name for name in variants if name not in own]
                 loaded = {
                     name: load_part(folder / name, index[name], variants[name]) for name in others
                 }
@@ -164,6 +157,18 @@ def load_pipeline(
     if loras is not None:
         loras.fuse_others(pipeline, given or {})
     return pipeline
+
+
+def _variants(
+    folder: Path, index: Mapping[str, Any], given: Mapping[str, Any]
+) -> dict[str, str | None]:
+    """Check the parts that are not ``given``; return the variant of each one's weights."""
+    variants = {}
+    for name, entry in index.items():
+        if isinstance(entry, list) and entry[0] and name not in (*given, *LEFT_OUT):
+            refuse_own_code(folder / name)
+            variants[name] = checked_variant(folder / name)
+    return variants
 
 
 def _absent(found: Any, index: Mapping[str, Any]) -> dict[str, None]:

@@ -16,12 +16,29 @@ from mpq_deploy.models.spec import Array
 from mpq_deploy.runtime.correction import Correction
 from mpq_deploy.runtime.ort import OrtDenoiser
 
+# The pipeline that was loaded last, by its folder and its denoiser's description.
+_LOADED: dict[tuple[Path, str], PipelineRuns] = {}
+
 
 def runs_of(
     setup: Setup, compute: Compute | None = None, correction: Correction | None = None
 ) -> PipelineRuns:
-    """Return the pipeline with ``compute`` as its denoiser."""
-    return PipelineRuns(pipeline_folder(setup.float_model(Path())), setup.spec, compute, correction)
+    """Return the pipeline with ``compute`` as its denoiser, loaded once for all variants."""
+    folder = pipeline_folder(setup.float_model(Path()))
+    if correction is not None:
+        # Its scheduler stands behind the correction from then on.
+        return PipelineRuns(folder, setup.spec, compute, correction)
+    key = (folder, setup.spec.model_dump_json())
+    if key not in _LOADED:
+        _LOADED.clear()
+        _LOADED[key] = PipelineRuns(folder, setup.spec)
+    _LOADED[key].compute = compute
+    return _LOADED[key]
+
+
+def forget_pipeline() -> None:
+    """Give back the memory of the pipeline that ``runs_of`` has loaded."""
+    _LOADED.clear()
 
 
 def pipeline_reference(setup: Setup, path: Path) -> dict[str, Array]:

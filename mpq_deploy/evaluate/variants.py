@@ -77,6 +77,10 @@ def evaluate_variants(
     evaluation = evaluate(
         variants, model, settings, run.talk, cache=run.path / ".samples", crew=run.crew
     )
+    if model.pipeline is not None:
+        from mpq_deploy.evaluate.pipeline_samples import forget_pipeline
+
+        forget_pipeline()
     return with_cpu_latency(evaluation, model, "ours", ours) if latency else evaluation
 
 
