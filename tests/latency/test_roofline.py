@@ -20,7 +20,7 @@ from mpq_deploy.latency.roofline import (
     quantizer_seconds,
 )
 
-RATES = Rates("a device", 100e9, 10e12, 20e12)
+RATES = Rates("a device", 100e9, 10e12, 20e12, fp8=20e12, fp4=40e12)
 DEPLOYABLE = tuple(s for s in SCHEMES.values() if not s.simulated)
 
 
@@ -48,7 +48,7 @@ def test_more_bandwidth_or_a_faster_unit_never_takes_longer_and_more_values_neve
     inputs = layer.weight_shape[1 - layer.out_axis] * positions
     traffic = Traffic(inputs, layer.out_channels * positions)
     plain = layer_seconds(layer, scheme, traffic, RATES)
-    for field in ("bandwidth", "fp16", "int8"):
+    for field in ("bandwidth", "fp16", "int8", "fp8", "fp4"):
         faster = replace(RATES, **{field: getattr(RATES, field) * factor})
         assert layer_seconds(layer, scheme, traffic, faster) <= plain * (1 + 1e-12)
     more = Traffic(2 * traffic.inputs, 2 * traffic.outputs)

@@ -328,6 +328,7 @@ def test_files_of_no_denoiser_and_pickles_are_refused(
         open_denoiser(checkpoint, Additions(config=foreign))
     large = without_weights(folder, tmp_path / "large")
     unet = json.loads((large / "unet" / "config.json").read_text(encoding="utf-8"))
-    (large / "unet" / "config.json").write_text(json.dumps({**unet, "in_channels": 10**9}))
+    changed = json.dumps({**unet, "in_channels": 10**9})
+    (large / "unet" / "config.json").write_text(changed, encoding="utf-8")
     with pytest.raises(ModelError, match=r"'in_channels' is 1,000,000,000, but the largest"):
         open_denoiser(checkpoint, Additions(config=large))

@@ -84,7 +84,10 @@ def test_pickled_weights(cli: Cli, tmp_path: Path) -> None:
     )
     (tmp_path / "model.ckpt").write_bytes(pickle.dumps({"a": 1}))
     refused(
-        bad_model(cli, tmp_path, tmp_path / "model.ckpt"), 1, "no .onnx file", "safe_serialization"
+        bad_model(cli, tmp_path, tmp_path / "model.ckpt"),
+        1,
+        "model.ckpt is a file, but no .safetensors or .onnx",
+        "safe_serialization",
     )
 
 

@@ -86,7 +86,7 @@ def test_its_file_has_the_planned_bytes_and_gives_images(loud: Run, tmp_path: Pa
 
 def test_quantizers_of_loud_inputs_read_fp32(loud: Run) -> None:
     """The control's convolutions take INT8 of values that no FP16 holds."""
-    path = loud.stage("controls") / "int8" / DEPLOYED
+    path = loud.stage("controls") / "int8-static" / DEPLOYED
     model = onnx.load(path, load_external_data=False)
     readers = {name: node for node in model.graph.node for name in node.input}
     quantize = readers["relu_2_out"]

@@ -77,7 +77,7 @@ def test_distances_reach_the_reports_and_the_gate(
         row["samples"] == IMAGES and row["seed"] == 1234 and row["steps"] == 3
         for row in report["frechet"]
     )
-    assert set(report["frechet_controls"]) == {"int8", "int4"}
+    assert set(report["frechet_controls"]) == {"int8", "int8-static", "int4"}
     for name in ("report.md", "report.html"):
         assert "Distribution of the images" in (run / name).read_text(encoding="utf-8")
     passed = cli(*gate)

@@ -154,7 +154,9 @@ def test_scores_reach_reports_and_gate(built: Built, cli: Cli, tmp_path: Path) -
     report = json.loads((run / "report.json").read_text(encoding="utf-8"))
     scores = {(row["score"], row["variant"]): row for row in report["scores"]}
     assert set(scores) == {
-        (score, name) for score in ("lpips", "clip-score") for name in ("ours", "int8", "int4")
+        (score, name)
+        for score in ("lpips", "clip-score")
+        for name in ("ours", "int8", "int8-static", "int4")
     }
     ours = scores["lpips", "ours"]
     assert 0 < ours["value"] < ours["other_noise"]

@@ -166,7 +166,6 @@ def make_case(folder: Path, graph: GraphBuilder | None = None, **spec: Any) -> C
         call_set(
             np.random.default_rng(1).standard_normal((2, 2, *shape)).astype(np.float32),
             np.array([900.0, 100.0], np.float32),
-            np.arange(len(TENTHS), dtype=np.int32),
             np.zeros(2, np.int64),
         ),
         CalibrationStats({t: _stats(layers.layers, t) for t in layers.activations}),

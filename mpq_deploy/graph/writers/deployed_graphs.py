@@ -69,7 +69,7 @@ def write_quantized(
         model = load_model(exported.path)
         simulating = name == SIMULATED
         if not simulating:
-            RaiseOpsetPass(max(r.scheme.weight.opset for r in rewrites))(model)
+            RaiseOpsetPass(max((r.scheme.weight.opset for r in rewrites), default=0))(model)
         for constant, tensor in learned.items():
             model.graph.initializers[constant].const_value = tensor
         region = fp16_region(model, exported.timestep, exported.sample, exported.beyond_fp16)
