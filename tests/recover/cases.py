@@ -206,4 +206,5 @@ def _stats(layers: tuple[Layer, ...], tensor: str) -> ActivationStats:
         np.full(len(TENTHS), np.float16(0.035), np.float64),
         4,
         np.array([900.0, 100.0], np.float32),
+        np.arange(len(TENTHS), dtype=np.int32),
     )
