@@ -112,12 +112,15 @@ def bench_parser(description: str | None, recipe: bool = True) -> argparse.Argum
 
 
 def bench_recipe(path: Path | None, changes: Sequence[str], values: dict[str, Any]) -> Recipe:
-    """Return the recipe of a benchmark: the file, its own ``values`` over it, then KEY=VALUE ``changes``."""
+    """Return the recipe of a benchmark: the file, its own ``values`` over it, then KEY=VALUE ``changes``.
+
+    Plans are those of the least error: what bytes buy is compared, not what speed costs.
+    """
     given = {}
     for change in changes:
         key, _, value = change.partition("=")
         given[key] = yaml.safe_load(value)
-    return load_recipe(path, {**values, **given})
+    return load_recipe(path, {"allocate.objective": "quality", **values, **given})
 
 
 def weights_digest(run: Run) -> str:

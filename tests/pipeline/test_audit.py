@@ -193,7 +193,9 @@ def test_a_perfect_metric_has_correlation_one_and_the_best_plan(
     )
     assert [c.rho for c in (row.pooled, *row.classes.values())] == pytest.approx([1.0] * 5)
     assert row.plans == truth.plans
-    with open_pipeline(recipe_for(model, **CHANGES), place, Notes()) as pipeline:
+    with open_pipeline(
+        recipe_for(model, **CHANGES, allocate__objective="quality"), place, Notes()
+    ) as pipeline:
         pipeline.run_until("candidates")
         losses = Losses(pipeline.run, 8)
         exact = losses.truth(600).table
