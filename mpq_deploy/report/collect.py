@@ -454,7 +454,7 @@ def summarise(run: Run, last: str) -> Summary:
 
 def _headline(run: Path, report: dict[str, Any]) -> str:
     lines = [
-        f"{'':<9} {'of FP16':>8} {'bytes':>14} {'PSNR dB':>8} {'SSIM':>6} {'NMSE':>9}",
+        f"{'':<11} {'of FP16':>8} {'bytes':>14} {'PSNR dB':>8} {'SSIM':>6} {'NMSE':>9}",
         _row("ours", report),
     ]
     lines += [_row(name, row) for name, row in {**report["extras"], **report["controls"]}.items()]
@@ -483,7 +483,7 @@ def _row(name: str, row: dict[str, Any]) -> str:
     alike = "-" if ssim is None else f"{ssim:.4f}"
     error = "-" if nmse is None else f"{nmse:.2e}"
     sizes = f"{row['size_ratio']:>8.4f} {row['size_bytes']:>14,}"
-    return f"{name:<9} {sizes} {shown:>8} {alike:>6} {error:>9}"
+    return f"{name:<11} {sizes} {shown:>8} {alike:>6} {error:>9}"
 
 
 def sample_grid(run: Run, out: Path, count: int, seed: int, steps: int, controls: bool) -> None:
