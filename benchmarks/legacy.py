@@ -70,7 +70,8 @@ def write_legacy(size: Size, latent: int, folder: Path) -> None:
     torch.onnx.export(
         Called(unet),
         example,
-        folder / "unet" / "model.onnx",
+        # A text: of a path object it would not write over 2 GB.
+        str(folder / "unet" / "model.onnx"),
         dynamo=False,
         opset_version=OPSET,
         input_names=["sample", "timestep", "encoder_hidden_states"],
