@@ -192,16 +192,10 @@ class RangeNames:
 
 
 @dataclass(frozen=True)
-class TimestepRange(ActivationRange):
-    """A table of ratios, by the timestep input, interpolated between the calibrated timesteps.
+class MovingRange(ActivationRange):
+    """A range whose ratio changes: the scale reaches the largest magnitude of all."""
 
-    The samples of a call have one timestep, as samplers' calls do; of several the largest counts.
-    """
-
-    kind = "timestep"
-    meaning = "with ranges by timestep"
     moves = True
-    by_timestep = True
 
     def suits(self, branch: Branch) -> bool:
         return not branch or branch.rescales
@@ -210,6 +204,18 @@ class TimestepRange(ActivationRange):
         from mpq_deploy.calibrate.scales import QUANT_MAX, round_scale
 
         return round_scale(float(branch.input_amax(stats).max()) / QUANT_MAX)
+
+
+@dataclass(frozen=True)
+class TimestepRange(MovingRange):
+    """A table of ratios, by the timestep input, interpolated between the calibrated timesteps.
+
+    The samples of a call have one timestep, as samplers' calls do; of several the largest counts.
+    """
+
+    kind = "timestep"
+    meaning = "with ranges by timestep"
+    by_timestep = True
 
     def fitted(
         self, grid: ActivationGrid, branch: Branch, stats: ActivationStats
@@ -255,20 +261,11 @@ class TimestepRange(ActivationRange):
 
 
 @dataclass(frozen=True)
-class DynamicRange(ActivationRange):
+class DynamicRange(MovingRange):
     """The input's own absolute maximum: of each sample before a convolution, of each row before a product."""
 
     kind = "dynamic"
     meaning = "with ranges taken from the values"
-    moves = True
-
-    def suits(self, branch: Branch) -> bool:
-        return not branch or branch.rescales
-
-    def scale(self, branch: Branch, stats: ActivationStats) -> float:
-        from mpq_deploy.calibrate.scales import QUANT_MAX, round_scale
-
-        return round_scale(float(branch.input_amax(stats).max()) / QUANT_MAX)
 
     def input_bytes(self, layer: Layer) -> int:
         """The axes that the maximum is taken over, the inverse of the widest range, the smallest ratio."""
