@@ -67,13 +67,19 @@ def integer_format(scheme: Scheme) -> IntegerWeight:
 
 
 def round_integers(schemes: Sequence[Scheme], layer: LayerRounding) -> dict[str, DeployedMatrix]:
-    """Round ``layer`` for all ``schemes`` without branches at once: weight form -> matrix."""
+    """Round ``layer`` for all ``schemes`` at once, their bodies alone: weight form -> matrix."""
     formats = {scheme.weight_form: integer_format(scheme) for scheme in schemes}
+    columns = {}
+    for scheme in schemes:
+        factors = scheme.branch.rescaling(layer)
+        if factors is not None:
+            columns[scheme.weight_form] = np.repeat(factors.astype(np.float32), layer.taps)
     parts: dict[str, list[QuantizedMatrix]] = {form: [] for form in formats}
     for weight, blocks in layer.groups():
-        for form, matrix in _round_group(layer.layer, weight, blocks, formats, layer.how).items():
+        rounded = _round_group(layer.layer, weight, blocks, formats, layer.how, columns)
+        for form, matrix in rounded.items():
             parts[form].append(matrix)
-    return {form: _joined(pieces) for form, pieces in parts.items()}
+    return {s.weight_form: s.branch.around(_joined(parts[s.weight_form]), layer) for s in schemes}
 
 
 def round_alone(
@@ -81,7 +87,8 @@ def round_alone(
 ) -> QuantizedMatrix:
     """Round a ``weight`` [O, K] of its own for ``body``, unrefined; ``moments`` as it sees them."""
     formats = {body.weight_form: integer_format(body)}
-    return _round_group(layer.layer, weight, moments, formats, layer.unrefined())[body.weight_form]
+    how = layer.unrefined()
+    return _round_group(layer.layer, weight, moments, formats, how, {})[body.weight_form]
 
 
 def _round_group(
@@ -90,44 +97,46 @@ def _round_group(
     blocks: list[Array],
     formats: Mapping[str, IntegerWeight],
     how: Rounding,
+    columns: Mapping[str, Array],
 ) -> dict[str, QuantizedMatrix]:
+    """Round ``weight`` [O, K]; ``columns`` [K]: by what the input is multiplied for some forms."""
     importance = importance_of(blocks)
-    grids, taps = {}, {form: own.taps(layer) for form, own in formats.items()}
+    matrices, taps = {}, {form: own.taps(layer) for form, own in formats.items()}
     for form, own in formats.items():
-        ordered = position_first(weight, taps[form])
-        scale, channel = own.scales(layer, ordered, position_first(importance[None], taps[form])[0])
-        empty = np.zeros_like(weight, np.int8)
-        grids[form] = QuantizedMatrix(empty, scale, channel, taps[form])
-    codes = _codes(weight, grids, formats, blocks if how.gptq else None, how.damping)
+        by = columns.get(form, np.float32(1))
+        seen = np.asarray(importance * np.square(by), np.float32)
+        scale, channel = own.scales(
+            layer,
+            position_first(weight / by, taps[form]),
+            position_first(seen[None], taps[form])[0],
+        )
+        matrices[form] = QuantizedMatrix(np.zeros_like(weight, np.int8), scale, channel, taps[form])
+    grids = {}
+    for form, matrix in matrices.items():
+        limits = formats[form].precision
+        step, places, by = matrix.effective_scale(), matrix.columns(), columns.get(form)
+        grids[form] = Grid(step, places, limits.quant_min, limits.quant_max, by)
+    codes = _codes(weight, grids, blocks if how.gptq else None, how.damping)
     # INT8 has little to gain, and w4a8's scales are tied to their channel's.
     free = [form for form, own in formats.items() if how.gptq and own.refined]
-    started = [(codes[form], grids[form].scale) for form in free]
+    started = [(codes[form], matrices[form].scale) for form in free]
     along = taps[free[0]] if free else 1
     refined = refine_rounding(weight, started, blocks, how.damping, how.refinements, along)
-    rounded = {form: (codes[form], grids[form].scale) for form in formats}
+    rounded = {form: (codes[form], matrices[form].scale) for form in formats}
     rounded.update(zip(free, refined))
     return {
-        form: QuantizedMatrix(*rounded[form], grid.channel_scale, grid.taps)
-        for form, grid in grids.items()
+        form: QuantizedMatrix(*rounded[form], matrix.channel_scale, matrix.taps)
+        for form, matrix in matrices.items()
     }
 
 
 def _codes(
-    weight: Array,
-    matrices: Mapping[str, QuantizedMatrix],
-    formats: Mapping[str, IntegerWeight],
-    blocks: list[Array] | None,
-    damping: float,
+    weight: Array, grids: Mapping[str, Grid], blocks: list[Array] | None, damping: float
 ) -> dict[str, Array]:
     """Round ``weight`` [O, K] for all forms at once: they share the input, so they share GPTQ's factor.
 
-    ``matrices``: their scales, without codes.
+    A weight divided by what the input is multiplied by lies on a grid of steps as many times as wide.
     """
-    grids = {}
-    for form, matrix in matrices.items():
-        limits = formats[form].precision
-        step, columns = matrix.effective_scale(), matrix.columns()
-        grids[form] = Grid(step, columns, limits.quant_min, limits.quant_max)
     if blocks is None:
         return {form: grid.nearest(weight) for form, grid in grids.items()}
     pieces: dict[str, list[Array]] = {form: [] for form in grids}

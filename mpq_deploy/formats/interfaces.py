@@ -322,6 +322,14 @@ class Branch:
         """Return the schemes that are rounded before, with all others: the body, as a rule."""
         return (scheme.body,)
 
+    def rescaling(self, layer: LayerRounding) -> Array | None:
+        """Return by what the input's channels are multiplied in the body's place, float16 [C]; None for none."""
+        return None
+
+    def around(self, body: DeployedMatrix, layer: LayerRounding) -> DeployedMatrix:
+        """Return the matrix of a ``body`` that was rounded for the branch with all others."""
+        return body
+
     def round(self, scheme: Scheme, layer: LayerRounding, forms: Forms) -> DeployedMatrix | None:
         """Return the matrix, given the ``forms`` rounded before; None where these hold all that is known yet."""
         return None

@@ -7,7 +7,8 @@ al., arXiv 1604.06174), with one recomputation for all directions instead of one
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,18 +25,33 @@ def parts_within(footprint: Footprint, gradients: int, most: int) -> tuple[slice
     return footprint.parts(most // PASS_COPIES)
 
 
+@dataclass(frozen=True)
+class UseGradients:
+    """What came back to one use of a layer, ``number`` in the order asked for.
+
+    ``x``: the layer's input; ``rows``: the gradients of its output, float32, one per direction;
+    ``through``: those of its input by this use alone, where they were asked for.
+    """
+
+    number: int
+    x: Any
+    rows: list[Any]
+    through: list[Any]
+
+
 def layer_gradients(
     graph: TorchGraph,
     feeds: dict[str, Any],
     parts: Sequence[slice],
     uses: Sequence[LayerUse],
     directions: Mapping[str, Callable[[Any], list[Any]]],
-) -> Iterator[tuple[int, Any, list[Any]]]:
-    """Yield (number of the use, the layer's input, output's float32 gradients by direction).
+    through: Collection[int] = (),
+) -> Iterator[UseGradients]:
+    """Yield the gradients of every use, the last part of the graph first.
 
     ``directions``: output of the graph -> what gets its value and returns tensors like it. Uses
-    come in the order of ``uses`` within a part, the last part first; those that no output depends
-    on are left out.
+    come in the order of ``uses`` within a part; those that no output depends on are left out.
+    ``through``: the numbers of those whose input's gradient is wanted, too.
     """
     before = [dict(feeds)]
     with torch.no_grad():
@@ -52,36 +68,54 @@ def layer_gradients(
         numbers = [number for number, use in enumerate(uses) if use.output in made]
         targets = [uses[number].output for number in numbers]
         keep = [*targets, *(uses[number].input for number in numbers)]
-        values = graph.run_part(part, {**known, **leaves}, keep, targets)
+        read = {uses[number].node: _Alias() for number in numbers if number in through}
+        values = graph.run_part(part, {**known, **leaves}, keep, targets, read)
         if gradients is None:
             gradients = {name: make(values[name].detach()) for name, make in directions.items()}
         inputs = [values[uses[number].input].detach() for number in numbers]
-        gradients, by_use = _back(values, leaves, targets, gradients)
+        aliased = [number for number in numbers if number in through]
+        wanted = [values[name] for name in targets]
+        wanted += [read[uses[number].node].value for number in aliased]
+        gradients, rows = _back(values, leaves, wanted, gradients)
+        into = dict(zip(aliased, rows[len(numbers) :]))
         # The part's values go before its layers are looked at, and before the next part's come.
-        del values, leaves, known
+        del values, leaves, known, read, wanted
         for place, number in enumerate(numbers):
-            rows, by_use[place] = by_use[place], []
-            if rows:
-                yield number, inputs[place], rows
+            own, rows[place] = rows[place], []
+            if own:
+                yield UseGradients(number, inputs[place], own, into.pop(number, []))
+
+
+class _Alias:
+    """Lets a node read its first input under a name of its own, ``value``, for its gradient."""
+
+    value: Any = None
+
+    def __call__(self, inputs: list[Any]) -> list[Any]:
+        first = inputs[0]
+        self.value = (
+            first.view_as(first) if first.requires_grad else first.detach().requires_grad_()
+        )
+        return [self.value, *inputs[1:]]
 
 
 def _back(
     found: dict[str, Any],
     leaves: dict[str, Any],
-    targets: list[str],
+    wanted: list[Any],
     gradients: dict[str, list[Any]],
 ) -> tuple[dict[str, list[Any]], list[list[Any]]]:
-    """Take ``gradients`` at what a part left back to what it began with and its ``targets``.
+    """Take ``gradients`` at what a part left back to what it began with and to ``wanted``.
 
     What nothing depends on is left out of the first, and is an empty list in the second.
     """
     ends = [name for name in gradients if found[name].requires_grad]
-    into, by_target = dict[str, list[Any]](), [list[Any]() for _ in targets]
+    into, by_wanted = dict[str, list[Any]](), [list[Any]() for _ in wanted]
     directions = len(gradients[ends[0]]) if ends else 0
     for direction in range(directions):
         rows = torch.autograd.grad(
             [found[name] for name in ends],
-            [*leaves.values(), *(found[name] for name in targets)],
+            [*leaves.values(), *wanted],
             [gradients[name][direction] for name in ends],
             retain_graph=direction + 1 < directions,
             allow_unused=True,
@@ -89,10 +123,10 @@ def _back(
         for name, row in zip(leaves, rows):
             if row is not None:
                 into.setdefault(name, []).append(row)
-        for held, row in zip(by_target, rows[len(leaves) :]):
+        for held, row in zip(by_wanted, rows[len(leaves) :]):
             if row is not None:
                 held.append(row.float())
-    return into, by_target
+    return into, by_wanted
 
 
 __all__ = ["layer_gradients", "parts_within"]

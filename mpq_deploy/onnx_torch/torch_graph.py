@@ -154,12 +154,15 @@ class TorchGraph:
         values: Mapping[str, Any],
         keep: Collection[str] = (),
         differentiate: Collection[str] = (),
+        rewire: Mapping[str, Rewire] | None = None,
     ) -> dict[str, Any]:
         """Evaluate the nodes ``part`` on the ``values`` that those before them left.
 
         Returns what those after them need, the outputs and the values named in ``keep``, by name.
         """
-        return self._run_steps(part, {*keep, *self.outputs}, differentiate, {}, {}, values)
+        return self._run_steps(
+            part, {*keep, *self.outputs}, differentiate, rewire or {}, {}, values
+        )
 
     def made_by(self, part: slice) -> set[str]:
         """Return the names of the values that the nodes ``part`` compute."""

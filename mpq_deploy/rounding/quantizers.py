@@ -299,21 +299,30 @@ def _upper_cholesky(matrix: Array, chunk: int = 256) -> None:
 class Grid:
     """The grid of a weight [O, K]: multiples ``quant_min`` to ``quant_max`` of its step.
 
-    ``step`` float32 [O, B]; ``columns`` int [K] says which of the B each column has.
+    ``step`` float32 [O, B]; ``columns`` int [K] says which of the B each column has, ``factors``
+    float32 [K] by what it is multiplied there.
     """
 
     step: Array
     columns: Array
     quant_min: int
     quant_max: int
+    factors: Array | None = None
 
     def cut(self, span: slice) -> Grid:
         """Return the grid of some columns."""
-        return replace(self, columns=self.columns[span])
+        factors = None if self.factors is None else self.factors[span]
+        return replace(self, columns=self.columns[span], factors=factors)
+
+    def steps(self, order: Array) -> Array:
+        """Return the step of every row in the columns ``order`` int [n], float32 [n, O]."""
+        steps = np.ascontiguousarray(self.step.T)[self.columns[order]]
+        return steps if self.factors is None else steps * self.factors[order, None]
 
     def nearest(self, weight: Array) -> Array:
         """Return the codes int8 [O, K] of ``weight``."""
-        return round_to_nearest(weight, self.step[:, self.columns], self.quant_min, self.quant_max)
+        steps = self.steps(np.arange(weight.shape[1])).T
+        return round_to_nearest(weight, steps, self.quant_min, self.quant_max)
 
 
 def gptq_codes(weight: Array, grids: list[Grid], hessian: Array, damping: float) -> list[Array]:
@@ -328,7 +337,7 @@ def gptq_codes(weight: Array, grids: list[Grid], hessian: Array, damping: float)
     factor, pivots = gptq_factor(hessian[np.ix_(order, order)], damping)
     # Columns of the weight are contiguous rows, [K, R], and the rows of all grids side by side.
     ordered = np.ascontiguousarray(weight.T)[order]
-    step = np.concatenate([np.ascontiguousarray(g.step.T)[g.columns[order]] for g in grids], axis=1)
+    step = np.concatenate([grid.steps(order) for grid in grids], axis=1)
     limits = np.array([(grid.quant_min, grid.quant_max) for grid in grids], np.float32)
     low, high = np.repeat(limits.T, len(weight), axis=1)
     codes, remaining = np.empty(step.shape, np.int8), np.tile(ordered, (1, len(grids)))

@@ -159,7 +159,7 @@ def _rewire(
 ) -> dict[str, Any]:
     """Return what the layer's nodes read under ``scheme``: rounded input, dequantized weight."""
     from mpq_deploy.onnx_torch.torch_graph import torch_from_constant
-    from mpq_deploy.sensitivity.torch_projection import fake_quantize
+    from mpq_deploy.sensitivity.torch_projection import lost_by_rounding
 
     stack = stacks[layer]
     matrix = stack.weight + stack.difference(scheme)
@@ -173,7 +173,7 @@ def _rewire(
             # Channels kept in float, with their float columns, are what a branch computes beside
             # the body.
             rounded = [
-                fake_quantize(inputs[0], rounding.at(timestep), layer)
+                inputs[0] - lost_by_rounding(inputs[0], rounding.at(timestep), layer)
                 for rounding in roundings.values()
             ]
             return [*(rounded or inputs[:1]), tensor, *inputs[2:]]

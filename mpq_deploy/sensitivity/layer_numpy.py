@@ -96,34 +96,19 @@ class UseErrors:
     ) -> Iterator[tuple[str, Array]]:
         """Yield (scheme, dY) for every scheme, or those in ``schemes``, one at a time."""
         stack = self.stack
-        promoted = [(p.body, scheme) for p in stack.promotions for scheme in p.counts]
-        plain = _chosen(
-            [*stack.weights_only, *(s for body, s in promoted if body in stack.weights_only)],
-            schemes,
-        )
-        if plain:
-            columns = LayerInput(self.layer, self.attributes, x)
-            for scheme in plain:
-                yield scheme, columns.times(stack.difference(scheme))
-        rounded_all = [
-            *stack.with_activation,
-            *(s for body, s in promoted if body in stack.with_activation),
-        ]
-        for form, names in {
-            "": rounded_all,
-            **{f: list(rows) for f, rows in stack.with_kept.items()},
-        }.items():
-            rounding = _chosen(names, schemes)
-            if not rounding:
-                continue
-            if form not in self.roundings:
+        by_form: dict[str | None, list[str]] = {}
+        for scheme, form in stack.inputs.items():
+            if schemes is None or scheme in schemes:
+                by_form.setdefault(form, []).append(scheme)
+        for form, names in by_form.items():
+            if form is None:
+                shared, columns = None, LayerInput(self.layer, self.attributes, x)
+            elif form not in self.roundings:
                 raise ValueError(f"a scheme rounds the activation{form}, but no scale was given")
-            rounded = fake_quantize(x, self.roundings[form], self.layer)
-            shared = LayerInput(self.layer, self.attributes, rounded - x).times(stack.weight)
-            columns = LayerInput(self.layer, self.attributes, rounded)
-            for scheme in rounding:
-                yield scheme, columns.times(stack.difference(scheme)) + shared
-
-
-def _chosen(names: list[str], schemes: Collection[str] | None) -> list[str]:
-    return [scheme for scheme in names if schemes is None or scheme in schemes]
+            else:
+                rounded = fake_quantize(x, self.roundings[form], self.layer)
+                shared = LayerInput(self.layer, self.attributes, rounded - x).times(stack.weight)
+                columns = LayerInput(self.layer, self.attributes, rounded)
+            for scheme in names:
+                error = columns.times(stack.difference(scheme))
+                yield scheme, error if shared is None else error + shared

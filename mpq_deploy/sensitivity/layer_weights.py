@@ -58,22 +58,15 @@ class FormStack:
     """The weight errors of a layer's candidates, ready for one product with all of them.
 
     ``differences`` float32 [F, out_channels, reduction]: dequantized minus float weight, one per
-    distinct form. ``weights_only``, ``with_activation``: scheme -> row of ``differences``, for
-    schemes whose activation stays float and for those whose activation is INT8. Their rows are
-    consecutive: ``[:split_end]`` and ``[split_start:kept_start]``. ``with_kept``: activation form
-    -> scheme -> row, for schemes that leave some channels of the activation in float, rescale them
-    or have a range that moves; their rows follow, or are the same. Schemes with a ``rows`` branch
-    are in ``promotions``.
+    distinct form. ``rows``: scheme -> its row of ``differences``; ``inputs``: scheme -> the
+    activation form that its input is rounded to, None where it stays float. Schemes with a ``rows``
+    branch are in ``promotions`` instead.
     """
 
     weight: Array
     differences: Array
-    weights_only: dict[str, int]
-    with_activation: dict[str, int]
-    split_start: int
-    split_end: int
-    kept_start: int
-    with_kept: dict[str, dict[str, int]]
+    rows: dict[str, int]
+    inputs: dict[str, str | None]
     promotions: tuple[Promotion, ...] = ()
 
     @property
@@ -81,6 +74,11 @@ class FormStack:
         """Memory held by the arrays."""
         more = sum(p.differences.nbytes for p in self.promotions)
         return int(self.weight.nbytes + self.differences.nbytes + more)
+
+    @property
+    def forms(self) -> tuple[str, ...]:
+        """The activation forms that inputs are rounded to."""
+        return tuple(dict.fromkeys(form for form in self.inputs.values() if form is not None))
 
     def difference(self, scheme: str) -> Array:
         """Return the weight error of any scheme, float32 [out_channels, reduction]."""
@@ -90,10 +88,7 @@ class FormStack:
                 whole: Array = self.difference(promotion.body).copy()
                 whole[promotion.channels[:count]] += promotion.differences[:count]
                 return whole
-        groups = (self.weights_only, self.with_activation, *self.with_kept.values())
-        return np.asarray(
-            self.differences[next(names[scheme] for names in groups if scheme in names)]
-        )
+        return np.asarray(self.differences[self.rows[scheme]])
 
 
 def float_matrix(graph: LayerGraph, layer: Layer) -> Array:
@@ -110,65 +105,19 @@ def float_matrix(graph: LayerGraph, layer: Layer) -> Array:
 
 
 def form_stack(weight: Array, candidate: CandidateWeights) -> FormStack:
-    """Stack the weight forms of ``candidate``: weights-only ones first, shared ones in the middle."""
-    plain = dict.fromkeys(s.weight_form for s in _weights_only(candidate))
-    quantized = dict.fromkeys(s.weight_form for s in _rounding_all(candidate))
-    kept: dict[str, list[Scheme]] = {}
-    for scheme in candidate.schemes:
-        if scheme.activation_form:
-            kept.setdefault(scheme.activation_form, []).append(scheme)
-    order = [
-        *(f for f in plain if f not in quantized),
-        *(f for f in plain if f in quantized),
-        *(f for f in quantized if f not in plain),
-    ]
-    kept_start = len(order)
-    row = {form: i for i, form in enumerate(order)}
-    starts, behind = _rows_apart(kept, tuple(quantized), kept_start)
-    differences = np.empty((kept_start + len(behind), *weight.shape), np.float32)
-    rows_of_form: dict[str, list[int]] = {form: [i] for form, i in row.items()}
-    for i, form in enumerate(behind, kept_start):
-        rows_of_form.setdefault(form, []).append(i)
-    for form, rows in rows_of_form.items():
-        error = candidate.weight_matrix(form) - weight
-        for i in rows:
-            differences[i] = error
+    """Stack the weight forms of ``candidate``."""
+    stacked = [s for s in candidate.schemes if not s.branch.promotes]
+    forms = {form: row for row, form in enumerate(dict.fromkeys(s.weight_form for s in stacked))}
+    differences = np.empty((len(forms), *weight.shape), np.float32)
+    for form, row in forms.items():
+        np.subtract(candidate.weight_matrix(form), weight, out=differences[row])
     return FormStack(
         weight,
         differences,
-        {s.name: row[s.weight_form] for s in _weights_only(candidate)},
-        {s.name: row[s.weight_form] for s in _rounding_all(candidate)},
-        kept_start - len(quantized),
-        len(plain),
-        kept_start,
-        {
-            form: {s.name: starts[form] + _distinct(schemes).index(s.weight_form) for s in schemes}
-            for form, schemes in kept.items()
-        },
+        {s.name: forms[s.weight_form] for s in stacked},
+        {s.name: None if s.activation is None else s.activation_form for s in candidate.schemes},
         _promotions(candidate),
     )
-
-
-def _distinct(schemes: list[Scheme]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(s.weight_form for s in schemes))
-
-
-def _rows_apart(
-    kept: Mapping[str, list[Scheme]], quantized: tuple[str, ...], start: int
-) -> tuple[dict[str, int], list[str]]:
-    """Return the first row of each activation form, and the weight forms of the rows from ``start`` on.
-
-    Rows of one activation form are consecutive. Those of equal weight forms share theirs: ranges of
-    the input change no weight. The forms ``quantized`` end before ``start``.
-    """
-    first: dict[tuple[str, ...], int] = {quantized: start - len(quantized)}
-    behind: list[str] = []
-    for schemes in kept.values():
-        forms = _distinct(schemes)
-        if forms not in first:
-            first[forms] = start + len(behind)
-            behind += forms
-    return {form: first[_distinct(schemes)] for form, schemes in kept.items()}, behind
 
 
 def _promotions(candidate: CandidateWeights) -> tuple[Promotion, ...]:
@@ -190,18 +139,6 @@ def _promotions(candidate: CandidateWeights) -> tuple[Promotion, ...]:
         differences = (largest - candidate.weight_matrix(schemes[-1].body.weight_form))[channels]
         found.append(Promotion(body, channels, np.asarray(differences, np.float32), counts))
     return tuple(found)
-
-
-def _weights_only(candidate: CandidateWeights) -> list[Scheme]:
-    return [s for s in candidate.schemes if s.activation is None and not s.branch.promotes]
-
-
-def _rounding_all(candidate: CandidateWeights) -> list[Scheme]:
-    return [
-        s
-        for s in candidate.schemes
-        if s.activation is not None and not s.activation_form and not s.branch.promotes
-    ]
 
 
 class Stack(Protocol):

@@ -23,7 +23,7 @@ import torch
 
 from mpq_deploy.errors import ModelError
 from mpq_deploy.graph.layers import Layer, LayerUse
-from mpq_deploy.onnx_torch.adjoint import layer_gradients, parts_within
+from mpq_deploy.onnx_torch.adjoint import UseGradients, layer_gradients, parts_within
 from mpq_deploy.onnx_torch.pass_memory import PASS_COPIES
 from mpq_deploy.onnx_torch.torch_graph import TorchGraph
 from mpq_deploy.sensitivity.layer_weights import (
@@ -155,18 +155,20 @@ class _Probing:
         embedding of a scalar timestep) is measured rightly only one sample at a time. There is more
         than one part only where one batch takes several times the memory allowed.
         """
-        outputs = {u.use.output: 0 for u in self._uses}
+        seen = {name: 0 for u in self._uses for name in (u.use.input, u.use.output)}
 
         def see(name: str, value: Any) -> None:
             _refuse_non_finite(name, value)
-            if name in outputs:
-                outputs[name] = value.numel() * value.element_size()
+            if name in seen:
+                seen[name] = value.numel() * value.element_size()
 
         with torch.no_grad():
             footprint, _ = self._graph.footprint(
                 self._graph.feed(self._calls.feeds(0, self._calls.first)), see
             )
-        gradients = sum(outputs[u.use.output] for u in self._uses) * self._settings.probes
+        gradients = self._settings.probes * sum(
+            seen[u.use.output] + (seen[u.use.input] if u.roundings else 0) for u in self._uses
+        )
         one = PASS_COPIES * sum(footprint.made) + gradients
         whole, parts = (len(footprint.made),), parts_within(footprint, gradients, MEMORY_BYTES)
         if len(parts) > 1:
@@ -211,15 +213,14 @@ class _Probing:
             return [one.reshape(output.shape) for one in noise]
 
         uses = [item.use for item in self._uses]
-        for number, x, rows in layer_gradients(
-            self._graph, feeds, parts, uses, {self._output: seeds}
+        rounded = [number for number, item in enumerate(self._uses) if item.roundings]
+        for came in layer_gradients(
+            self._graph, feeds, parts, uses, {self._output: seeds}, rounded
         ):
+            item = self._uses[came.number]
             with torch.no_grad():
-                products = self._products(
-                    self._uses[number], x, torch.stack(rows, 1), timestep, chunk
-                )
-                for scheme, found in products.items():
-                    values[self._uses[number].layer.name][scheme][:, chunk] += found.float().numpy()
+                for scheme, found in self._products(item, came, timestep, chunk).items():
+                    values[item.layer.name][scheme][:, chunk] += found.float().numpy()
         return power
 
     def _noise(self, step_index: int, chunk: slice, shape: tuple[int, ...]) -> Any:
@@ -233,12 +234,14 @@ class _Probing:
         return torch.from_numpy(np.stack(rows, 1))
 
     def _products(
-        self, item: _Use, x: Any, gradients: Any, timestep: float | None, chunk: slice
+        self, item: _Use, came: UseGradients, timestep: float | None, chunk: slice
     ) -> dict[str, Any]:
         attributes = self._attributes[item.use.node]
         roundings = {form: rounding.at(timestep) for form, rounding in item.roundings.items()}
         use = ProjectedUse(item.layer, attributes, self._stacks[item.layer], roundings)
-        return project_layer(use, x, gradients, chunk.stop - chunk.start)
+        through = torch.stack(came.through, 1) if came.through else None
+        rows = torch.stack(came.rows, 1)
+        return project_layer(use, came.x, rows, through, chunk.stop - chunk.start)
 
 
 def _refuse_non_finite(name: str, value: Any) -> None:

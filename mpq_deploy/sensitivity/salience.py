@@ -99,14 +99,14 @@ class ChannelErrors:
                 ]
 
             feeds = self._graph.feed(self._calls.feeds(step, chunk))
-            for number, x, (gradient,) in layer_gradients(
+            for came in layer_gradients(
                 self._graph, feeds, self._parts, nodes, {self._output: direction}
             ):
-                layer, use = uses[number]
+                layer, use = uses[came.number]
                 with torch.no_grad():
                     attributes, difference = self._attributes[use.node], self._differences[layer]
                     errors[layer.name].append(
-                        _by_channel(layer, attributes, x, gradient, difference)
+                        _by_channel(layer, attributes, came.x, came.rows[0], difference)
                     )
             advance(chunk.stop - chunk.start)
         return {name: np.stack(parts) for name, parts in errors.items() if parts}

@@ -1,16 +1,18 @@
 """Inner products <G, dY_s> of output gradients with the local errors of a layer's schemes.
 
-With X the layer's float input, Qa its INT8 rounding, W the float weight and D_s = Qw_s(W) - W:
+With X the layer's float input, E = Qa(X) - X its rounding's error, W the float weight and D_s =
+Qw_s(W) - W,
 
-    dY_s = layer(X; D_s)                                 when the scheme leaves the activation in float,
-    dY_s = layer(Qa(X); D_s) + layer(Qa(X) - X; W)       when it rounds it.
+    dY_s = layer(X; D_s) + layer(E; W) + layer(E; D_s).
 
-Both are sums of small terms, never a difference of two large ones, so float32 is enough, and
-bfloat16 changes a product by about 0.2 % of its spread. The products are computed the faster of two
-ways: *forward*, applying the stacked D_s of all schemes and projecting the results on the gradients
-of all probes; or by *weight gradient*, <G, layer(X; D)> = <D, wgrad(X, G)>, one weight gradient per
-probe, sample and rounding of the input serving all schemes. Forward wins with many probes and at
-small resolutions; the weight gradient hardly depends on the number of schemes.
+The last term, the product of two errors, is left out: E and D_s are unrelated and a tenth of X and
+W at most, so it changes a loss by less than 1 % (docs/allocation.md). The others are computed once
+for each distinct D_s and once for each distinct E: <G, layer(E; W)> = <E, layer^T(G; W)>, the
+gradient that the layer returns to its input, which serves all roundings; <G, layer(X; D)> the faster of two ways: *forward*,
+applying the stacked D_s of all schemes and projecting the results on the gradients of all probes;
+or by *weight gradient*, <G, layer(X; D)> = <D, wgrad(X, G)>, one per probe and sample. Forward wins
+with many probes and at small resolutions; the weight gradient hardly depends on the number of
+schemes.
 """
 
 from __future__ import annotations
@@ -29,13 +31,14 @@ from mpq_deploy.onnx_torch.window_pads import window_pads
 from mpq_deploy.sensitivity.layer_weights import FormStack, InputRounding
 
 Tensor = torch.Tensor
-INT8_MIN, INT8_MAX = -128, 127  # what ONNX QuantizeLinear saturates to
 # Stacked errors larger than this leave the caches: 64 -> 640 channels at 32x32 ran at 70 instead of
 # 98 GFLOP/s.
 PIECE_BYTES = 24 << 20
 # Weight gradients, and patches of their inputs, held at once: larger ones leave the caches.
 GRADIENT_BYTES = 16 << 20
 PATCH_BYTES = 4 << 20
+# Rounding errors of an input held at once.
+ROUNDED_BYTES = 4 << 20
 # What a weight gradient costs beside its multiplications (measured): writing and reading one takes
 # as long as summing over so many positions, gathering patches as long as this share of all
 # positions.
@@ -43,33 +46,30 @@ GRADIENT_POSITIONS = 64
 PATCH_POSITIONS = 0.5
 
 
-def quantized_codes(x: Any, scale: Any) -> Any:
-    """Return the INT8 codes of ``x`` as floats, as QuantizeLinear does (half to even)."""
-    return torch.round(x / scale).clamp_(INT8_MIN, INT8_MAX)
-
-
 def absmax(x: Any, axes: tuple[int, ...]) -> Any:
     """Return the largest magnitude of ``x`` over ``axes``, which stay."""
     return x.abs().amax(dim=axes, keepdim=True)
 
 
-def fake_quantize(x: Any, rounding: InputRounding, layer: Layer) -> Any:
-    """Round ``x`` as QuantizeLinear and DequantizeLinear do; kept channels stay."""
+def lost_by_rounding(x: Any, rounding: InputRounding, layer: Layer, out: Any = None) -> Any:
+    """Return ``x`` minus what QuantizeLinear and DequantizeLinear make of it; 0 for kept channels.
+
+    It is written into ``out`` where that is given.
+    """
     if not rounding.grid.uniform:
-        return rounding.grid.rounded(x.float(), torch).to(x.dtype)
-    factors, seen = rounding.by_channel(layer, x.ndim), x
+        return torch.sub(x, rounding.grid.rounded(x.float(), torch).to(x.dtype), out=out)
+    factors, codes = rounding.by_channel(layer, x.ndim), x
     if factors is not None:
-        multiplier = torch.from_numpy(factors).to(x.dtype)
-        seen = x * multiplier
-    ratio = rounding.range.ratio(seen, rounding.grid, layer.op == "Conv", absmax)
-    step = rounding.scale if ratio is None else ratio * rounding.scale
-    rounded = torch.round(seen / step).clamp_(*rounding.limits).mul_(step)
-    if factors is not None:
-        rounded.div_(multiplier)
-    if not len(rounding.kept):
-        return rounded
-    channels = x.shape[1 if layer.op == "Conv" else -1]
-    return torch.where(torch.from_numpy(rounding.kept_mask(layer, x.ndim, channels)), x, rounded)
+        factors = torch.from_numpy(factors).to(x.dtype)
+        codes = x * factors
+    ratio = rounding.range.ratio(codes, rounding.grid, layer.op == "Conv", absmax)
+    step = x.new_tensor(rounding.scale) if ratio is None else ratio * rounding.scale
+    codes = torch.round_(codes / step).clamp_(*rounding.limits)
+    lost = torch.addcmul(x, codes, step if factors is None else step / factors, value=-1, out=out)
+    if len(rounding.kept):
+        channels = x.shape[1 if layer.op == "Conv" else -1]
+        lost.masked_fill_(torch.from_numpy(rounding.kept_mask(layer, x.ndim, channels)), 0)
+    return lost
 
 
 @dataclass(frozen=True)
@@ -187,108 +187,99 @@ class ProjectedUse:
 
 
 def project_layer(
-    use: ProjectedUse, x: Any, gradients: Any, samples: int, way: str = ""
+    use: ProjectedUse, x: Any, gradients: Any, through: Any, samples: int, way: str = ""
 ) -> dict[str, Any]:
     """Return scheme -> <G, dY_s> as [P, samples], for one use of a layer.
 
     ``x``: the layer's float input, its leading axis running over samples first; ``gradients``
-    [rows, P, *rest]: those of the layer's output, the probes on the second axis. ``way``: "forward"
-    or "weights" forces one of the two ways.
+    [rows, P, *rest]: those of the layer's output, the probes on the second axis; ``through``: those
+    that it returns to its input, which schemes that round it want. ``way``: "forward" or "weights"
+    forces one of the two ways.
     """
-    x = canonical_input(use.layer, x, samples)
+    x, stack = canonical_input(use.layer, x, samples), use.stack
     g = canonical_gradients(use.layer, gradients, samples)
-    chosen = way or _cheaper_way(use.layer, use.stack, x, g, samples)
+    rounded = _project_roundings(use, x, through, samples)
+    chosen = way or _cheaper_way(use.layer, stack, x, g, samples)
     project = (
         _project_by_weights
         if chosen == "weights" and _has_weight_way(use.layer)
-        else _project_all_forward
+        else _project_forward
     )
-    return project(use, x, g, samples)
-
-
-def _project_all_forward(use: ProjectedUse, x: Any, g: Any, samples: int) -> dict[str, Any]:
-    """Apply all schemes' errors to their inputs, and project what comes out."""
-    stack = use.stack
-    products: dict[str, Any] = {}
-    if stack.weights_only:
-        plain = stack.differences[: stack.split_end]
-        rows = use.forward(x, plain, g, samples)
-        products.update({name: rows[row] for name, row in stack.weights_only.items()})
-    if stack.with_activation:
-        scale = use.rounding("").scale
-        codes = quantized_codes(x, scale)
-        rounding = codes * scale - x
-        quantized = stack.differences[stack.split_start : stack.kept_start]
-        rows = use.forward(codes, quantized, g, samples) * scale
-        rows = rows + use.forward(rounding, stack.weight[None], g, samples)
-        products.update(
-            {name: rows[row - stack.split_start] for name, row in stack.with_activation.items()}
-        )
-    for promotion, differences in zip(stack.promotions, stack.promoted_differences, strict=True):
-        rounds = promotion.body in stack.with_activation
-        scale = use.rounding("").scale if rounds else 1.0
-        rows = quantized_codes(x, scale) if rounds else x
-        more = use.channels(rows, differences, promotion.channels, g, samples) * scale
-        for name, count in promotion.counts.items():
-            products[name] = products[promotion.body] + more[..., :count].sum(-1)
-    for form, names in stack.with_kept.items():
-        rounded = fake_quantize(x, use.rounding(form), use.layer)
-        first, last = min(names.values()), max(names.values())
-        forms = stack.differences[first : last + 1]
-        rows = use.forward(rounded, forms, g, samples)
-        rows = rows + use.forward((rounded - x), stack.weight[None], g, samples)
-        products.update({name: rows[row - first] for name, row in names.items()})
+    rows, promoted = project(use, x, g, samples)
+    bodies = {
+        scheme: promotion.body for promotion in stack.promotions for scheme in promotion.counts
+    }
+    products = {}
+    for scheme, form in stack.inputs.items():
+        product = rows[stack.rows[bodies.get(scheme, scheme)]]
+        if scheme in bodies:
+            product = product + promoted[scheme]
+        products[scheme] = product if form is None else product + rounded[form]
     return products
 
 
-def _project_by_weights(use: ProjectedUse, x: Any, g: Any, samples: int) -> dict[str, Any]:
-    """Project all schemes on weight gradients of the float input and of each rounding's error.
-
-    <G, layer(Qa(X); D) + layer(Qa(X) - X; W)>
-        = <D, wgrad(X, G) + wgrad(Qa(X) - X, G)> + <W, wgrad(Qa(X) - X, G)>:
-
-    one more weight gradient for each rounding serves all schemes that share it. Some samples at a
-    time, so that only their weight gradients are held.
-    """
-    layer, attributes, stack = use.layer, use.attributes, use.stack
-    weights = stack.weight.reshape(-1)
-    inputs: list[tuple[dict[str, int], Any]] = []
-    if stack.with_activation:
-        scale = use.rounding("").scale
-        inputs.append((stack.with_activation, quantized_codes(x, scale).mul_(scale).sub_(x)))
-    for form, names in stack.with_kept.items():
-        inputs.append((names, fake_quantize(x, use.rounding(form), layer) - x))
-    piece = max(1, GRADIENT_BYTES // (g.shape[2] * weights.numel() * weights.element_size()))
+def _project_roundings(use: ProjectedUse, x: Any, through: Any, samples: int) -> dict[str, Any]:
+    """Return activation form -> <G, layer(Qa(X) - X; W)> [P, samples]."""
+    forms = use.stack.forms
+    if not forms:
+        return {}
+    roundings = [use.rounding(form) for form in forms]
+    probes = through.shape[1]
+    through = through.reshape(len(x), probes, -1)
+    piece = max(1, ROUNDED_BYTES // (x[:1].nbytes * (len(forms) + probes)))
     parts = []
+    for start in range(0, len(x), piece):
+        own = x[start : start + piece]
+        lost = own.new_empty((len(own), len(forms), *x.shape[1:]))
+        for number, rounding in enumerate(roundings):
+            lost_by_rounding(own, rounding, use.layer, lost[:, number])
+        back = through[start : start + piece].transpose(1, 2)
+        parts.append(torch.bmm(lost.flatten(2), back).neg_())
+    products = torch.cat(parts).reshape(samples, -1, len(forms), probes).sum(1)
+    return dict(zip(forms, products.permute(1, 2, 0).float(), strict=True))
+
+
+def _project_forward(use: ProjectedUse, x: Any, g: Any, samples: int) -> tuple[Any, dict[str, Any]]:
+    """Apply all weights' errors to the input and project what comes out.
+
+    Returns [F, P, samples] and, for schemes that promote channels, what these add [P, samples].
+    """
+    promoted: dict[str, Any] = {}
+    for promotion, differences in zip(
+        use.stack.promotions, use.stack.promoted_differences, strict=True
+    ):
+        more = use.channels(x, differences, promotion.channels, g, samples)
+        for name, count in promotion.counts.items():
+            promoted[name] = more[..., :count].sum(-1)
+    return use.forward(x, use.stack.differences, g, samples), promoted
+
+
+def _project_by_weights(
+    use: ProjectedUse, x: Any, g: Any, samples: int
+) -> tuple[Any, dict[str, Any]]:
+    """Project all weights' errors on the input's weight gradients; returns as ``_project_forward``.
+
+    Some samples at a time, so that only their weight gradients are held.
+    """
+    stack, probes = use.stack, g.shape[2]
+    piece = max(1, GRADIENT_BYTES // (probes * stack.weight.nbytes))
+    parts: list[dict[str, Any]] = []
     for start in range(0, samples, piece):
         chunk = slice(start, min(start + piece, samples))
-        plain = _weight_gradients(layer, attributes, x[chunk], g[chunk])
-        found = _rows(stack, stack.weights_only, plain)
-        for names, error in inputs:
-            rounding = _weight_gradients(layer, attributes, error[chunk], g[chunk])
-            from_weight = (rounding @ weights).float()
-            found.update(
-                {s: v + from_weight for s, v in _rows(stack, names, rounding.add_(plain)).items()}
-            )
-        parts.append({name: values.reshape(-1, g.shape[2]).T for name, values in found.items()})
-    return {name: torch.cat([part[name] for part in parts], 1) for name in parts[0]}
-
-
-def _rows(stack: TorchStack, names: Mapping[str, int], gradients: Any) -> dict[str, Any]:
-    """Return scheme -> <D_s, gradient> [n P] for gradients [n P, weights], promotions included."""
-    if not names:
-        return {}
-    first, last = min(names.values()), max(names.values())
-    products = (gradients @ stack.differences[first : last + 1].flatten(1).T).float()
-    found = {name: products[:, row - first] for name, row in names.items()}
-    for promotion, differences in zip(stack.promotions, stack.promoted_differences, strict=True):
-        if promotion.body in names:
+        gradients = _weight_gradients(use.layer, use.attributes, x[chunk], g[chunk])
+        found = {"": (gradients @ stack.differences.flatten(1).T).float().T}
+        for promotion, differences in zip(
+            stack.promotions, stack.promoted_differences, strict=True
+        ):
             by_channel = gradients.reshape(len(gradients), stack.weight.shape[0], -1)
             chosen = by_channel[:, torch.from_numpy(promotion.channels)]
             more = torch.einsum("nmr,mr->nm", chosen, differences).float()
             for name, count in promotion.counts.items():
-                found[name] = found[promotion.body] + more[:, :count].sum(-1)
-    return found
+                found[name] = more[:, :count].sum(-1)
+        # [..., n P] -> [..., P, n]
+        parts.append({k: v.unflatten(-1, (-1, probes)).transpose(-1, -2) for k, v in found.items()})
+    whole = {name: torch.cat([part[name] for part in parts], -1) for name in parts[0]}
+    return whole.pop(""), whole
 
 
 def _weight_gradients(layer: Layer, attributes: dict[str, Any], x: Any, g: Any) -> Any:
@@ -338,11 +329,8 @@ def _cheaper_way(layer: Layer, stack: TorchStack, x: Any, g: Any, samples: int) 
     if not _has_weight_way(layer) or x.shape[0] != samples:
         return "forward"
     probes, positions = g.shape[2], g.shape[3] / layer.out_channels
-    roundings = int(bool(stack.with_activation)) + len(stack.with_kept)
-    forms = stack.split_end + len(stack.differences) - stack.split_start
+    forms = len(stack.differences)
     promoted = sum(len(p.channels) for p in stack.promotions) / layer.out_channels
-    forward = (forms + promoted + roundings) * positions
-    by_weights = (1 + roundings) * (
-        probes * (positions + GRADIENT_POSITIONS) + PATCH_POSITIONS * positions
-    )
+    forward = (forms + promoted) * positions
+    by_weights = probes * (positions + GRADIENT_POSITIONS) + PATCH_POSITIONS * positions
     return "weights" if by_weights + forms * probes < forward else "forward"

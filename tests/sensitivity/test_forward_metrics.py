@@ -315,12 +315,10 @@ def test_stacks_hold_each_form_once() -> None:
     candidate = Rounded(layer, tuple(SCHEMES[n] for n in names), weight)
     stack = form_stack(weight, candidate)
     assert len(stack.differences) == 4  # int8 serves w8a8 and w8a16
-    rows = {**stack.weights_only, **{f"{k}+a": v for k, v in stack.with_activation.items()}}
-    assert rows["w8a16"] == rows["w8a8+a"]
-    assert max(stack.weights_only.values()) < stack.split_end
-    assert min(stack.with_activation.values()) >= stack.split_start
+    assert stack.rows["w8a16"] == stack.rows["w8a8"]
+    assert (stack.inputs["w8a16"], stack.inputs["w8a8"]) == (None, "")
     for name in names:
-        row = stack.with_activation.get(name, stack.weights_only.get(name))
+        row = stack.rows[name]
         np.testing.assert_allclose(
             stack.differences[row],
             candidate.weight_matrix(SCHEMES[name].weight_form) - weight,

@@ -80,7 +80,7 @@ def brute_force(case: Setting, options: MeasureSettings) -> dict[str, dict[str, 
 def local_error(
     case: Setting, layer: Any, node: Any, x: Any, scheme: Any, place: tuple[str, int]
 ) -> Any:
-    """layer(Qa(x); Qw(W)) - layer(x; W), both evaluated in full by torch's own functions in float64."""
+    """layer(x; Qw(W)) + layer(Qa(x); W) - 2 layer(x; W), in full by torch's own functions in float64."""
     attributes = {a.name: list(a.ints) or a.i for a in node.attribute}
     candidate = case.candidates[layer.name]
     rounded, (tensor, timestep) = x, place
@@ -115,7 +115,9 @@ def local_error(
             padded, w, None, attributes.get("strides", 1), 0, 1, attributes["group"]
         )
 
-    return apply(rounded, candidate.weight_matrix(scheme.weight_form)) - apply(x, candidate.weight)
+    clean = apply(x, candidate.weight)
+    of_weight = apply(x, candidate.weight_matrix(scheme.weight_form)) - clean
+    return of_weight + apply(rounded, candidate.weight) - clean
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 16])

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mpq_deploy.formats.integers import integer_format, round_alone
-from mpq_deploy.formats.interfaces import Branch, Forms, Scheme, StoredMatrix
+from mpq_deploy.formats.integers import integer_format
+from mpq_deploy.formats.interfaces import Branch, DeployedMatrix, Scheme, StoredMatrix
 from mpq_deploy.formats.sizes import FP16_BYTES, input_channels
 from mpq_deploy.rounding.quantizers import QuantizedMatrix
 
@@ -79,14 +79,19 @@ class Prescaled(Branch):
     def factors_in(self, matrix: ScaledMatrix) -> Array | None:
         return matrix.factors
 
-    def round(self, scheme: Scheme, layer: LayerRounding, forms: Forms) -> ScaledMatrix:
-        """The body is the weight that the rescaled input sees."""
+    def rounds_first(self, scheme: Scheme) -> tuple[Scheme, ...]:
+        """The body as the rescaled input sees it, with all other bodies."""
+        return (scheme,)
+
+    def rescaling(self, layer: LayerRounding) -> Array:
         assert layer.inputs.factors is not None, (
             "branches that rescale the input's channels need the factors"
         )
-        factors = layer.inputs.factors[TENTHS.index(self.amount)]
-        divided, moments = rescaled(layer.weight, layer.moments, by_column(factors, layer.taps))
-        return ScaledMatrix(round_alone(scheme.body, layer, divided, moments), factors)
+        return np.asarray(layer.inputs.factors[TENTHS.index(self.amount)])
+
+    def around(self, body: DeployedMatrix, layer: LayerRounding) -> ScaledMatrix:
+        assert isinstance(body, QuantizedMatrix)
+        return ScaledMatrix(body, self.rescaling(layer))
 
     def read(self, scheme: Scheme, stored: StoredMatrix) -> ScaledMatrix:
         return ScaledMatrix(QuantizedMatrix.of(stored.arrays), stored.arrays["factors"])
@@ -125,16 +130,6 @@ def exponent_order(weight_amax: Array, amax_by_timestep: Array, factors: Array) 
 def by_column(factors: Array, taps: int) -> Array:
     """Return the factors of the input channels for each column of the weight matrix, float32 [C * taps]."""
     return np.repeat(factors.astype(np.float32), taps)
-
-
-def rescaled(weight: Array, moments: list[Array], columns: Array) -> tuple[Array, list[Array]]:
-    """Return the weight [O, K] and the Hessian's diagonal blocks once the input is multiplied by ``columns`` [K]."""
-    scaled, start = [], 0
-    for block in moments:
-        part = columns[start : start + len(block)]
-        scaled.append(block * np.outer(part, part).astype(block.dtype))
-        start += len(block)
-    return weight / columns, scaled
 
 
 def scale_factors(weight_amax: Array, input_amax: Array, share: float) -> Array:
