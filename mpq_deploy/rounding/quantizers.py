@@ -325,15 +325,22 @@ class Grid:
         return round_to_nearest(weight, steps, self.quant_min, self.quant_max)
 
 
-def gptq_codes(weight: Array, grids: list[Grid], hessian: Array, damping: float) -> list[Array]:
+def gptq_codes(
+    weight: Array,
+    grids: list[Grid],
+    hessian: Array,
+    damping: float,
+    factors: Array | None = None,
+) -> list[Array]:
     """Round ``weight`` [O, K] by GPTQ to each of ``grids``: codes int8 [O, K].
 
-    Columns are visited by falling diagonal of the Hessian (GPTQ's act-order; the scales are fixed
-    beforehand, so the order costs nothing at run time). Each output row is kept from GPTQ or from
-    rounding to nearest, whichever has the smaller error e H e^T, H damped, so the result is never
-    worse than nearest.
+    Columns are visited by falling diagonal of the Hessian of the input times ``factors`` [K] (GPTQ's
+    act-order; the scales are fixed beforehand, so the order costs nothing at run time). Each output
+    row is kept from GPTQ or from rounding to nearest, whichever has the smaller error e H e^T, H
+    damped, so the result is never worse than nearest.
     """
-    order = np.argsort(-np.diagonal(hessian), kind="stable")
+    moved = np.diagonal(hessian) * (1 if factors is None else np.square(factors))
+    order = np.argsort(-moved, kind="stable")
     factor, pivots = gptq_factor(hessian[np.ix_(order, order)], damping)
     # Columns of the weight are contiguous rows, [K, R], and the rows of all grids side by side.
     ordered = np.ascontiguousarray(weight.T)[order]

@@ -5,14 +5,14 @@ Qw_s(W) - W,
 
     dY_s = layer(X; D_s) + layer(E; W) + layer(E; D_s).
 
-The last term, the product of two errors, is left out: E and D_s are unrelated and a tenth of X and
-W at most, so it changes a loss by less than 1 % (docs/allocation.md). The others are computed once
-for each distinct D_s and once for each distinct E: <G, layer(E; W)> = <E, layer^T(G; W)>, the
-gradient that the layer returns to its input, which serves all roundings; <G, layer(X; D)> the faster of two ways: *forward*,
-applying the stacked D_s of all schemes and projecting the results on the gradients of all probes;
-or by *weight gradient*, <G, layer(X; D)> = <D, wgrad(X, G)>, one per probe and sample. Forward wins
-with many probes and at small resolutions; the weight gradient hardly depends on the number of
-schemes.
+The last term, the product of two errors, is left out: on the bundled model it changes nine losses
+of ten by less than 2 %, and their sum by 0.3 %. The others are computed once for each distinct D_s
+and once for each distinct E. <G, layer(E; W)> = <E, layer^T(G; W)>: the gradient that the layer
+returns to its input serves all roundings. <G, layer(X; D)> is computed the faster of two ways:
+*forward*, applying the stacked D_s of all schemes and projecting the results on the gradients of
+all probes; or by *weight gradient*, <G, layer(X; D)> = <D, wgrad(X, G)>, one per probe and sample.
+Forward wins with many probes and at small resolutions; the weight gradient hardly depends on the
+number of schemes.
 """
 
 from __future__ import annotations
