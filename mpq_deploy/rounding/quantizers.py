@@ -7,7 +7,7 @@ returned is what is deployed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +37,9 @@ SAFE_DAMPING = 0.01
 # Columns that are refined together, at least: fewer products of more rows each (measured). Their
 # codes are moved in smaller parts, whose slopes stay in the cache.
 REFINED_TOGETHER, CODES_TOGETHER = 128, 64
+# Rows of a weight's grids that GPTQ visits side by side: of more, the arrays would be all the memory
+# that rounding takes (our choice).
+ROWS_TOGETHER = 8192
 # What rounding a weight [O, K] holds, as arrays of float32 (measured). To nearest: arrays [O, K],
 # and one per form.
 NEAREST_ARRAYS, NEAREST_FORM_ARRAYS = 3, 1
@@ -342,11 +345,26 @@ def gptq_codes(
     moved = np.diagonal(hessian) * (1 if factors is None else np.square(factors))
     order = np.argsort(-moved, kind="stable")
     factor, pivots = gptq_factor(hessian[np.ix_(order, order)], damping)
-    # Columns of the weight are contiguous rows, [K, R], and the rows of all grids side by side.
+    # Columns of the weight are contiguous rows, [K, O].
     ordered = np.ascontiguousarray(weight.T)[order]
+    found: list[Array] = []
+    together = max(1, ROWS_TOGETHER // len(weight))
+    for start in range(0, len(grids), together):
+        for codes in _visited(ordered, grids[start : start + together], order, factor, pivots):
+            restored = np.empty_like(codes)
+            restored[order] = codes
+            found.append(np.ascontiguousarray(restored.T))
+    return found
+
+
+def _visited(
+    ordered: Array, grids: list[Grid], order: Array, factor: Array, pivots: Array
+) -> Iterator[Array]:
+    """Yield the codes int8 [K, O] of ``ordered`` for each of ``grids``, whose rows are visited side by side."""
+    rows = ordered.shape[1]
     step = np.concatenate([grid.steps(order) for grid in grids], axis=1)
     limits = np.array([(grid.quant_min, grid.quant_max) for grid in grids], np.float32)
-    low, high = np.repeat(limits.T, len(weight), axis=1)
+    low, high = np.repeat(limits.T, rows, axis=1)
     codes, remaining = np.empty(step.shape, np.int8), np.tile(ordered, (1, len(grids)))
     value = np.empty(len(low), np.float32)
 
@@ -360,19 +378,13 @@ def gptq_codes(
         return value
 
     error = compensate(remaining, factor, pivots, nearest)
-    found = []
     for number, grid in enumerate(grids):
-        part = slice(number * len(weight), (number + 1) * len(weight))
-        own, plain = (
-            codes[:, part],
-            np.clip(np.rint(ordered / step[:, part]), grid.quant_min, grid.quant_max),
-        )
-        worse = error[part] > seen_error(ordered - plain * step[:, part], factor, pivots)
+        part = slice(number * rows, (number + 1) * rows)
+        own, steps = codes[:, part], step[:, part]
+        plain = np.clip(np.rint(ordered / steps), grid.quant_min, grid.quant_max)
+        worse = error[part] > seen_error(ordered - plain * steps, factor, pivots)
         own[:, worse] = plain[:, worse]
-        restored = np.empty_like(own)
-        restored[order] = own
-        found.append(np.ascontiguousarray(restored.T))
-    return found
+        yield own
 
 
 # (column, wanted values of all rows [R]) -> the values that they get.

@@ -88,7 +88,7 @@ def _sizes(run: Run) -> tuple[ModelSize, int]:
 
 
 def _rescaled_forms(run: Run) -> int:
-    """Return the weight forms of each layer for rescaled inputs: rounded one by one, measured together."""
+    """Return the weight forms of each layer for rescaled inputs: measured together, rounded some at a time."""
     wanted = wanted_schemes(run.recipe)
     return len({s.weight_form for s in wanted if s.branch.rescales and not s.range.moves})
 
