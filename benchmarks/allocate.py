@@ -152,9 +152,9 @@ def cross_row(layers: int, seed: int, budget: float) -> tuple[list[str], float, 
     problem = Problem(choices, 0, int(budget * fp16))
     single: list[float] = []
 
-    def solve(part: Problem) -> Allocation:
+    def solve(part: Problem, kernel_penalty: float = 0.0) -> Allocation:
         single.append(time.perf_counter())
-        return allocate(part, AllocateSettings(gap=GAP))
+        return allocate(part, AllocateSettings(gap=GAP), kernel_penalty)
 
     started = time.perf_counter()
     found, crossed = allocate_with_cross_terms(problem, table, solve)

@@ -296,12 +296,13 @@ class CrossTerms:
 def allocate_with_cross_terms(
     problem: Problem,
     table: SensitivityTable,
-    allocate: Callable[[Problem], Allocation],
+    allocate: Callable[..., Allocation],
     improve: bool = True,
 ) -> tuple[Allocation, CrossTerms]:
     """Solve ``problem``, refine the plan by cross terms, keep what is better on held-back calls.
 
-    ``allocate`` finds the plan without cross terms. ``table`` has projections. With ``improve``
+    ``allocate`` finds a problem's plan without cross terms, given ``kernel_penalty`` where it is
+    known. ``table`` has projections. With ``improve``
     False the plan stays, and only its prediction comes from held-back calls. Without held-back
     calls nothing is refined: a plan that fits its own probes could not be told from a better one.
     """
@@ -312,7 +313,7 @@ def allocate_with_cross_terms(
     before, after = [], []
     for seen, apart in parts:
         part = problem.with_losses(seen.losses)
-        plan = allocate(part)
+        plan = allocate(part, kernel_penalty=milp.kernel_penalty)
         better, _ = _refined(part, seen, plan, moves > 0)
         before.append(apart.plan_loss(plan.schemes))
         after.append(apart.plan_loss(better) if better != plan.schemes else before[-1])

@@ -281,9 +281,11 @@ class PlanSolver:
             problem, self.table, self._allocated, self.section.cross_terms
         )
 
-    def _allocated(self, problem: Problem) -> Allocation:
+    def _allocated(self, problem: Problem, kernel_penalty: float | None = None) -> Allocation:
         """Solve without cross terms."""
-        return allocate(problem, self.section, penalty_per_kernel(problem, self.section))
+        if kernel_penalty is None:
+            kernel_penalty = penalty_per_kernel(problem, self.section)
+        return allocate(problem, self.section, kernel_penalty)
 
     def _predicted(self, schemes: dict[str, str], cross_terms: CrossTerms | None) -> float | None:
         if cross_terms is not None:

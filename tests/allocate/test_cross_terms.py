@@ -340,9 +340,9 @@ def test_held_back_losses_are_those_of_plans_that_did_not_see_them() -> None:
     problem, table = made_table(2, 12, 0.5)
     seen_problems: list[Problem] = []
 
-    def watched(part: Problem) -> Allocation:
+    def watched(part: Problem, kernel_penalty: float = 0.0) -> Allocation:
         seen_problems.append(part)
-        return allocate(part)
+        return allocate(part, kernel_penalty=kernel_penalty)
 
     _, crossed = allocate_with_cross_terms(problem, table, watched, improve=False)
     assert not crossed.kept and crossed.moves == 0
