@@ -25,9 +25,10 @@ from mpq_deploy.allocate.problem import LayerChoice, Problem, protected_schemes
 from mpq_deploy.allocate.ties import tie, tied_layers
 from mpq_deploy.errors import InfeasibleBudgetError
 from mpq_deploy.formats.candidates import Choices
+from mpq_deploy.formats.fp8 import FP8_SCHEME
 from mpq_deploy.formats.scheme import SCHEMES
-from mpq_deploy.formats.sizes import FP16_BYTES
-from mpq_deploy.graph.attention import projections
+from mpq_deploy.formats.sizes import ACTIVATION_SCALE_BYTES, FP16_BYTES
+from mpq_deploy.graph.attention import OPERANDS, projections, separate_operands
 from mpq_deploy.graph.census import take_census
 from mpq_deploy.graph.layers import Layer
 from mpq_deploy.graph.writers.prescale import foldable_inputs
@@ -108,6 +109,7 @@ class PlanSolver:
         # Nothing joins products where there is no engine.
         tied = self.section.tie_qkv and self.target.builder != "none"
         self.groups = projections(self.exported.graph) if tied else []
+        self.attentions = self._attentions()
 
     def _choice(self, layer: Layer, names: tuple[str, ...]) -> LayerChoice:
         return LayerChoice(
@@ -121,6 +123,17 @@ class PlanSolver:
             else {},
             {name: SCHEMES[name].scale_bytes(layer) for name in names},
         )
+
+    def _attentions(self) -> list[LayerChoice]:
+        """Return the attentions that may compute in FP8, as the measured table has them."""
+        found = []
+        for one in separate_operands(self.exported.graph.model):
+            losses = self.table.losses.get(one.name)
+            if losses is not None:
+                sizes = {"fp16": 0, FP8_SCHEME: OPERANDS * ACTIVATION_SCALE_BYTES}
+                times = self.costs.attention_ns(one) if self.costs else {}
+                found.append(LayerChoice(one.name, (), sizes, losses, latency_ns=times))
+        return found
 
     def _ties(self) -> tuple[tuple[tuple[str, ...], ...], str]:
         groups = [[layer.name for layer in group] for group in self.groups]
@@ -145,7 +158,9 @@ class PlanSolver:
         for layer, choice in zip(self.layers, self.choices, strict=True):
             for scheme in choice.bytes:
                 shared.update(self.costs.quantizers_ns(layer, SCHEMES[scheme]))
-        return replace(problem, quantizer_ns=shared, fixed_ns=self.costs.others_ns)
+        # What attentions take is a choice there.
+        fixed = self.costs.others_ns - sum(one.latency_ns["fp16"] for one in self.attentions)
+        return replace(problem, quantizer_ns=shared, fixed_ns=fixed)
 
     def _limited(self, timed: Problem) -> Problem:
         """Add the limit on latency: the minimum, where latency is the objective."""
@@ -189,7 +204,7 @@ class PlanSolver:
 
     def _problem(self, budget_bytes: int) -> Problem:
         choices = [self._joined(choice) for choice in tie(self.choices, self._ties()[0])]
-        return Problem(choices, self.fixed_bytes, budget_bytes, self.foldable)
+        return Problem([*choices, *self.attentions], self.fixed_bytes, budget_bytes, self.foldable)
 
     def front(self, most: int) -> list[PredictedPlan]:
         """Return plans of which none is better in size, predicted error and time, smallest first.
@@ -242,7 +257,11 @@ class PlanSolver:
             ),
             others=self.exported.graph.others,
             solver=allocation.report,
-            notes=(*self.table.notes, *self._latency_notes(latency), *filter(None, [untied])),
+            notes=(
+                *self.table.notes,
+                *self._latency_notes(latency),
+                *filter(None, [untied, self._attention_note(schemes)]),
+            ),
             bit_program=program,
             cross_terms=cross_terms,
             simulated=any(SCHEMES[name].simulated for name in schemes.values()),
@@ -292,6 +311,12 @@ class PlanSolver:
                     "its speed (objective quality)."
                 )
         return [note for note in notes if note]
+
+    def _attention_note(self, schemes: dict[str, str]) -> str:
+        if self.section.attention == "fp16":
+            return ""
+        taken = sum(schemes[one.name] == FP8_SCHEME for one in self.attentions)
+        return f"{taken} of {len(self.attentions)} attentions that may compute in FP8 do so (allocate.attention)"
 
     def _refined(self, problem: Problem) -> tuple[Allocation, CrossTerms | None]:
         """Solve, and refine by the cross terms where the metric knows them."""

@@ -6,7 +6,7 @@ nodes are called, and groups of layers that project one tensor for one attention
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import onnx_ir as ir
 
@@ -23,6 +23,8 @@ _CARRIES |= {"Sub", "Tile", "Transpose", "Unsqueeze"}
 # What reads a tensor's sizes alone.
 _SIZES = ("Shape", "Size")
 MOST_STEPS = 12
+# Tensors that an attention rounds to compute in FP8: queries, keys, probabilities, values.
+OPERANDS = 4
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,41 @@ def attentions(model: ir.Model) -> list[Attention]:
                 places = (scores, side), (scores, 1 - side)
                 found.append(Attention(*places, (node, side), (node, 1 - side)))
     return found
+
+
+@dataclass(frozen=True)
+class Operands:
+    """An attention whose operands nothing else reads: the names of its two products and of four tensors.
+
+    ``name``: of the second product; ``tensors``: queries, keys, values.
+    """
+
+    name: str
+    scores: str
+    tensors: tuple[str, str, str]
+    probabilities: str
+
+
+def separate_operands(model: ir.Model) -> tuple[Operands, ...]:
+    """Return the attentions whose operands may be rounded: nothing else would see it."""
+    found = []
+    for one in attentions(model):
+        if one.probabilities is None:
+            continue
+        places = (one.queries, one.keys, one.values, one.probabilities)
+        values = [node.inputs[index] for node, index in places]
+        if all(value is not None and len(value.uses()) == 1 for value in values):
+            names = [value.name or "" for value in values if value is not None]
+            tensors = names[0], names[1], names[2]
+            nodes = one.values[0].name or "", one.queries[0].name or ""
+            found.append(Operands(*nodes, tensors, names[3]))
+    return tuple(found)
+
+
+def with_operands(graph: LayerGraph) -> LayerGraph:
+    """Return ``graph`` with the queries, keys and values of its attentions among the activations."""
+    watched = (name for one in separate_operands(graph.model) for name in one.tensors)
+    return replace(graph, watched=tuple(watched))
 
 
 def projections(graph: LayerGraph) -> list[tuple[Layer, ...]]:

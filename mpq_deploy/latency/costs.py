@@ -13,10 +13,12 @@ from math import ceil, prod
 
 from mpq_deploy.engine.target import Target
 from mpq_deploy.errors import UsageError
+from mpq_deploy.formats.fp8 import FP8_SCHEME
 from mpq_deploy.formats.scheme import FP16, Scheme
+from mpq_deploy.graph.attention import Operands
 from mpq_deploy.graph.layers import Layer, LayerGraph, LayerUse
 from mpq_deploy.latency.latency_table import LatencyTable, LayerShape
-from mpq_deploy.latency.others import others_seconds
+from mpq_deploy.latency.others import node_seconds, others_seconds, weighed_nodes
 from mpq_deploy.latency.roofline import (
     LAUNCH_SECONDS,
     Rates,
@@ -83,7 +85,7 @@ class LatencyCosts:
         groups: Sequence[Sequence[Layer]] = (),
     ) -> None:
         self.shapes, self.target, self.batch, self.table = shapes, target, batch, table
-        self.groups = groups
+        self.graph, self.groups = graph, groups
         self.rates = Rates.of(target)
         if table is not None:
             table.require(target.name, batch)
@@ -110,6 +112,16 @@ class LatencyCosts:
             for layer, values in zip(layers, written):
                 saved += layer_seconds(layer, scheme, Traffic(read, values), self.rates)
         return int(saved * NANOSECONDS)
+
+    def attention_ns(self, one: Operands) -> dict[str, int]:
+        """Estimate both products of an attention, in FP16 and in FP8; 0 without figures."""
+        nodes = [n for n in weighed_nodes(self.graph) if n.name in (one.name, one.scores)]
+        found = dict.fromkeys(("fp16", FP8_SCHEME), 0)
+        if self.rates is not None:
+            for name in found:
+                fp8 = name == FP8_SCHEME
+                found[name] = _ns(sum(node_seconds(n, self.shapes, self.rates, fp8) for n in nodes))
+        return found
 
     def quantizer_ns(self, tensor: str, scheme: Scheme, product: bool) -> int:
         """Estimate quantizing the activation ``tensor`` under ``scheme``, once for all readers.
