@@ -7,7 +7,7 @@ import onnx_ir as ir
 import pytest
 from onnx import helper
 
-from mpq_deploy.graph.attention import attentions, projections
+from mpq_deploy.graph.attention import attentions, projections, separate_operands, with_operands
 from mpq_deploy.graph.layers import layer_graph
 from tests.graphs import GraphBuilder
 
@@ -130,3 +130,19 @@ def test_products_without_a_softmax_and_convolutions_are_none(axes: bool) -> Non
     scores = g.op("Relu", [scores], "relu") if axes else scores
     out = g.op("MatMul", [scores, g.heads(v, "v2")], "second")
     assert groups(g, out) == [] and attentions(ir.from_proto(g.model())) == []
+
+
+def test_operands_that_something_else_reads_are_left_alone() -> None:
+    g, x = drawn()
+    own = g.attend(*(g.project(x, f"own.{name}") for name in "qkv"), "own")
+    q, k, v = (g.project(x, name) for name in "qkv")
+    shared = g.attend(q, k, v, "shared")
+    seen = g.op("ReduceMean", ["shared/soft_out"], "seen", keepdims=0)
+    g.output(g.op("Add", [g.op("Add", [own, shared], "sum"), seen], "end"), ["N", TOKENS, WIDTH])
+    model = ir.from_proto(g.model())
+    (found,) = separate_operands(model)
+    assert (found.name, found.scores) == ("own/second", "own/first")
+    assert found.tensors == ("own/q/turn_out", "own/k/turn_out", "own/v/turn_out")
+    assert found.probabilities == "own/soft_out"
+    watched = with_operands(layer_graph(model)).activations
+    assert all(watched[tensor] == () for tensor in found.tensors)
