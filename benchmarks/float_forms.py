@@ -190,6 +190,15 @@ def three_of_one_input(d: Draft) -> str:
     return attend(d, q, k, v)
 
 
+def attention_of_heads(d: Draft) -> str:
+    x = d.op("Relu", "x")
+    q, k, v = (
+        d.op("MatMul", x, d.const((d.rng.standard_normal((128, 128)) * 0.05).astype(np.float16)))
+        for _ in "qkv"
+    )
+    return attend(d, q, k, v, act)
+
+
 FORMS = (
     FloatForm("conv f8a8", conv(3, 3)),
     FloatForm("conv f8a8, for SM80 too", conv(3, 3), sm=("SM80", "SM89")),
@@ -228,6 +237,7 @@ FORMS = (
     FloatForm("q, k, v f8a8, attention", three_of_one_input, ROWS, ADA),
     FloatForm("q, k, v f8a8, attention", three_of_one_input, ROWS, BLACKWELL),
     FloatForm("attention, q, k, v and probabilities in FP8", attention, ROWS),
+    FloatForm("the same in four heads, of 256 tokens", attention_of_heads, (256, 128)),
 )
 
 
