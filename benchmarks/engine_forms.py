@@ -625,7 +625,7 @@ What follows from it, and is a rule of the target `rtx` or of the check of engin
   products do, and moves its windows instead; a product of three axes is not fused, so a 1-D one needs a fourth.
 - INT8 convolutions pad the channels of a group to 4: nothing for most, but four times the bytes of a depthwise one.
 - Layers that read the same tensor share its Q/DQ pair, whatever their weights are.
-- Attention in heads of up to 128 channels is one kernel; in FP8 where all four operands are quantized to it, from 32
+- Attention in heads of 32 to 128 channels is one kernel; in FP8 where all four operands are quantized to it, from 32
   tokens on.
 - Queries, keys and values whose weights are all FP16, or all INT8 with INT8 activations, are one product over all their
   columns. Those whose kernel unpacks the weight stay apart; w4a8 (in some graphs) and FP8 (for SM89 alone) may be one.

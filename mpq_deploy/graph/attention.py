@@ -6,7 +6,7 @@ nodes are called, and groups of layers that project one tensor for one attention
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import onnx_ir as ir
 
@@ -87,10 +87,9 @@ def separate_operands(model: ir.Model) -> tuple[Operands, ...]:
     return tuple(found)
 
 
-def with_operands(graph: LayerGraph) -> LayerGraph:
-    """Return ``graph`` with the queries, keys and values of its attentions among the activations."""
-    watched = (name for one in separate_operands(graph.model) for name in one.tensors)
-    return replace(graph, watched=tuple(watched))
+def operand_names(model: ir.Model) -> tuple[str, ...]:
+    """Return the tensors of queries, keys and values whose range has to be known."""
+    return tuple(name for one in separate_operands(model) for name in one.tensors)
 
 
 def projections(graph: LayerGraph) -> list[tuple[Layer, ...]]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mpq_deploy.check.check import OPERATOR_RULES, check_dialect
-from mpq_deploy.graph.attention import with_operands
+from mpq_deploy.graph.attention import operand_names
 from mpq_deploy.run.stage import Stage, settings, version_of
 from mpq_deploy.run.stage_memory import check_memory
 from mpq_deploy.run.view import CALLS
@@ -50,11 +50,12 @@ def make(run: Run, folder: Path) -> str:
     if rows is not None:
         section = section.replace(samples=min(section.samples, rows))
     sampler = run.recipe.evaluate.sampler
-    setup = CalibrationSetup(exported.model, section, sampler)
-    graph = exported.graph
-    if run.recipe.allocate.attention != "fp16":
-        graph = with_operands(graph)
-    recorded, stats = calibrate(setup, graph, run.talk, scratch=run.scratch(), crew=run.crew)
+    attention = run.recipe.allocate.attention != "fp16"
+    operands = operand_names(exported.graph.model) if attention else ()
+    setup = CalibrationSetup(exported.model, section, sampler, operands)
+    recorded, stats = calibrate(
+        setup, exported.graph, run.talk, scratch=run.scratch(), crew=run.crew
+    )
     recorded.save(folder / CALLS)
     stats.save(folder / "stats.npz")
     # One call at each timestep.

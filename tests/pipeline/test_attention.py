@@ -22,6 +22,7 @@ from mpq_deploy.graph.writers.plan_graphs import write_plan
 from mpq_deploy.run.pipeline import open_pipeline
 from mpq_deploy.run.recipe_check import check_recipe
 from mpq_deploy.runtime.ort import OrtDenoiser
+from mpq_deploy.system.parallel.processes import Processes
 from mpq_deploy.system.progress import Talk
 from tests.graphs import GraphBuilder, denoiser_graph
 from tests.pipeline.runs import build, recipe_for, save_denoiser
@@ -91,6 +92,15 @@ def test_the_loss_of_rounding_it_is_that_of_the_written_graph(
     ]
     assert losses["fp16"] == 0
     assert losses["f8a8"] == pytest.approx(float(np.mean(by_step)), rel=0.2)
+
+
+def test_workers_calibrate_and_measure_the_same(built: tuple[Path, Path], tmp_path: Path) -> None:
+    with open_pipeline(
+        recipe_for(built[0], **FP8), tmp_path / "run", Talk(), Processes(2)
+    ) as pipeline:
+        pipeline.run_until("allocate")
+    for file in ("calibrate/stats.npz", "measure/table.json", "allocate/plan.json"):
+        assert (tmp_path / "run" / file).read_bytes() == (built[1] / file).read_bytes()
 
 
 @pytest.mark.rtx
