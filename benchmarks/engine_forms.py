@@ -244,6 +244,43 @@ def matmul8(k: int, n: int, act: str = "none") -> Form:
     return form
 
 
+def attend(d: Draft, q: str, k: str, v: str, act: Callable[[Draft, str], str] | None = None) -> str:
+    """softmax(q k^T) v of products [N, T, 128], each with a bias, in four heads; ``act`` rounds all operands."""
+    heads = []
+    for product, perm in ((q, [0, 2, 1, 3]), (k, [0, 2, 3, 1]), (v, [0, 2, 1, 3])):
+        bias = d.const(d.rng.standard_normal(128).astype(np.float16), "bias")
+        heads.append(
+            d.op("Transpose", d.reshape(d.op("Add", product, bias), 0, -1, 4, 32), perm=perm)
+        )
+    rounded = act or (lambda _, x: x)
+    heads = [rounded(d, head) for head in heads]
+    scores = d.op("Mul", d.op("MatMul", *heads[:2]), d.const(np.float16(0.17)))
+    probabilities = rounded(d, d.op("Softmax", scores, axis=-1))
+    attended = d.op("MatMul", probabilities, heads[2])
+    return d.reshape(d.op("Transpose", attended, perm=[0, 2, 1, 3]), 0, -1, 128)
+
+
+def three_of_one_input(*kinds: str) -> Form:
+    """Products by three 128 x 128 weights that read one input, as queries, keys and values do."""
+
+    def form(d: Draft) -> str:
+        x = d.op("Relu", "x")
+        quantized = d.act(x) if any(kind.endswith("a8") for kind in kinds) else x
+        made = {
+            "fp16": lambda: d.const(d.rng.standard_normal((128, 128)).astype(np.float16), "w"),
+            "w8a8": lambda: d.int8((128, 128), 1),
+            "w8a16": lambda: d.int8((128, 128), 1),
+            "w4a16": lambda: d.int4((128, 128), 64, 0),
+            "w4a8": lambda: d.requant(d.int4((128, 128), 64, 0), 128, 1),
+        }
+        q, k, v = (
+            d.op("MatMul", quantized if kind.endswith("a8") else x, made[kind]()) for kind in kinds
+        )
+        return attend(d, q, k, v)
+
+    return form
+
+
 def gemm(
     k: int, n: int, *, trans: int, block: int | None = 0, act: str = "", bias: bool = True
 ) -> Form:
@@ -497,7 +534,10 @@ def forms() -> list[tuple[str, tuple[int, ...], Form]]:
         ("gemm w4a8 K=27 block 27 transB=1", (27,), gemm(27, 64, trans=1, block=27, act="none")),
         ("matmul w4a16, weight on the left", (128, 128), lhs_int4),
     ]
-    return listed
+    for kind in ("fp16", "w8a8", "w8a16", "w4a16", "w4a8"):
+        listed.append((f"q, k, v {kind}, attention", (*many, 128), three_of_one_input(*[kind] * 3)))
+    mixed = three_of_one_input("w8a8", "w8a8", "w4a16")
+    return [*listed, ("q, k w8a8, v w4a16, attention", (*many, 128), mixed)]
 
 
 def constant_bytes(model: onnx.ModelProto) -> int:
@@ -518,7 +558,12 @@ def constant_bytes(model: onnx.ModelProto) -> int:
 
 def kernels(log: EngineLog) -> str:
     """Name the kernels that compute, and those that rebuild a quantized weight at each call."""
-    found = [f"{layer.type} {compute_dtype(layer)}" for layer in log.layers if layer.compute]
+    whole = "_gemm_mha"  # how the kernel of a whole attention is called
+    found = [
+        f"{'attention' if layer.name.startswith(whole) else layer.type} {compute_dtype(layer)}"
+        for layer in log.layers
+        if layer.compute or layer.name.startswith(whole)
+    ]
     for layer in log.layers:
         narrow = {"Int4", "Int8", "FP8", "FP4E2M1"}
         dtypes = {tensor.dtype for tensor in layer.constants} & narrow
@@ -580,6 +625,10 @@ What follows from it, and is a rule of the target `rtx` or of the check of engin
   products do, and moves its windows instead; a product of three axes is not fused, so a 1-D one needs a fourth.
 - INT8 convolutions pad the channels of a group to 4: nothing for most, but four times the bytes of a depthwise one.
 - Layers that read the same tensor share its Q/DQ pair, whatever their weights are.
+- Attention in heads of 32 to 128 channels is one kernel; in FP8 where all four operands are quantized to it, from 32
+  tokens on.
+- Queries, keys and values whose weights are all FP16, or all INT8 with INT8 activations, are one product over all their
+  columns. Those whose kernel unpacks the weight stay apart; w4a8 (in some graphs) and FP8 (for SM89 alone) may be one.
 """
 
 

@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 from onnx import TensorProto, helper
 
-from benchmarks.engine_forms import Draft, build
+from benchmarks.engine_forms import Draft, attend, build
 
 E4M3 = ml_dtypes.float8_e4m3fn
 ADA, BLACKWELL, BOTH = ("SM89",), ("SM120",), ("SM89", "SM120")
@@ -184,6 +184,21 @@ def attention(d: Draft) -> str:
     return d.op("MatMul", act(d, d.op("Softmax", scores, axis=-1)), v)
 
 
+def three_of_one_input(d: Draft) -> str:
+    x = act(d, d.op("Relu", "x"))
+    q, k, v = (d.op("MatMul", x, weight(d, 128, 128, axis=1)) for _ in "qkv")
+    return attend(d, q, k, v)
+
+
+def attention_of_heads(d: Draft) -> str:
+    x = d.op("Relu", "x")
+    q, k, v = (
+        d.op("MatMul", x, d.const((d.rng.standard_normal((128, 128)) * 0.05).astype(np.float16)))
+        for _ in "qkv"
+    )
+    return attend(d, q, k, v, act)
+
+
 FORMS = (
     FloatForm("conv f8a8", conv(3, 3)),
     FloatForm("conv f8a8, for SM80 too", conv(3, 3), sm=("SM80", "SM89")),
@@ -218,7 +233,11 @@ FORMS = (
     FloatForm("gemm nvfp4 transB=1", nvfp4(128, 96, 1), VECTOR, BLACKWELL, 23),
     FloatForm("matmul, FP4 weights alone", fp4_alone, ROWS, BLACKWELL, 23),
     FloatForm("matmul mxfp8, scales in UINT8", mxfp8, ROWS, BLACKWELL, 23),
+    FloatForm("q, k, v f8a8, attention", three_of_one_input, ROWS),
+    FloatForm("q, k, v f8a8, attention", three_of_one_input, ROWS, ADA),
+    FloatForm("q, k, v f8a8, attention", three_of_one_input, ROWS, BLACKWELL),
     FloatForm("attention, q, k, v and probabilities in FP8", attention, ROWS),
+    FloatForm("the same in four heads, of 256 tokens", attention_of_heads, (256, 128)),
 )
 
 

@@ -221,6 +221,14 @@ class AllocateSettings(Section):
     protect: tuple[ProtectRule, ...] = Field(
         (), description="layers that may only take some schemes"
     )
+    tie_qkv: bool = Field(
+        True,
+        description="queries, keys and values made from one input share a scheme: TensorRT may multiply them at once",
+    )
+    attention: Literal["fp16", "fp8"] = Field(
+        "fp16",
+        description="fp8: each softmax(QK^T)V may compute in FP8, where the target has it, for less time (probes)",
+    )
     gap: float = Field(1e-4, ge=0, lt=1, description="relative gap at which the solver may stop")
     time_limit: float = Field(60.0, gt=0, description="seconds")
 

@@ -20,7 +20,7 @@ from functools import cached_property
 import numpy as np
 
 from mpq_deploy.allocate.milp import Allocation, Nearby, solve
-from mpq_deploy.allocate.problem import Objective, Problem, kernels
+from mpq_deploy.allocate.problem import Objective, Problem
 from mpq_deploy.formats.sizes import ACTIVATION_SCALE_BYTES
 from mpq_deploy.models.spec import Array
 from mpq_deploy.sensitivity.table import SensitivityTable
@@ -46,8 +46,8 @@ Projections = Mapping[str, Mapping[str, Array]]
 class Quadratic:
     """The shrunk quadratic over a problem's schemes, plus ``kernel_penalty`` per branch kernel.
 
-    ``projections``: layer -> scheme -> float [P]. Moves are numbered: one per (layer, scheme), in
-    the problem's order.
+    ``projections``: layer -> scheme -> float [P]; layers that are tied have the sum of theirs. Moves
+    are numbered: one per (layer, scheme), in the problem's order.
     """
 
     def __init__(
@@ -62,16 +62,18 @@ class Quadratic:
         self.moves = [(layer.name, scheme) for layer in problem.layers for scheme in layer.bytes]
         self._number = {move: i for i, move in enumerate(self.moves)}
         self.layer = np.array([i for i, layer in enumerate(problem.layers) for _ in layer.bytes])
-        vectors = np.stack([np.asarray(projections[name][s], np.float64) for name, s in self.moves])
+        choices = [(layer, scheme) for layer in problem.layers for scheme in layer.bytes]
+        parts = [[np.asarray(projections[n][s], np.float64) for n in c.layers] for c, s in choices]
+        vectors = np.stack([sum(own) for own in parts])
         # Entries of calls that are held back are zeros.
         self.vectors = vectors[:, vectors.any(axis=0)]
-        choices = [(layer, scheme) for layer in problem.layers for scheme in layer.bytes]
+        self._apart = np.array([sum(float(one @ one) for one in own) for own in parts])
         self.bytes = np.array([layer.bytes[s] for layer, s in choices], np.int64)
         self.latency = np.array([layer.latency_ns.get(s, 0) for layer, s in choices], np.int64)
         self._squares = np.einsum("mp,mp->m", self.vectors, self.vectors)
         self._starts = np.append(np.flatnonzero(np.diff(self.layer, prepend=-1)), len(self.moves))
         self._overlaps: dict[int, Array] = {}
-        self._penalties = kernel_penalty * np.array([kernels(s) for _, s in self.moves], np.float64)
+        self._penalties = kernel_penalty * np.array([n.kernels(s) for n, s in choices], np.float64)
 
     def chosen(self, schemes: Mapping[str, str]) -> Array:
         """Return the moves that a plan (layer -> scheme) is made of, int [layers]."""
@@ -81,7 +83,7 @@ class Quadratic:
         """Return what is minimized, for a plan."""
         chosen = self.chosen(schemes)
         total = self.vectors[chosen].sum(0)
-        apart, penalty = self._squares[chosen].sum(), self._penalties[chosen].sum()
+        apart, penalty = self._apart[chosen].sum(), self._penalties[chosen].sum()
         return float((1 - self.rho) * apart + self.rho * (total @ total) + penalty)
 
     def changes(self, schemes: Mapping[str, str]) -> Array:
@@ -92,7 +94,7 @@ class Quadratic:
         overlap = np.concatenate(
             [self._overlap(layer, int(move)) for layer, move in enumerate(chosen)]
         )
-        apart = self._squares - self._squares[instead_of]
+        apart = self._apart - self._apart[instead_of]
         steps = self._squares + self._squares[instead_of] - 2 * overlap
         change = (1 - self.rho) * apart + self.rho * (2 * (along - along[instead_of]) + steps)
         change += self._penalties - self._penalties[instead_of]
@@ -118,7 +120,7 @@ class Quadratic:
         low, high = -40.0, 10.0
         for _ in range(60):
             middle = (low + high) / 2
-            paid = self._squares + 10.0**middle * self.bytes
+            paid = self._apart + 10.0**middle * self.bytes
             best = np.repeat(np.minimum.reduceat(paid, starts), sizes)
             smallest = np.where(paid <= best, self.bytes, np.iinfo(np.int64).max)
             if np.minimum.reduceat(smallest, starts).sum() > room:
@@ -309,23 +311,24 @@ def allocate_with_cross_terms(
     parts = table.folds(FOLDS)
     milp = allocate(problem)
     refined, rho = _refined(problem, table, milp, improve and bool(parts))
-    moves = sum(refined[name] != scheme for name, scheme in milp.schemes.items())
+    old, new = problem.spread(milp.schemes), problem.spread(refined)
+    moves = sum(new[name] != scheme for name, scheme in old.items())
     before, after = [], []
     for seen, apart in parts:
         part = problem.with_losses(seen.losses)
         plan = allocate(part, kernel_penalty=milp.kernel_penalty)
         better, _ = _refined(part, seen, plan, moves > 0)
-        before.append(apart.plan_loss(plan.schemes))
-        after.append(apart.plan_loss(better) if better != plan.schemes else before[-1])
+        before.append(apart.plan_loss(problem.spread(plan.schemes)))
+        after.append(apart.plan_loss(problem.spread(better)))
     kept = moves > 0 and sum(after) < sum(before)
     result = CrossTerms(
         rho=rho,
         moves=moves,
         kept=kept,
         folds=len(parts),
-        milp_seen=table.plan_loss(milp.schemes),
+        milp_seen=table.plan_loss(old),
         milp_held_back=sum(before) / len(parts) if parts else None,
-        refined_seen=table.plan_loss(refined),
+        refined_seen=table.plan_loss(new),
         refined_held_back=sum(after) / len(parts) if parts else None,
     )
     return (replace(milp, schemes=refined) if kept else milp), result
@@ -337,7 +340,7 @@ def _refined(
     """Return the refined plan and rho; the plan itself where the cross terms are only noise."""
     if not improve or table.projections is None or table.calls is None:
         return plan.schemes, 0.0
-    chosen = [table.projections[name][scheme] for name, scheme in plan.schemes.items()]
+    chosen = [table.projections[name][s] for name, s in problem.spread(plan.schemes).items()]
     vectors = np.stack([vector.astype(np.float64) for vector in chosen])
     rho = shrinkage(vectors, table.calls, len(table.timesteps))
     if not rho:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from mpq_deploy.allocate.problem import LayerChoice, Objective, Problem, kernels
+from mpq_deploy.allocate.problem import LayerChoice, Objective, Problem
 from mpq_deploy.errors import InfeasibleBudgetError, InfeasibleLatencyError, MpqError, UsageError
 from mpq_deploy.formats.scheme import SCHEMES
 from mpq_deploy.models.spec import Array
@@ -89,7 +89,8 @@ def allocate(
         solution = finer if finer.value <= solution.value else solution
     gap = (solution.value - solution.bound) / abs(solution.value) if solution.value else 0.0
     loss = problem.plan_loss(solution.schemes)
-    penalty = sum(map(kernels, solution.schemes.values())) * kernel_penalty
+    added = sum(layer.kernels(solution.schemes[layer.name]) for layer in problem.layers)
+    penalty = added * kernel_penalty
     report = SolverReport(solution.status, gap, loss, min(loss, solution.bound - penalty))
     return Allocation(solution.schemes, report, kernel_penalty)
 

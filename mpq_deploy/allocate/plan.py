@@ -51,7 +51,8 @@ class PrecisionPlan:
     ``predicted_loss`` as in the sensitivity table; None where the metric only ranks layers.
     ``bit_program``: of metrics that weigh bits; ``cross_terms``: of metrics with probes;
     ``latency``: where something is known of the target's speed. ``simulated``: some layers have
-    schemes that no engine can hold, and bytes are nominal.
+    schemes that no engine can hold, and bytes are nominal. ``tied``: layers that had to take one
+    scheme (``allocate.tie_qkv``).
     """
 
     budget_bytes: int
@@ -68,6 +69,7 @@ class PrecisionPlan:
     cross_terms: CrossTerms | None = None
     simulated: bool = False
     latency: PlanLatency | None = None
+    tied: tuple[tuple[str, ...], ...] = ()
 
     def save(self, path: Path) -> None:
         """Write the plan as JSON with sorted keys."""

@@ -22,10 +22,13 @@ from mpq_deploy.allocate.milp import (
 )
 from mpq_deploy.allocate.plan import BitProgram, PlannedLayer, PrecisionPlan
 from mpq_deploy.allocate.problem import LayerChoice, Problem, protected_schemes
+from mpq_deploy.allocate.ties import tie, tied_layers
 from mpq_deploy.errors import InfeasibleBudgetError
 from mpq_deploy.formats.candidates import Choices
+from mpq_deploy.formats.fp8 import FP8_SCHEME
 from mpq_deploy.formats.scheme import SCHEMES
-from mpq_deploy.formats.sizes import FP16_BYTES
+from mpq_deploy.formats.sizes import ACTIVATION_SCALE_BYTES, FP16_BYTES
+from mpq_deploy.graph.attention import OPERANDS, projections, separate_operands
 from mpq_deploy.graph.census import take_census
 from mpq_deploy.graph.layers import Layer
 from mpq_deploy.graph.writers.prescale import foldable_inputs
@@ -103,6 +106,10 @@ class PlanSolver:
         self.fp16_size = int(self.exported.facts["fp16_size_bytes"])
         self.weights = sum(layer.weights for layer in self.layers)
         self.foldable = foldable_inputs(self.exported.graph)
+        # Nothing joins products where there is no engine.
+        tied = self.section.tie_qkv and self.target.builder != "none"
+        self.groups = projections(self.exported.graph) if tied else []
+        self.attentions = self._attentions()
 
     def _choice(self, layer: Layer, names: tuple[str, ...]) -> LayerChoice:
         return LayerChoice(
@@ -117,15 +124,43 @@ class PlanSolver:
             {name: SCHEMES[name].scale_bytes(layer) for name in names},
         )
 
+    def _attentions(self) -> list[LayerChoice]:
+        """Return the attentions that may compute in FP8, as the measured table has them."""
+        found = []
+        for one in separate_operands(self.exported.graph.model):
+            losses = self.table.losses.get(one.name)
+            if losses is not None:
+                sizes = {"fp16": 0, FP8_SCHEME: OPERANDS * ACTIVATION_SCALE_BYTES}
+                times = self.costs.attention_ns(one) if self.costs else {}
+                found.append(LayerChoice(one.name, (), sizes, losses, latency_ns=times))
+        return found
+
+    def _ties(self) -> tuple[tuple[tuple[str, ...], ...], str]:
+        groups = [[layer.name for layer in group] for group in self.groups]
+        return tied_layers(groups, {choice.name: tuple(choice.bytes) for choice in self.choices})
+
+    def _joined(self, choice: LayerChoice) -> LayerChoice:
+        """Take off the time that tied layers save as one product."""
+        if self.costs is None or not choice.members:
+            return choice
+        layers = [layer for layer in self.layers if layer.name in choice.members]
+        times = {
+            s: max(ns - self.costs.joined_ns(layers, SCHEMES[s]), 0)
+            for s, ns in choice.latency_ns.items()
+        }
+        return replace(choice, latency_ns=times)
+
     def _timed(self, problem: Problem) -> Problem:
         """Add the latencies of quantizers and of what is no layer, where the speed is known."""
         if self.costs is None:
             return problem
         shared: dict[str, int] = {}
-        for layer, choice in zip(self.layers, problem.layers, strict=True):
+        for layer, choice in zip(self.layers, self.choices, strict=True):
             for scheme in choice.bytes:
                 shared.update(self.costs.quantizers_ns(layer, SCHEMES[scheme]))
-        return replace(problem, quantizer_ns=shared, fixed_ns=self.costs.others_ns)
+        # What attentions take is a choice there.
+        fixed = self.costs.others_ns - sum(one.latency_ns["fp16"] for one in self.attentions)
+        return replace(problem, quantizer_ns=shared, fixed_ns=fixed)
 
     def _limited(self, timed: Problem) -> Problem:
         """Add the limit on latency: the minimum, where latency is the objective."""
@@ -168,7 +203,8 @@ class PlanSolver:
         return self.fp16_size - FP16_BYTES * self.weights
 
     def _problem(self, budget_bytes: int) -> Problem:
-        return Problem(self.choices, self.fixed_bytes, budget_bytes, self.foldable)
+        choices = [self._joined(choice) for choice in tie(self.choices, self._ties()[0])]
+        return Problem([*choices, *self.attentions], self.fixed_bytes, budget_bytes, self.foldable)
 
     def front(self, most: int) -> list[PredictedPlan]:
         """Return plans of which none is better in size, predicted error and time, smallest first.
@@ -176,16 +212,13 @@ class PlanSolver:
         At most ``most``, in about a second, by Lagrangian relaxation: ``solve`` finds a plan whose
         layers' errors add up to no more within the limits of each. The recipe's do not count.
         """
-        plans = front(self._timed(self._problem(0)), most)
-        points = [
-            PredictedPlan(
-                plan.schemes,
-                plan.size_bytes,
-                self._predicted(plan.schemes, None),
-                plan.latency_ns / 1e6 if self.costs else None,
-            )
-            for plan in plans
-        ]
+        problem = self._timed(self._problem(0))
+        points = []
+        for plan in front(problem, most):
+            schemes = problem.spread(plan.schemes)
+            time = plan.latency_ns / 1e6 if self.costs else None
+            predicted = self._predicted(schemes, None)
+            points.append(PredictedPlan(schemes, plan.size_bytes, predicted, time))
         if not self.table.predicts_nmse:
             return points
         # The cross terms move the errors: a plan that was on the front may no longer be.
@@ -207,7 +240,8 @@ class PlanSolver:
                 f"{self._floor(error.smallest)}{self._activations_hint()}",
                 error.smallest,
             ) from error
-        schemes = allocation.schemes
+        schemes = problem.spread(allocation.schemes)
+        ties, untied = self._ties()
         program, weighted = self._bit_program(schemes, problem.budget_bytes - problem.fixed_bytes)
         latency = self._latency(problem, schemes)
         return PrecisionPlan(
@@ -223,11 +257,16 @@ class PlanSolver:
             ),
             others=self.exported.graph.others,
             solver=allocation.report,
-            notes=(*self.table.notes, *self._latency_notes(latency)),
+            notes=(
+                *self.table.notes,
+                *self._latency_notes(latency),
+                *filter(None, [untied, self._attention_note(schemes)]),
+            ),
             bit_program=program,
             cross_terms=cross_terms,
             simulated=any(SCHEMES[name].simulated for name in schemes.values()),
             latency=latency,
+            tied=ties,
         )
 
     def _latency(self, problem: Problem, schemes: dict[str, str]) -> PlanLatency | None:
@@ -272,6 +311,12 @@ class PlanSolver:
                     "its speed (objective quality)."
                 )
         return [note for note in notes if note]
+
+    def _attention_note(self, schemes: dict[str, str]) -> str:
+        if self.section.attention == "fp16":
+            return ""
+        taken = sum(schemes[one.name] == FP8_SCHEME for one in self.attentions)
+        return f"{taken} of {len(self.attentions)} attentions that may compute in FP8 do so (allocate.attention)"
 
     def _refined(self, problem: Problem) -> tuple[Allocation, CrossTerms | None]:
         """Solve, and refine by the cross terms where the metric knows them."""

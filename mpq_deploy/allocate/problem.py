@@ -19,12 +19,13 @@ Plan = Mapping[str, str]
 
 @dataclass(frozen=True)
 class LayerChoice:
-    """One layer: the tensors that it reads, and bytes and predicted loss per scheme.
+    """One layer, or some that take one scheme: the tensors read, and bytes and predicted loss per scheme.
 
     ``input_bytes``: scheme -> bytes of what quantizes one input, where that is more than a scale;
     ``scale_bytes``: what stays of them where its producer takes the factors of channels.
     ``latency_ns``: scheme -> nanoseconds of one call, without the quantizers of its inputs; empty
-    where they are not known.
+    where they are not known. ``members``: the layers that are tied (``allocate.ties``); costs are
+    those of all together.
     """
 
     name: str
@@ -34,6 +35,16 @@ class LayerChoice:
     input_bytes: Mapping[str, int] = field(default_factory=dict)
     latency_ns: Mapping[str, int] = field(default_factory=dict)
     scale_bytes: Mapping[str, int] = field(default_factory=dict)
+    members: tuple[str, ...] = ()
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """The names of the layers that take the scheme."""
+        return self.members or (self.name,)
+
+    def kernels(self, scheme: str) -> int:
+        """Return how many kernels the branches of ``scheme`` add; 0 without one."""
+        return SCHEMES[scheme].branch.kernels * len(self.layers)
 
     def only(self, schemes: Iterable[str]) -> LayerChoice:
         """Return the layer with no other ``schemes`` to choose from."""
@@ -83,7 +94,9 @@ class Problem:
             total += layer.bytes[scheme]
             quantized.update(layer.quantizers(scheme))
         by_name = {layer.name: layer for layer in self.layers}
-        for tensor, readers in self.foldable.items():
+        first = {member: layer.name for layer in self.layers for member in layer.layers}
+        for tensor, names in self.foldable.items():
+            readers = {first[name] for name in names}
             forms = {SCHEMES[plan[name]].activation_form: name for name in readers}
             if len(forms) == 1 and all(SCHEMES[plan[n]].branch.rescales for n in readers):
                 ((form, reader),) = forms.items()
@@ -99,6 +112,10 @@ class Problem:
             + sum(layer.latency_ns.get(plan[layer.name], 0) for layer in self.layers)
             + sum(self.quantizer_ns.get(name, 0) for name in shared)
         )
+
+    def spread(self, plan: Plan) -> dict[str, str]:
+        """Return ``plan`` by the names of all layers, those that are tied to others too."""
+        return {name: plan[layer.name] for layer in self.layers for name in layer.layers}
 
     def plan_loss(self, plan: Plan) -> float:
         """Return the sum of the layers' losses under ``plan``: without cross terms."""
@@ -128,8 +145,13 @@ class Problem:
 
     def with_losses(self, losses: Mapping[str, Mapping[str, float]]) -> Problem:
         """Return the problem with other losses: layer -> scheme -> loss."""
-        layers = [replace(n, loss={s: losses[n.name][s] for s in n.bytes}) for n in self.layers]
-        return replace(self, layers=layers)
+        return replace(
+            self,
+            layers=[
+                replace(n, loss={s: sum(losses[one][s] for one in n.layers) for s in n.bytes})
+                for n in self.layers
+            ],
+        )
 
 
 @dataclass(frozen=True)
@@ -152,7 +174,7 @@ class Objective:
         costs = {}
         for layer in problem.layers:
             costs[layer.name] = {
-                s: loss + kernel_penalty * kernels(s) for s, loss in layer.loss.items()
+                s: loss + kernel_penalty * layer.kernels(s) for s, loss in layer.loss.items()
             }
         return cls(costs)
 
@@ -170,11 +192,6 @@ class Objective:
         """Minimize the nanoseconds of one call."""
         costs = {n.name: {s: n.latency_ns.get(s, 0) for s in n.bytes} for n in problem.layers}
         return cls(costs, problem.quantizer_ns)
-
-
-def kernels(scheme: str) -> int:
-    """Return how many kernels the branch of ``scheme`` adds; 0 without one."""
-    return SCHEMES[scheme].branch.kernels
 
 
 # Layer pattern, and the schemes or families that its layers may take.

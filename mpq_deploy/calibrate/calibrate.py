@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -50,6 +51,7 @@ def calibrate(
     an activation that is not finite.
     """
     settings = setup.settings
+    graph = replace(graph, watched=setup.watched)
     if setup.source.spec.pipeline is not None or setup.source.spec.recorded:
         recorded = _recorded_runs(setup, talk, scratch)
         calls = setup.calls(_observed(recorded, settings.observed))

@@ -375,10 +375,10 @@ class Totals:
         )
 
     def _not_finite(self, name: str, square_sum: Array, batch: Batch) -> ModelError:
-        readers = self.graph.activations[name]
+        reader = next((f"layer '{one}'" for one in self.graph.activations[name]), "an attention")
         channel = int(np.argmin(np.isfinite(square_sum)))
         return ModelError(
-            f"The activation '{name}', read by layer '{readers[0]}', is not finite (or its square is not) in "
+            f"The activation '{name}', read by {reader}, is not finite (or its square is not) in "
             f"channel {channel} at timestep {batch.timestep:g}.",
             "Check the weights before this layer for NaN and Inf, and the scheduler's configuration.",
         )

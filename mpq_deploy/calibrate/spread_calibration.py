@@ -36,12 +36,14 @@ from mpq_deploy.system.sessions import open_session
 class CalibrationSetup:
     """The float ONNX file, how to call it, and what is recorded of it.
 
-    Workers have the path below their root.
+    Workers have the path below their root. ``watched``: activations that are observed beside those
+    of layers.
     """
 
     source: FloatModel
     settings: CalibrateSettings
     sampler: SamplerKind = "auto"
+    watched: tuple[str, ...] = ()
 
     def calls(self, recorded: CallSet) -> RecordedCalls:
         """Return ``recorded`` as calls of the model."""
@@ -182,7 +184,8 @@ class _Calibrating:
         return self._observing
 
     def _opened(self, recorded: CallSet, talk: Talk) -> tuple[ObservedGraph, ort.InferenceSession]:
-        setup, graph = self._setup, layer_graph(load_model(self._model))
+        setup = self._setup
+        graph = replace(layer_graph(load_model(self._model)), watched=setup.watched)
         if self._scratch is not None:
             self._scratch.mkdir(exist_ok=True)
         shapes = activation_shapes(graph, setup.calls(recorded), talk, self._scratch)

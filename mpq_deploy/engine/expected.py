@@ -67,12 +67,14 @@ class ExpectedLayers:
     """All layers of the plan, the bytes of all constants of the file, and of those how many repeat others.
 
     ``widened_bytes``: what is added where constants lie in FP32 that the file has in FP16.
+    ``fp8_attention``: nodes of products of two activations that read FP8.
     """
 
     layers: tuple[ExpectedLayer, ...]
     total_bytes: int
     repeated_bytes: int = 0
     widened_bytes: int = 0
+    fp8_attention: tuple[str, ...] = ()
 
     @classmethod
     def of(

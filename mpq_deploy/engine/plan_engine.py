@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from mpq_deploy.engine.builder import BatchProfile
 from mpq_deploy.engine.engine_memory import MemoryEstimate, estimate_memory, refuse_too_large
 from mpq_deploy.engine.expected import ExpectedLayers
 from mpq_deploy.engine.target import Target
+from mpq_deploy.formats.fp8 import FP8_SCHEME
 from mpq_deploy.formats.scheme import SCHEMES
+from mpq_deploy.graph.attention import separate_operands
 from mpq_deploy.graph.save import repeated_bytes, widened_bytes
 from mpq_deploy.graph.writers.deployed_graphs import DEPLOYED
 
@@ -28,7 +31,15 @@ def expected_layers(run: Run) -> ExpectedLayers:
     schemes = {name: SCHEMES[scheme] for name, scheme in run.plan.schemes.items()}
     graph = run.deployed / DEPLOYED
     apart = repeated_bytes(graph), widened_bytes(graph)
-    return ExpectedLayers.of(run.exported.graph.layers, schemes, run.plan.size_bytes, *apart)
+    layers = run.exported.graph.layers
+    expected = ExpectedLayers.of(layers, schemes, run.plan.size_bytes, *apart)
+    fp8 = (
+        node
+        for one in separate_operands(run.exported.graph.model)
+        for node in (one.scores, one.name)
+        if run.plan.schemes.get(one.name) == FP8_SCHEME
+    )
+    return replace(expected, fp8_attention=tuple(fp8))
 
 
 def check_target_memory(run: Run, target: Target) -> MemoryEstimate:

@@ -6,7 +6,8 @@ In: an ``EngineLog`` and the ``ExpectedLayers``. Out: ``Problem`` objects; none 
 2. w8a8 and w4a8 multiply INT8 by INT8, and no other layer does;
 3. the weights of w8* layers lie in the engine as INT8, those of w4* as INT4 (a kernel may unpack
    them at run time);
-4. all constants together have the planned bytes, equal ones counted once or as often as they are,
+4. attention that is planned in FP8 reads FP8 in both products;
+5. all constants together have the planned bytes, equal ones counted once or as often as they are,
    within 2 % and a stated allowance for what the builder adds.
 
 A layer that is right but slow (its whole weight is unpacked at each call although its form could be
@@ -22,6 +23,7 @@ from typing import Literal
 
 from mpq_deploy.engine.build_log import EngineLayer, EngineLog, EngineTensor
 from mpq_deploy.engine.expected import ExpectedLayer, ExpectedLayers
+from mpq_deploy.formats.fp8 import FP8_INPUT
 from mpq_deploy.formats.scheme import SCHEMES
 
 __all__ = ["ExpectedLayer", "ExpectedLayers", "Problem", "can_fuse", "verify", "weights_allowance"]
@@ -85,8 +87,21 @@ def verify(log: EngineLog, expected: ExpectedLayers) -> list[Problem]:
         for node, found in kernels.items():
             pairs = [(log.layers[i], _union([behind[i], shared])) for i in found]
             problems += _check_node(layer, node, pairs, planned)
+    problems += [_not_in_fp8(n) for n in expected.fp8_attention if not _reads_fp8(log, n)]
     problems += _check_bytes(log, expected)
     return list(dict.fromkeys(problems))
+
+
+def _reads_fp8(log: EngineLog, node: str) -> bool:
+    """Whether a kernel that names ``node`` reads two activations in FP8: alone, or the whole attention's."""
+    return any(
+        node in one.nodes and sum(t.dtype == FP8_INPUT.operand for t in one.inputs) >= 2
+        for one in log.layers
+    )
+
+
+def _not_in_fp8(node: str) -> Problem:
+    return Problem(node, "planned in FP8, but no kernel of this attention reads FP8")
 
 
 def weights_allowance(expected: ExpectedLayers) -> int:

@@ -28,6 +28,9 @@ class Half(WeightFormat):
     def bytes_of(self, layer: Layer) -> int:
         return FP16_BYTES * layer.weights
 
+    def joins(self, alone: bool) -> bool:
+        return True
+
     def twin(self, start: StartingWeight, kit: TwinKit) -> LayerTwin:
         return kit.of_half(start.weight)
 

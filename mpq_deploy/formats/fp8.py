@@ -24,8 +24,9 @@ from mpq_deploy.rounding.quantizers import CLIP_RATIOS, LARGEST_SCALE, SMALLEST_
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-    from mpq_deploy.calibrate.stats import ActivationStats
+    from mpq_deploy.calibrate.stats import ActivationStats, CalibrationStats
     from mpq_deploy.engine.expected import ExpectedLayer
+    from mpq_deploy.graph.attention import Operands
     from mpq_deploy.graph.dialects import Dialect
     from mpq_deploy.graph.layers import Layer
     from mpq_deploy.graph.writers.node_writer import LayerWriter, NodeWriter
@@ -248,6 +249,16 @@ class Fp8Activation(ActivationFormat):
         return write_pair(to, value, grid.scale, key, E4M3.onnx)
 
 
+def operand_grids(attention: Operands, stats: CalibrationStats) -> dict[str, FloatGrid]:
+    """Return how FP8 attention rounds each of its four operands, by tensor.
+
+    Probabilities reach 1, which is E4M3's largest value then.
+    """
+    seen = {t: stats.activations[t].float_scale(E4M3) for t in attention.tensors}
+    largest = {attention.probabilities: float(np.float16(1 / E4M3.largest))}
+    return {tensor: FloatGrid(scale) for tensor, scale in (seen | largest).items()}
+
+
 def _kernel_refusal(layer: Layer) -> str:
     if layer.taps <= LARGEST_AREA:
         return ""
@@ -297,8 +308,10 @@ def _few_bits(scale: Array) -> Array:
 
 
 FP8_WEIGHT, FP8_INPUT = Fp8Weight(), Fp8Activation()
+# What an attention that computes in FP8 is called in plans, whose others are FP16.
+FP8_SCHEME = "f8a8"
 FP8_BODIES = (
-    Scheme("f8a8", FP8_WEIGHT, FP8_INPUT, meaning="FP8 weights and activations (E4M3)"),
+    Scheme(FP8_SCHEME, FP8_WEIGHT, FP8_INPUT, meaning="FP8 weights and activations (E4M3)"),
     Scheme("f8a16", FP8_WEIGHT, meaning="FP8 weights (E4M3), FP16 arithmetic"),
     *(
         Scheme(

@@ -50,6 +50,9 @@ class Int8Weight(IntegerWeight):
         whole = alone and layer.op == "Conv" and not self.multiplies(layer, alone)
         return FP16_BYTES * layer.weights if whole else 0
 
+    def joins(self, alone: bool) -> bool:
+        return not alone
+
     def scales(self, layer: Layer, weight: Array, importance: Array) -> tuple[Array, Array | None]:
         return choose_scale(weight, importance, 1, self.precision), None
 

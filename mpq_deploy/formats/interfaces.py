@@ -167,6 +167,10 @@ class WeightFormat:
         """Whether TensorRT-RTX can multiply by the packed weight as it lies (docs/engine-forms.md)."""
         return False
 
+    def joins(self, alone: bool) -> bool:
+        """Whether TensorRT-RTX multiplies several such weights of one input as one product."""
+        return False
+
     @property
     def rounder(self) -> Rounder:
         """What rounds schemes of this kind of format, all of a layer's at once: weight form -> matrix."""
@@ -489,6 +493,11 @@ class Scheme:
     def unpacked_bytes(self, layer: Layer) -> int:
         """Bytes of the body's weight that a call unpacks into memory; 0 where that is fused into the product."""
         return self.weight.unpacked_bytes(layer, self.activation is None)
+
+    @property
+    def joins(self) -> bool:
+        """Whether products of one input are one kernel (docs/engine-forms.md)."""
+        return not self.branch.kernels and self.weight.joins(self.activation is None)
 
     def input_bytes(self, layer: Layer) -> int:
         """Bytes of the constants that quantize the input, shared by layers that share them.

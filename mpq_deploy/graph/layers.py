@@ -104,16 +104,17 @@ class OtherWeight:
 
 @dataclass(frozen=True)
 class LayerGraph:
-    """A normalised model and what there is to decide about it."""
+    """A normalised model and what there is to decide about it. ``watched``: activations of no layer to calibrate."""
 
     model: ir.Model
     layers: tuple[Layer, ...]
     others: tuple[OtherWeight, ...]
+    watched: tuple[str, ...] = ()
 
     @property
     def activations(self) -> dict[str, tuple[str, ...]]:
         """Activation tensor -> names of the layers that read it and share its quantizer."""
-        readers: dict[str, list[str]] = {}
+        readers: dict[str, list[str]] = {tensor: [] for tensor in self.watched}
         for layer in self.layers:
             for tensor in layer.inputs:
                 readers.setdefault(tensor, []).append(layer.name)

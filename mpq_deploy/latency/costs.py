@@ -7,16 +7,18 @@ filled from.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from math import ceil, prod
 
 from mpq_deploy.engine.target import Target
 from mpq_deploy.errors import UsageError
+from mpq_deploy.formats.fp8 import FP8_SCHEME
 from mpq_deploy.formats.scheme import FP16, Scheme
+from mpq_deploy.graph.attention import Operands
 from mpq_deploy.graph.layers import Layer, LayerGraph, LayerUse
 from mpq_deploy.latency.latency_table import LatencyTable, LayerShape
-from mpq_deploy.latency.others import others_seconds
+from mpq_deploy.latency.others import node_seconds, others_seconds, weighed_nodes
 from mpq_deploy.latency.roofline import (
     LAUNCH_SECONDS,
     Rates,
@@ -68,8 +70,9 @@ class LatencyCosts:
     """Nanoseconds of layers, of shared quantizers, and of what is no layer.
 
     ``shapes``: activation -> shape with the batch in it, of all that layers read and write (and of
-    the others). Raises UsageError where a layer has neither a row in ``table`` nor figures of
-    ``target`` to estimate it from.
+    the others). ``groups``: layers that are one product under some schemes, as
+    ``graph.attention`` finds them. Raises UsageError where a layer has neither a row in ``table``
+    nor figures of ``target`` to estimate it from.
     """
 
     def __init__(
@@ -79,8 +82,10 @@ class LatencyCosts:
         target: Target,
         batch: int,
         table: LatencyTable | None = None,
+        groups: Sequence[Sequence[Layer]] = (),
     ) -> None:
         self.shapes, self.target, self.batch, self.table = shapes, target, batch, table
+        self.graph, self.groups = graph, groups
         self.rates = Rates.of(target)
         if table is not None:
             table.require(target.name, batch)
@@ -91,6 +96,32 @@ class LatencyCosts:
     def layer_ns(self, layer: Layer, scheme: Scheme) -> int:
         """Return what all uses of ``layer`` take under ``scheme``, without the quantizers that it may share."""
         return sum(self._use_ns(layer, use, scheme) for use in layer.uses)
+
+    def joined_ns(self, layers: Sequence[Layer], scheme: Scheme) -> int:
+        """Estimate what ``layers`` of one input save as one product: they read it once, in one kernel."""
+        if self.rates is None or not scheme.joins:
+            return 0
+        first, saved = layers[0], 0.0
+        shape = list(first.weight_shape)
+        shape[first.out_axis] = sum(layer.out_channels for layer in layers)
+        whole = replace(first, weight_shape=tuple(shape))
+        for uses in zip(*(layer.uses for layer in layers)):
+            read = prod(self.shapes[uses[0].input])
+            written = [prod(self.shapes[use.output]) for use in uses]
+            saved -= layer_seconds(whole, scheme, Traffic(read, sum(written)), self.rates)
+            for layer, values in zip(layers, written):
+                saved += layer_seconds(layer, scheme, Traffic(read, values), self.rates)
+        return int(saved * NANOSECONDS)
+
+    def attention_ns(self, one: Operands) -> dict[str, int]:
+        """Estimate both products of an attention, in FP16 and in FP8; 0 without figures."""
+        nodes = [n for n in weighed_nodes(self.graph) if n.name in (one.name, one.scores)]
+        found = dict.fromkeys(("fp16", FP8_SCHEME), 0)
+        if self.rates is not None:
+            for name in found:
+                fp8 = name == FP8_SCHEME
+                found[name] = _ns(sum(node_seconds(n, self.shapes, self.rates, fp8) for n in nodes))
+        return found
 
     def quantizer_ns(self, tensor: str, scheme: Scheme, product: bool) -> int:
         """Estimate quantizing the activation ``tensor`` under ``scheme``, once for all readers.
@@ -137,6 +168,9 @@ class LatencyCosts:
             scheme = schemes[layer.name]
             total += self.layer_ns(layer, scheme)
             shared.update(self.quantizers_ns(layer, scheme))
+        for group in self.groups:
+            taken = {schemes[layer.name] for layer in group}
+            total -= self.joined_ns(group, taken.pop()) if len(taken) == 1 else 0
         return total + sum(shared.values())
 
     def slower_in_int8(

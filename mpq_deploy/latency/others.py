@@ -8,6 +8,7 @@ is the same for every plan.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from math import prod
 
 import onnx_ir as ir
@@ -49,20 +50,29 @@ def activations_of(node: ir.Node) -> list[str]:
 
 
 def others_seconds(graph: LayerGraph, shapes: Mapping[str, tuple[int, ...]], rates: Rates) -> float:
-    """Estimate a call of all that is no layer. ``shapes``: tensor -> shape with the batch.
+    """Estimate a call of all that is no layer. ``shapes``: tensor -> shape with the batch."""
+    return sum(node_seconds(node, shapes, rates) for node in weighed_nodes(graph))
 
-    Of the three tensors of a product of two activations, the largest counts no bytes: in fused
-    attention it is never written.
+
+def node_seconds(
+    node: ir.Node, shapes: Mapping[str, tuple[int, ...]], rates: Rates, fp8: bool = False
+) -> float:
+    """Estimate one node, 0 where no shape is known; ``fp8``: a product of two activations in FP8.
+
+    Of the three tensors of such a product, the largest counts no bytes: in fused attention it is
+    never written.
     """
-    total = 0.0
-    for node in weighed_nodes(graph):
-        names = [name for name in activations_of(node) if name in shapes]
-        sizes = [prod(shapes[name]) for name in names]
-        if not sizes:
-            continue
-        if node.op_type == "MatMul" and len(sizes) == 3:
-            operations = 2.0 * sizes[-1] * shapes[names[0]][-1]
-            total += fp16_seconds(operations, FP16_BYTES * (sum(sizes) - max(sizes)), rates)
-        else:
-            total += fp16_seconds(0.0, FP16_BYTES * sum(sizes), rates)
-    return total
+    names = [name for name in activations_of(node) if name in shapes]
+    sizes = [prod(shapes[name]) for name in names]
+    if not sizes:
+        return 0.0
+    if node.op_type != "MatMul" or len(sizes) != 3:
+        return fp16_seconds(0.0, FP16_BYTES * sum(sizes), rates)
+    operations = 2.0 * sizes[-1] * shapes[names[0]][-1]
+    moved = FP16_BYTES * (sum(sizes) - max(sizes))
+    if not fp8:
+        return fp16_seconds(operations, moved, rates)
+    assert rates.fp8 is not None, "a target that lists FP8 gives its rate"
+    # Operands are read in one byte.
+    moved -= sum(sizes[:2]) - (max(sizes) if max(sizes) != sizes[-1] else 0)
+    return fp16_seconds(operations, moved, replace(rates, fp16=rates.fp8))

@@ -10,6 +10,7 @@ from mpq_deploy.calls.recorded import RecordedCalls
 from mpq_deploy.engine.target import Target, load_target
 from mpq_deploy.errors import ModelError, UsageError
 from mpq_deploy.formats.scheme import FP16, SCHEMES, Scheme
+from mpq_deploy.graph.attention import projections
 from mpq_deploy.latency.costs import LatencyCosts, PlanLatency
 from mpq_deploy.latency.latency_table import LatencyTable
 from mpq_deploy.latency.others import activations_of, weighed_nodes
@@ -107,7 +108,8 @@ def latency_costs(run: Run, exported: Exported) -> tuple[LatencyCosts | None, st
         if needs_latency(recipe):
             raise
         return None, f"latency is not estimated: {error.message}"
-    return LatencyCosts(exported.graph, shapes, target, recipe.engine.batch_opt, table), ""
+    groups = projections(exported.graph) if recipe.allocate.tie_qkv else ()
+    return LatencyCosts(exported.graph, shapes, target, recipe.engine.batch_opt, table, groups), ""
 
 
 def plan_latency_info(

@@ -93,10 +93,16 @@ class TorchGraph:
     """An ONNX model (opset 13 or later) as a function in torch.
 
     All floats but DOUBLE are evaluated in ``float_type``. Weights that already have that type share
-    memory with the model's file. Raises UnsupportedOperator for a node outside the table.
+    memory with the model's file. ``apart``: nodes that are evaluated without being merged with those
+    before them, so that all values in between are there. Raises UnsupportedOperator for a node outside the table.
     """
 
-    def __init__(self, model: ir.Model, float_type: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self,
+        model: ir.Model,
+        float_type: torch.dtype = torch.float32,
+        apart: Collection[str] = (),
+    ) -> None:
         graph = model.graph
         opset = model.opset_imports.get("", model.opset_imports.get("ai.onnx", 13))
         self.float_type = float_type
@@ -107,7 +113,7 @@ class TorchGraph:
             for name, value in graph.initializers.items()
             if value.const_value is not None and any(True for _ in value.uses())
         }
-        self._steps = _steps(graph, opset, float_type)
+        self._steps = _steps(graph, opset, float_type, apart)
 
     def feed(self, arrays: Mapping[str, Any]) -> dict[str, Any]:
         """Turn NumPy inputs into tensors of ``float_type``. Raises ModelError for a missing one."""
@@ -260,8 +266,10 @@ def _converted(array: Any, float_type: torch.dtype) -> Any:
     return tensor.to(float_type) if tensor.dtype in (torch.float32, torch.float16) else tensor
 
 
-def _steps(graph: ir.Graph, opset: int, float_type: torch.dtype) -> tuple[_Step, ...]:
-    merged = merged_nodes(graph)
+def _steps(
+    graph: ir.Graph, opset: int, float_type: torch.dtype, apart: Collection[str]
+) -> tuple[_Step, ...]:
+    merged = merged_nodes(node for node in graph if node.name not in apart)
     dropped = {id(node) for operation in merged.values() for node in operation.dropped}
     nodes = [node for node in graph if id(node) not in dropped]
     last: dict[str, int] = {}

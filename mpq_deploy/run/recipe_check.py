@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from mpq_deploy.engine.target import RTX, Target, builder_present, load_target
 from mpq_deploy.errors import MissingDependencyError, UsageError
+from mpq_deploy.formats.fp8 import FP8_SCHEME
 from mpq_deploy.graph.layers import Layer
 from mpq_deploy.latency.plan_latency import check_latency
 from mpq_deploy.rounding.candidate_store import wanted_schemes
@@ -22,6 +23,7 @@ def check_recipe(recipe: Recipe) -> None:
             "tensorrt-rtx", "rtx", f"Building an engine for '{target.name}'"
         )
     _check_schemes(recipe, target)
+    _check_attention(recipe, target)
     check_latency(recipe, target)
     if recipe.measure.method == "orm" or recipe.measure.sampling == "adaptive":
         check_timesteps(recipe)
@@ -49,6 +51,27 @@ def _check_schemes(recipe: Recipe, target: Target) -> None:
             "Leave it out."
             if wrong.weight.generation
             else "Simulated schemes are for --target simulate, deployable ones for the other targets.",
+        )
+
+
+def _check_attention(recipe: Recipe, target: Target) -> None:
+    """Refuse attention in FP8 where it cannot be built, measured, or kept."""
+    if recipe.allocate.attention == "fp16":
+        return
+    if FP8_SCHEME not in target.schemes["MatMul"]:
+        raise UsageError(
+            f"allocate.attention is fp8, and the target {target.name} has no FP8 products.",
+            "Choose a target of GPUs that have them (rtx-ada, rtx-blackwell, jetson-thor), or leave attention at fp16.",
+        )
+    if recipe.measure.method != "probe" or recipe.recover.steps:
+        what = (
+            f"measure.method is {recipe.measure.method}"
+            if recipe.measure.method != "probe"
+            else f"recover.steps is {recipe.recover.steps}"
+        )
+        raise UsageError(
+            f"allocate.attention is fp8, and {what}: attention in FP8 is measured by probes and not trained.",
+            "Leave out one of them.",
         )
 
 

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from mpq_deploy.errors import ModelError
+from mpq_deploy.formats.fp8 import FP8_SCHEME, FloatGrid, operand_grids
 from mpq_deploy.graph.layers import Layer, LayerUse
 from mpq_deploy.onnx_torch.adjoint import UseGradients, layer_gradients, parts_within
 from mpq_deploy.onnx_torch.pass_memory import PASS_COPIES
@@ -62,7 +63,7 @@ def measure_probe(subject: Subject) -> SensitivityTable:
         results = list(run_shards(pool, "probes", shards, subject.talk, subject.store))
     power = np.array([float(result["power"]) for result in results])
     norm = np.sqrt(np.where(power > 0, power / calls.count, 1.0)).astype(np.float32)[:, None, None]
-    values: Nested = {layer.name: {} for layer in subject.layers}
+    values: Nested = {name: {} for name, _ in _pairs(subject)}
     for number, (layer, scheme) in enumerate(_pairs(subject)):
         values[layer][scheme] = np.stack([result["values"][number] for result in results]) / norm
     return table_from_projections(calls.timesteps, values, notes, calls.turns)
@@ -79,11 +80,8 @@ class _Task:
 
 def _pairs(subject: Subject) -> list[tuple[str, str]]:
     """Return every (layer, scheme), in the order in which their projections are stacked."""
-    return [
-        (layer.name, s.name)
-        for layer in subject.layers
-        for s in subject.candidates[layer.name].schemes
-    ]
+    layers = [(n.name, s.name) for n in subject.layers for s in subject.candidates[n.name].schemes]
+    return [*layers, *((one.name, s) for one in subject.attentions for s in ("fp16", FP8_SCHEME))]
 
 
 def _probing(subject: Subject) -> Work:
@@ -118,6 +116,24 @@ def _probing(subject: Subject) -> Work:
 
 
 @dataclass(frozen=True)
+class _Operand:
+    """A tensor that an attention rounds: seen from where it is made, its output's gradient is its own."""
+
+    attention: str
+    tensor: str
+    grid: FloatGrid
+
+    @property
+    def use(self) -> LayerUse:
+        return LayerUse("", self.tensor, self.tensor)
+
+    def products(self, x: Any, gradients: Any, samples: int) -> Any:
+        """Return the products of the rounding errors of ``x`` with ``gradients``, [probes, samples]."""
+        error = (self.grid.rounded(x, torch) - x).reshape(samples, -1)
+        return torch.einsum("ne,pne->pn", error, gradients.reshape(-1, samples, error.shape[1]))
+
+
+@dataclass(frozen=True)
 class _Use:
     layer: Layer
     use: LayerUse
@@ -130,7 +146,8 @@ class _Probing:
     def __init__(self, subject: Subject) -> None:
         self._subject, self._settings = subject, subject.settings
         self._calls, self._output = subject.calls(), subject.spec.output
-        self._graph = TorchGraph(subject.graph.model)
+        apart = [one.name for one in subject.attentions]
+        self._graph = TorchGraph(subject.graph.model, apart=apart)
         self._attributes = node_attributes(subject.graph)
         self._stacks = StackStore(
             subject.graph,
@@ -147,6 +164,15 @@ class _Probing:
             for layer in subject.layers
             for use in layer.uses
         ]
+        self._operands = [
+            _Operand(one.name, tensor, grid)
+            for one in subject.attentions
+            for tensor, grid in operand_grids(one, subject.stats).items()
+        ]
+
+    @property
+    def _places(self) -> list[LayerUse]:
+        return [*(item.use for item in self._uses), *(one.use for one in self._operands)]
 
     def plan(self) -> tuple[int, tuple[int, ...], tuple[str, ...]]:
         """Return how many samples to evaluate at once, where parts of the graph end, and notes.
@@ -155,7 +181,7 @@ class _Probing:
         embedding of a scalar timestep) is measured rightly only one sample at a time. There is more
         than one part only where one batch takes several times the memory allowed.
         """
-        seen = {name: 0 for u in self._uses for name in (u.use.input, u.use.output)}
+        seen = {name: 0 for use in self._places for name in (use.input, use.output)}
 
         def see(name: str, value: Any) -> None:
             _refuse_non_finite(name, value)
@@ -169,6 +195,7 @@ class _Probing:
         gradients = self._settings.probes * sum(
             seen[u.use.output] + (seen[u.use.input] if u.roundings else 0) for u in self._uses
         )
+        gradients += self._settings.probes * sum(seen[one.tensor] for one in self._operands)
         one = PASS_COPIES * sum(footprint.made) + gradients
         whole, parts = (len(footprint.made),), parts_within(footprint, gradients, MEMORY_BYTES)
         if len(parts) > 1:
@@ -189,7 +216,7 @@ class _Probing:
     def _mixed(self) -> str:
         """Return the first value of a layer that does not keep samples apart; empty when all do."""
         names = list(
-            dict.fromkeys(name for u in self._uses for name in (u.use.input, u.use.output))
+            dict.fromkeys(name for use in self._places for name in (use.input, use.output))
         )
         with torch.no_grad():
             first, pair = (
@@ -212,13 +239,17 @@ class _Probing:
             noise = self._noise(step_index, chunk, tuple(output.shape[1:]))
             return [one.reshape(output.shape) for one in noise]
 
-        uses = [item.use for item in self._uses]
         rounded = [number for number, item in enumerate(self._uses) if item.roundings]
         for came in layer_gradients(
-            self._graph, feeds, parts, uses, {self._output: seeds}, rounded
+            self._graph, feeds, parts, self._places, {self._output: seeds}, rounded
         ):
-            item = self._uses[came.number]
             with torch.no_grad():
+                if came.number >= len(self._uses):
+                    one = self._operands[came.number - len(self._uses)]
+                    found = one.products(came.x, torch.stack(came.rows), chunk.stop - chunk.start)
+                    values[one.attention][FP8_SCHEME][:, chunk] += found.float().numpy()
+                    continue
+                item = self._uses[came.number]
                 for scheme, found in self._products(item, came, timestep, chunk).items():
                     values[item.layer.name][scheme][:, chunk] += found.float().numpy()
         return power

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from mpq_deploy.calibrate.stats import CalibrationStats
 from mpq_deploy.calls.recorded import CallSet, RecordedCalls
+from mpq_deploy.graph.attention import Operands
 from mpq_deploy.graph.layers import Layer, LayerGraph
 from mpq_deploy.models.spec import DenoiserSpec
 from mpq_deploy.recipe import MeasureSettings
@@ -47,7 +48,7 @@ class Subject:
     measuring is spread; None: this process. ``shares``: the part of the trajectory that each
     timestep stands for, of sum 1; None: equal ones. ``rotate``: at each timestep the next
     ``settings.calls`` of the calls, so that more of them are seen in the same time, else the same
-    evenly spaced ones.
+    evenly spaced ones. ``attentions``: those whose rounding to FP8 is measured beside the layers.
     """
 
     graph: LayerGraph
@@ -60,6 +61,7 @@ class Subject:
     spread: Spread | None = None
     shares: tuple[float, ...] | None = None
     rotate: bool = False
+    attentions: tuple[Operands, ...] = ()
 
     @property
     def crew(self) -> Crew:

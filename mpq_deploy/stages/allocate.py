@@ -40,7 +40,8 @@ def make(run: Run, folder: Path) -> str:
     warning = int8_warning(plan.latency, len(plan.layers)) if plan.latency else ""
     if warning:
         run.talk.warn(warning)
-    return f"{plan.size_bytes:,} {kind} ({ratio:.4f} of FP16), {predicted}{_speed(plan)}"
+    tied = f", {len(plan.tied)} groups of q, k and v tied" if plan.tied else ""
+    return f"{plan.size_bytes:,} {kind} ({ratio:.4f} of FP16), {predicted}{_speed(plan)}{tied}"
 
 
 def _speed(plan: PrecisionPlan) -> str:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mpq_deploy.check.check import OPERATOR_RULES, check_dialect
+from mpq_deploy.graph.attention import operand_names
 from mpq_deploy.run.stage import Stage, settings, version_of
 from mpq_deploy.run.stage_memory import check_memory
 from mpq_deploy.run.view import CALLS
@@ -23,8 +24,11 @@ CALIBRATION_FORMAT = 6
 
 def inputs(run: Run) -> Fields:
     """Return the settings and versions that the stage depends on, beside the stages it reads."""
+    # Its operands are calibrated where they may be rounded.
+    attention = run.recipe.allocate.attention
     return {
         "calibration.format": CALIBRATION_FORMAT,
+        **({} if attention == "fp16" else {"recipe.allocate.attention": attention}),
         **settings(run.recipe.calibrate, "calibrate"),
         "recipe.evaluate.sampler": run.recipe.evaluate.sampler,
         **version_of("onnxruntime", "numpy"),
@@ -46,7 +50,9 @@ def make(run: Run, folder: Path) -> str:
     if rows is not None:
         section = section.replace(samples=min(section.samples, rows))
     sampler = run.recipe.evaluate.sampler
-    setup = CalibrationSetup(exported.model, section, sampler)
+    attention = run.recipe.allocate.attention != "fp16"
+    operands = operand_names(exported.graph.model) if attention else ()
+    setup = CalibrationSetup(exported.model, section, sampler, operands)
     recorded, stats = calibrate(
         setup, exported.graph, run.talk, scratch=run.scratch(), crew=run.crew
     )

@@ -10,6 +10,7 @@ import numpy as np
 
 from mpq_deploy.calls.recorded import CallSet, RecordedCalls
 from mpq_deploy.calls.timesteps import sampled_steps, stride_shares
+from mpq_deploy.graph.attention import separate_operands
 from mpq_deploy.models.spec import Array
 from mpq_deploy.recipe import MeasureSettings
 from mpq_deploy.rounding.candidate_store import candidates_of
@@ -68,7 +69,9 @@ def measured_subject(chosen: tuple[int, ...], run: Run) -> Subject:
     exported = run.exported
     calls = _held_out(run).at(np.array(chosen)), exported.spec
     of = (exported.graph, candidates_of(run, exported.graph), run.calibration.stats)
-    return Subject(*of, *calls, _settings(run), run.talk, rotate=True)
+    attention = run.recipe.allocate.attention != "fp16"
+    attentions = separate_operands(exported.graph.model) if attention else ()
+    return Subject(*of, *calls, _settings(run), run.talk, rotate=True, attentions=attentions)
 
 
 def _held_out(run: Run) -> CallSet:

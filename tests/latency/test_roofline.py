@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import onnx_ir as ir
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from mpq_deploy.engine.target import load_target
 from mpq_deploy.formats.scheme import SCHEMES
 from mpq_deploy.graph.layers import Layer, LayerUse
+from mpq_deploy.latency.others import node_seconds
 from mpq_deploy.latency.roofline import (
     LAUNCH_SECONDS,
     Rates,
@@ -128,3 +130,27 @@ def test_rates_say_which_figures_are_unconfirmed_and_need_all_three() -> None:
     assert (rates.bandwidth, rates.int8) == (204.8e9, 85.0e12)
     assert rates.unconfirmed == ("bandwidth", "FP16 rate")
     assert Rates.of(load_target("tensorrt-10")) is None
+
+
+def test_attention_in_fp8_reads_operands_in_one_byte_at_twice_the_rate() -> None:
+    shapes = {"q": (2, 64, 32), "k": (2, 32, 64), "scores": (2, 64, 64), "out": (2, 64, 32)}
+    values = {
+        n: ir.Value(name=n, type=ir.TensorType(ir.DataType.FLOAT)) for n in ("q", "k", "scores")
+    }
+    first = ir.node("MatMul", [values["q"], values["k"]], num_outputs=1)
+    first.outputs[0].name = "scores"
+    second = ir.node("MatMul", [values["scores"], values["q"]], num_outputs=1)
+    second.outputs[0].name = "out"
+    slow = Rates("a device", 100.0, 1e30, 1e30, fp8=1e30)
+    # The scores are never written: queries and keys are read, or values read and the output written.
+    size = 2 * 64 * 32
+    for node, half in ((first, 4 * size), (second, 4 * size)):
+        assert node_seconds(node, shapes, slow) == pytest.approx(half / 100 + LAUNCH_SECONDS)
+    assert node_seconds(first, shapes, slow, True) == pytest.approx(2 * size / 100 + LAUNCH_SECONDS)
+    assert node_seconds(second, shapes, slow, True) == pytest.approx(
+        3 * size / 100 + LAUNCH_SECONDS
+    )
+    fast = replace(RATES, bandwidth=1e30)
+    operations = 2 * 2 * 64 * 64 * 32
+    expected = operations / 20e12 + LAUNCH_SECONDS
+    assert node_seconds(first, shapes, fast, True) == pytest.approx(expected)

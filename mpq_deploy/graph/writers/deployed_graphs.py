@@ -25,6 +25,7 @@ from mpq_deploy.graph.passes.lower_opset import LowerOpsetPass
 from mpq_deploy.graph.passes.raise_opset import RaiseOpsetPass
 from mpq_deploy.graph.save import save_sharing
 from mpq_deploy.graph.writers.nominal_bytes import nominal_bytes
+from mpq_deploy.graph.writers.quantize_attention import quantize_operands
 from mpq_deploy.graph.writers.quantize_layers import LayerRewrite, quantize_layers
 from mpq_deploy.models.spec import Array
 
@@ -38,7 +39,8 @@ class FloatGraph:
     """The exported FP32 model: its file and the names of two of its inputs.
 
     ``constants`` take the place of the file's, by name: values that recovery has learned.
-    ``beyond_fp16``: names of nodes whose values FP16 does not hold.
+    ``beyond_fp16``: names of nodes whose values FP16 does not hold. ``fp8_operands``: tensors that
+    attentions read in FP8, with their quantizers.
     """
 
     path: Path
@@ -46,6 +48,7 @@ class FloatGraph:
     sample: str
     constants: Mapping[str, Array] = field(default_factory=dict)
     beyond_fp16: Collection[str] = ()
+    fp8_operands: Mapping[str, ActivationGrid] = field(default_factory=dict)
 
 
 def write_quantized(
@@ -73,6 +76,7 @@ def write_quantized(
         for constant, tensor in learned.items():
             model.graph.initializers[constant].const_value = tensor
         region = fp16_region(model, exported.timestep, exported.sample, exported.beyond_fp16)
+        quantize_operands(model, exported.fp8_operands)
         quantize_layers(model, list(rewrites), scales, exported.timestep, simulating)
         finish(region.with_nodes(ramp_nodes()).with_written(model))(model)
         if dialect is not None:

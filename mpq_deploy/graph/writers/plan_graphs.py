@@ -5,7 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mpq_deploy.formats.fp8 import FP8_SCHEME, operand_grids
+from mpq_deploy.formats.interfaces import ActivationGrid
 from mpq_deploy.formats.scheme import SCHEMES
+from mpq_deploy.graph.attention import separate_operands
 from mpq_deploy.graph.dialects import dialect_named
 from mpq_deploy.graph.writers.deployed_graphs import FloatGraph, write_quantized
 from mpq_deploy.graph.writers.quantize_layers import LayerRewrite
@@ -16,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def write_plan(run: Run, schemes: dict[str, str], folder: Path) -> int:
-    """Write the graphs of a plan (layer -> scheme) into ``folder``; return the bytes counted from the file."""
+    """Write the graphs of a plan (layer or attention -> scheme) into ``folder``; return their bytes as counted."""
     exported = run.exported
     stats, beyond = run.calibration.stats, run.calibration.beyond_fp16
     rewrites = []
@@ -36,5 +39,9 @@ def write_plan(run: Run, schemes: dict[str, str], folder: Path) -> int:
     spec = exported.spec
     dialect = dialect_named(run.target.dialect)
     names = spec.timestep_name, spec.sample.name
-    source = FloatGraph(exported.path, *names, beyond_fp16=beyond)
+    operands: dict[str, ActivationGrid] = {}
+    for one in separate_operands(exported.graph.model):
+        if schemes.get(one.name) == FP8_SCHEME:
+            operands.update(operand_grids(one, stats))
+    source = FloatGraph(exported.path, *names, beyond_fp16=beyond, fp8_operands=operands)
     return write_quantized(source, rewrites, scales, folder, dialect)
