@@ -1,12 +1,15 @@
-"""Diffusion transformers of diffusers as TensorRT-RTX engines: which plans build, and whether they stay packed.
+"""Diffusion transformers and UNets as TensorRT-RTX engines: which plans build, and whether they stay packed.
 
-    python benchmarks/transformer_engines.py [--models dit,pixart,sd3,sd3.5,flux] [--plans mix,w8a8,...]
+    python benchmarks/transformer_engines.py [--models dit,pixart,sd3,sd3.5,flux] [--plans "mix;all w8a8;..."]
+
+By default the transformers and the plans that any RTX GPU takes; `--floats` has the UNets too, and the plans in FP8
+(Ada, SM89) and FP4 (Blackwell, SM120).
 
 Each model is a diffusers folder with random weights, two blocks of width 128, and goes through every stage. The engine
 is held against its plan in the builder's own log: each layer's kernel, the type that it computes in, the type in which
 its weight lies in the engine, and the bytes of all constants. Nothing is run on a GPU; the errors are ONNX Runtime's,
 of a model that nobody trained, so they say that the graph works and nothing of quality. Exit code 1 unless all engines
-are as planned.
+are as planned, and in FP8 or FP4 wherever the plan is.
 """
 
 from __future__ import annotations
@@ -70,6 +73,32 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
+UNET: dict[str, Any] = {
+    "sample_size": 16,
+    "block_out_channels": (64, 128),
+    "layers_per_block": 1,
+    "norm_num_groups": 16,
+}
+UNETS: dict[str, tuple[str, dict[str, Any]]] = {
+    "unet2d": (
+        "UNet2DModel",
+        {
+            **UNET,
+            "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+            "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+        },
+    ),
+    "unet2dcondition": (
+        "UNet2DConditionModel",
+        {
+            **UNET,
+            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+            "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+            "cross_attention_dim": TEXT,
+            "attention_head_dim": HEADS,
+        },
+    ),
+}
 BRANCHES = ["rows", "cols", "lowrank", "scale"]
 
 
@@ -87,6 +116,23 @@ PLANS: dict[str, dict[str, Any]] = {
     },
     **{f"all {scheme}": everything(scheme) for scheme in ("w8a8", "w8a16", "w4a16", "w4a8")},
 }
+ADA, BLACKWELL = {"target": "rtx-ada"}, {"target": "rtx-blackwell"}
+FLOAT_PLANS: dict[str, dict[str, Any]] = {
+    "Ada, mix": {**ADA, "budget": 0.45, "allocate.schemes": ["fp16", "f8a8", "w4f8"]},
+    "Ada, all f8a8": {**ADA, **everything("f8a8")},
+    "Blackwell, mix": {
+        **BLACKWELL,
+        "budget": 0.45,
+        "allocate.schemes": ["fp16", "f8a8", "w4f8", "nvfp4"],
+    },
+    "Blackwell, f8a8 and nvfp4": {
+        **BLACKWELL,
+        "budget": 0.35,
+        "allocate.protect": [{"layers": "*", "schemes": ["f8a8", "nvfp4"]}],
+    },
+}
+# Convolutions have no FP4: within less, UNets have no such plan.
+UNET_BUDGET = 0.48
 # Enough to fill every statistic; the weights are random, so more would say nothing.
 SMALL: dict[str, Any] = {
     "calibrate.timesteps": 2,
@@ -114,7 +160,7 @@ def write_model(
 
     ``larger``: options in place of the small ones.
     """
-    class_name, options = MODELS[name]
+    class_name, options = {**MODELS, **UNETS}[name]
     options = {**options, **(larger or {})}
     torch.manual_seed(seed)
     model = getattr(diffusers, class_name)(**options)
@@ -133,7 +179,7 @@ def write_model(
         json.dumps(FLOW if name.startswith(("sd3", "flux")) else DDIM), encoding="utf-8"
     )
     described = {"model": str(folder), "scheduler": str(scheduler)}
-    if name == "dit":
+    if name in ("dit", "unet2d"):
         return described
     rng = np.random.default_rng(seed)
     arrays: dict[str, Any] = {
@@ -141,7 +187,7 @@ def write_model(
     }
     if name == "pixart":
         arrays["encoder_attention_mask"] = np.ones((ROWS, TOKENS), np.float32)
-    else:
+    elif name.startswith(("sd3", "flux")):
         arrays["pooled_projections"] = rng.standard_normal((ROWS, POOLED), np.float32)
     if name == "flux":
         arrays["guidance"] = np.full(ROWS, 3.5, np.float32)
@@ -174,7 +220,10 @@ def build(name: str, plans: list[str], chosen: argparse.Namespace) -> tuple[list
     given = write_model(name, folder / "model", chosen.seed)
     rows, passed = [], True
     for plan in plans:
-        recipe = bench_recipe(None, chosen.set, {**SMALL, **PLANS[plan], **given})
+        settings = {**PLANS, **FLOAT_PLANS}[plan]
+        if name in UNETS and settings["budget"] < UNET_BUDGET:
+            settings = {**settings, "budget": UNET_BUDGET}
+        recipe = bench_recipe(None, chosen.set, {**SMALL, **settings, **given})
         try:
             with open_pipeline(recipe, folder / "run", PlainTalk()) as pipeline:
                 pipeline.run_until("report")
@@ -188,22 +237,25 @@ def build(name: str, plans: list[str], chosen: argparse.Namespace) -> tuple[list
 
 def main() -> None:
     parser = bench_parser(__doc__)
-    parser.add_argument(
-        "--models", default=",".join(MODELS), help="of those in the table, by comma"
-    )
-    parser.add_argument(
-        "--plans", default=";".join(PLANS), help="of those in the table, by semicolon"
-    )
+    parser.add_argument("--models", help="of those in the table, by comma")
+    parser.add_argument("--plans", help="of those in the table, by semicolon")
+    parser.add_argument("--floats", action="store_true", help="plans in FP8 and FP4, UNets too")
     parser.add_argument("--seed", type=int, default=0, help="of the weights")
     parser.add_argument(
         "-o", "--out", type=Path, default=Path("runs"), help="where the run folders are"
     )
     chosen = parser.parse_args()
     page = Page("Engines of diffusion transformers")
-    page.say((__doc__ or "").split("\n\n")[2].replace("\n", " "))
+    page.say((__doc__ or "").split("\n\n")[3].replace("\n", " "))
+    models = (
+        chosen.models.split(",") if chosen.models else [*MODELS, *(UNETS if chosen.floats else ())]
+    )
+    plans = (
+        chosen.plans.split(";") if chosen.plans else [*(FLOAT_PLANS if chosen.floats else PLANS)]
+    )
     rows, verdicts = [], []
-    for name in chosen.models.split(","):
-        found, passed = build(name, chosen.plans.split(";"), chosen)
+    for name in models:
+        found, passed = build(name, plans, chosen)
         rows += found
         verdicts.append((name, passed))
     header = (
