@@ -4,6 +4,7 @@ Sums over other numbers of threads round otherwise, so runs in this process and 
 thread is also what two busy cores can give.
 """
 
+import gc
 import hashlib
 import importlib.util
 import os
@@ -21,6 +22,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # What its tests are about is the export itself.
 EXPORTS = "test_torch_export.py"
+
+
+def pytest_collection_finish() -> None:
+    """Let the garbage collector pass over what was imported: torch alone has a million objects."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True, scope="session")

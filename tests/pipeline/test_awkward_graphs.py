@@ -20,7 +20,7 @@ from onnx import helper, numpy_helper
 from mpq_deploy.errors import InfeasibleBudgetError, ModelError
 from mpq_deploy.graph.save import constant_bytes
 from tests.graphs import GraphBuilder, awkward_graph, denoiser_graph
-from tests.pipeline.runs import Built, build, describe, recipe_for, save_denoiser
+from tests.pipeline.runs import EVERY_SCHEME, Built, build, describe, recipe_for, save_denoiser
 
 # The float model is evaluated at the timesteps that it was calibrated at: with so few, a time embedding of others
 # is another model's.
@@ -57,7 +57,7 @@ def check(built: Built, factor: float = 4.0) -> dict[str, dict[str, Any]]:
 def awkward(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Built]:
     folder = tmp_path_factory.mktemp("awkward")
     path = save_denoiser(folder, awkward_graph())
-    return path, build(recipe_for(path, **ALIKE), folder / "run")
+    return path, build(recipe_for(path, **ALIKE, **EVERY_SCHEME), folder / "run")
 
 
 def test_everything_awkward_at_once(awkward: tuple[Path, Built]) -> None:
