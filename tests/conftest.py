@@ -20,8 +20,8 @@ settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCh
 settings.load_profile("busy")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# What its tests are about is the export itself.
-EXPORTS = "test_torch_export.py"
+# It compares two exports of one module.
+SECOND_EXPORT = "test_a_second_export"
 
 
 def pytest_collection_finish() -> None:
@@ -50,7 +50,7 @@ def shared_exports(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     original = TorchNetwork._exported
 
     def exported(self: TorchNetwork) -> Any:
-        if EXPORTS in os.environ.get("PYTEST_CURRENT_TEST", ""):
+        if SECOND_EXPORT in os.environ.get("PYTEST_CURRENT_TEST", ""):
             return original(self)
         path = folder / f"{_export_key(self)}.onnx"
         if not path.is_file():
@@ -61,9 +61,9 @@ def shared_exports(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
             return made
         return ir.load(path)
 
-    TorchNetwork._exported = exported  # type: ignore[method-assign]
-    yield
-    TorchNetwork._exported = original  # type: ignore[method-assign]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TorchNetwork, "_exported", exported)
+        yield
 
 
 def _export_key(network: Any) -> str:

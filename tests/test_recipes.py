@@ -16,6 +16,7 @@ pytest.importorskip("transformers")
 from mpq_deploy.recipe import bundled_recipes, load_recipe  # noqa: E402
 from tests.pipeline.runs import build  # noqa: E402
 from tests.tiny_models import (  # noqa: E402
+    ONE_LEVEL,
     tiny_text_pipeline_folder,
     tiny_text_transformer_folder,
     tiny_unet_folder,
@@ -24,11 +25,6 @@ from tests.tiny_models import (  # noqa: E402
 pytestmark = pytest.mark.torch
 Model = Callable[[Path], Path]
 # Exporting takes most of the time, and half of that with one level instead of two.
-ONE_LEVEL: dict[str, Any] = {
-    "block_out_channels": (16,),
-    "down_block_types": ("CrossAttnDownBlock2D",),
-    "up_block_types": ("CrossAttnUpBlock2D",),
-}
 CLASSES: dict[str, Model] = {
     "sd15-jetson-orin-nano": partial(tiny_text_pipeline_folder, **ONE_LEVEL),
     "sdxl-rtx": partial(tiny_text_pipeline_folder, xl=True, **ONE_LEVEL),

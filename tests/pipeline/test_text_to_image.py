@@ -23,7 +23,12 @@ from mpq_deploy.models.prompts import prompts_file, read_prompts  # noqa: E402
 from mpq_deploy.models.spec import DenoiserSpec  # noqa: E402
 from tests.pipeline.conftest import Outcome  # noqa: E402
 from tests.pipeline.runs import Built, build, recipe_for  # noqa: E402
-from tests.tiny_models import tiny_clip_folder, tiny_text_pipeline_folder, tiny_unet_folder  # noqa: E402
+from tests.tiny_models import (  # noqa: E402
+    ONE_LEVEL,
+    tiny_clip_folder,
+    tiny_text_pipeline_folder,
+    tiny_unet_folder,
+)
 
 pytestmark = pytest.mark.torch
 
@@ -33,7 +38,7 @@ Cli = Callable[..., Outcome]
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Text encoder, UNet of 16 x 16 latents, VAE: images of 32 x 32 pixels."""
-    return tiny_text_pipeline_folder(tmp_path_factory.mktemp("text"), sample_size=16)
+    return tiny_text_pipeline_folder(tmp_path_factory.mktemp("text"), sample_size=16, **ONE_LEVEL)
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from mpq_deploy.models.export import export_denoiser  # noqa: E402
 from mpq_deploy.models.open import open_denoiser  # noqa: E402
 from mpq_deploy.runtime.drop_in import RuntimeUNet, load  # noqa: E402
 from mpq_deploy.system.progress import Talk  # noqa: E402
-from tests.tiny_models import tiny_text_pipeline_folder, tiny_unet_folder  # noqa: E402
+from tests.tiny_models import ONE_LEVEL, tiny_text_pipeline_folder, tiny_unet_folder  # noqa: E402
 
 TOLERANCE = 2e-4
 
@@ -38,7 +38,7 @@ def classes(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, RuntimeUNet
 @pytest.mark.parametrize("xl", [False, True])
 def test_a_text_pipeline_gives_the_same_images(tmp_path: Path, xl: bool) -> None:
     pytest.importorskip("transformers")
-    folder = tiny_text_pipeline_folder(tmp_path, xl=xl)
+    folder = tiny_text_pipeline_folder(tmp_path, xl=xl, **ONE_LEVEL)
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("abc\ndef\n", encoding="utf-8")
     replaced = exported(folder, tmp_path / "run" / "export", prompts=prompts)
