@@ -28,6 +28,12 @@ ONE_LEVEL: dict[str, Any] = {
     "down_block_types": ("CrossAttnDownBlock2D",),
     "up_block_types": ("CrossAttnUpBlock2D",),
 }
+# The same for a UNet without text.
+ONE_LEVEL_CLASSES: dict[str, Any] = {
+    "block_out_channels": (16,),
+    "down_block_types": ("AttnDownBlock2D",),
+    "up_block_types": ("AttnUpBlock2D",),
+}
 TRANSFORMERS: dict[str, dict[str, Any]] = {
     "DiTTransformer2DModel": {
         **PATCHES,

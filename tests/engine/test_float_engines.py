@@ -20,6 +20,7 @@ from tests.engine.plans import Written, profile
 from tests.graphs import denoiser_graph
 from tests.tiny_models import (
     ONE_LEVEL,
+    ONE_LEVEL_CLASSES,
     TEXT_WIDTH,
     TOKENS,
     tiny_conditional_folder,
@@ -69,7 +70,7 @@ def test_formats_mix_in_one_engine(tmp_path: Path) -> None:
 
 
 def unet(folder: Path) -> tuple[Path, Additions]:
-    return tiny_unet_folder(folder), Additions()
+    return tiny_unet_folder(folder, **ONE_LEVEL_CLASSES), Additions()
 
 
 def conditional(folder: Path) -> tuple[Path, Additions]:

@@ -273,9 +273,9 @@ def test_shared_initializers(tmp_path: Path) -> None:
 @pytest.mark.torch
 def test_exported_by_dynamo(tmp_path: Path) -> None:
     """A diffusers folder through torch.export: tied weights and equal biases come out as one initializer each."""
-    from tests.tiny_models import tiny_unet_folder
+    from tests.tiny_models import ONE_LEVEL_CLASSES, tiny_unet_folder
 
-    folder = tiny_unet_folder(tmp_path)
+    folder = tiny_unet_folder(tmp_path, **ONE_LEVEL_CLASSES)
     # Few samples of a model with conditions: the prediction is rough.
     check(build(recipe_for(folder, **ALIKE), tmp_path / "run"), factor=10)
 
