@@ -18,7 +18,7 @@ from mpq_deploy.models.export import export_denoiser  # noqa: E402
 from mpq_deploy.models.open import open_denoiser  # noqa: E402
 from mpq_deploy.runtime.drop_in import RuntimeUNet, load  # noqa: E402
 from mpq_deploy.system.progress import Talk  # noqa: E402
-from tests.tiny_models import (
+from tests.tiny_models import (  # noqa: E402
     ONE_LEVEL,
     ONE_LEVEL_CLASSES,
     tiny_text_pipeline_folder,
