@@ -30,13 +30,13 @@ DIGESTED = (
     "engine",
     "evaluate",
 )
-# One scheme of each family and one kind of branch: rounding, measuring and choosing take most of a tiny build.
+# One scheme of each family, one kind of branch and of ranges: what there is to choose from takes most of a tiny build.
 RECIPE: dict[str, Any] = {
     "budget": 0.4,
     "allocate": {
         "schemes": ["fp16", "w8a8", "w8a16", "w4a16-b32", "w4a8-b32"],
         "branches": ["rows"],
-        "ranges": [],
+        "ranges": ["timestep"],
     },
     "calibrate": {"timesteps": 2, "samples": 4, "steps": 4, "batch_size": 4, "reservoir": 256},
     "measure": {"probes": 2, "samples": 2, "batch_size": 2},

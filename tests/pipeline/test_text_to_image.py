@@ -25,6 +25,7 @@ from tests.pipeline.conftest import Outcome  # noqa: E402
 from tests.pipeline.runs import Built, build, recipe_for  # noqa: E402
 from tests.tiny_models import (  # noqa: E402
     ONE_LEVEL,
+    ONE_LEVEL_CLASSES,
     tiny_clip_folder,
     tiny_text_pipeline_folder,
     tiny_unet_folder,
@@ -118,7 +119,7 @@ def test_the_choice_makes_another_export(built: Built, folder: Path, tmp_path: P
 
 
 def test_a_model_without_text_has_no_first_token(tmp_path: Path) -> None:
-    model = tiny_unet_folder(tmp_path)
+    model = tiny_unet_folder(tmp_path, **ONE_LEVEL_CLASSES)
     with pytest.raises(UsageError, match="no product that reads a text's tokens"):
         build(
             recipe_for(model, target="onnxruntime-cpu", first_token="precomputed"),
