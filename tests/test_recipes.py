@@ -16,6 +16,8 @@ pytest.importorskip("transformers")
 from mpq_deploy.recipe import bundled_recipes, load_recipe  # noqa: E402
 from tests.pipeline.runs import build  # noqa: E402
 from tests.tiny_models import (  # noqa: E402
+    ONE_LEVEL,
+    ONE_LEVEL_CLASSES,
     tiny_text_pipeline_folder,
     tiny_text_transformer_folder,
     tiny_unet_folder,
@@ -24,11 +26,6 @@ from tests.tiny_models import (  # noqa: E402
 pytestmark = pytest.mark.torch
 Model = Callable[[Path], Path]
 # Exporting takes most of the time, and half of that with one level instead of two.
-ONE_LEVEL: dict[str, Any] = {
-    "block_out_channels": (16,),
-    "down_block_types": ("CrossAttnDownBlock2D",),
-    "up_block_types": ("CrossAttnUpBlock2D",),
-}
 CLASSES: dict[str, Model] = {
     "sd15-jetson-orin-nano": partial(tiny_text_pipeline_folder, **ONE_LEVEL),
     "sdxl-rtx": partial(tiny_text_pipeline_folder, xl=True, **ONE_LEVEL),
@@ -62,8 +59,7 @@ BUDGETS = {"sd3-rtx-blackwell": 0.6, "flux-rtx-blackwell": 0.6}
 @pytest.fixture(scope="module")
 def emoji_like(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the demo's class of UNet; its runs go into one run folder, which exports it once."""
-    one_level = {"down_block_types": ("AttnDownBlock2D",), "up_block_types": ("AttnUpBlock2D",)}
-    return tiny_unet_folder(tmp_path_factory.mktemp("unet"), block_out_channels=(16,), **one_level)
+    return tiny_unet_folder(tmp_path_factory.mktemp("unet"), **ONE_LEVEL_CLASSES)
 
 
 @pytest.mark.parametrize("name", bundled_recipes())

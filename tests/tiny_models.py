@@ -22,6 +22,18 @@ POOLED_WIDTH = 10
 BLOCKS: dict[str, Any] = {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 2}
 PATCHES: dict[str, Any] = {**BLOCKS, "in_channels": 4, "sample_size": 8, "patch_size": 2}
 TEXT: dict[str, Any] = {"joint_attention_dim": TEXT_WIDTH, "pooled_projection_dim": POOLED_WIDTH}
+# Entries of a conditional UNet's configuration that make it one level: enough for all but its levels.
+ONE_LEVEL: dict[str, Any] = {
+    "block_out_channels": (16,),
+    "down_block_types": ("CrossAttnDownBlock2D",),
+    "up_block_types": ("CrossAttnUpBlock2D",),
+}
+# The same for a UNet without text.
+ONE_LEVEL_CLASSES: dict[str, Any] = {
+    "block_out_channels": (16,),
+    "down_block_types": ("AttnDownBlock2D",),
+    "up_block_types": ("AttnUpBlock2D",),
+}
 TRANSFORMERS: dict[str, dict[str, Any]] = {
     "DiTTransformer2DModel": {
         **PATCHES,

@@ -17,18 +17,13 @@ from mpq_deploy.device.manifest import Manifest
 from mpq_deploy.device.output_check import relative_squared_error
 from mpq_deploy.engine.target import load_target
 from mpq_deploy.errors import UsageError
-from mpq_deploy.recipe import Recipe
+from mpq_deploy.recipe import Recipe, load_recipe
 from mpq_deploy.run.pipeline import open_pipeline
 from mpq_deploy.runtime.correction import load_correction
 from mpq_deploy.system.progress import Talk
+from tests.device.packages import packed
 from tests.pipeline.runs import call, write_recipe
-from tests.tiny_models import tiny_text_pipeline_folder
-
-ONE_LEVEL = {
-    "block_out_channels": (16,),
-    "down_block_types": ("CrossAttnDownBlock2D",),
-    "up_block_types": ("CrossAttnUpBlock2D",),
-}
+from tests.tiny_models import ONE_LEVEL, tiny_text_pipeline_folder
 
 
 @pytest.fixture(scope="module")
@@ -55,28 +50,22 @@ def test_two_clean_runs_give_the_same_archive(model: Path, rtx: Path, tmp_path: 
 @pytest.mark.slow
 @pytest.mark.torch
 def test_two_clean_runs_of_a_text_pipeline_give_the_same_archive(tmp_path: Path) -> None:
-    """From its pipeline folder: its own calls, export, GPTQ and the plan, in two processes."""
+    """From its pipeline folder: its own calls, export, GPTQ and the plan, in another process and here."""
     for package in ("torch", "diffusers", "transformers"):
         pytest.importorskip(package)
-    made = []
-    for seed in ("1", "2"):
-        place = tmp_path / seed
+    places = (tmp_path / "1", tmp_path / "2")
+    for place in places:
         folder = tiny_text_pipeline_folder(place, **ONE_LEVEL)
         (place / "prompts.txt").write_text("abc\ndef\n", encoding="utf-8")
         (place / "run").mkdir()
         given = {"model": str(folder), "prompts": str(place / "prompts.txt"), "target": "rtx"}
         write_recipe(place / "run" / "recipe.yaml", **given)
-        done = call(
-            "--json", "package", place / "run", "-o", place / "made.mpq.tar", PYTHONHASHSEED=seed
-        )
-        assert done.returncode == 0, done.stderr
-        made.append((place / "made.mpq.tar").read_bytes())
-    assert made[0] == made[1]
-    extract(
-        tmp_path / "1" / "made.mpq.tar",
-        read_archive(tmp_path / "1" / "made.mpq.tar"),
-        tmp_path / "out",
-    )
+    archives = [place / "made.mpq.tar" for place in places]
+    done = call("--json", "package", places[0] / "run", "-o", archives[0], PYTHONHASHSEED="1")
+    assert done.returncode == 0, done.stderr
+    packed(load_recipe(places[1] / "run" / "recipe.yaml"), places[1] / "run", archives[1])
+    assert archives[0].read_bytes() == archives[1].read_bytes()
+    extract(archives[0], read_archive(archives[0]), tmp_path / "out")
     inputs = Manifest.load(tmp_path / "out" / "manifest.json").reference.inputs
     assert set(inputs) == {"sample", "timestep", "encoder_hidden_states"}
 

@@ -19,6 +19,10 @@ from tests.engine.float_plans import write_floats
 from tests.engine.plans import Written, profile
 from tests.graphs import denoiser_graph
 from tests.tiny_models import (
+    ONE_LEVEL,
+    ONE_LEVEL_CLASSES,
+    TEXT_WIDTH,
+    TOKENS,
     tiny_conditional_folder,
     tiny_scheduler,
     tiny_transformer_conditions,
@@ -66,13 +70,13 @@ def test_formats_mix_in_one_engine(tmp_path: Path) -> None:
 
 
 def unet(folder: Path) -> tuple[Path, Additions]:
-    return tiny_unet_folder(folder), Additions()
+    return tiny_unet_folder(folder, **ONE_LEVEL_CLASSES), Additions()
 
 
 def conditional(folder: Path) -> tuple[Path, Additions]:
-    path = tiny_conditional_folder(folder)
+    path = tiny_conditional_folder(folder, **ONE_LEVEL)
     (path / "scheduler_config.json").write_text(json.dumps(tiny_scheduler()), encoding="utf-8")
-    states = np.random.default_rng(0).standard_normal((2, 7, 12)).astype(np.float32)
+    states = np.random.default_rng(0).standard_normal((2, TOKENS, TEXT_WIDTH)).astype(np.float32)
     np.savez(folder / "c.npz", encoder_hidden_states=states)
     return path, Additions(conditions=folder / "c.npz")
 

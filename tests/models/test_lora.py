@@ -38,6 +38,7 @@ from mpq_deploy.stages.export import inputs as export_inputs  # noqa: E402
 from tests.compvis_names import unet_name  # noqa: E402
 from tests.lora_files import diffusers_file, factors, kohya_file, layers_of  # noqa: E402
 from tests.tiny_models import (  # noqa: E402
+    ONE_LEVEL,
     tiny_conditional_folder,
     tiny_scheduler,
     tiny_text_pipeline_folder,
@@ -49,11 +50,6 @@ from tests.tiny_models import (  # noqa: E402
 
 pytestmark = pytest.mark.torch
 
-ONE_LEVEL = {
-    "block_out_channels": (16,),
-    "down_block_types": ("CrossAttnDownBlock2D",),
-    "up_block_types": ("CrossAttnUpBlock2D",),
-}
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "q_proj", "k_proj", "v_proj", "out_proj")
 WIDE = (*ATTENTION, "fc1", "fc2", "proj_in", "ff.net.0.proj", "conv1", "conv_shortcut")
 PROMPT = "abc"

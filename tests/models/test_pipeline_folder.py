@@ -15,16 +15,21 @@ from mpq_deploy.models.additions import Additions  # noqa: E402
 from mpq_deploy.models.export import export_denoiser  # noqa: E402
 from mpq_deploy.models.open import open_denoiser  # noqa: E402
 from mpq_deploy.runtime.drop_in import load  # noqa: E402
-from tests.tiny_models import tiny_conditional_folder, tiny_text_pipeline_folder, tiny_unet_folder  # noqa: E402
+from tests.tiny_models import (  # noqa: E402
+    ONE_LEVEL,
+    tiny_conditional_folder,
+    tiny_text_pipeline_folder,
+    tiny_unet_folder,
+)
 
 pytestmark = pytest.mark.torch
-# What the levels of the tiny UNet hand to the way up.
-RESIDUALS = ((8, 8, 8), (8, 8, 8), (8, 4, 4), (16, 4, 4))
-MIDDLE = (16, 4, 4)
+# What the level of the tiny UNet hands to the way up.
+RESIDUALS = ((16, 8, 8), (16, 8, 8))
+MIDDLE = (16, 8, 8)
 
 
 def test_residuals_of_a_controlnet_are_inputs(tmp_path: Path) -> None:
-    folder = tiny_conditional_folder(tmp_path)
+    folder = tiny_conditional_folder(tmp_path, **ONE_LEVEL)
     rng = np.random.default_rng(0)
     arrays = {
         f"down_block_additional_residuals.{i}": rng.standard_normal((2, *s), np.float32)
@@ -51,8 +56,8 @@ def test_residuals_of_a_controlnet_are_inputs(tmp_path: Path) -> None:
     with torch.no_grad():
         expected = denoiser.network.module(sample, 300, **given).sample  # type: ignore[attr-defined]
     assert torch.allclose(replaced(sample, 300, **given).sample, expected, atol=1e-4)
-    with pytest.raises(UsageError, match=r"needs 'down_block_additional_residuals\.3'"):
-        replaced(sample, 300, **{**given, "down_block_additional_residuals": down[:3]})
+    with pytest.raises(UsageError, match=r"needs 'down_block_additional_residuals\.1'"):
+        replaced(sample, 300, **{**given, "down_block_additional_residuals": down[:1]})
 
 
 def test_a_consistency_model_is_told_its_guidance(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from mpq_deploy.recipe import Recipe, load_recipe
+from mpq_deploy.recipe import AllocateSettings, Recipe, load_recipe
 from mpq_deploy.run.pipeline import open_pipeline
 from mpq_deploy.system.progress import Talk
 from tests.graphs import GraphBuilder, denoiser_graph
@@ -30,13 +30,24 @@ DIGESTED = (
     "engine",
     "evaluate",
 )
+# One scheme of each family, one kind of branch and of ranges: what there is to choose from takes most of a tiny build.
 RECIPE: dict[str, Any] = {
     "budget": 0.4,
+    "allocate": {
+        "schemes": ["fp16", "w8a8", "w8a16", "w4a16-b32", "w4a8-b32"],
+        "branches": ["rows"],
+        "ranges": ["timestep"],
+    },
     "calibrate": {"timesteps": 2, "samples": 4, "steps": 4, "batch_size": 4, "reservoir": 256},
     "measure": {"probes": 2, "samples": 2, "batch_size": 2},
     "quantize": {"hessian_rows": 64},
     "engine": {"build": False},
     "evaluate": {"samples": 2, "steps": 3, "timesteps": 2, "batch_size": 2},
+}
+# All that a layer may take where a recipe says nothing.
+EVERY_SCHEME: dict[str, Any] = {
+    f"allocate__{name}": list(AllocateSettings.model_fields[name].default)
+    for name in ("schemes", "branches", "ranges")
 }
 
 

@@ -26,6 +26,7 @@ from tests.pipeline.runs import Notes, recipe_for, write_recipe
 
 CHANGES: dict[str, Any] = {
     "allocate__branches": [],
+    "allocate__ranges": [],
     "calibrate__samples": 12,
     "measure__samples": 8,
     "measure__batch_size": 8,

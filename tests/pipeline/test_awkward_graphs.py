@@ -20,7 +20,7 @@ from onnx import helper, numpy_helper
 from mpq_deploy.errors import InfeasibleBudgetError, ModelError
 from mpq_deploy.graph.save import constant_bytes
 from tests.graphs import GraphBuilder, awkward_graph, denoiser_graph
-from tests.pipeline.runs import Built, build, describe, recipe_for, save_denoiser
+from tests.pipeline.runs import EVERY_SCHEME, Built, build, describe, recipe_for, save_denoiser
 
 # The float model is evaluated at the timesteps that it was calibrated at: with so few, a time embedding of others
 # is another model's.
@@ -57,7 +57,7 @@ def check(built: Built, factor: float = 4.0) -> dict[str, dict[str, Any]]:
 def awkward(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Built]:
     folder = tmp_path_factory.mktemp("awkward")
     path = save_denoiser(folder, awkward_graph())
-    return path, build(recipe_for(path, **ALIKE), folder / "run")
+    return path, build(recipe_for(path, **ALIKE, **EVERY_SCHEME), folder / "run")
 
 
 def test_everything_awkward_at_once(awkward: tuple[Path, Built]) -> None:
@@ -273,9 +273,9 @@ def test_shared_initializers(tmp_path: Path) -> None:
 @pytest.mark.torch
 def test_exported_by_dynamo(tmp_path: Path) -> None:
     """A diffusers folder through torch.export: tied weights and equal biases come out as one initializer each."""
-    from tests.tiny_models import tiny_unet_folder
+    from tests.tiny_models import ONE_LEVEL_CLASSES, tiny_unet_folder
 
-    folder = tiny_unet_folder(tmp_path)
+    folder = tiny_unet_folder(tmp_path, **ONE_LEVEL_CLASSES)
     # Few samples of a model with conditions: the prediction is rough.
     check(build(recipe_for(folder, **ALIKE), tmp_path / "run"), factor=10)
 

@@ -17,6 +17,7 @@ from mpq_deploy.errors import UsageError  # noqa: E402
 from mpq_deploy.models.spec import DenoiserSpec  # noqa: E402
 from tests.pipeline.runs import Built, build, recipe_for  # noqa: E402
 from tests.tiny_models import (  # noqa: E402
+    ONE_LEVEL,
     tiny_text_pipeline_folder,
     tiny_transformer_conditions,
     tiny_transformer_folder,
@@ -45,7 +46,7 @@ def test_a_flow_matching_transformer_builds(tmp_path: Path) -> None:
 
 def test_a_text_pipeline_and_its_parts_build(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
-    folder = tiny_text_pipeline_folder(tmp_path)
+    folder = tiny_text_pipeline_folder(tmp_path, **ONE_LEVEL)
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("abc\ndef\nghi\njkl\nmno\npqr\nstu\n", encoding="utf-8")
     options = {"prompts": str(prompts), "component_samples": 8}

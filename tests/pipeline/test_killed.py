@@ -115,12 +115,20 @@ def test_stopped_by_the_user(model: Path, tmp_path: Path, finished: Built) -> No
     assert stage_bytes(run) == stage_bytes(finished.run)
 
 
-@pytest.mark.rtx
-def test_killed_while_an_engine_is_built(model: Path, run: Path, tmp_path: Path) -> None:
-    """The builder's child may outlive its parent; the next build does not meet it, and gives the same engine."""
+@pytest.fixture(scope="module")
+def engined(model: Path, finished: Built, tmp_path_factory: pytest.TempPathFactory) -> Built:
+    """The finished run with its engine. Tests leave it as it is."""
     pytest.importorskip("tensorrt_rtx")
+    run = Path(shutil.copytree(finished.run, tmp_path_factory.mktemp("engined") / "run"))
+    return build(recipe_for(model, engine__build=True), run)
+
+
+@pytest.mark.rtx
+def test_killed_while_an_engine_is_built(
+    model: Path, run: Path, engined: Built, tmp_path: Path
+) -> None:
+    """The builder's child may outlive its parent; the next build does not meet it, and gives the same engine."""
     recipe = recipe_for(model, engine__build=True)
-    expected = build(recipe, Path(shutil.copytree(run, tmp_path / "whole")))
     file = write_recipe(tmp_path / "recipe.yaml", engine__build=True)
     process = subprocess.Popen(
         command("build", model, "-r", file, "-o", run),
@@ -134,7 +142,7 @@ def test_killed_while_an_engine_is_built(model: Path, run: Path, tmp_path: Path)
     assert build(recipe, run).made == ["engine", "report"]
     layers = [
         (folder / "engine" / "layers.txt").read_text(encoding="utf-8")
-        for folder in (run, expected.run)
+        for folder in (run, engined.run)
     ]
     assert layers[0] == layers[1]
 
@@ -146,11 +154,11 @@ def builder_of(parent: int) -> list[int]:
 
 @pytest.mark.rtx
 @pytest.mark.parametrize("moment", ["starting", "building"])
-def test_the_builder_itself_is_killed(model: Path, run: Path, tmp_path: Path, moment: str) -> None:
+def test_the_builder_itself_is_killed(
+    model: Path, run: Path, engined: Built, tmp_path: Path, moment: str
+) -> None:
     """As the kernel does for want of memory: one message that names the stage, nothing half done, then it goes on."""
-    pytest.importorskip("tensorrt_rtx")
     recipe = recipe_for(model, engine__build=True)
-    expected = build(recipe, Path(shutil.copytree(run, tmp_path / "whole")))
     file, log = write_recipe(tmp_path / "recipe.yaml", engine__build=True), run / "engine.log"
     log.write_text("[INFO] words of an earlier build\n", encoding="utf-8")
     before = stage_bytes(run)
@@ -189,17 +197,17 @@ def test_the_builder_itself_is_killed(model: Path, run: Path, tmp_path: Path, mo
     assert build(recipe, run).made == ["engine", "report"]
     layers = [
         (folder / "engine" / "layers.txt").read_text(encoding="utf-8")
-        for folder in (run, expected.run)
+        for folder in (run, engined.run)
     ]
     assert layers[0] == layers[1]
 
 
 @pytest.mark.rtx
-def test_two_engines_are_built_at_once(model: Path, run: Path, tmp_path: Path) -> None:
+def test_two_engines_are_built_at_once(
+    model: Path, run: Path, engined: Built, tmp_path: Path
+) -> None:
     """In two run folders: the kernels and record of an engine that was built alone. In one the second is refused."""
-    pytest.importorskip("tensorrt_rtx")
-    alone, other = (Path(shutil.copytree(run, tmp_path / name)) for name in ("alone", "other"))
-    build(recipe_for(model, engine__build=True), alone)
+    other = Path(shutil.copytree(run, tmp_path / "other"))
     file, ways = (
         write_recipe(tmp_path / "recipe.yaml", engine__build=True),
         {"stderr": subprocess.PIPE, "text": True},
@@ -231,4 +239,4 @@ def test_two_engines_are_built_at_once(model: Path, run: Path, tmp_path: Path) -
             "bytes": 0,
         }
 
-    assert engine(run) == engine(other) == engine(alone)
+    assert engine(run) == engine(other) == engine(engined.run)

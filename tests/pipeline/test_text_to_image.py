@@ -23,7 +23,13 @@ from mpq_deploy.models.prompts import prompts_file, read_prompts  # noqa: E402
 from mpq_deploy.models.spec import DenoiserSpec  # noqa: E402
 from tests.pipeline.conftest import Outcome  # noqa: E402
 from tests.pipeline.runs import Built, build, recipe_for  # noqa: E402
-from tests.tiny_models import tiny_clip_folder, tiny_text_pipeline_folder, tiny_unet_folder  # noqa: E402
+from tests.tiny_models import (  # noqa: E402
+    ONE_LEVEL,
+    ONE_LEVEL_CLASSES,
+    tiny_clip_folder,
+    tiny_text_pipeline_folder,
+    tiny_unet_folder,
+)
 
 pytestmark = pytest.mark.torch
 
@@ -33,7 +39,7 @@ Cli = Callable[..., Outcome]
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Text encoder, UNet of 16 x 16 latents, VAE: images of 32 x 32 pixels."""
-    return tiny_text_pipeline_folder(tmp_path_factory.mktemp("text"), sample_size=16)
+    return tiny_text_pipeline_folder(tmp_path_factory.mktemp("text"), sample_size=16, **ONE_LEVEL)
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +119,7 @@ def test_the_choice_makes_another_export(built: Built, folder: Path, tmp_path: P
 
 
 def test_a_model_without_text_has_no_first_token(tmp_path: Path) -> None:
-    model = tiny_unet_folder(tmp_path)
+    model = tiny_unet_folder(tmp_path, **ONE_LEVEL_CLASSES)
     with pytest.raises(UsageError, match="no product that reads a text's tokens"):
         build(
             recipe_for(model, target="onnxruntime-cpu", first_token="precomputed"),

@@ -18,7 +18,12 @@ from mpq_deploy.models.export import export_denoiser  # noqa: E402
 from mpq_deploy.models.open import open_denoiser  # noqa: E402
 from mpq_deploy.runtime.drop_in import RuntimeUNet, load  # noqa: E402
 from mpq_deploy.system.progress import Talk  # noqa: E402
-from tests.tiny_models import tiny_text_pipeline_folder, tiny_unet_folder  # noqa: E402
+from tests.tiny_models import (  # noqa: E402
+    ONE_LEVEL,
+    ONE_LEVEL_CLASSES,
+    tiny_text_pipeline_folder,
+    tiny_unet_folder,
+)
 
 TOLERANCE = 2e-4
 
@@ -31,14 +36,14 @@ def exported(folder: Path, out: Path, **options: Any) -> RuntimeUNet:
 
 @pytest.fixture(scope="module")
 def classes(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, RuntimeUNet]:
-    folder = tiny_unet_folder(tmp_path_factory.mktemp("classes"))
+    folder = tiny_unet_folder(tmp_path_factory.mktemp("classes"), **ONE_LEVEL_CLASSES)
     return folder, exported(folder, tmp_path_factory.mktemp("run") / "export")
 
 
 @pytest.mark.parametrize("xl", [False, True])
 def test_a_text_pipeline_gives_the_same_images(tmp_path: Path, xl: bool) -> None:
     pytest.importorskip("transformers")
-    folder = tiny_text_pipeline_folder(tmp_path, xl=xl)
+    folder = tiny_text_pipeline_folder(tmp_path, xl=xl, **ONE_LEVEL)
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("abc\ndef\n", encoding="utf-8")
     replaced = exported(folder, tmp_path / "run" / "export", prompts=prompts)
@@ -65,7 +70,7 @@ def test_a_text_pipeline_gives_the_same_images(tmp_path: Path, xl: bool) -> None
 
 
 def test_an_unconditional_pipeline_gives_the_same_images(tmp_path: Path) -> None:
-    folder = tiny_unet_folder(tmp_path, num_class_embeds=None)
+    folder = tiny_unet_folder(tmp_path, num_class_embeds=None, **ONE_LEVEL_CLASSES)
     pipe = diffusers.DDIMPipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
     before, after = (
