@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 # Raised with every change of what the candidates' files hold.
-CANDIDATES_FORMAT = 10
+CANDIDATES_FORMAT = 11
 TAKEN = {"schemes", "branches", "rules", "conv_products"}
 
 

@@ -129,6 +129,26 @@ def test_ratios(script: ModuleType, ratio: float, expected: bool) -> None:
     assert script.ratio_check([point(0.3, 40.0), point(0.4, 40.0, ratio)])[0] is expected
 
 
+@using("budgets")
+def test_each_control_is_compared_at_its_bytes_and_at_its_error(script: ModuleType) -> None:
+    def plan(ratio: float, error: float, psnr: float) -> dict[str, Any]:
+        return {**point(ratio, psnr), "size_ratio": ratio, "measured_nmse": error}
+
+    control = {"title": "Everything FP8", "size_ratio": 0.5000005, "measured_nmse": 1e-3}
+    control |= INT8
+    points = [plan(0.26, 9e-4, 39.0), plan(0.3, 9e-4, 41.0), plan(0.5, 1e-5, 60.0)]
+    table, checks = script.against_controls(points, {"fp8": control}, {"fp8": 0.5})
+    assert [passed for passed, _ in checks] == [True, True]
+    assert "1/100 of the error, +20.0 dB" in checks[0][1] and "60% of its bytes" in checks[1][1]
+    assert "| 0.500 | 0.5000 | 1.00e-05 | 60.0 | - | 0.3000 | 9.00e-04 | 41.0 | - |" in table
+    # A plan of less error whose images are worse is not better, nor is one as large smaller.
+    for worse in (plan(0.5, 1e-5, 39.9), plan(0.5, 2e-3, 41.0)):
+        _, checks = script.against_controls([worse], {"fp8": control}, {})
+        assert [passed for passed, _ in checks] == [False, False]
+    _, checks = script.against_controls([plan(0.6, 1e-5, 60.0)], {"fp8": control}, {})
+    assert [passed for passed, _ in checks] == [False, False]
+
+
 @using("peers")
 def test_the_line_goes_through_its_ends_and_nowhere_else(script: ModuleType) -> None:
     (low, low_db), (high, high_db) = script.LINE
