@@ -119,7 +119,8 @@ def fastest_plan(problem: Problem, section: AllocateSettings | None = None) -> d
     section = section or AllocateSettings()
     free = replace(problem, max_latency_ns=None)
     if problem.max_loss is not None:
-        minimum = allocate(replace(free, max_loss=None), section).report.loss
+        least = allocate(replace(free, max_loss=None), section)
+        minimum, free = least.report.loss, replace(free, start=least.schemes)
         if minimum > problem.max_loss:
             raise UsageError(
                 f"No plan within the budget has a predicted loss of at most {problem.max_loss:.3g}.",
@@ -153,7 +154,9 @@ def limited(
     ):
         return problem
     if section.objective == "balanced":
-        found = balanced_plan(problem, section, allocated(problem).report.loss)
+        least = allocated(problem)
+        known = replace(problem, start=least.schemes)
+        found = balanced_plan(known, section, least.report.loss)
     else:
         found = fastest_plan(replace(problem, max_loss=section.max_loss), section)
     minimum = problem.plan_ns(found)
