@@ -1,6 +1,7 @@
-"""What a byte budget buys: predicted and measured error and PSNR per budget, beside everything INT8 and INT4.
+"""What a byte budget buys: predicted and measured error and PSNR per budget, beside the target's controls.
 
     python benchmarks/budgets.py [MODEL] --budgets 0.26:0.5
+    python benchmarks/budgets.py emoji --recipe quick --set target=rtx-blackwell --set evaluate.samples=16 --controls
 
 MODEL is what `mpq-deploy build` takes; nothing is the bundled demo. The model is calibrated and measured once, then
 solved, quantized and sampled for every budget; an engine is not built. NMSE is the squared error of the denoiser's
@@ -9,11 +10,14 @@ the mean over images, and "pooled", that of the squared error of all images toge
 path dominates; the checks use the first and name the second.
 The checks are relations between results of this very run, and the exit code is 1 when one fails. The budgets of the
 checks are added to the list. A second call reuses every stage and every sample that is still current.
+With --controls the checks compare ours with each control, everything in one format or by NVIDIA's rule: at its bytes,
+and by the smallest of the budgets that is as good.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +32,10 @@ from table import (
     weights_digest,
 )
 
-from mpq_deploy.rounding.candidate_store import STATIC_INT8
+from mpq_deploy.evaluate.variants import read_controls
+from mpq_deploy.rounding.control_schemes import STATIC_INT8
 from mpq_deploy.run.pipeline import open_pipeline
+from mpq_deploy.run.view import Run
 from mpq_deploy.studies.sweep import parse_budgets, run_sweep
 from mpq_deploy.system.progress import PlainTalk
 
@@ -66,10 +72,9 @@ def budget_table(points: Points, controls: dict[str, Any]) -> str:
         ]
         quality = [decibels(point["psnr_db"]), decibels(point["pooled_psnr_db"])]
         rows.append([f"{point['budget']:g}", *figures, f"{predicted / measured:.2f}", *quality])
-    for name, control in controls.items():
+    for control in controls.values():
         error = f"{control['measured_nmse']:.2e}"
-        kind, _, static = name.partition("-")
-        label = f"everything {kind.upper()}" + (f", {static}" if static else "")
+        label = control["title"].replace("Everything", "everything")
         quality = [decibels(control["psnr_db"]), decibels(control["pooled_psnr_db"])]
         rows.append([label, f"{control['size_ratio']:.4f}", "", "", error, "", *quality])
     header = (
@@ -109,6 +114,77 @@ def lead_checks(points: Points, int8: dict[str, Any]) -> list[tuple[bool, str]]:
     return checks
 
 
+def against_controls(
+    points: Points, controls: dict[str, Any], times: Mapping[str, float]
+) -> tuple[str, list[tuple[bool, str]]]:
+    """Compare ours with each control at its bytes, and where both error and PSNR are as good.
+
+    ``times``: estimated milliseconds of controls, as far as they are known. Return a table and the checks.
+    """
+    rows, checks = [], []
+    feasible = sorted((p for p in points if "size_bytes" in p), key=lambda p: p["size_ratio"])
+    for name, control in controls.items():
+        title = control["title"].replace("Everything", "everything")
+        ratio, error, psnr = (control[k] for k in ("size_ratio", "measured_nmse", "psnr_db"))
+        good = [p for p in feasible if p["measured_nmse"] <= error and above(p, psnr) >= 0]
+        as_large = next((p for p in feasible if p["budget"] == as_budget(ratio)), None)
+        as_good = good[0] if good else None
+        rows.append(
+            [title, f"{ratio:.4f}", f"{error:.2e}", decibels(psnr), milliseconds(times.get(name))]
+        )
+        rows[-1] += [*cells(as_large), *cells(as_good)]
+        gain = -math.inf if as_large is None else above(as_large, psnr)
+        less = 0.0 if as_large is None else error / as_large["measured_nmse"]
+        what = f"at the bytes of {title} ours has less error and a higher PSNR"
+        checks.append((less > 1 and gain > 0, what, f"1/{less:.3g} of the error, {gain:+.1f} dB"))
+        smaller = as_good is not None and as_good["size_ratio"] < ratio
+        said = f"{as_good['size_ratio'] / ratio:.0%} of its bytes" if as_good else "no budget here"
+        checks.append((smaller, f"as good as {title} ours is smaller", said))
+    figures = ["of FP16", "NMSE", "PSNR dB", "ms"]
+    header = ["", *figures, "ours at its bytes: of FP16", *figures[1:]]
+    header += ["ours as good: of FP16", *figures[1:]]
+    return markdown(header, rows), [(p, verdict(p, what, said)) for p, what, said in checks]
+
+
+def controls_part(run: Run, result: dict[str, Any], page: Page) -> list[tuple[bool, str]]:
+    """Say how ours compares with each control; return the checks."""
+    info = run.plan.latency
+    assert info is not None, "the target has figures to estimate times from"
+    times = {"int8": info.int8_ms, "int4": info.int4_ms, **info.controls_ms}
+    table, checks = against_controls(result["points"], result["controls"], times)
+    page.say(
+        f"## Against each control\n\nTarget {run.target.name}, {run.recipe.evaluate.samples} images; FP4 is "
+        'simulated in ONNX Runtime. "As good": the smallest budget above with neither more error nor a lower PSNR. '
+        f"Bytes are the files'. Milliseconds of a call at batch {info.batch} were measured nowhere: {info.basis}. "
+        f"Everything FP16: {milliseconds(info.fp16_ms)}; plans are those of the least error, whatever their time."
+    )
+    page.say(table)
+    return checks
+
+
+def above(point: dict[str, Any], psnr_db: float | None) -> float:
+    """Return how many dB the images of ``point`` lie above; 0 where both are the float model's."""
+    one, other = infinite(point["psnr_db"]), infinite(psnr_db)
+    return 0.0 if one == other else one - other
+
+
+def cells(point: dict[str, Any] | None) -> list[str]:
+    """Return size, error, PSNR and estimated time of a plan; dashes without one."""
+    if point is None:
+        return ["-"] * 4
+    figures = f"{point['size_ratio']:.4f}", f"{point['measured_nmse']:.2e}"
+    return [*figures, decibels(point["psnr_db"]), milliseconds(point.get("latency_ms"))]
+
+
+def milliseconds(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def as_budget(ratio: float) -> float:
+    """Return a share of FP16's bytes as a budget that is not larger."""
+    return math.floor(ratio * 1e6) / 1e6
+
+
 def ratio_check(points: Points) -> tuple[bool, str]:
     """Whether every prediction lies within ``RATIOS`` of what was measured."""
     ratios = {
@@ -134,28 +210,37 @@ def main() -> None:
     parser.add_argument(
         "--budgets", default="0.26:0.5", help="FROM:TO, FROM:TO:STEP or a comma-separated list"
     )
-    parser.add_argument("--recipe", type=Path, help="a recipe to start from")
+    parser.add_argument("--recipe", help="a recipe to start from, or a bundled one's name")
+    parser.add_argument("--controls", action="store_true", help="compare with each control")
     parser.add_argument(
         "-o", "--out", type=Path, help="run folder (default: runs/bench-budgets-NAME)"
     )
     chosen = parser.parse_args()
     recipe = bench_recipe(chosen.recipe, chosen.set, {"model": chosen.model, "engine.build": False})
-    budgets = sorted({*parse_budgets(chosen.budgets), *LEADS})
     name = Path(recipe.model).stem if recipe.model else "demo"
     with open_pipeline(
         recipe, chosen.out or Path("runs") / f"bench-budgets-{name}", PlainTalk()
     ) as pipeline:
-        result = run_sweep(pipeline.current("measure", "controls"), budgets, evaluate=True)
-        page = Page(f"Size against quality: {name}")
+        run = pipeline.current("measure", "controls")
+        fp16 = run.exported.facts["fp16_size_bytes"]
+        sizes = [
+            as_budget((c.size_bytes or 0) / fp16)
+            for c in read_controls(run.stage("controls")).values()
+        ]
+        further = sizes if chosen.controls else LEADS
+        budgets = sorted({*parse_budgets(chosen.budgets), *further})
+        result = run_sweep(run, budgets, evaluate=True)
+        about = "The plan against the controls" if chosen.controls else "Size against quality"
+        page = Page(f"{about}: {name}")
         page.say(f"{weights_digest(pipeline.run)}\n\n{made_by_stages(pipeline.run, STAGES)}")
-    controls = result["controls"]
-    page.say(budget_table(result["points"], controls))
-    # Without the ranges and factors that this tool finds, where those differ.
-    int8 = controls.get(STATIC_INT8, controls["int8"])
-    checks = [
-        *lead_checks(result["points"], int8),
-        ratio_check(result["points"]),
-    ]
+    controls, points = result["controls"], result["points"]
+    page.say(budget_table(points, controls))
+    if chosen.controls:
+        checks = controls_part(run, result, page)
+    else:
+        # Without the ranges and factors that this tool finds, where those differ.
+        int8 = controls.get(STATIC_INT8, controls["int8"])
+        checks = [*lead_checks(points, int8), ratio_check(points)]
     page.conclude(checks, chosen.page)
 
 

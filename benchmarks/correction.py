@@ -33,10 +33,10 @@ from mpq_deploy.allocate.plan_solver import PlanSolver
 from mpq_deploy.errors import InfeasibleBudgetError
 from mpq_deploy.evaluate.evaluate import Variant, evaluate
 from mpq_deploy.evaluate.evaluation_result import VariantResult
+from mpq_deploy.evaluate.variants import read_controls
 from mpq_deploy.graph.writers.deployed_graphs import SIMULATED
 from mpq_deploy.graph.writers.plan_graphs import write_plan
 from mpq_deploy.models.spec import FloatModel
-from mpq_deploy.rounding.candidate_store import CONTROLS
 from mpq_deploy.run.pipeline import open_pipeline
 from mpq_deploy.run.view import Run
 from mpq_deploy.runtime.correction import Correction
@@ -168,7 +168,7 @@ def measure_model(model: str, changes: list[str], out: Path, page: Page) -> list
             with tempfile.TemporaryDirectory(dir=pipeline.run.scratch()) as folder:
                 write_plan(pipeline.run, plan.schemes, Path(folder))
                 rows.append(compare(pipeline.run, f"ours, {budget:g}", Path(folder)))
-        for name in CONTROLS:
+        for name in read_controls(pipeline.run.stage("controls")):
             rows.append(
                 compare(
                     pipeline.run,

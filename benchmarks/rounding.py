@@ -16,7 +16,7 @@ from pathlib import Path
 from predict import Truth, relative_error
 from table import Page, bench_parser, bench_recipe, markdown, verdict, weights_digest
 
-from mpq_deploy.rounding.candidate_store import control_scheme
+from mpq_deploy.rounding.control_schemes import control_scheme
 from mpq_deploy.run.pipeline import open_pipeline
 from mpq_deploy.system.progress import PlainTalk
 

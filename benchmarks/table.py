@@ -111,7 +111,7 @@ def bench_parser(description: str | None, recipe: bool = True) -> argparse.Argum
     return parser
 
 
-def bench_recipe(path: Path | None, changes: Sequence[str], values: dict[str, Any]) -> Recipe:
+def bench_recipe(path: str | Path | None, changes: Sequence[str], values: dict[str, Any]) -> Recipe:
     """Return the recipe of a benchmark: the file, its own ``values`` over it, then KEY=VALUE ``changes``.
 
     Plans are those of the least error: what bytes buy is compared, not what speed costs.

@@ -391,7 +391,10 @@ class EvaluateSettings(Section):
     sampler: SamplerKind = Field(
         "auto", description="auto: built-in DDIM for DDIM and DDPM, else the folder's own class"
     )
-    controls: bool = Field(True, description="also evaluate everything-INT8 and everything-INT4")
+    controls: bool = Field(
+        True,
+        description="also evaluate everything INT8, INT4, FP8, FP4 and NVIDIA's rule, where the target takes them",
+    )
     correction: Literal["none", "ptqd"] = Field(
         "none", description="ptqd: also sample with corrected outputs"
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -120,7 +120,8 @@ def fastest_plan(problem: Problem, section: AllocateSettings | None = None) -> d
     section = section or AllocateSettings()
     free = replace(problem, max_latency_ns=None)
     if problem.max_loss is not None:
-        minimum = allocate(replace(free, max_loss=None), section).report.loss
+        least = allocate(replace(free, max_loss=None), section)
+        minimum, free = least.report.loss, replace(free, start=least.schemes)
         if minimum > problem.max_loss:
             raise UsageError(
                 f"No plan within the budget has a predicted loss of at most {problem.max_loss:.3g}.",
@@ -129,14 +130,42 @@ def fastest_plan(problem: Problem, section: AllocateSettings | None = None) -> d
     return solve(free, Objective.latency(problem), 0.0, section.time_limit).schemes
 
 
-def balanced_limit(problem: Problem, section: AllocateSettings, least: float) -> int:
-    """Return the nanoseconds of the fastest plan whose loss is at most ``section.slack`` times ``least``.
+def balanced_plan(problem: Problem, section: AllocateSettings, least: float) -> dict[str, str]:
+    """Return the fastest plan whose loss is at most ``section.slack`` times ``least``.
 
     ``least``: the minimum loss within the budget, of which there is a plan. To the section's gap.
     """
     slack = replace(problem, max_latency_ns=None, max_loss=section.slack * least)
-    found = solve(slack, Objective.latency(problem), section.gap, section.time_limit)
-    return problem.plan_ns(found.schemes)
+    return solve(slack, Objective.latency(problem), section.gap, section.time_limit).schemes
+
+
+def limited(
+    problem: Problem, section: AllocateSettings, allocated: Callable[[Problem], Allocation]
+) -> Problem:
+    """Return a timed ``problem`` with the latency of the fastest plan that the objective allows as its limit.
+
+    Unchanged for the objective quality, where the budget is too small, and where the problem's own
+    limit is smaller. ``allocated``: solves without cross terms.
+    """
+    limit = problem.max_latency_ns
+    if (
+        section.objective == "quality"
+        # The solver says what the smallest feasible budget is.
+        or problem.plan_bytes(problem.smallest_plan()) > problem.budget_bytes
+    ):
+        return problem
+    if section.objective == "balanced":
+        least = allocated(problem)
+        known = replace(problem, start=least.schemes)
+        found = balanced_plan(known, section, least.report.loss)
+    else:
+        found = fastest_plan(replace(problem, max_loss=section.max_loss), section)
+    minimum = problem.plan_ns(found)
+    return (
+        problem
+        if limit is not None and limit < minimum
+        else replace(problem, max_latency_ns=minimum, start=found)
+    )
 
 
 def _check_budget(problem: Problem, section: AllocateSettings) -> None:
@@ -267,8 +296,9 @@ class _Model:
             costs.append(layer.loss)
         if self.problem.max_latency_ns is not None:
             costs.append(layer.latency_ns)
-        # Moves are limited: the current scheme stays a choice even where another beats it.
-        current = [self.near.current[layer.name]] if self.near else []
+        # Moves are limited, and a start is a whole plan: their schemes stay even where another beats them.
+        kept = [plan for plan in (self.near and self.near.current, self.problem.start) if plan]
+        current = [plan[layer.name] for plan in kept if plan[layer.name] in layer.bytes]
         return list(dict.fromkeys([*undominated(layer, costs), *current]))
 
     def tighten(self, excess: int, late: int) -> None:
@@ -313,7 +343,20 @@ class _Model:
             integer=True,
         )
         options = {"mip_rel_gap": gap, "time_limit": time_limit, "presolve": presolve}
-        return solve_program(program, mip_feasibility_tolerance=1e-9, **options), scale
+        start = self._start()
+        return solve_program(program, start, mip_feasibility_tolerance=1e-9, **options), scale
+
+    def _start(self) -> Array | None:
+        """Return the known plan as values of the columns; None where its schemes are not all left."""
+        plan = self.problem.start
+        if plan is None:
+            return None
+        taken = [plan[layer.name] == scheme for layer, scheme in self.pairs]
+        if sum(taken) < len(self.problem.layers):
+            return None
+        chosen = [pair for pair, here in zip(self.pairs, taken) if here]
+        read = {name for layer, scheme in chosen for name in layer.quantizers(scheme)}
+        return np.array([*taken, *(name in read for name in self.quantizers)], np.float64)
 
     def _rows(self) -> list[Row]:
         of_layer: dict[str, list[int]] = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -16,8 +17,7 @@ from mpq_deploy.allocate.front import front, undominated
 from mpq_deploy.allocate.milp import (
     Allocation,
     allocate,
-    balanced_limit,
-    fastest_plan,
+    limited,
     penalty_per_kernel,
 )
 from mpq_deploy.allocate.plan import BitProgram, PlannedLayer, PrecisionPlan
@@ -32,7 +32,7 @@ from mpq_deploy.graph.attention import OPERANDS, projections, separate_operands
 from mpq_deploy.graph.census import take_census
 from mpq_deploy.graph.layers import Layer
 from mpq_deploy.graph.writers.prescale import foldable_inputs
-from mpq_deploy.latency.costs import PlanLatency, int8_warning
+from mpq_deploy.latency.costs import LatencyCosts, PlanLatency, int8_warning
 from mpq_deploy.latency.plan_latency import latency_costs, plan_latency_info
 from mpq_deploy.rounding.candidate_store import choices_of
 from mpq_deploy.sensitivity.table import SensitivityTable
@@ -64,6 +64,48 @@ class PredictedPlan:
         """Return the same of a plan that was solved."""
         time = plan.latency.ours_ms if plan.latency else None
         return cls(plan.schemes, plan.size_bytes, plan.predicted_loss, time)
+
+
+def layer_choices(
+    layers: Sequence[Layer],
+    allowed: Mapping[str, Sequence[str]],
+    losses: Mapping[str, Mapping[str, float]],
+    costs: LatencyCosts | None,
+) -> list[LayerChoice]:
+    """Return what each layer may take (``allowed``: layer -> schemes), with bytes, loss and time."""
+    return [
+        LayerChoice(
+            layer.name,
+            layer.inputs,
+            {name: SCHEMES[name].weight_bytes(layer) for name in allowed[layer.name]},
+            {name: losses[layer.name][name] for name in allowed[layer.name]},
+            {name: SCHEMES[name].input_bytes(layer) for name in allowed[layer.name]},
+            {name: costs.layer_ns(layer, SCHEMES[name]) for name in allowed[layer.name]}
+            if costs
+            else {},
+            {name: SCHEMES[name].scale_bytes(layer) for name in allowed[layer.name]},
+        )
+        for layer in layers
+    ]
+
+
+def timed_problem(
+    layers: Sequence[Layer],
+    costs: LatencyCosts | None,
+    problem: Problem,
+    choices: Sequence[LayerChoice] | None = None,
+) -> Problem:
+    """Add the latencies of quantizers and of what is no layer, where the speed is known.
+
+    ``choices``: of the ``layers`` one by one, where the problem has some of them as one.
+    """
+    if costs is None:
+        return problem
+    shared: dict[str, int] = {}
+    for layer, choice in zip(layers, choices or problem.layers, strict=True):
+        for scheme in choice.bytes:
+            shared.update(costs.quantizers_ns(layer, SCHEMES[scheme]))
+    return replace(problem, quantizer_ns=shared, fixed_ns=costs.others_ns)
 
 
 class PlanSolver:
@@ -102,7 +144,7 @@ class PlanSolver:
             self.table.losses,
         )
         self.costs, self.no_latency = latency_costs(run, self.exported)
-        self.choices = [self._choice(layer, allowed[layer.name]) for layer in self.layers]
+        self.choices = layer_choices(self.layers, allowed, self.table.losses, self.costs)
         self.fp16_size = int(self.exported.facts["fp16_size_bytes"])
         self.weights = sum(layer.weights for layer in self.layers)
         self.foldable = foldable_inputs(self.exported.graph)
@@ -110,19 +152,6 @@ class PlanSolver:
         tied = self.section.tie_qkv and self.target.builder != "none"
         self.groups = projections(self.exported.graph) if tied else []
         self.attentions = self._attentions()
-
-    def _choice(self, layer: Layer, names: tuple[str, ...]) -> LayerChoice:
-        return LayerChoice(
-            layer.name,
-            layer.inputs,
-            {name: SCHEMES[name].weight_bytes(layer) for name in names},
-            {name: self.table.losses[layer.name][name] for name in names},
-            {name: SCHEMES[name].input_bytes(layer) for name in names},
-            {name: self.costs.layer_ns(layer, SCHEMES[name]) for name in names}
-            if self.costs
-            else {},
-            {name: SCHEMES[name].scale_bytes(layer) for name in names},
-        )
 
     def _attentions(self) -> list[LayerChoice]:
         """Return the attentions that may compute in FP8, as the measured table has them."""
@@ -152,38 +181,18 @@ class PlanSolver:
 
     def _timed(self, problem: Problem) -> Problem:
         """Add the latencies of quantizers and of what is no layer, where the speed is known."""
-        if self.costs is None:
-            return problem
-        shared: dict[str, int] = {}
-        for layer, choice in zip(self.layers, self.choices, strict=True):
-            for scheme in choice.bytes:
-                shared.update(self.costs.quantizers_ns(layer, SCHEMES[scheme]))
+        timed = timed_problem(self.layers, self.costs, problem, self.choices)
         # What attentions take is a choice there.
-        fixed = self.costs.others_ns - sum(one.latency_ns["fp16"] for one in self.attentions)
-        return replace(problem, quantizer_ns=shared, fixed_ns=fixed)
+        taken = sum(one.latency_ns.get("fp16", 0) for one in self.attentions)
+        return replace(timed, fixed_ns=timed.fixed_ns - taken)
 
     def _limited(self, timed: Problem) -> Problem:
         """Add the limit on latency: the minimum, where latency is the objective."""
         if self.costs is None:
             return timed
-        section = self.section
-        limit = section.max_latency.nanoseconds if section.max_latency else None
-        timed = replace(timed, max_latency_ns=limit)
-        if section.objective == "quality" or self._slack_is_unknown:
-            return timed
-        if timed.plan_bytes(timed.smallest_plan()) > timed.budget_bytes:
-            return timed  # the solver says what the smallest feasible budget is
-        if section.objective == "balanced":
-            minimum = balanced_limit(timed, section, self._allocated(timed).report.loss)
-        else:
-            minimum = timed.plan_ns(
-                fastest_plan(replace(timed, max_loss=section.max_loss), section)
-            )
-        return (
-            timed
-            if limit is not None and limit < minimum
-            else replace(timed, max_latency_ns=minimum)
-        )
+        limit = self.section.max_latency
+        timed = replace(timed, max_latency_ns=limit.nanoseconds if limit else None)
+        return timed if self._slack_is_unknown else limited(timed, self.section, self._allocated)
 
     @property
     def objective(self) -> str:

@@ -73,7 +73,7 @@ class Problem:
     ``fixed_bytes`` and ``fixed_ns``: of what is no layer. ``foldable``: input tensors whose
     producer can take the factors of their channels -> the layers that read them. ``quantizer_ns``:
     name of an activation quantizer -> nanoseconds, once for all its readers. ``max_loss``: limit on
-    the sum of the layers' losses.
+    the sum of the layers' losses. ``start``: a plan within all limits, where one is known.
     """
 
     layers: Sequence[LayerChoice]
@@ -84,6 +84,7 @@ class Problem:
     fixed_ns: int = 0
     max_latency_ns: int | None = None
     max_loss: float | None = None
+    start: Plan | None = None
 
     def plan_bytes(self, plan: Plan) -> int:
         """Return the bytes of all constants under ``plan``: shared scales count once."""

@@ -8,7 +8,7 @@ calibration's.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -63,15 +63,16 @@ DECODED_RANGE = (-1.0, 1.0)
 
 @dataclass(frozen=True)
 class Variant:
-    """A quantized graph: its file, its deployed bytes, and a correction of its output.
+    """A quantized graph: its file, its deployed bytes, a correction of its output, its layers by family.
 
-    The size is passed through; the correction applies to the error and before every step of the
-    sampler.
+    Size and layers are passed through; the correction applies to the error and before every step of
+    the sampler.
     """
 
     path: Path
     size_bytes: int | None = None
     correction: Correction | None = None
+    layers: Mapping[str, int] = field(default_factory=dict)
 
     @cached_property
     def digest(self) -> str:
@@ -333,6 +334,7 @@ def _scored(
         ssim=float(np.mean(alike)),
         psnr_db_each=tuple(float(value) for value in psnr_db_each(expected, images)),
         ssim_each=tuple(float(value) for value in alike),
+        layers=dict(variant.layers),
     )
 
 

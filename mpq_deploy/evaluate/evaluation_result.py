@@ -37,7 +37,7 @@ class VariantResult:
     model's inputs; ``measured_nmse`` their mean, which the predicted loss estimates.
     ``psnr_db_each`` and ``ssim_each`` are those of each image, in the order of the evaluation's
     rows: what an interval or a paired difference needs. An image equal to its reference has
-    ``EQUAL_IMAGE_DB`` there.
+    ``EQUAL_IMAGE_DB`` there. ``layers``: a control's, counted by family.
     """
 
     digest: str
@@ -49,6 +49,7 @@ class VariantResult:
     ssim: float
     psnr_db_each: tuple[float, ...]
     ssim_each: tuple[float, ...]
+    layers: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from statistics import median
 from typing import TYPE_CHECKING
 
 import numpy as np
-from pydantic import NonNegativeInt
+from pydantic import BaseModel, ConfigDict, NonNegativeInt
 
 from mpq_deploy.calls.loop import first_samples
 from mpq_deploy.evaluate.cache import model_files
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from mpq_deploy.run.view import Run
 
 LATENCY = "latency.json"
+# In the folder of the stage controls.
+CONTROLS_FILE = "controls.json"
 # The variant that samples the plan's graph with PTQD's correction in front of the sampler.
 CORRECTED = "ours+ptqd"
 # The plan as it was before recovery, where there was one.
@@ -38,11 +40,25 @@ LARGEST_PAIR_BYTES = 2 * 2**30
 WARM_UP_CALLS, TIMED_CALLS = 2, 7
 
 
-def read_sizes(controls: Path) -> dict[str, int]:
-    """Return the bytes of each control, by name, from the stage's folder. Raises InputError."""
-    path = controls / "sizes.json"
-    sizes: dict[str, int] = model_of(dict[str, NonNegativeInt], read_json(path), str(path))
-    return {plain_name(name, "A control's name"): size for name, size in sizes.items()}
+class ControlFacts(BaseModel):
+    """What is known of a control: its bytes, and its layers counted by family, most first."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    size_bytes: NonNegativeInt
+    layers: dict[str, NonNegativeInt]
+
+
+def read_controls(folder: Path) -> dict[str, Variant]:
+    """Return the controls in the stage's ``folder``, by name. Raises InputError."""
+    path = folder / CONTROLS_FILE
+    found: dict[str, ControlFacts] = model_of(dict[str, ControlFacts], read_json(path), str(path))
+    return {
+        plain_name(name, "A control's name"): Variant(
+            folder / name / SIMULATED, facts.size_bytes, layers=facts.layers
+        )
+        for name, facts in found.items()
+    }
 
 
 def evaluate_variants(
@@ -66,14 +82,12 @@ def evaluate_variants(
         )
         settings = settings.replace(steps=1, samples=min(settings.samples, held_out))
     settings = settings.replace(timesteps=min(settings.timesteps, settings.steps))
-    controls = run.stage("controls")
-    sizes = read_sizes(controls)
     variants = {"ours": Variant(ours, size_bytes)}
     if correction is not None:
         variants[CORRECTED] = Variant(ours, size_bytes, correction)
     if before is not None:
         variants[BEFORE] = Variant(before, size_bytes)
-    variants |= {name: Variant(controls / name / SIMULATED, size) for name, size in sizes.items()}
+    variants |= read_controls(run.stage("controls"))
     evaluation = evaluate(
         variants, model, settings, run.talk, cache=run.path / ".samples", crew=run.crew
     )

@@ -8,7 +8,7 @@ filled from.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import ceil, prod
 
 from mpq_deploy.engine.target import Target
@@ -42,7 +42,8 @@ class PlanLatency:
     (layer, scheme) entries. ``slower_in_int8``: layers that are expected to be slower in INT8 than
     in FP16; ``taken``: those among them that the plan has in INT8 all the same. ``int4_ms``: with
     INT4 weights wherever a layer may have them; None where a table lacks layers and nothing is
-    known to estimate them from. Only where the plan is slower than FP16: ``fastest_ms`` of the
+    known to estimate them from. ``controls_ms``: of the further controls that the target takes (FP8,
+    FP4), by name. Only where the plan is slower than FP16: ``fastest_ms`` of the
     fastest plan found within the budget with its predicted ``fastest_loss``, and ``as_fast_at``, the
     share of FP16's size from which a plan within the slack is as fast as FP16.
     """
@@ -61,6 +62,7 @@ class PlanLatency:
     objective: str
     limit_ms: float | None
     int4_ms: float | None = None
+    controls_ms: dict[str, float] = field(default_factory=dict)
     fastest_ms: float | None = None
     fastest_loss: float | None = None
     as_fast_at: float | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,11 +12,12 @@ from mpq_deploy.engine.target import Target, load_target
 from mpq_deploy.errors import ModelError, UsageError
 from mpq_deploy.formats.scheme import FP16, SCHEMES, Scheme
 from mpq_deploy.graph.attention import projections
+from mpq_deploy.graph.layers import LayerGraph
 from mpq_deploy.latency.costs import LatencyCosts, PlanLatency
 from mpq_deploy.latency.latency_table import LatencyTable
 from mpq_deploy.latency.others import activations_of, weighed_nodes
 from mpq_deploy.latency.roofline import LAUNCH_SECONDS, Rates
-from mpq_deploy.rounding.candidate_store import CONTROLS, control_scheme
+from mpq_deploy.rounding.control_schemes import CONTROLS, INT8, control_plans, control_scheme
 from mpq_deploy.run.view import Exported
 from mpq_deploy.system.files import Fields
 
@@ -126,13 +128,14 @@ def plan_latency_info(
     """
     layers, target = exported.graph.layers, load_target(recipe.target)
     limit = recipe.allocate.max_latency
-    static = {layer.name: control_scheme(layer, CONTROLS["int8"][:1], target) for layer in layers}
+    static = {layer.name: control_scheme(layer, INT8[:1], target) for layer in layers}
     slower = costs.slower_in_int8(layers, static)
     fp16_ns = costs.plan_ns(layers, {layer.name: FP16 for layer in layers})
     int8_ns = costs.plan_ns(layers, {**static, **int8})
     # Counted before everything INT4 is added up: the solver may not have looked at those entries.
     measured, estimated = len(costs.measured), len(costs.estimated)
     source, basis = costs.source(), costs.basis()
+    times = _control_times(costs, exported.graph, target)
     return PlanLatency(
         ours_ms=ours_ns / 1e6,
         fp16_ms=fp16_ns / 1e6,
@@ -147,15 +150,17 @@ def plan_latency_info(
         taken=tuple(n for n in slower if SCHEMES[schemes[n]].activation == int8[n].activation),
         objective=recipe.allocate.objective,
         limit_ms=None if limit is None else limit.nanoseconds / 1e6,
-        int4_ms=_everything_int4(costs, exported, target),
+        int4_ms=times.pop("int4", None),
+        controls_ms=times,
     )
 
 
-def _everything_int4(costs: LatencyCosts, exported: Exported, target: Target) -> float | None:
-    layers = exported.graph.layers
-    schemes = {layer.name: control_scheme(layer, CONTROLS["int4"][:-1], target) for layer in layers}
-    try:
-        return costs.plan_ns(layers, schemes) / 1e6
-    except UsageError:
-        # A table that lacks a layer, for a target without figures.
-        return None
+def _control_times(costs: LatencyCosts, graph: LayerGraph, target: Target) -> dict[str, float]:
+    """Return the milliseconds of the controls beside INT8, by name, as far as they are known."""
+    times = {}
+    for name, plan in control_plans(graph, target).items():
+        # A table may lack a layer, for a target without figures.
+        with suppress(UsageError):
+            if CONTROLS[name].products != INT8:
+                times[name] = costs.plan_ns(graph.layers, plan) / 1e6
+    return times

@@ -15,7 +15,7 @@ from mpq_deploy.delivery.device_results import device_infos
 from mpq_deploy.errors import InputError
 from mpq_deploy.evaluate.evaluation_result import Evaluation, VariantResult
 from mpq_deploy.evaluate.interval import mean_interval
-from mpq_deploy.evaluate.variants import BEFORE, CORRECTED, LATENCY, read_sizes
+from mpq_deploy.evaluate.variants import BEFORE, CORRECTED, LATENCY, read_controls
 from mpq_deploy.graph.writers.deployed_graphs import DEPLOYED, SIMULATED
 from mpq_deploy.report.budget_plans import budget_plans, layer_kurtoses
 from mpq_deploy.report.data import (
@@ -40,7 +40,8 @@ from mpq_deploy.report.data import (
     StageRow,
     TargetInfo,
 )
-from mpq_deploy.rounding.candidate_store import STATIC_INT8
+from mpq_deploy.report.words import counted
+from mpq_deploy.rounding.control_schemes import CONTROLS, SIMULATED_TWIN
 from mpq_deploy.run.stage import version_of
 from mpq_deploy.run.view import Exported
 from mpq_deploy.runtime.correction import FILE as CORRECTION
@@ -57,9 +58,7 @@ TITLES = {
     "ours": "Ours",
     CORRECTED: "Ours, corrected (PTQD)",
     BEFORE: "Ours, before recovery",
-    "int8": "Everything INT8",
-    STATIC_INT8: "Everything INT8, static",
-    "int4": "Everything INT4",
+    **{name: control.title for name, control in CONTROLS.items()},
     "size-only": "Size only, no ORM",
     "random": "Random theta",
 }
@@ -185,7 +184,9 @@ class _Evaluated:
             )
         result = Evaluation.load(run.stage("evaluate"))
         variants = {name: _control(name, v, plan) for name, v in result.variants.items()}
-        ours = variants.pop("ours").model_dump(exclude={"title", "size_bytes", "size_ratio"})
+        ours = variants.pop("ours").model_dump(
+            exclude={"title", "size_bytes", "size_ratio", "layers"}
+        )
         conditions = result.settings.model_dump(include={"samples", "steps", "seed"})
         fields = {
             **ours,
@@ -268,6 +269,7 @@ def _control(name: str, variant: VariantResult, plan: PrecisionPlan) -> Control:
         ssim_each=_all_finite(variant.ssim_each),
         nmse_by_timestep=_all_finite(variant.nmse_by_timestep),
         identical=variant.psnr_db == math.inf,
+        layers=variant.layers,
     )
 
 
@@ -458,8 +460,10 @@ def _headline(run: Path, report: dict[str, Any]) -> str:
         _row("ours", report),
     ]
     lines += [_row(name, row) for name, row in {**report["extras"], **report["controls"]}.items()]
+    mixed = {n: c["layers"] for n, c in report["controls"].items() if len(c["layers"]) > 1}
     if report["simulated"]:
         lines = [lines[0], *(f"{line}  simulated, nominal bytes" for line in lines[1:])]
+    lines += [f"layers of {name}: {counted(layers)}" for name, layers in mixed.items()]
     engine = report["engine"]
     built = f"{run / engine['file']}" if engine else f"none ({report['engine_note']})"
     model = run / ("recover" if report["recovery"] else "quantize") / DEPLOYED
@@ -483,7 +487,9 @@ def _row(name: str, row: dict[str, Any]) -> str:
     alike = "-" if ssim is None else f"{ssim:.4f}"
     error = "-" if nmse is None else f"{nmse:.2e}"
     sizes = f"{row['size_ratio']:>8.4f} {row['size_bytes']:>14,}"
-    return f"{name:<11} {sizes} {shown:>8} {alike:>6} {error:>9}"
+    simulated = TITLES.get(name, "").endswith(SIMULATED_TWIN)
+    row_text = f"{name:<11} {sizes} {shown:>8} {alike:>6} {error:>9}"
+    return f"{row_text}  simulated" if simulated else row_text
 
 
 def sample_grid(run: Run, out: Path, count: int, seed: int, steps: int, controls: bool) -> None:
@@ -496,11 +502,8 @@ def sample_grid(run: Run, out: Path, count: int, seed: int, steps: int, controls
     )
     variants = {"ours": Variant(run.deployed / SIMULATED)}
     if controls:
-        folder = run.stage("controls")
-        sizes = read_sizes(folder)
-        variants |= {
-            name: Variant(folder / name / SIMULATED) for name in sorted(sizes, reverse=True)
-        }
+        found = read_controls(run.stage("controls"))
+        variants |= {name: found[name] for name in sorted(found, reverse=True)}
     result = evaluate(variants, run.exported.model, settings, run.talk)
     plan = run.plan
     save_grid(

@@ -98,6 +98,9 @@ class Control(Quality):
     title: str
     size_bytes: int = Field(ge=0)
     size_ratio: float = Field(ge=0)
+    layers: dict[str, int] = Field(
+        default_factory=dict, description="how many have which family of schemes"
+    )
 
 
 class CurvePoint(Part):
@@ -261,6 +264,7 @@ class ExpectedLatency(Part):
     objective: str = "quality"
     limit_ms: float | None = Field(None, gt=0)
     int4_ms: float | None = Field(None, ge=0)
+    controls_ms: dict[str, float] = Field(default_factory=dict, description="of further controls")
     fastest_ms: float | None = Field(None, ge=0)
     fastest_loss: float | None = Field(None, ge=0)
     as_fast_at: float | None = Field(None, ge=0)

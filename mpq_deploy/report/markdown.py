@@ -9,6 +9,7 @@ from mpq_deploy.report.data import Control, ReportData, SchemeTotal, kept_in_fp1
 from mpq_deploy.report.words import (
     DEVICE_COLUMNS,
     FRECHET_COLUMNS,
+    control_layers,
     count,
     device_row,
     duration,
@@ -40,6 +41,7 @@ def markdown_report(data: ReportData) -> str:
         " ".join(headline(data)),
         *_warning(data),
         table(("", "size", "of FP16", "PSNR", "SSIM", "output error (NMSE)"), _variants(data)),
+        plain(control_layers(data)),
         intervals_note(data),
         f"Output error: {prediction(data)}. {_engine_line(data)}",
         *_frechet(data),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 from mpq_deploy.report.data import (
     Control,
@@ -16,6 +17,7 @@ from mpq_deploy.report.data import (
     ReportData,
     ScoreInfo,
 )
+from mpq_deploy.rounding.control_schemes import CONTROLS, SIMULATED_TWIN
 
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 _SIZE_UNITS = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
@@ -286,6 +288,18 @@ def title_of(name: str, data: ReportData) -> str:
     return given.get(name) or {"float": "Original (float)", "ours": plan}.get(name, name)
 
 
+def counted(layers: Mapping[str, int]) -> str:
+    """Return layers by family, most first: ``47 f8a8, 44 nvfp4``."""
+    order = sorted(layers.items(), key=lambda item: (-item[1], item[0]))
+    return ", ".join(f"{number} {family}" for family, number in order)
+
+
+def control_layers(data: ReportData) -> str:
+    """Say how many layers of each control have which format; empty where that is not known."""
+    said = [f"{c.title}: {counted(c.layers)}" for c in data.controls.values() if c.layers]
+    return f"Layers: {'; '.join(said)}." if said else ""
+
+
 def headline(data: ReportData) -> list[str]:
     """Return the result in at most three sentences that need no knowledge of this project."""
     nominal = " (simulated: nominal bytes, which no engine reaches)" if data.simulated else ""
@@ -407,13 +421,11 @@ def expected_latency(info: ExpectedLatency) -> str:
 def glance_rows(data: ReportData) -> list[list[str]]:
     """Return the headline's table: this plan, FP16 and the uniform plans."""
     expected = data.expected_latency
-    times = (
-        {"fp16": expected.fp16_ms, "ours": expected.ours_ms, "int8": expected.int8_ms}
-        if expected
-        else {}
-    )
-    if expected is not None and expected.int4_ms is not None:
-        times["int4"] = expected.int4_ms
+    times = {}
+    if expected is not None:
+        times = {"fp16": expected.fp16_ms, "ours": expected.ours_ms, "int8": expected.int8_ms}
+        times |= {} if expected.int4_ms is None else {"int4": expected.int4_ms}
+        times |= expected.controls_ms
 
     def row(key: str, title: str, bytes_: int, quality: str) -> list[str]:
         time = [f"{digits(times[key])} ms" if key in times else "not estimated"] if times else []
@@ -466,13 +478,7 @@ def latency_rows(data: ReportData) -> list[list[str]]:
             "estimated": "estimated layer by layer, not measured",
             "measured": "summed from measured layers, not measured as a whole",
         }.get(expected.source, "summed from measured and estimated layers, not measured as a whole")
-        figures = (
-            ("This plan", expected.ours_ms),
-            ("Everything FP16", expected.fp16_ms),
-            ("Everything INT8", expected.int8_ms),
-            ("Everything INT4", expected.int4_ms),
-        )
-        rows += [[title, f"{digits(ms)} ms", known] for title, ms in figures if ms is not None]
+        rows += [[title, f"{digits(ms)} ms", known] for title, ms in _expected_times(expected)]
     if data.cpu_latency is not None:
         cpu = data.cpu_latency
         rows.append(
@@ -486,6 +492,17 @@ def latency_rows(data: ReportData) -> list[list[str]]:
             ]
         )
     return rows
+
+
+def _expected_times(info: ExpectedLatency) -> list[tuple[str, float]]:
+    """Return the expected milliseconds of the plan and of what it is compared with, by title."""
+    uniform = {"int8": info.int8_ms, "int4": info.int4_ms, **info.controls_ms}
+    # What ONNX Runtime simulates, an engine computes.
+    titles = {
+        name: control.title.removesuffix(SIMULATED_TWIN) for name, control in CONTROLS.items()
+    }
+    named = [(titles.get(name, name), ms) for name, ms in uniform.items() if ms is not None]
+    return [("This plan", info.ours_ms), ("Everything FP16", info.fp16_ms), *named]
 
 
 def measured_latency(data: ReportData) -> bool:

@@ -1,4 +1,4 @@
-"""The candidates of a run: schemes of layers and controls, and rounded weights by layer.
+"""The candidates of a run: schemes of layers, and rounded weights by layer.
 
 In: the stage folder that ``rounding.rounder`` filled, one file per layer. Out: ``LayerCandidates``,
 read on demand.
@@ -10,19 +10,15 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mpq_deploy.calibrate.scales import LARGEST_SCALE, QUANT_MAX
-from mpq_deploy.calibrate.stats import CalibrationStats
-from mpq_deploy.engine.target import Target
 from mpq_deploy.formats.candidates import (
     Choices,
     LayerCandidates,
-    choices_for,
     load_candidates,
     load_choices,
     weight_matrix,
     with_promoted_rows,
 )
-from mpq_deploy.formats.scheme import FP16, Scheme, branches_of, ranges_of, schemes_named
+from mpq_deploy.formats.scheme import Scheme, branches_of, ranges_of, schemes_named
 from mpq_deploy.graph.layers import Layer, LayerGraph
 from mpq_deploy.graph.writers.quantize_layers import weight_array
 from mpq_deploy.models.spec import Array
@@ -38,55 +34,12 @@ if TYPE_CHECKING:
 ROW_ORDERS = "row-orders.npz"
 # Candidates that are kept in memory once they were read (our choice).
 HELD_BYTES = 512 << 20
-# What INT8 codes reach under the largest scale.
-LARGEST_ACTIVATION = QUANT_MAX * LARGEST_SCALE
-# Controls: what a user would get without this tool, at the same rounding: one scheme for every
-# layer that may take it (FP16 for the others). The last of each is what the target simulate takes
-# instead. INT8 also has the ranges and factors that were measured as best, and stands without them,
-# where that differs, under a name of its own.
-STATIC_INT8 = "int8-static"
-CONTROLS = {
-    "int8": ("w8a8", "w8a16", "w8a8-sim"),
-    STATIC_INT8: ("w8a8", "w8a16", "w8a8-sim"),
-    "int4": ("w4a16-b32", "w4a16-b64", "w4a16-b128", "w4a16-sim"),
-}
 
 
 def wanted_schemes(recipe: Recipe) -> tuple[Scheme, ...]:
     """Return the schemes that the solver may choose from by the recipe, ranges and branches included."""
     bodies = ranges_of(schemes_named(recipe.allocate.schemes), recipe.allocate.ranges)
     return (*bodies, *branches_of(bodies, recipe.allocate.branches))
-
-
-def control_scheme(
-    layer: Layer,
-    preferred: tuple[str, ...],
-    target: Target,
-    stats: CalibrationStats | None = None,
-) -> Scheme:
-    """Return the first of the ``preferred`` schemes that ``layer`` may take on ``target``; FP16 when none.
-
-    ``stats``: of its inputs, some of which are too large to be rounded.
-    """
-
-    def refusal(layer: Layer, scheme: Scheme) -> str:
-        too_large = "" if stats is None else beyond_scales(layer, scheme, stats)
-        return target.refusal(layer, scheme) or too_large
-
-    allowed = {s.name: s for s in choices_for(layer, schemes_named(preferred), refusal).schemes}
-    return next((allowed[name] for name in preferred if name in allowed), FP16)
-
-
-def beyond_scales(layer: Layer, scheme: Scheme, stats: CalibrationStats) -> str:
-    """Say that the layer's input is too large for INT8 codes under an FP16 scale; empty when it is not.
-
-    A range that moves has the inverse of its widest in FP16, which ends earlier.
-    """
-    largest = max(float(stats.activations[name].amax.max()) for name in layer.inputs)
-    most = LARGEST_SCALE if scheme.range.moves else LARGEST_ACTIVATION
-    if scheme.activation is None or largest <= most:
-        return ""
-    return f"its input reaches {largest:.3g}, beyond INT8 codes under an FP16 scale"
 
 
 class StoredCandidates(Mapping[str, LayerCandidates]):

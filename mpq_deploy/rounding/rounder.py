@@ -29,11 +29,14 @@ from mpq_deploy.graph.layers import Layer
 from mpq_deploy.graph.writers.quantize_layers import bias_refusals, weight_array
 from mpq_deploy.models.spec import Array
 from mpq_deploy.rounding.candidate_store import (
-    CONTROLS,
-    beyond_scales,
     candidate_file,
-    control_scheme,
     wanted_schemes,
+)
+from mpq_deploy.rounding.control_schemes import (
+    beyond_scales,
+    control_plans,
+    rank_refusal,
+    tensor_ranks,
 )
 from mpq_deploy.rounding.hessian import Hessian, iterate_hessians
 from mpq_deploy.rounding.quantizers import Rounding
@@ -96,10 +99,7 @@ class Rounder:
                 ),
                 Rounding(section.rounding == "gptq", section.damping, section.refinements),
                 # The controls are what they say whatever the recipe allows the plan.
-                also=tuple(
-                    control_scheme(layer, names, self.target, self.stats)
-                    for names in CONTROLS.values()
-                ),
+                also=tuple(plan[layer.name] for plan in self._controls.values()),
             )
         path = candidate_file(folder, self.numbers[layer.name])
         save_candidates(candidates, path)
@@ -115,7 +115,7 @@ class Rounder:
             self.target.refusal(layer, scheme)
             or beyond_scales(layer, scheme, self.stats)
             or self._left_out(layer, scheme)
-            or self._rank_refusal(layer, scheme)
+            or rank_refusal(layer, scheme, self._ranks)
         )
         if reason or scheme.simulated or not (scheme.branch or scheme.range.moves):
             return reason
@@ -140,22 +140,13 @@ class Rounder:
             return f"of a layer this large, {LARGE_VARIANTS} exponents of the factors are rounded"
         return ""
 
-    def _rank_refusal(self, layer: Layer, scheme: Scheme) -> str:
-        """Say that an input has more or fewer dimensions than the scheme's activations may."""
-        ranks = scheme.activation.ranks if scheme.activation else ()
-        for tensor in layer.inputs if ranks else ():
-            rank = self._ranks.get(tensor)
-            if rank not in ranks:
-                found = "an unknown number of" if rank is None else rank
-                wanted = " or ".join(map(str, ranks))
-                return f"{scheme.family} takes inputs of {wanted} dimensions, and '{tensor}' has {found}"
-        return ""
-
     @cached_property
     def _ranks(self) -> dict[str, int]:
-        graph = self.exported.graph.model.graph
-        values = [*graph.inputs, *(value for node in graph for value in node.outputs)]
-        return {v.name or "": len(v.shape) for v in values if v.shape is not None}
+        return tensor_ranks(self.exported.graph)
+
+    @cached_property
+    def _controls(self) -> dict[str, dict[str, Scheme]]:
+        return control_plans(self.exported.graph, self.target, self.stats)
 
     @cached_property
     def _convolved(self) -> frozenset[str]:

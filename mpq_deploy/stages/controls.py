@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 from mpq_deploy.allocate.exponents import best_int8
 from mpq_deploy.allocate.plan_solver import PlanSolver
+from mpq_deploy.evaluate.variants import CONTROLS_FILE, ControlFacts
 from mpq_deploy.graph.writers.plan_graphs import write_plan
-from mpq_deploy.rounding.candidate_store import CONTROLS, STATIC_INT8, control_scheme
+from mpq_deploy.rounding.control_schemes import STATIC_INT8, control_plans, layer_counts
 from mpq_deploy.run.stage import Stage, version_of
 from mpq_deploy.sensitivity.methods import ORM_CONTROLS
 from mpq_deploy.sensitivity.table import SensitivityTable
@@ -19,12 +20,17 @@ if TYPE_CHECKING:
     from mpq_deploy.run.view import Run
 
 
+# Raised with every change of what the controls are, or of what their files hold.
+CONTROLS_FORMAT = 1
+
+
 def inputs(run: Run) -> Fields:
     """Return the settings and versions that the stage depends on, beside the stages it reads."""
     # Not the plan: another budget keeps the controls. Those of orm are plans of the same budget.
     like_the_plan = ALLOCATE.fields(run) if run.recipe.measure.method == "orm" else {}
     return {
         **like_the_plan,
+        "controls.format": CONTROLS_FORMAT,
         "dialect": run.target.dialect,
         "recipe.evaluate.controls": run.recipe.evaluate.controls,
         **version_of("onnx", "onnx-ir", "numpy"),
@@ -33,30 +39,29 @@ def inputs(run: Run) -> Fields:
 
 def make(run: Run, folder: Path) -> str:
     """Make the stage in ``folder``; return a few words for the log."""
-    sizes = {}
+    made: dict[str, ControlFacts] = {}
     if run.recipe.evaluate.controls:
-        for name, schemes in _control_schemes(run).items():
-            (folder / name).mkdir()
-            sizes[name] = write_plan(run, schemes, folder / name)
+        plans = _control_schemes(run)
         for name in ORM_CONTROLS if run.recipe.measure.method == "orm" else ():
+            plans[name] = PlanSolver(run, name).solve(run.recipe.budget).schemes
+        for name, schemes in plans.items():
             (folder / name).mkdir()
-            plan = PlanSolver(run, name).solve(run.recipe.budget)
-            sizes[name] = write_plan(run, plan.schemes, folder / name)
-    (folder / "sizes.json").write_text(canonical_json(sizes), encoding="utf-8")
-    return ", ".join(f"{name} {size:,} bytes" for name, size in sizes.items()) or "none"
+            size = write_plan(run, schemes, folder / name)
+            made[name] = ControlFacts(size_bytes=size, layers=layer_counts(schemes.values()))
+    text = {name: facts.model_dump() for name, facts in made.items()}
+    (folder / CONTROLS_FILE).write_text(canonical_json(text), encoding="utf-8")
+    return ", ".join(f"{name} {facts.size_bytes:,} bytes" for name, facts in made.items()) or "none"
 
 
 def _control_schemes(run: Run) -> dict[str, dict[str, str]]:
     """Return the controls by name, each as layer -> scheme."""
-    layers, target = run.exported.graph.layers, run.target
-    stats = run.calibration.stats
+    graph, target, stats = run.exported.graph, run.target, run.calibration.stats
     table = SensitivityTable.load(run.stage("measure"))
+    plans = control_plans(graph, target, stats)
+    plans["int8"] = best_int8(graph.layers, target, table.losses, table.predicts_nmse, stats)
     found = {
-        name: {layer.name: control_scheme(layer, preferred, target, stats).name for layer in layers}
-        for name, preferred in CONTROLS.items()
+        name: {layer: scheme.name for layer, scheme in plan.items()} for name, plan in plans.items()
     }
-    best = best_int8(layers, target, table.losses, table.predicts_nmse, stats)
-    found["int8"] = {name: scheme.name for name, scheme in best.items()}
     if found["int8"] == found[STATIC_INT8]:
         del found[STATIC_INT8]
     return found

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 # Raised with every change of what evaluation.json holds.
-EVALUATION_FORMAT = 5
+EVALUATION_FORMAT = 6
 
 
 def inputs(run: Run) -> Fields:

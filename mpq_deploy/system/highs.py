@@ -65,8 +65,8 @@ class Outcome:
     bound: float
 
 
-def solve_program(program: LinearProgram, **options: Any) -> Outcome:
-    """Solve ``program`` with HiGHS' ``options``."""
+def solve_program(program: LinearProgram, start: Array | None = None, **options: Any) -> Outcome:
+    """Solve ``program`` with HiGHS' ``options``, from a feasible ``start`` [N] where one is known."""
     lp = highspy.HighsLp()
     lp.num_col_, lp.num_row_ = len(program.cost), len(program.rows)
     lp.sense_ = highspy.ObjSense.kMaximize if program.maximize else highspy.ObjSense.kMinimize
@@ -81,8 +81,14 @@ def solve_program(program: LinearProgram, **options: Any) -> Outcome:
     lp.a_matrix_.value_ = np.concatenate([row.coefficients for row in program.rows])
     highs = QuietHighs(**options)
     highs.passModel(lp)
+    if start is not None:
+        known = highspy.HighsSolution()
+        known.col_value = list(start)
+        highs.setSolution(known)
     highs.run()
-    values = np.asarray(highs.getSolution().col_value, np.float64)
+    # Out of time before any solution, HiGHS gives zeros.
+    found = highs.getInfo().primal_solution_status == highspy.SolutionStatus.kSolutionStatusFeasible
+    values = np.asarray(highs.getSolution().col_value if found else (), np.float64)
     return Outcome(
         highs.modelStatusToString(highs.getModelStatus()),
         values,

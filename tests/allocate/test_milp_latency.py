@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from mpq_deploy.allocate.cross_terms import Quadratic, refine
 from mpq_deploy.allocate.milp import (
     allocate,
-    balanced_limit,
+    balanced_plan,
     fastest_plan,
     penalty_per_kernel,
 )
 from mpq_deploy.allocate.problem import LayerChoice, Problem
-from mpq_deploy.errors import InfeasibleLatencyError, UsageError
+from mpq_deploy.errors import InfeasibleLatencyError, MpqError, UsageError
 from mpq_deploy.recipe import AllocateSettings
 from tests.allocate.test_milp import EXACT, every_plan
 
@@ -111,7 +111,8 @@ def test_the_fastest_plan_holds_a_limit_on_the_loss(problem: Problem, share: flo
 def test_balanced_is_the_fastest_of_all_within_the_slack(problem: Problem, slack: float) -> None:
     section = EXACT.replace(slack=slack)
     least = min(problem.plan_loss(plan) for plan in within_bytes(problem))
-    limit = balanced_limit(problem, section, allocate(problem, section).report.loss)
+    found = balanced_plan(problem, section, allocate(problem, section).report.loss)
+    limit = time_of(problem, found)
     # Losses are multiples of 1e-6: nothing lies within the solver's tolerance of the limit but itself.
     allowed = [p for p in within_bytes(problem) if problem.plan_loss(p) <= slack * least + 1e-10]
     strictly = [p for p in allowed if problem.plan_loss(p) <= slack * least - 1e-10] or allowed
@@ -119,6 +120,27 @@ def test_balanced_is_the_fastest_of_all_within_the_slack(problem: Problem, slack
     assert limit <= min(time_of(problem, p) for p in strictly)
     chosen = allocate(replace(problem, max_latency_ns=limit), section).schemes
     assert problem.plan_loss(chosen) <= slack * least + 1e-9
+
+
+def test_out_of_time_a_known_plan_is_kept_and_without_one_it_says_so() -> None:
+    random = np.random.default_rng(0)
+    layers = [
+        LayerChoice(
+            f"l{i}",
+            (f"x{i}",),
+            {"w4a16-b32": 10, "w8a16": int(random.integers(12, 30)), "fp16": 40},
+            {"w4a16-b32": 9.0, "w8a16": float(random.random()), "fp16": 0.0},
+            latency_ns={"w4a16-b32": 50, "w8a16": int(random.integers(20, 90)), "fp16": 60},
+        )
+        for i in range(400)
+    ]
+    problem = Problem(layers, 0, 9000)
+    known = fastest_plan(problem)
+    tight = replace(problem, max_latency_ns=time_of(problem, known))
+    late = EXACT.replace(time_limit=1e-9)
+    assert allocate(replace(tight, start=known), late).schemes == known
+    with pytest.raises(MpqError, match=r"allocate\.time_limit|Time limit"):
+        allocate(tight, late)
 
 
 def test_a_loss_that_no_plan_reaches_names_the_minimum() -> None:

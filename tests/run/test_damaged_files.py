@@ -12,7 +12,7 @@ from mpq_deploy.calibrate.stats import CalibrationStats
 from mpq_deploy.errors import MpqError
 from mpq_deploy.evaluate.evaluation_result import Evaluation
 from mpq_deploy.evaluate.metrics.kept import ImageMetrics
-from mpq_deploy.evaluate.variants import read_sizes
+from mpq_deploy.evaluate.variants import read_controls
 from mpq_deploy.latency.latency_table import LatencyTable
 from mpq_deploy.recover.recovery_result import Recovery
 from mpq_deploy.report.read import read_report
@@ -24,7 +24,7 @@ JSON_READERS = {
     "plan.json": lambda folder: PrecisionPlan.load(folder / "plan.json"),
     "evaluation.json": Evaluation.load,
     "metrics.json": ImageMetrics.load,
-    "sizes.json": read_sizes,
+    "controls.json": read_controls,
     "table.json": SensitivityTable.load,
     "latency.json": lambda folder: LatencyTable.load(folder / "latency.json"),
     "recovery.json": Recovery.load,

@@ -46,7 +46,7 @@ from mpq_deploy.evaluate.metrics.open_networks import check_networks, open_netwo
 from mpq_deploy.evaluate.metrics.real import RealSet, check_real, real_set
 from mpq_deploy.evaluate.metrics.sample_images import Sampled, Source, image_shape, sample_many
 from mpq_deploy.evaluate.metrics.scores import ImageScore, check_scores, open_scores, prompts_of
-from mpq_deploy.evaluate.variants import read_sizes
+from mpq_deploy.evaluate.variants import read_controls
 from mpq_deploy.graph.writers.deployed_graphs import SIMULATED
 from mpq_deploy.models.spec import Array
 from mpq_deploy.recipe import EvaluateSettings
@@ -199,15 +199,14 @@ def _sources(run: Run, float_model: Path, seed: int, controls: bool) -> dict[str
         OURS: Source(deployed, seed),
     }
     if controls:
-        folder = run.stage("controls")
-        sizes = read_sizes(folder)
-        if not sizes:
+        found = read_controls(run.stage("controls"))
+        if not found:
             raise UsageError(
                 "The run has no controls.",
                 "Set evaluate.controls in its recipe, or leave --controls out.",
             )
         sources.update(
-            {name: Source(folder / name / SIMULATED, seed) for name in sorted(sizes, reverse=True)}
+            {name: Source(found[name].path, seed) for name in sorted(found, reverse=True)}
         )
     return sources
 
