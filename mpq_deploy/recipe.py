@@ -92,7 +92,7 @@ class CalibrateSettings(Section):
     """The calls that the float model is observed on, and how activation scales are chosen."""
 
     timesteps: int = Field(20, ge=1, description="recorded timesteps, spread evenly over the steps")
-    samples: int = Field(160, ge=1, description="trajectories")
+    samples: int = Field(128, ge=1, description="trajectories")
     observed: int = Field(48, ge=1, description="recorded calls that activations are observed on")
     steps: int = Field(20, ge=1, description="sampler steps per trajectory")
     batch_size: int = Field(16, ge=1, description="samples per call")
@@ -143,9 +143,9 @@ class MeasureSettings(Section):
     probes: int = Field(4, ge=1, description="random adjoint directions per call")
     timesteps: int = Field(20, ge=1, description="calibrated timesteps that are measured")
     samples: int = Field(
-        128, ge=1, description="calibration samples measured on and kept from rounding"
+        96, ge=1, description="calibration samples measured on and kept from rounding"
     )
-    calls: int = Field(24, ge=1, description="samples measured at each timestep, in turn")
+    calls: int = Field(16, ge=1, description="samples measured at each timestep, in turn")
     batch_size: int = Field(16, ge=1, description="samples per call")
     seed: int = Field(
         2, ge=0, le=LARGEST_SEED, description="seed of probes, noise and random losses"
@@ -269,7 +269,7 @@ class QuantizeSettings(Section):
 
     rounding: Literal["gptq", "nearest"] = Field("gptq", description="nearest is a baseline")
     noise_draws: int = Field(
-        3,
+        1,
         ge=0,
         description="fresh noises per recorded sample for the Hessians; 0: the recorded ones",
     )

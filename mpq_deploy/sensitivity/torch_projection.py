@@ -51,25 +51,34 @@ def absmax(x: Any, axes: tuple[int, ...]) -> Any:
     return x.abs().amax(dim=axes, keepdim=True)
 
 
-def lost_by_rounding(x: Any, rounding: InputRounding, layer: Layer, out: Any = None) -> Any:
+def lost_by_rounding(
+    x: Any, rounding: InputRounding, layer: Layer, out: Any = None, largest: Any = None
+) -> Any:
     """Return ``x`` minus what QuantizeLinear and DequantizeLinear make of it; 0 for kept channels.
 
-    It is written into ``out`` where that is given.
+    It is written into ``out`` where that is given. ``largest``: as ``largest_magnitudes`` gives
+    them, where they are known.
     """
     if not rounding.grid.uniform:
         return torch.sub(x, rounding.grid.rounded(x.float(), torch).to(x.dtype), out=out)
-    factors, codes = rounding.by_channel(layer, x.ndim), x
-    if factors is not None:
-        factors = torch.from_numpy(factors).to(x.dtype)
-        codes = x * factors
-    ratio = rounding.range.ratio(codes, rounding.grid, layer.op == "Conv", absmax)
-    step = x.new_tensor(rounding.scale) if ratio is None else ratio * rounding.scale
-    codes = torch.round_(codes / step).clamp_(*rounding.limits)
-    lost = torch.addcmul(x, codes, step if factors is None else step / factors, value=-1, out=out)
+    found, factors = rounding.by_channel(layer, x.ndim), x.new_ones(())
+    if found is not None:
+        factors = torch.from_numpy(found).to(x.dtype)
+    step = x.new_tensor(rounding.scale)
+    if rounding.range.moves and not rounding.range.by_timestep:
+        seen = (largest_magnitudes(layer, x) if largest is None else largest) * factors
+        step = step * rounding.range.ratio(seen, rounding.grid, layer.op == "Conv", absmax)
+    codes = (x * (factors / step)).round_().clamp_(*rounding.limits)
+    lost = torch.addcmul(x, codes, step / factors, value=-1, out=out)
     if len(rounding.kept):
         channels = x.shape[1 if layer.op == "Conv" else -1]
         lost.masked_fill_(torch.from_numpy(rounding.kept_mask(layer, x.ndim, channels)), 0)
     return lost
+
+
+def largest_magnitudes(layer: Layer, x: Any) -> Any:
+    """Return what decides the range of ``x``: of a Conv's input the largest of each channel, else ``x``."""
+    return absmax(x, tuple(range(2, x.ndim))) if layer.op == "Conv" else x
 
 
 @dataclass(frozen=True)
@@ -230,9 +239,10 @@ def _project_roundings(use: ProjectedUse, x: Any, through: Any, samples: int) ->
     parts = []
     for start in range(0, len(x), piece):
         own = x[start : start + piece]
+        largest = largest_magnitudes(use.layer, own)
         lost = own.new_empty((len(own), len(forms), *x.shape[1:]))
         for number, rounding in enumerate(roundings):
-            lost_by_rounding(own, rounding, use.layer, lost[:, number])
+            lost_by_rounding(own, rounding, use.layer, lost[:, number], largest)
         back = through[start : start + piece].transpose(1, 2)
         parts.append(torch.bmm(lost.flatten(2), back).neg_())
     products = torch.cat(parts).reshape(samples, -1, len(forms), probes).sum(1)
