@@ -145,7 +145,7 @@ class MeasureSettings(Section):
     samples: int = Field(
         96, ge=1, description="calibration samples measured on and kept from rounding"
     )
-    calls: int = Field(16, ge=1, description="samples measured at each timestep, in turn")
+    calls: int = Field(12, ge=1, description="samples measured at each timestep, in turn")
     batch_size: int = Field(16, ge=1, description="samples per call")
     seed: int = Field(
         2, ge=0, le=LARGEST_SEED, description="seed of probes, noise and random losses"
