@@ -100,7 +100,7 @@ def test_every_recipe_key_stands_there_with_its_default(site: Path) -> None:
         if 'id="calibrate.samples"' in line
     )
     assert all(
-        word in row for word in ("integer", "at least 1", "<code>160</code>", "trajectories")
+        word in row for word in ("integer", "at least 1", "<code>128</code>", "trajectories")
     )
     assert 'id="allocate.protect[].schemes"' in text
     described = re.findall(
