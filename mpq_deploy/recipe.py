@@ -198,13 +198,13 @@ class AllocateSettings(Section):
     )
     objective: Literal["balanced", "quality", "latency"] = Field(
         "balanced",
-        description="within the budget: quality (least error), latency (fastest), balanced (fastest within slack)",
+        description="within the budget: quality (minimum error), latency (fastest), balanced (fastest within slack)",
     )
     slack: float = Field(
         2.0,
         ge=1,
         allow_inf_nan=False,
-        description="with objective balanced: how many times the least predicted error a faster plan may have",
+        description="with objective balanced: how many times the minimum predicted error a faster plan may have",
     )
     max_latency: LatencyEntry | None = Field(
         None, description="of one call at engine.batch_opt: 120ms; a limit beside the budget"

@@ -311,8 +311,8 @@ class PlanSolver:
         if self.section.objective == "balanced" and not self.target.simulated:
             if latency is None:
                 notes.append(
-                    f"Nothing is known of the speed of {self.target.name}: the plan is the one of the least predicted "
-                    "error (objective quality)."
+                    f"Nothing is known of the speed of {self.target.name}: the plan is the one of the minimum "
+                    "predicted error (objective quality)."
                 )
             elif self._slack_is_unknown:
                 notes.append(

@@ -129,7 +129,7 @@ def layer_details(data: ReportData) -> list[dict[str, object]]:
 
 
 def byte_price(data: ReportData) -> float | None:
-    """Return what a byte is worth at this run's size: the slope of the least error over size.
+    """Return what a byte is worth at this run's size: the slope of the minimum error over size.
 
     Taken between the nearest plans on both sides; None where one is missing or it does not fall.
     """

@@ -366,10 +366,10 @@ def curve_note(data: ReportData) -> str:
     return note.strip()
 
 
-# How a plan lies to the line of the least errors, by objective.
+# How a plan lies to the line of the minimum errors, by objective.
 PLACES = {
-    "balanced": "This run's own plan is the fastest whose error is within the slack of the least (objective balanced), "
-    "so it may lie above the line.",
+    "balanced": "This run's own plan is the fastest whose error is within the slack of the minimum "
+    "(objective balanced), so it may lie above the line.",
     "latency": "This run's own plan is the fastest within its limits (objective latency), "
     "so it may lie above the line.",
 }

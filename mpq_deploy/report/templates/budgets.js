@@ -19,7 +19,7 @@ document.documentElement.classList.add("scripted");
   strip.append(...blocks);
   strip.classList.toggle("dense", blocks.length > 150);
 
-  // The least predicted error; where none is predicted, the largest plan. Stops are sorted by size.
+  // The minimum predicted error; where none is predicted, the largest plan. Stops are sorted by size.
   const better = (one, other) => (one.error === null ? one.bytes > other.bytes : one.error < other.error);
   const best = (stops) => stops.reduce((chosen, stop) => (chosen && !better(stop, chosen) ? chosen : stop), null);
 
