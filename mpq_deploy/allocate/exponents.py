@@ -13,7 +13,7 @@ from mpq_deploy.calibrate.stats import CalibrationStats
 from mpq_deploy.engine.target import Target
 from mpq_deploy.formats.scheme import SCHEMES, W8A8, Scheme
 from mpq_deploy.graph.layers import Layer
-from mpq_deploy.rounding.control_schemes import INT8, control_scheme
+from mpq_deploy.rounding.control_schemes import INT8_RULE, control_scheme
 
 Names = Mapping[str, tuple[str, ...]]
 Losses = Mapping[str, Mapping[str, float]]
@@ -61,7 +61,7 @@ def best_int8(
     ``predicts``: losses are of a metric that tells ranges apart; else, and where ``losses`` has no
     other, everything has one range. ``stats``: of inputs, some of which are too large.
     """
-    static = {layer.name: control_scheme(layer, INT8, target, stats) for layer in layers}
+    static = {layer.name: control_scheme(layer, INT8_RULE, target, stats) for layer in layers}
     if not predicts:
         return static
     totals: dict[tuple[str, ...], dict[str, float]] = {}

@@ -17,7 +17,7 @@ from mpq_deploy.latency.costs import LatencyCosts, PlanLatency
 from mpq_deploy.latency.latency_table import LatencyTable
 from mpq_deploy.latency.others import activations_of, weighed_nodes
 from mpq_deploy.latency.roofline import LAUNCH_SECONDS, Rates
-from mpq_deploy.rounding.control_schemes import CONTROLS, INT8, control_plans, control_scheme
+from mpq_deploy.rounding.control_schemes import CONTROLS, INT8_RULE, control_plans, control_scheme
 from mpq_deploy.run.view import Exported
 from mpq_deploy.system.files import Fields
 
@@ -128,7 +128,7 @@ def plan_latency_info(
     """
     layers, target = exported.graph.layers, load_target(recipe.target)
     limit = recipe.allocate.max_latency
-    static = {layer.name: control_scheme(layer, INT8[:1], target) for layer in layers}
+    static = {layer.name: control_scheme(layer, INT8_RULE[:1], target) for layer in layers}
     slower = costs.slower_in_int8(layers, static)
     fp16_ns = costs.plan_ns(layers, {layer.name: FP16 for layer in layers})
     int8_ns = costs.plan_ns(layers, {**static, **int8})
@@ -161,6 +161,6 @@ def _control_times(costs: LatencyCosts, graph: LayerGraph, target: Target) -> di
     for name, plan in control_plans(graph, target).items():
         # A table may lack a layer, for a target without figures.
         with suppress(UsageError):
-            if CONTROLS[name].products != INT8:
+            if CONTROLS[name].products != INT8_RULE:
                 times[name] = costs.plan_ns(graph.layers, plan) / 1e6
     return times

@@ -37,7 +37,7 @@ from mpq_deploy.latency.one_layer import INPUT, OUTPUT, OneLayer, write_one_laye
 from mpq_deploy.latency.plan_latency import call_shapes
 from mpq_deploy.latency.roofline import Rates
 from mpq_deploy.rounding.candidate_store import wanted_schemes
-from mpq_deploy.rounding.control_schemes import INT8, control_scheme
+from mpq_deploy.rounding.control_schemes import INT8_RULE, control_scheme
 from mpq_deploy.system.locks import scratch_folder
 from mpq_deploy.system.progress import Talk
 
@@ -186,6 +186,6 @@ def _schemes(layer: Layer, wanted: Iterable[Scheme], target: Target) -> list[Sch
     A range by timestep has the kernels of a static one.
     """
     chosen = choices_for(layer, tuple(wanted), target.refusal).schemes
-    compared = (control_scheme(layer, INT8[:1], target), FP16)
+    compared = (control_scheme(layer, INT8_RULE[:1], target), FP16)
     names = {scheme.timeless.name for scheme in (*chosen, *compared) if not scheme.simulated}
     return [scheme for scheme in SCHEMES.values() if scheme.name in names]

@@ -48,10 +48,10 @@ STATIC_INT8 = "int8-static"
 SIMULATED_TWIN = ", simulated"
 # The last of each is what the target simulate takes instead. INT8 also has the ranges and factors
 # that were measured as best, and stands without them, where that differs, under a name of its own.
-INT8 = ("w8a8", "w8a16", "w8a8-sim")
+INT8_RULE = ("w8a8", "w8a16", "w8a8-sim")
 CONTROLS = {
-    "int8": Control("Everything INT8", INT8),
-    STATIC_INT8: Control("Everything INT8, static", INT8),
+    "int8": Control("Everything INT8", INT8_RULE),
+    STATIC_INT8: Control("Everything INT8, static", INT8_RULE),
     "int4": Control("Everything INT4", ("w4a16-b32", "w4a16-b64", "w4a16-b128", "w4a16-sim")),
     "fp8": Control("Everything FP8", ("f8a8",), needs=("f8a8",)),
     "fp4": Control(f"Everything FP4{SIMULATED_TWIN}", ("nvfp4", "f8a8"), needs=("nvfp4",)),
