@@ -68,7 +68,7 @@ class Problem:
 def verify(log: EngineLog, expected: ExpectedLayers) -> list[Problem]:
     """Return every way in which the engine differs from the plan; an empty list means that it is as planned."""
     behind = _constants_behind(log.layers)
-    planned = _planned_by_node(expected.layers)
+    planned, rounded = _planned_by_node(expected.layers), _rounded(log.layers)
     problems: list[Problem] = []
     for layer in expected.layers:
         kernels = {
@@ -86,7 +86,7 @@ def verify(log: EngineLog, expected: ExpectedLayers) -> list[Problem]:
         )
         for node, found in kernels.items():
             pairs = [(log.layers[i], _union([behind[i], shared])) for i in found]
-            problems += _check_node(layer, node, pairs, planned)
+            problems += _check_node(layer, node, pairs, planned, rounded)
     problems += [_not_in_fp8(n) for n in expected.fp8_attention if not _reads_fp8(log, n)]
     problems += _check_bytes(log, expected)
     return list(dict.fromkeys(problems))
@@ -149,6 +149,7 @@ def _check_node(
     node: str,
     candidates: list[tuple[EngineLayer, tuple[EngineTensor, ...]]],
     planned: dict[str, ExpectedLayer],
+    rounded: frozenset[str],
 ) -> list[Problem]:
     if not candidates:
         return [Problem(layer.name, f"no kernel of the engine names its node '{node}'")]
@@ -158,12 +159,9 @@ def _check_node(
         operand = next((operand for operand in OPERANDS if _multiplies(kernel, operand)), "")
         if operand != (layer.form.activation.operand if layer.form.activation else ""):
             types = operand or "/".join(dict.fromkeys(tensor.dtype for tensor in kernel.inputs))
-            problems.append(
-                Problem(
-                    layer.name,
-                    f"planned {layer.scheme}, but it computes in {types} ({kernel.name})",
-                )
-            )
+            message = f"planned {layer.scheme}, but it computes in {types} ({kernel.name})"
+            severity: Severity = "slow" if _of_one_row(layer, kernel, rounded) else "wrong"
+            problems.append(Problem(layer.name, message, severity))
     for kernel, constants in _whole(layer, computing):
         problems += _check_storage(layer, kernel, constants, planned)
     return problems
@@ -204,6 +202,27 @@ def _together(
 
 def _union(groups: Iterable[tuple[EngineTensor, ...]]) -> tuple[EngineTensor, ...]:
     return tuple(dict.fromkeys(tensor for group in groups for tensor in group))
+
+
+def _of_one_row(layer: ExpectedLayer, kernel: EngineLayer, rounded: frozenset[str]) -> bool:
+    """Whether the product has one row per sample, of ``rounded`` values, and reads the packed weight.
+
+    The builder may dequantize such a row (the timestep's embedding) once for several of its
+    readers: the same numbers and bytes, for next to no time.
+    """
+    rows = [tensor for tensor in kernel.inputs if tensor.elements == layer.reduction]
+    whole = layer.op != "Conv" and _held(layer, kernel.constants) >= layer.weights
+    return whole and any(tensor.name in rounded for tensor in rows)
+
+
+def _rounded(layers: Iterable[EngineLayer]) -> frozenset[str]:
+    """Return the names of what kernels make of rounded values of the same shape: dequantized ones."""
+    return frozenset(
+        made.name
+        for one in layers
+        for made in one.outputs
+        if any(read.dtype in OPERANDS and read.shape == made.shape for read in one.inputs)
+    )
 
 
 def _multiplies(kernel: EngineLayer, operand: str) -> bool:

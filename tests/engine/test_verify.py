@@ -184,6 +184,25 @@ def test_a_fusable_int4_weight_that_is_unpacked_as_a_whole_is_called_slow_not_wr
     assert problems_of(fused) == []
 
 
+def test_a_row_that_is_dequantized_for_several_products_is_slow_not_wrong() -> None:
+    """As the builder does with the timestep's embedding: its codes become floats, the weight stays packed."""
+    layer = ExpectedLayer("fc", "Gemm", ("fc",), "w8a8-timestep", 64, 8, 8)
+    weight = EngineTensor("w", (8, 8), "Int8")
+
+    def found(rows: int, constant: EngineTensor, read: str = "Int8") -> list[str]:
+        x = EngineTensor("x", (-1, rows, 8) if rows > 1 else (-1, 8), "Float")
+        codes, y = replace(x, name="codes", dtype=read), EngineTensor("y", x.shape, "Float")
+        first = EngineLayer("dequantize", "kgen", (codes,), (), (x,), "", ())
+        one = EngineLayer("fc", "runtime_fusion", (x,), (constant,), (y,), "", ("fc",))
+        problems = problems_of(first, one, layer=layer)
+        return [p.severity for p in problems if "computes in" in p.message]
+
+    assert found(1, weight) == ["slow"]
+    assert found(1, weight, "Float") == ["wrong"]
+    assert found(16, weight) == ["wrong"]
+    assert found(1, replace(weight, dtype="Float")) == ["wrong"]
+
+
 def test_an_int4_constant_of_another_layer_does_not_count() -> None:
     stranger = kernel("kgen", "", (INT4_WEIGHT,), "other/weight_dequantize", out="other")
     product = kernel("gemm", "x:Half w:Half", (EngineTensor("w16", (8, 8), "Half"),), "fc")
