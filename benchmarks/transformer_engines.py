@@ -1,9 +1,9 @@
 """Diffusion transformers and UNets as TensorRT-RTX engines: which plans build, and whether they stay packed.
 
-    python benchmarks/transformer_engines.py [--models dit,pixart,sd3,sd3.5,flux] [--plans "mix;all w8a8;..."]
+    python benchmarks/transformer_engines.py [--models dit,pixart,sd3,sd3.5] [--plans "mix;all w8a8;..."]
 
 By default the transformers and the plans that any RTX GPU takes; `--floats` has the UNets too, and the plans in FP8
-(Ada, SM89) and FP4 (Blackwell, SM120).
+(Ada, SM89) and FP4 (Blackwell, SM120). Flux needs its pipeline: tests/pipeline/test_float_transformers.py builds it.
 
 Each model is a diffusers folder with random weights, two blocks of width 128, and goes through every stage. The engine
 is held against its plan in the builder's own log: each layer's kernel, the type that it computes in, the type in which
@@ -59,18 +59,6 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "sd3.5": (
         "SD3Transformer2DModel",
         {**SD3, "qk_norm": "rms_norm", "dual_attention_layers": (0,)},
-    ),
-    "flux": (
-        "FluxTransformer2DModel",
-        {
-            **BLOCKS,
-            **JOINT,
-            "in_channels": 16,
-            "num_layers": 1,
-            "num_single_layers": 1,
-            "guidance_embeds": True,
-            "axes_dims_rope": (8, 12, 12),
-        },
     ),
 }
 UNET: dict[str, Any] = {
@@ -169,15 +157,8 @@ def write_model(
             # Fresh norms are all ones and fresh gates zeros, which hides layers from the output.
             parameter.add_(0.02 * torch.randn(parameter.shape))
     model.save_pretrained(folder, safe_serialization=True)
-    if name == "flux":
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        (folder / "config.json").write_text(
-            json.dumps({**config, "sample_size": 16}), encoding="utf-8"
-        )
     scheduler = folder / "scheduler_config.json"
-    scheduler.write_text(
-        json.dumps(FLOW if name.startswith(("sd3", "flux")) else DDIM), encoding="utf-8"
-    )
+    scheduler.write_text(json.dumps(FLOW if name.startswith("sd3") else DDIM), encoding="utf-8")
     described = {"model": str(folder), "scheduler": str(scheduler)}
     if name in ("dit", "unet2d"):
         return described
@@ -187,10 +168,8 @@ def write_model(
     }
     if name == "pixart":
         arrays["encoder_attention_mask"] = np.ones((ROWS, TOKENS), np.float32)
-    elif name.startswith(("sd3", "flux")):
+    elif name.startswith("sd3"):
         arrays["pooled_projections"] = rng.standard_normal((ROWS, POOLED), np.float32)
-    if name == "flux":
-        arrays["guidance"] = np.full(ROWS, 3.5, np.float32)
     np.savez(folder / "conditions.npz", **arrays, _uncond_row=np.array(ROWS - 1))
     return {**described, "conditions": str(folder / "conditions.npz")}
 

@@ -1,0 +1,54 @@
+"""A Flux pipeline in FP8 and FP4: every layer planned so is so in the engine, for Ada and for Blackwell."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+pytest.importorskip("torch")
+
+from mpq_deploy.engine.record import EngineRecord  # noqa: E402
+from tests.pipeline.runs import build, recipe_for  # noqa: E402
+from tests.tiny_models import tiny_text_transformer_folder  # noqa: E402
+
+pytestmark = [pytest.mark.torch, pytest.mark.rtx]
+
+FLUX = "FluxTransformer2DModel"
+# Wide enough for FP4's blocks and FP8's kernels.
+WIDE = {"num_attention_heads": 4, "attention_head_dim": 32, "axes_dims_rope": (8, 12, 12)}
+
+
+@pytest.fixture(scope="module")
+def flux(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("tensorrt_rtx")
+    return tiny_text_transformer_folder(tmp_path_factory.mktemp("flux"), FLUX, **WIDE)
+
+
+@pytest.mark.parametrize(
+    ("target", "schemes", "types"),
+    [("rtx-ada", ["f8a8"], {"FP8"}), ("rtx-blackwell", ["f8a8", "nvfp4"], {"FP8", "FP4E2M1"})],
+)
+def test_flux_computes_in_the_floats_of_its_plan(
+    flux: Path, tmp_path: Path, target: str, schemes: list[str], types: set[str]
+) -> None:
+    calls = tmp_path / "calls.yaml"
+    prompts = [{"prompt": prompt, "height": 16, "width": 16} for prompt in ("a cat", "a dog")]
+    calls.write_text(yaml.safe_dump(prompts), encoding="utf-8")
+    recipe = recipe_for(
+        flux,
+        target=target,
+        call=str(calls),
+        budget=0.4 if "nvfp4" in schemes else 0.6,
+        allocate__schemes=["fp16", *schemes],
+        allocate__protect=[{"layers": "*", "schemes": schemes}],
+        engine__build=True,
+        engine__batch_max=2,
+        evaluate__controls=False,
+    )
+    built = build(recipe, tmp_path / "run")
+    record = EngineRecord.load(tmp_path / "run" / "engine" / "build.json")
+    assert record.verified and not record.problems
+    assert {layer["scheme"] for layer in built.report["layers"]} == set(schemes)
+    assert types <= {name.split()[-1] for name in record.kernels if " " in name}
