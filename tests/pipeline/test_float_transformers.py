@@ -9,9 +9,9 @@ import yaml
 
 pytest.importorskip("torch")
 
-from mpq_deploy.engine.record import EngineRecord  # noqa: E402
-from tests.pipeline.runs import build, recipe_for  # noqa: E402
-from tests.tiny_models import tiny_text_transformer_folder  # noqa: E402
+from mpq_deploy.engine.record import EngineRecord
+from tests.pipeline.runs import build, recipe_for
+from tests.tiny_models import tiny_text_transformer_folder
 
 pytestmark = [pytest.mark.torch, pytest.mark.rtx]
 
