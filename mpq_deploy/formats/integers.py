@@ -158,8 +158,8 @@ def _orders(grids: Mapping[str, Grid]) -> Iterator[tuple[Array | None, list[str]
 
     An order costs a factor of the Hessian: there is one for the input as it is, and one for the
     geometric mean of what it is multiplied by. Each form takes the nearer; for factors of its own
-    its error would be 0 to 6 % less on the bundled model, by the order of the input as it is 23 %
-    more (our choice).
+    its error would be a few percent less, by the order of the input as it is alone up to a quarter
+    more (seen once on the bundled emoji model; our choice).
     """
     scaled = {form: np.log(g.factors) for form, g in grids.items() if g.factors is not None}
     mean = np.mean(list(scaled.values()), axis=0) if scaled else None
