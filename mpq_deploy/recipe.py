@@ -403,6 +403,16 @@ class EvaluateSettings(Section):
     )
 
 
+class ComputeSettings(Section):
+    """What computes the stages."""
+
+    device: str = Field(
+        "auto",
+        pattern=r"^(auto|cpu|cuda(:[0-9]+)?)$",
+        description="auto: an NVIDIA GPU where there is one; cpu, cuda, cuda:N",
+    )
+
+
 class Recipe(Section):
     """All settings of a run."""
 
@@ -446,6 +456,7 @@ class Recipe(Section):
         "quantized",
         description="precomputed: a text's first token has FP16 keys and values (MixDQ)",
     )
+    compute: ComputeSettings = ComputeSettings()
     calibrate: CalibrateSettings = CalibrateSettings()
     measure: MeasureSettings = MeasureSettings()
     allocate: AllocateSettings = AllocateSettings()

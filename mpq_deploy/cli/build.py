@@ -21,6 +21,7 @@ from mpq_deploy.cli.options import (
     BudgetOption,
     CallOption,
     ComponentOption,
+    ComputeOption,
     ConditionsOption,
     ConfigOption,
     CorrectionKind,
@@ -83,6 +84,7 @@ def build(
     workers: WorkersOption = None,
     ray: RayOption = None,
     threads: ThreadsOption = None,
+    device: ComputeOption = None,
 ) -> None:
     """Run all stages: export, measure, fit the budget, quantize, build the engine, compare, report.
 
@@ -91,7 +93,7 @@ def build(
     given: dict[str, Any] = {"model": model, "budget": budget, "target": target}
     given |= {"measure.method": sensitivity, "conditions": conditions, "scheduler": scheduler}
     given |= {"prompts": prompts, "call": call, "calls": calls, "component": component}
-    given |= {"lora": lora or None, "config": config}
+    given |= {"lora": lora or None, "config": config, "compute.device": device}
     given |= latency_settings(max_latency, objective, latency_table)
     settings = recipe_for(recipe, given)
     run_until(
@@ -151,9 +153,15 @@ def calibrate(
     workers: WorkersOption = None,
     ray: RayOption = None,
     threads: ThreadsOption = None,
+    device: ComputeOption = None,
 ) -> None:
     """Record float trajectories and the statistics of every activation."""
-    run_until("calibrate", recipe_of(run, recipe), run, crew_for(workers, ray, threads))
+    run_until(
+        "calibrate",
+        recipe_of(run, recipe, {"compute.device": device}),
+        run,
+        crew_for(workers, ray, threads),
+    )
 
 
 @app.command(
@@ -166,9 +174,10 @@ def measure(
     workers: WorkersOption = None,
     ray: RayOption = None,
     threads: ThreadsOption = None,
+    device: ComputeOption = None,
 ) -> None:
     """Round every candidate weight and predict what each scheme of each layer costs."""
-    settings = recipe_of(run, recipe, {"measure.method": sensitivity})
+    settings = recipe_of(run, recipe, {"measure.method": sensitivity, "compute.device": device})
     run_until("measure", settings, run, crew_for(workers, ray, threads))
 
 
@@ -214,9 +223,14 @@ def recover(
         ),
     ] = None,
     recipe: RecipeOption = None,
+    device: ComputeOption = None,
 ) -> None:
     """Train the quantized model towards the float one: same plan, same bytes, less error."""
-    settings = recipe_of(run, recipe, {"recover.steps": steps, "recover.losses": losses_of(loss)})
+    settings = recipe_of(
+        run,
+        recipe,
+        {"recover.steps": steps, "recover.losses": losses_of(loss), "compute.device": device},
+    )
     if steps == 0:
         run_until("quantize", settings, run)
     else:
@@ -244,9 +258,10 @@ def evaluate(
     workers: WorkersOption = None,
     ray: RayOption = None,
     threads: ThreadsOption = None,
+    device: ComputeOption = None,
 ) -> None:
     """Compare the quantized model with the float one, beside everything-INT8 and everything-INT4."""
-    settings = recipe_of(run, recipe, {"evaluate.correction": correction})
+    settings = recipe_of(run, recipe, {"evaluate.correction": correction, "compute.device": device})
     run_until("evaluate", settings, run, crew_for(workers, ray, threads))
 
 

@@ -291,6 +291,16 @@ ThreadsOption = Annotated[
     ),
 ]
 
+ComputeOption = Annotated[
+    Optional[str],
+    typer.Option(
+        "--device",
+        metavar="NAME",
+        help="What computes: auto, cpu, cuda, or cuda:N.",
+        show_default="auto",
+    ),
+]
+
 MaxSizeOption = Annotated[
     Optional[str],
     typer.Option(

@@ -41,11 +41,12 @@ MARKER = "run.json"
 
 @dataclass(frozen=True)
 class StageRecord:
-    """What a stage folder was made from (``inputs``) and holds (``outputs``: file -> SHA-256)."""
+    """What a stage folder was made from (``inputs``), holds (``outputs``: file -> SHA-256), and computed on."""
 
     stage: str
     inputs: Fields
     outputs: dict[str, str]
+    device: str = "cpu"
 
     @property
     def digest(self) -> str:
@@ -99,8 +100,12 @@ class RunFolder:
         return []
 
     @contextmanager
-    def writing(self, name: str, inputs: Fields) -> Iterator[Path]:
-        """Yield an empty folder; on success it takes the stage's place, on failure it is removed."""
+    def writing(self, name: str, inputs: Fields, device: str = "cpu") -> Iterator[Path]:
+        """Yield an empty folder; on success it takes the stage's place, on failure it is removed.
+
+        ``device``: what computes it, for the record. It makes no stage out of date: results of
+        several devices differ by rounding.
+        """
         aside = self.path / f".{name}.partial"
         _remove(aside)
         try:
@@ -108,7 +113,7 @@ class RunFolder:
             yield aside
             files = sorted(p.relative_to(aside).as_posix() for p in aside.rglob("*") if p.is_file())
             outputs = {file: file_digest(aside / file) for file in files}
-            record = {"stage": name, "inputs": inputs, "outputs": outputs}
+            record = {"stage": name, "inputs": inputs, "outputs": outputs, "device": device}
             write_text(aside / RECORD, canonical_json(record))
             final = self.path / name
             old = self.path / f".{name}.old"

@@ -29,6 +29,7 @@ from mpq_deploy.stages import (
     recover,
     report,
 )
+from mpq_deploy.system.compute import Compute, compute_on, computing_on, find_compute
 from mpq_deploy.system.files import Fields, write_text
 from mpq_deploy.system.inputs import read_text
 from mpq_deploy.system.memory import metered
@@ -128,7 +129,10 @@ class Pipeline:
         if changed:
             more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
             run.talk.line(f"{name:<10} again: {', '.join(changed[:3])}{more} changed")
-        place = nullcontext(run.path) if inputs is None else run.folder.writing(name, inputs)
+        device = str(computing_on())
+        place = (
+            nullcontext(run.path) if inputs is None else run.folder.writing(name, inputs, device)
+        )
         with metered() as reading, place as folder, saying_memory_ran_out(stage):
             note = stage.make(run, folder)
         seconds, peak = reading.seconds, reading.peak_rss_bytes
@@ -148,7 +152,10 @@ def open_pipeline(
     ``crew``: who computes what can be spread over workers; None: this process.
     """
     check_recipe(recipe)
-    with open_run(run) as folder:
+    place = find_compute(recipe.compute.device)
+    if place != Compute():
+        talk.line(f"computing on {place}")
+    with open_run(run) as folder, compute_on(place):
         stored = run / RECIPE
         before = read_text(stored, error=RunFolderError) if stored.is_file() else None
         write_text(stored, recipe.to_yaml())

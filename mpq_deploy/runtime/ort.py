@@ -16,6 +16,7 @@ from mpq_deploy.graph.load import (
     read_proto,
 )
 from mpq_deploy.models.spec import Array, DenoiserSpec, InputSpec
+from mpq_deploy.system.compute import computing_on, start_session
 from mpq_deploy.system.hub_cache import hub_blobs
 from mpq_deploy.system.threads import may_spin, runtime_threads
 
@@ -83,7 +84,7 @@ def make_session(
     providers: Sequence[str] | None = None,
     fake_quant_only: bool = False,
 ) -> ort.InferenceSession:
-    """Open ``model`` (a file, or bytes without external data), checked, by default on the CPU.
+    """Open ``model`` (a file, or bytes without external data), checked, by default on the compute device.
 
     Raises ModelError for a file that is truncated, no ONNX, has data outside its folder, or that
     ONNX Runtime refuses; UsageError for an unknown execution provider.
@@ -95,7 +96,8 @@ def make_session_with(
     model: Path | bytes, options: ort.SessionOptions, providers: Sequence[str] | None = None
 ) -> ort.InferenceSession:
     """Open ``model`` as ``make_session`` does, under the given options."""
-    chosen = list(providers or [CPU])
+    place = computing_on() if providers is None else None
+    on_cpu = place.runtime is None if place else list(providers or ()) == [CPU]
     source: str | bytes = model if isinstance(model, bytes) else str(model.resolve())
     if isinstance(model, bytes):
         parse_proto(model, "The model in memory")
@@ -108,17 +110,17 @@ def make_session_with(
             # other names than the model's own text says.
             source = proto.SerializeToString()
             options.add_session_config_entry(WEIGHTS_FOLDER, str(model.resolve().parent))
-        if chosen == [CPU] and sum(file.stat().st_size for file in files) >= LARGE_WEIGHTS_BYTES:
+        if on_cpu and sum(file.stat().st_size for file in files) >= LARGE_WEIGHTS_BYTES:
             spare_memory(options)
     available = ort.get_available_providers()
-    for provider in chosen:
+    for provider in providers or ():
         if provider not in available:
             raise UsageError(
                 f"ONNX Runtime has no execution provider '{provider}' here.",
                 f"{nearest(provider, available)}Available: {', '.join(available)}.",
             )
     try:
-        return ort.InferenceSession(source, options, providers=chosen)
+        return start_session(source, options, providers)
     except ORT_ERRORS as error:
         where = "the model in memory" if isinstance(model, bytes) else str(model)
         reason = " ".join(str(error).split())

@@ -23,6 +23,7 @@ from mpq_deploy.runtime.ort import (
     session_options,
     spare_memory,
 )
+from mpq_deploy.system.compute import start_session
 from mpq_deploy.system.locks import scratch_folder
 from mpq_deploy.system.progress import Talk
 
@@ -43,7 +44,7 @@ def open_session(
     threads: int = 0,
     optimize: bool = True,
 ) -> Iterator[ort.InferenceSession]:
-    """Open a session on the CPU; ``model`` is consumed (constants may move to scratch files).
+    """Open a session on the compute device; ``model`` is consumed (constants may move to scratch files).
 
     ``scratch``: an existing folder, best on the disk of the weights (None: the system's). What is
     written there is removed at the end. ``optimize`` False makes a session that starts fast and
@@ -85,7 +86,7 @@ def _options(threads: int, optimize: bool) -> ort.SessionOptions:
 
 def _session(source: str | bytes, options: ort.SessionOptions) -> ort.InferenceSession:
     try:
-        return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+        return start_session(source, options)
     except ORT_ERRORS as error:
         raise ModelError(
             f"ONNX Runtime cannot run the graph: {error}",
