@@ -106,6 +106,25 @@ def projections(graph: LayerGraph) -> list[tuple[Layer, ...]]:
     return [tuple(group) for group in groups.values() if len(group) > 1]
 
 
+def attended_layers(graph: LayerGraph) -> frozenset[str]:
+    """Return the layers that an attention reads before any other layer: those of its queries, keys and values."""
+    owners = {use.node: layer.name for layer in graph.layers for use in layer.uses}
+    places = [(one.queries, one.keys, one.values) for one in attentions(graph.model)]
+    waiting = [node.inputs[index] for operands in places for node, index in operands]
+    seen, found = set[ir.Node](), set[str]()
+    while waiting:
+        value = waiting.pop()
+        node = None if value is None else value.producer()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node.name in owners:
+            found.add(owners[node.name])
+        else:
+            waiting += node.inputs
+    return frozenset(found)
+
+
 def _multiplies_activations(node: ir.Node) -> bool:
     return node.op_type == "MatMul" and not any(
         v is None or v.is_initializer() for v in node.inputs

@@ -15,6 +15,7 @@ from mpq_deploy.calibrate.stats import CalibrationStats
 from mpq_deploy.engine.target import Target
 from mpq_deploy.formats.candidates import choices_for
 from mpq_deploy.formats.scheme import FP16, SCHEMES, Scheme, schemes_named
+from mpq_deploy.graph.attention import attended_layers
 from mpq_deploy.graph.layers import Layer, LayerGraph
 
 # What INT8 codes reach under the largest scale.
@@ -111,31 +112,6 @@ def control_scheme(
 def layer_counts(schemes: Iterable[str]) -> dict[str, int]:
     """Count the layers of each family, most first."""
     return dict(Counter(SCHEMES[name].family for name in schemes).most_common())
-
-
-def attended_layers(graph: LayerGraph) -> frozenset[str]:
-    """Return the layers that a product of two activations reads before any other layer: q, k, v."""
-    owners = {use.node: layer.name for layer in graph.layers for use in layer.uses}
-    products = [
-        node
-        for node in graph.model.graph
-        if node.op_type == "MatMul"
-        and node.name not in owners
-        and not any(value is not None and value.is_initializer() for value in node.inputs)
-    ]
-    todo = [value for node in products for value in node.inputs]
-    seen, found = {id(node) for node in products}, set()
-    while todo:
-        value = todo.pop()
-        node = None if value is None else value.producer()
-        if node is None or id(node) in seen:
-            continue
-        seen.add(id(node))
-        if node.name in owners:
-            found.add(owners[node.name])
-        else:
-            todo.extend(node.inputs)
-    return frozenset(found)
 
 
 def tensor_ranks(graph: LayerGraph) -> dict[str, int]:

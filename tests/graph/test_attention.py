@@ -7,7 +7,13 @@ import onnx_ir as ir
 import pytest
 from onnx import helper
 
-from mpq_deploy.graph.attention import attentions, operand_names, projections, separate_operands
+from mpq_deploy.graph.attention import (
+    attended_layers,
+    attentions,
+    operand_names,
+    projections,
+    separate_operands,
+)
 from mpq_deploy.graph.layers import layer_graph
 from tests.graphs import GraphBuilder
 
@@ -145,3 +151,19 @@ def test_operands_that_something_else_reads_are_left_alone() -> None:
     assert found.tensors == ("own/q/turn_out", "own/k/turn_out", "own/v/turn_out")
     assert found.probabilities == "own/soft_out"
     assert operand_names(model) == found.tensors
+
+
+def test_attended_are_the_projections_of_queries_keys_and_values_alone() -> None:
+    g, x = drawn()
+    q, k, v = (g.project(x, name) for name in ("q", "k", "v"))
+    g.output(g.project(g.attend(q, k, v, "one"), "out"), ["N", TOKENS, WIDTH])
+    assert attended_layers(layer_graph(ir.from_proto(g.model()))) == {"q", "k", "v"}
+
+
+def test_what_no_attention_multiplies_is_not_attended() -> None:
+    g = GraphBuilder()
+    g.input("x", ["N", 8, 16])
+    plain = g.matmul("x", "first", 16, 16)
+    g.op("MatMul", [plain, g.weight("stack", g.rng.normal(size=(1, 16, 4)))], "stacked")
+    g.output(g.nodes[-1].output[0], ["N", 8, 4])
+    assert attended_layers(layer_graph(ir.from_proto(g.model()))) == frozenset()

@@ -11,7 +11,6 @@ from mpq_deploy.engine.target import load_target
 from mpq_deploy.graph.layers import LayerGraph, layer_graph
 from mpq_deploy.graph.load import load_model
 from mpq_deploy.rounding.control_schemes import (
-    attended_layers,
     control_plans,
     layer_counts,
     tensor_ranks,
@@ -28,19 +27,6 @@ def opened(graph: GraphBuilder, folder: Path) -> LayerGraph:
 @pytest.fixture
 def graph(tmp_path: Path) -> LayerGraph:
     return opened(denoiser_graph(channels=16, size=8), tmp_path)
-
-
-def test_queries_keys_and_values_are_what_attention_multiplies(graph: LayerGraph) -> None:
-    assert attended_layers(graph) == QKV
-
-
-def test_a_product_with_a_weight_that_is_no_layer_is_no_attention(tmp_path: Path) -> None:
-    g = GraphBuilder()
-    g.input("x", ["N", 8, 16])
-    plain = g.matmul("x", "first", 16, 16)
-    g.op("MatMul", [plain, g.weight("stack", g.rng.normal(size=(1, 16, 4)))], "stacked")
-    g.output(g.nodes[-1].output[0], ["N", 8, 4])
-    assert attended_layers(opened(g, tmp_path)) == frozenset()
 
 
 @pytest.mark.parametrize(
