@@ -6,6 +6,7 @@ import ast
 import json
 import os
 import pkgutil
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,22 +16,6 @@ import pytest
 import mpq_deploy
 from tests.pipeline.runs import call, save_denoiser
 
-# Imported by every Python of the test. psutil comes first: on Linux it is built on resource.
-BLOCK = """
-import os, sys
-try:
-    import psutil
-except ImportError:
-    pass
-BLOCKED = ("fcntl", "resource", "pwd", "grp", "termios")
-# Of the tests alone, and written for the system that it finds itself on.
-TESTS_ONLY = ("peft", "accelerate")
-for name in (*BLOCKED, *TESTS_ONLY):
-    sys.modules[name] = None
-for name in ("fork", "forkpty", "getpgid", "setsid", "killpg", "getuid", "geteuid", "sched_getaffinity"):
-    vars(os).pop(name, None)
-os.environ["BLOCKED"] = "1"
-"""
 # Less than recipes/quick.yaml, every stage nevertheless.
 TINY = """
 calibrate: {timesteps: 2, samples: 4, observed: 4, steps: 4}
@@ -44,15 +29,26 @@ MODULES = [
     if "demo" not in m.name
 ]
 ROOT = Path(mpq_deploy.__file__).parents[1]
+RESERVED = {
+    "con",
+    "prn",
+    "aux",
+    "nul",
+    *(f"{port}{n}" for port in ("com", "lpt") for n in range(10)),
+}
+# Of the 259 characters that a path may have, what a run folder leaves to the folder it lies in.
+LONGEST = 120
 
 
 @pytest.fixture(scope="module")
 def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Variables of the environment for a Python that is not on Unix."""
     folder = tmp_path_factory.mktemp("site")
-    (folder / "sitecustomize.py").write_text(BLOCK, encoding="utf-8")
+    shutil.copy(Path(__file__).with_name("windows_rules.py"), folder / "sitecustomize.py")
     path = [str(folder), str(ROOT), os.environ.get("PYTHONPATH", "")]
-    return {"PYTHONPATH": os.pathsep.join(filter(None, path))}
+    # A console of the code page that most of Europe and America has.
+    console = {"PYTHONIOENCODING": "cp1252", "PYTHONWARNDEFAULTENCODING": "1", "PYTHONUTF8": "0"}
+    return {"PYTHONPATH": os.pathsep.join(filter(None, path)), **console}
 
 
 def test_every_module_is_imported(elsewhere: dict[str, str]) -> None:
@@ -91,10 +87,44 @@ def test_the_bundled_digits_are_built(elsewhere: dict[str, str], tmp_path: Path)
     run = tmp_path / "run"
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(TINY, encoding="utf-8")
-    build = ("build", "digits", "-r", recipe, "--budget", "0.35", "-o", run)
-    done = call(*build, **elsewhere)
-    assert done.returncode == 0, done.stderr
+    build = ("build", "digits", "-r", recipe, "--budget", "0.35", "-o", run, "--workers", "2")
+    for arguments in (build, ("package", run, "-o", tmp_path / "digits.mpq.tar")):
+        done = call(*arguments, **elsewhere)
+        assert done.returncode == 0, done.stderr
     assert (run / "report.html").is_file() and not (run / ".owner").exists()
+    names = [path.relative_to(tmp_path) for path in run.rglob("*")]
+    assert len({str(name).casefold() for name in names}) == len(names)
+    assert not [name for name in names if not all(map(usable, name.parts))]
+    assert max(len(str(name)) for name in names) < LONGEST
+
+
+def usable(name: str) -> bool:
+    """Whether Windows takes a file of that name."""
+    reserved = name.split(".")[0].casefold() in RESERVED
+    return not (reserved or set(name) & set('<>:"|?*\\') or name.endswith((".", " ")))
+
+
+@pytest.mark.parametrize(
+    ("code", "refused"),
+    [
+        ("open(p, 'w'); os.replace(p, q)", False),
+        ("f = open(p, 'w'); os.replace(p, q)", True),
+        ("f = open(q, 'w'); open(p, 'w'); os.replace(p, q)", True),
+        ("np.zeros(9).tofile(p); m = np.memmap(p); os.remove(p)", True),
+        ("np.zeros(9).tofile(p); m = np.memmap(p); shutil.rmtree(d)", True),
+        ("open(p, 'w'); shutil.rmtree(d)", False),
+        ("os.symlink(p, q)", True),
+        ("import fcntl", True),
+    ],
+)
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="no /proc to look into")
+def test_the_rules_are_those_of_windows(
+    elsewhere: dict[str, str], tmp_path: Path, code: str, refused: bool
+) -> None:
+    start = f"import os, shutil, numpy as np; d = {str(tmp_path)!r}; p, q = d + '/p', d + '/q'\n"
+    command = [sys.executable, "-c", start + code]
+    done = subprocess.run(command, env={**os.environ, **elsewhere}, capture_output=True)
+    assert (done.returncode != 0) == refused, done.stderr
 
 
 def unnamed(call: ast.Call) -> bool:
