@@ -136,12 +136,16 @@ def _in_torch(graph: TorchGraph, subject: Subject, chosen: Chosen) -> Iterator[E
         def changes() -> Iterator[tuple[str, str, float]]:
             for layer, schemes in chosen.items():
                 known = {name: v for name, v in values.items() if name not in downstream[layer]}
-                for scheme in sorted(schemes):
+                squares, ordered = [], sorted(schemes)
+                for scheme in ordered:
                     rewire = _rewire(
                         layer, scheme, stacks, subject.stats, graph.float_type, timestep
                     )
                     changed = graph.run(feeds, rewire=rewire, known=known)[output]
-                    yield layer.name, scheme, float((changed.double() - reference).square().sum())
+                    squares.append((changed.double() - reference).square().sum())
+                # Once for all: to fetch a number from a GPU is to wait for it.
+                for scheme, square in zip(ordered, torch.stack(squares).tolist(), strict=True):
+                    yield layer.name, scheme, square
 
         return float(reference.square().sum()), changes()
 
@@ -176,7 +180,8 @@ def _rewire(
                 inputs[0] - lost_by_rounding(inputs[0], rounding.at(timestep), layer)
                 for rounding in roundings.values()
             ]
-            return [*(rounded or inputs[:1]), tensor, *inputs[2:]]
+            here = tensor.to(inputs[0].device, non_blocking=True)
+            return [*(rounded or inputs[:1]), here, *inputs[2:]]
 
         return change
 
