@@ -144,10 +144,12 @@ def _in_torch(graph: TorchGraph, subject: Subject, chosen: Chosen) -> Iterator[E
                     changed = graph.run(feeds, rewire=rewire, known=known)[output]
                     squares.append((changed.double() - reference).square().sum())
                 # Once for all: to fetch a number from a GPU is to wait for it.
-                for scheme, square in zip(ordered, torch.stack(squares).tolist(), strict=True):
+                for scheme, square in zip(
+                    ordered, torch.stack(squares).cpu().tolist(), strict=True
+                ):
                     yield layer.name, scheme, square
 
-        return float(reference.square().sum()), changes()
+        return float(reference.square().sum().cpu()), changes()
 
     with torch.no_grad():
         yield evaluate

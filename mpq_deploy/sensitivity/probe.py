@@ -74,7 +74,7 @@ def measure_probe(subject: Subject) -> SensitivityTable:
 # Calls, and the parts of the graph that hold their values one after the other.
 _Piece = tuple[slice, tuple[slice, ...]]
 # Where even so many parts take more memory than the GPU has, the CPU computes.
-MOST_PARTS = 16
+MOST_PARTS = 64
 
 
 @dataclass(frozen=True)
@@ -117,16 +117,14 @@ def _probing(subject: Subject) -> Work:
         values: Nested = {}
         for row, (layer, scheme) in zip(stacked, pairs, strict=True):
             values.setdefault(layer, {})[scheme] = row
-        power = 0.0
+        step, power = task.step_index, 0.0
+
+        def probe(probing: _Probing, piece: _Piece) -> float:
+            return probing.probe(step, *piece, values)
+
         with talk.bar("probes", calls.count) as advance:
             for chunk in calls.chunks_of_step(task.batch):
-                power += sum(
-                    work.run(
-                        (chunk, parts),
-                        smaller,
-                        lambda probing, piece: probing.probe(task.step_index, *piece, values),
-                    )
-                )
+                power += sum(work.run((chunk, parts), smaller, probe))
                 advance(chunk.stop - chunk.start)
         return {"power": np.array(power), "values": stacked}
 
@@ -273,7 +271,7 @@ class _Probing:
 
         def seeds(output: Any) -> list[Any]:
             nonlocal power
-            power = float(output.double().square().sum())
+            power = float(output.double().square().sum().cpu())
             if not np.isfinite(power):
                 finite = _Finite()
                 with torch.no_grad():
@@ -350,7 +348,7 @@ def _fetched(flags: list[Any]) -> list[bool]:
     """Return scalar tensors, which may lie on the CPU and on a GPU, as Python's."""
     places = {flag.device for flag in flags}
     by_place = {
-        place: iter(torch.stack([f for f in flags if f.device == place]).tolist())
+        place: iter(torch.stack([f for f in flags if f.device == place]).cpu().tolist())
         for place in places
     }
     return [bool(next(by_place[flag.device])) for flag in flags]

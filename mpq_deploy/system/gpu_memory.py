@@ -11,7 +11,9 @@ from mpq_deploy.system.compute import CPU, compute_on, computing_on
 from mpq_deploy.system.memory import ran_out
 from mpq_deploy.system.progress import Talk
 
-Opened, Piece, Done = TypeVar("Opened"), TypeVar("Piece"), TypeVar("Done")
+Opened = TypeVar("Opened")
+Piece = TypeVar("Piece")
+Done = TypeVar("Done")
 
 
 def free_bytes(device: Any) -> int | None:
@@ -22,7 +24,8 @@ def free_bytes(device: Any) -> int | None:
 
     # What torch has taken and holds no tensor is free for it alone.
     held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return int(torch.cuda.mem_get_info(device)[0]) + held
+    free, _ = torch.cuda.mem_get_info(device)
+    return int(free + held)
 
 
 def gpu_ran_out(error: BaseException) -> bool:
