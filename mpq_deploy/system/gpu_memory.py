@@ -37,7 +37,7 @@ def gpu_ran_out(error: BaseException) -> bool:
 class Shrinking(Generic[Opened]):
     """Work in smaller pieces where the GPU's memory runs out, then on the CPU; both are said.
 
-    ``what`` it is, for people. ``open`` makes what it is done with, on torch's device of the process.
+    ``what`` it is, for people. ``open`` makes what it is done with, where the process computes then.
     """
 
     def __init__(self, open: Callable[[], Opened], what: str, talk: Talk) -> None:
@@ -61,7 +61,10 @@ class Shrinking(Generic[Opened]):
         done = list[Done]()
         while pieces:
             try:
-                done.append(work(self._open_here(), pieces[0]))
+                with compute_on(self._place):
+                    if self._opened is None:
+                        self._opened = self._open()
+                    done.append(work(self._opened, pieces[0]))
                 del pieces[0]
                 continue
             except Exception as error:
@@ -77,12 +80,6 @@ class Shrinking(Generic[Opened]):
             self._talk.line(f"  {self._what}: the GPU's memory ran out, {then}")
             _empty_cache()
         return done
-
-    def _open_here(self) -> Opened:
-        if self._opened is None:
-            with compute_on(self._place):
-                self._opened = self._open()
-        return self._opened
 
 
 def _halved(pieces: list[Piece], halve: Callable[[Piece], Sequence[Piece]]) -> list[Piece]:
