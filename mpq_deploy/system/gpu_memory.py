@@ -11,6 +11,8 @@ from mpq_deploy.system.compute import CPU, compute_on, computing_on
 from mpq_deploy.system.memory import ran_out
 from mpq_deploy.system.progress import Talk
 
+# How cuBLAS and cuDNN say that they found none.
+LIBRARIES_SAY = ("STATUS_ALLOC_FAILED", "unable to find an engine to execute this computation")
 Opened = TypeVar("Opened")
 Piece = TypeVar("Piece")
 Done = TypeVar("Done")
@@ -31,7 +33,7 @@ def free_bytes(device: Any) -> int | None:
 def gpu_ran_out(error: BaseException) -> bool:
     """Whether ``error`` says that torch found no memory on a GPU."""
     said = str(error)
-    return ("CUDA" in said and ran_out(error)) or "STATUS_ALLOC_FAILED" in said
+    return ("CUDA" in said and ran_out(error)) or any(words in said for words in LIBRARIES_SAY)
 
 
 class Shrinking(Generic[Opened]):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
@@ -11,11 +12,17 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from mpq_deploy.graph.layers import layer_graph  # noqa: E402
+from mpq_deploy.graph.load import load_model  # noqa: E402
+from mpq_deploy.models.export import export_denoiser  # noqa: E402
+from mpq_deploy.models.open import open_denoiser  # noqa: E402
 from mpq_deploy.onnx_torch.host_values import host_inputs, host_nodes  # noqa: E402
 from mpq_deploy.onnx_torch.torch_graph import TorchGraph  # noqa: E402
+from tests.exported_networks import NETWORKS, Form  # noqa: E402
 from tests.fake_gpu import CPU, GPU, fake_gpu  # noqa: E402
 from tests.graphs import GraphBuilder, awkward_graph, denoiser_graph  # noqa: E402
 from tests.onnx_torch.test_operators import CASES, Case, model_of  # noqa: E402
+from tests.pipeline.runs import describe  # noqa: E402
 from tests.sensitivity.kinds import kinds  # noqa: E402
 
 pytestmark = pytest.mark.torch
@@ -72,6 +79,27 @@ def test_a_pass_and_its_gradients_wait_for_nothing(
         name: id(one) for name, one in graph._copies.items()
     }
     assert all(one.device == CPU for one in graph.constants.values())
+
+
+@pytest.mark.parametrize("open_sizes", [False, True])
+@pytest.mark.parametrize("network", ["unet", "transformer", "conv3d"])
+def test_exported_networks_wait_for_nothing(
+    network: str, open_sizes: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With open sizes as optimum leaves them: all of the arithmetic of sizes is in the graph."""
+    path = tmp_path / "model.onnx"
+    Form(network, "script", 17, "fp32", open_sizes).export(path)
+    shape = NETWORKS[network].shape
+    described = describe(path, sample={"name": "sample", "shape": list(shape)})
+    export_denoiser(open_denoiser(described), tmp_path)
+    arrays = {"sample": np.ones((2, *shape), np.float32), "timestep": np.ones(2, np.int64)}
+    with fake_gpu(monkeypatch) as gpu:
+        graph = TorchGraph(layer_graph(load_model(tmp_path / "model.onnx")).model)
+        feeds = graph.feed(arrays)
+        feeds["sample"].requires_grad_()
+        output = graph.run(feeds)["out_sample"]
+        torch.autograd.grad(output.sum(), [feeds["sample"]])
+        assert gpu.fetched == 0 and output.shape == (2, *shape)
 
 
 def test_sizes_in_the_making_stay_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:

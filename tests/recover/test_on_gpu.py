@@ -33,7 +33,7 @@ LOSSES = {"output": 1.0, "relation": 0.01, "memory": 0.1}
     ("wanted", "losses"),
     [
         ("w8a8", LOSSES),
-        ("w8a8timestep", {"output": 1.0}),
+        ("w8a8-timestep", {"output": 1.0}),
         ("w4a8+rows1", {"output": 1.0}),
         ("w4a16+cols1", {"output": 1.0}),
         ("w2a16", {"output": 1.0}),
@@ -57,3 +57,44 @@ def test_training_fetches_losses_and_errors(
     assert progress.step == STEPS and not progress.stopped
     # Of every step its losses; of both checks the error of each timestep.
     assert gpu.fetched == STEPS + 2 * len(trainer.held_out.calls.timesteps)
+
+
+def test_adapters_start_from_errors_that_are_fetched_layer_by_layer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = make_case(tmp_path, normed_denoiser()).planned("w8a8+scale5")
+    arrays = {"sample": np.ones((2, 3, 8, 8), np.float32), "timestep": np.ones(2, np.float32)}
+    with fake_gpu(monkeypatch) as gpu:
+        student = Student(task.model, task.spec, task.starts, task.stats, OPTIONS)
+        initialize_from_error(student, [student.feed(arrays)])
+        # The error of its weight, and those of all starts of its adapter.
+        assert gpu.fetched == 2 * len(student.layers)
+
+
+@pytest.mark.parametrize("fails", [1, 99])
+def test_where_memory_runs_out_more_is_computed_again(
+    case: Case, fails: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In more segments, on the CPU at last: the same state as on the CPU from the start."""
+    task, lines, left = case.planned("w4a16"), list[str](), [fails]
+
+    def trained(folder: str) -> Any:
+        talk = Talk()
+        monkeypatch.setattr(talk, "line", lines.append)
+        return recover(task, OPTIONS, case.recorder(), talk, tmp_path / folder, "key").recovery
+
+    expected, original = trained("cpu"), Trainer.train
+
+    def refusing(trainer: Trainer, save: Any) -> Any:
+        if computing_on().torch is not None and left[0]:
+            left[0] -= 1
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return original(trainer, save)
+
+    monkeypatch.setattr(Compute, "torch_device", lambda _: CPU)
+    monkeypatch.setattr(recover_module.Trainer, "train", refusing)
+    with compute_on(Compute(None, 0)):
+        found = trained("gpu")
+    assert found.after == pytest.approx(expected.after, rel=1e-4)
+    told = [line for line in lines if "the GPU's memory ran out" in line]
+    assert told[-1].endswith("at once" if fails == 1 else "the CPU computes the rest")

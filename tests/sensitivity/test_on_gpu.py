@@ -10,6 +10,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from mpq_deploy.calls.recorded import RecordedCalls  # noqa: E402
+from mpq_deploy.formats.minifloat import E2M1, E4M3  # noqa: E402
 from mpq_deploy.formats.scheme import SCHEMES  # noqa: E402
 from mpq_deploy.onnx_torch import torch_graph  # noqa: E402
 from mpq_deploy.recipe import MeasureSettings  # noqa: E402
@@ -20,7 +21,7 @@ from mpq_deploy.sensitivity.salience import channel_errors  # noqa: E402
 from mpq_deploy.sensitivity.subject import Subject  # noqa: E402
 from mpq_deploy.system.compute import Compute, compute_on, computing_on  # noqa: E402
 from mpq_deploy.system.progress import Talk  # noqa: E402
-from tests.fake_gpu import CPU, fake_gpu  # noqa: E402
+from tests.fake_gpu import CPU, GPU, fake_gpu  # noqa: E402
 from tests.graphs import denoiser_graph  # noqa: E402
 from tests.sensitivity.cases import Setting, setting  # noqa: E402
 from tests.sensitivity.kinds import kinds  # noqa: E402
@@ -90,6 +91,13 @@ def test_channels_and_single_layers_fetch_once(
     with fake_gpu(monkeypatch) as gpu:
         measure_exhaustive(Subject(*mixed, options, Talk()), use_torch=True)
     assert gpu.fetched == STEPS * (1 + len(mixed.graph.layers))
+
+
+@pytest.mark.parametrize("kind", [E4M3, E2M1], ids=lambda kind: kind.name)
+def test_small_floats_round_where_they_are(kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    with fake_gpu(monkeypatch) as gpu:
+        assert kind.nearest(torch.randn(8, 16, device=GPU), torch).device == GPU
+        assert gpu.fetched == 0
 
 
 def probes(case: Setting, options: MeasureSettings, talk: Talk) -> dict[str, dict[str, Any]]:
