@@ -34,7 +34,7 @@ from mpq_deploy.sensitivity.layer_weights import (
     input_roundings,
     node_attributes,
 )
-from mpq_deploy.sensitivity.measured_calls import HELD_SHARE, MEMORY_BYTES
+from mpq_deploy.sensitivity.measured_calls import HELD_SHARE, MEMORY_BYTES, Calls
 from mpq_deploy.sensitivity.subject import Subject, timestep_of
 from mpq_deploy.sensitivity.table import Nested, SensitivityTable, table_from_projections
 from mpq_deploy.sensitivity.torch_projection import ProjectedUse, TorchStack, project_layer
@@ -100,7 +100,7 @@ def _probing(subject: Subject) -> Work:
     """
     calls, pairs = subject.calls(), _pairs(subject)
     work = Shrinking(partial(_Probing, subject), "probes", subject.talk)
-    smaller = partial(_smaller, calls.fixed_batch or 1)
+    smaller = partial(_smaller, calls)
 
     def compute(task: _Task, talk: Talk) -> Result:
         if task.step_index is None:
@@ -131,13 +131,12 @@ def _probing(subject: Subject) -> Work:
     return compute
 
 
-def _smaller(fixed: int, piece: _Piece) -> list[_Piece]:
-    """Halve the calls of a piece, or the parts of the graph where it has ``fixed`` calls; to a limit."""
+def _smaller(calls: Calls, piece: _Piece) -> list[_Piece]:
+    """Halve the calls of a piece, or the parts of the graph where they cannot be; to a limit."""
     chunk, parts = piece
-    half = (chunk.stop - chunk.start) // (2 * fixed) * fixed
-    if half:
-        middle = chunk.start + half
-        return [(slice(chunk.start, middle), parts), (slice(middle, chunk.stop), parts)]
+    fewer = calls.halves(chunk)
+    if fewer:
+        return [(half, parts) for half in fewer]
     if len(parts) >= MOST_PARTS or all(part.stop - part.start < 2 for part in parts):
         return []
     cuts = [((part.start + part.stop) // 2, part) for part in parts]

@@ -84,19 +84,12 @@ class ChannelErrors:
         errors: dict[str, list[Array]] = {layer.name: [] for layer in self.layers}
         for chunk in self._calls.chunks_of_step(self._batch):
             for found in self._work.run(
-                chunk, self._halves, lambda device, part: device.errors(step, part)
+                chunk, self._calls.halves, lambda device, part: device.errors(step, part)
             ):
                 for name, error in found:
                     errors[name].append(error)
             advance(chunk.stop - chunk.start)
         return {name: np.stack(parts) for name, parts in errors.items() if parts}
-
-    def _halves(self, chunk: slice) -> list[slice]:
-        fixed = self._calls.fixed_batch or 1
-        middle = chunk.start + (chunk.stop - chunk.start) // (2 * fixed) * fixed
-        if middle == chunk.start:
-            return []
-        return [slice(chunk.start, middle), slice(middle, chunk.stop)]
 
 
 class _OnDevice:
