@@ -35,8 +35,9 @@ LOSSES = {"output": 1.0, "relation": 0.01, "memory": 0.1}
         ("w8a8", LOSSES),
         ("w8a8-timestep", {"output": 1.0}),
         ("w4a8+rows1", {"output": 1.0}),
-        ("w4a16+cols1", {"output": 1.0}),
-        ("w2a16", {"output": 1.0}),
+        ("w8a8+cols1", {"output": 1.0}),
+        ("w4a16+lowrank8", {"output": 1.0}),
+        ("w4a8+scale5", {"output": 1.0}),
     ],
 )
 def test_training_fetches_losses_and_errors(
@@ -47,6 +48,7 @@ def test_training_fetches_losses_and_errors(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     task = case.planned(wanted)
+    assert any(start.matrix is not None for start in task.starts)
     options = OPTIONS.replace(losses=losses, segments=segments)
     with fake_gpu(monkeypatch) as gpu:
         student = Student(task.model, task.spec, task.starts, task.stats, options)
