@@ -2,8 +2,8 @@
 
 Operators with windows, norms and attention are in ``operators``; ``OPERATORS`` there holds both.
 Every entry is a function (call, inputs) -> output or outputs, written from the ONNX operator
-specification (opset 13 and later) and compared with ONNX Runtime in the tests. Shapes and indices
-are small int64 tensors on the CPU.
+specification (opset 13 and later) and compared with ONNX Runtime in the tests. What an operator
+reads as numbers (``host_values``) is given on the CPU, all other inputs on the device of the call.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class UnsupportedForm(Exception):  # noqa: N818 - a signal to the evaluator, whi
 
 @dataclass(frozen=True)
 class Call:
-    """One node, read: attributes, opset, number of outputs, and the type to compute floats in.
+    """One node, read: attributes, opset, number of outputs, type to compute floats in, and where.
 
     The graph's FLOAT, FLOAT16 and BFLOAT16 are computed in ``float_type``, DOUBLE in float64.
     """
@@ -48,6 +48,7 @@ class Call:
     opset: int
     outputs: int
     float_type: torch.dtype
+    device: Any = None
 
     def get(self, name: str, default: Any) -> Any:
         """Return the attribute ``name``, or ``default`` when the node does not have it."""
@@ -168,13 +169,14 @@ def _slice(call: Call, x: Inputs) -> Outputs:
                 else result.narrow(axis, 0, 0)
             )
         else:
-            result = result.index_select(axis, torch.tensor(list(index), dtype=torch.int64))
+            places = torch.tensor(list(index), dtype=torch.int64)
+            result = result.index_select(axis, places.to(result.device, non_blocking=True))
     return result
 
 
 def _gather(call: Call, x: Inputs) -> Outputs:
     axis = axis_index(x[0], call.get("axis", 0))
-    index = x[1].to(x[0].device, torch.int64)
+    index = x[1].to(torch.int64)
     index = torch.where(index < 0, index + x[0].shape[axis], index)
     picked = x[0].index_select(axis, index.reshape(-1))
     # As one list: a scalar taken from a vector has no sizes at all.
@@ -192,7 +194,7 @@ def _one_hot(call: Call, x: Inputs) -> Outputs:
     axis = call.get("axis", -1)
     axis += x[0].ndim + 1 if axis < 0 else 0
     index = torch.where(x[0] < 0, x[0] + depth, x[0]).unsqueeze(axis)
-    places = torch.arange(depth).reshape(-1, *(1,) * (x[0].ndim - axis))
+    places = torch.arange(depth, device=x[0].device).reshape(-1, *(1,) * (x[0].ndim - axis))
     return torch.where(index == places, on, off)
 
 
@@ -252,7 +254,8 @@ def _expand(call: Call, x: Inputs) -> Outputs:
 
 def _constant_of_shape(call: Call, x: Inputs) -> Outputs:
     value = call.get("value", None)
-    fill = torch.zeros((), dtype=call.float_type) if value is None else value.reshape(())
+    zero = torch.zeros((), dtype=call.float_type, device=call.device)
+    fill = zero if value is None else value.reshape(())
     return fill.expand(integers(x[0])).clone()
 
 
@@ -262,10 +265,10 @@ def _constant(call: Call, x: Inputs) -> Outputs:
         return attributes["value"]
     for name, dtype in (("value_float", call.float_type), ("value_floats", call.float_type)):
         if name in attributes:
-            return torch.tensor(attributes[name], dtype=dtype)
+            return torch.tensor(attributes[name], dtype=dtype, device=call.device)
     for name in ("value_int", "value_ints"):
         if name in attributes:
-            return torch.tensor(attributes[name], dtype=torch.int64)
+            return torch.tensor(attributes[name], dtype=torch.int64, device=call.device)
     raise UnsupportedForm("a string or sparse value")
 
 
@@ -295,7 +298,7 @@ def _pad_by_index(tensor: Any, axis: int, before: int, after: int, mode: str) ->
     if not before and not after:
         return tensor
     size = tensor.shape[axis]
-    index = torch.arange(-before, size + after)
+    index = torch.arange(-before, size + after, device=tensor.device)
     if mode == "edge":
         index = index.clamp(0, size - 1)
     elif mode == "wrap":
@@ -417,7 +420,9 @@ BASIC: dict[str, Operator] = {
     "PRelu": lambda call, x: torch.where(x[0] < 0, x[0] * x[1], x[0]),
     "Pad": _pad,
     "Pow": lambda call, x: torch.pow(x[0], x[1]).to(x[0].dtype),
-    "Range": lambda call, x: torch.arange(x[0].item(), x[1].item(), x[2].item(), dtype=x[0].dtype),
+    "Range": lambda call, x: torch.arange(
+        x[0].item(), x[1].item(), x[2].item(), dtype=x[0].dtype, device=call.device
+    ),
     "Reciprocal": _unary(torch.reciprocal),
     "ReduceL1": _reduce(lambda x, axes, keep: _sum(x.abs(), axes, keep)),
     "ReduceL2": _reduce(lambda x, axes, keep: torch.linalg.vector_norm(x, dim=axes, keepdim=keep)),

@@ -163,6 +163,7 @@ def _resize(call: Call, x: Inputs) -> Outputs:
 
 def _resize_axis(call: Call, x: Any, axis: int, new: int, scale: float, mode: str) -> Any:
     size = x.shape[axis]
+    # On the CPU on any device: its places decide the way below, and they are few.
     where = _source_coordinates(
         call.get("coordinate_transformation_mode", "half_pixel"), new, size, scale
     )
@@ -171,6 +172,9 @@ def _resize_axis(call: Call, x: Any, axis: int, new: int, scale: float, mode: st
         fraction = (where - low).to(x.dtype).reshape(-1, *(1,) * (x.ndim - axis - 1))
         first = low.clamp(0, size - 1).long()
         second = (low + 1).clamp(0, size - 1).long()
+        fraction, first, second = (
+            one.to(x.device, non_blocking=True) for one in (fraction, first, second)
+        )
         return torch.lerp(x.index_select(axis, first), x.index_select(axis, second), fraction)
     index = (
         _nearest(call.get("nearest_mode", "round_prefer_floor"), where).clamp(0, size - 1).long()
@@ -181,7 +185,7 @@ def _resize_axis(call: Call, x: Any, axis: int, new: int, scale: float, mode: st
         shape = list(x.shape)
         wide = x.unsqueeze(axis + 1).expand(*shape[: axis + 1], factor, *shape[axis + 1 :])
         return wide.reshape(*shape[:axis], new, *shape[axis + 1 :])
-    return x.index_select(axis, index)
+    return x.index_select(axis, index.to(x.device, non_blocking=True))
 
 
 def _source_coordinates(form: str, new: int, size: int, scale: float) -> Any:
@@ -221,11 +225,13 @@ def _nearest(form: str, where: Any) -> Any:
 def _instance_norm(call: Call, x: Inputs) -> Outputs:
     # Torch's layer norm over the space takes under half the time of its instance norm.
     normed = functional.layer_norm(x[0], x[0].shape[2:], eps=call.get("epsilon", 1e-5))
+    channels = (-1, *(1,) * (x[0].ndim - 2))
+    if x[0].device.type != "cpu":  # to look at the factors would wait for all work before
+        return torch.addcmul(x[2].reshape(channels), normed, x[1].reshape(channels))
     if not (
         x[1].requires_grad or x[2].requires_grad or bool((x[1] != 1).any()) or bool(x[2].any())
     ):
         return normed  # as exporters write a group norm, whose factors follow
-    channels = (-1, *(1,) * (x[0].ndim - 2))
     return normed * x[1].reshape(channels) + x[2].reshape(channels)
 
 

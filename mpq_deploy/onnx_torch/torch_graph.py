@@ -17,13 +17,17 @@ from torch.utils.checkpoint import checkpoint
 from mpq_deploy.errors import ModelError
 from mpq_deploy.graph.layers import STANDARD_DOMAINS
 from mpq_deploy.onnx_torch.basic_operators import DOUBLE, FLOATS, Call, Operator, UnsupportedForm
+from mpq_deploy.onnx_torch.host_values import SIZES, host_inputs, host_nodes
 from mpq_deploy.onnx_torch.merged_nodes import merged_nodes
 from mpq_deploy.onnx_torch.operators import OPERATORS
+from mpq_deploy.system.compute import computing_on
+from mpq_deploy.system.gpu_memory import gpu_ran_out
 
 Tensor = torch.Tensor
 Rewire = Callable[[list[Any]], list[Any]]
 # What torch's allocator says, in an error of no type of its own on the CPU.
 OUT_OF_MEMORY = "allocate memory"
+CPU = torch.device("cpu")
 
 
 class UnsupportedOperator(ModelError):  # noqa: N818 - what callers name it
@@ -49,7 +53,10 @@ class FailedOperator(UnsupportedOperator):
 
 @dataclass(frozen=True)
 class _Step:
-    """One node: its function, inputs and outputs, and the values that nothing later needs."""
+    """One node: its function, inputs and outputs, and the values that nothing later needs.
+
+    ``devices``: where each input is read; None where only its sizes are.
+    """
 
     node: str
     op: str
@@ -58,6 +65,7 @@ class _Step:
     inputs: tuple[str | None, ...]
     outputs: tuple[str, ...]
     last_uses: tuple[str, ...]
+    devices: tuple[Any, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -92,8 +100,10 @@ def _storages(values: Mapping[str, Any]) -> dict[int, int]:
 class TorchGraph:
     """An ONNX model (opset 13 or later) as a function in torch.
 
-    All floats but DOUBLE are evaluated in ``float_type``. Weights that already have that type share
-    memory with the model's file. ``apart``: nodes that are evaluated without being merged with those
+    All floats but DOUBLE are evaluated in ``float_type``, on torch's device where this process
+    computes; sizes and indices in the making stay on the CPU (see ``host_values``). ``constants``
+    are on the CPU, where those of that type share memory with the model's file; on a GPU each has a
+    copy from its first use on. ``apart``: nodes that are evaluated without being merged with those
     before them, so that all values in between are there. Raises UnsupportedOperator for a node outside the table.
     """
 
@@ -105,7 +115,7 @@ class TorchGraph:
     ) -> None:
         graph = model.graph
         opset = model.opset_imports.get("", model.opset_imports.get("ai.onnx", 13))
-        self.float_type = float_type
+        self.float_type, self.device = float_type, computing_on().torch_device()
         self.inputs = tuple(v.name or "" for v in graph.inputs if not v.is_initializer())
         self.outputs = tuple(v.name or "" for v in graph.outputs)
         self.constants: dict[str, Any] = {
@@ -113,17 +123,29 @@ class TorchGraph:
             for name, value in graph.initializers.items()
             if value.const_value is not None and any(True for _ in value.uses())
         }
-        self._steps = _steps(graph, opset, float_type, apart)
+        self._copies: dict[str, Any] = {}
+        steps = _steps(graph, opset, float_type, apart)
+        on_host, self.read_on_host = host_nodes(steps, self.inputs)
+        self._steps = tuple(
+            _placed(step, CPU if number in on_host else self.device)
+            for number, step in enumerate(steps)
+        )
 
     def feed(self, arrays: Mapping[str, Any]) -> dict[str, Any]:
-        """Turn NumPy inputs into tensors of ``float_type``. Raises ModelError for a missing one."""
+        """Turn NumPy inputs into tensors of ``float_type`` on the graph's device.
+
+        Raises ModelError for a missing one.
+        """
         missing = [name for name in self.inputs if name not in arrays]
         if missing:
             raise ModelError(
                 f"The graph's input '{missing[0]}' was given no value.",
                 f"Given were: {', '.join(arrays)}. Check the denoiser's specification.",
             )
-        return {name: _converted(arrays[name], self.float_type) for name in self.inputs}
+        return {
+            name: _converted(arrays[name], self.float_type).to(self.device, non_blocking=True)
+            for name in self.inputs
+        }
 
     def run(
         self,
@@ -213,7 +235,10 @@ class TorchGraph:
         for step in self._steps[steps]:
             if known and all(name in known for name in step.outputs):
                 continue
-            inputs = [self._value(values, name) for name in step.inputs]
+            inputs = [
+                self._value(values, name, device)
+                for name, device in zip(step.inputs, step.devices, strict=True)
+            ]
             if step.node in rewire:
                 inputs = rewire[step.node](inputs)
             for name, value in zip(step.outputs, _evaluate(step, inputs)):
@@ -239,10 +264,18 @@ class TorchGraph:
         """The names of all values that nodes compute, in order."""
         return tuple(name for step in self._steps for name in step.outputs)
 
-    def _value(self, values: Mapping[str, Any], name: str | None) -> Any:
+    def _value(self, values: Mapping[str, Any], name: str | None, device: Any = None) -> Any:
+        """Return a value or constant, on ``device`` where one is given."""
         if name is None:
             return None
-        return values[name] if name in values else self.constants[name]
+        value = values[name] if name in values else self.constants[name]
+        if device is None or value.device == device:
+            return value
+        if name in values:
+            return value.to(device, non_blocking=device != CPU)
+        if name not in self._copies:
+            self._copies[name] = value.to(device)
+        return self._copies[name]
 
 
 def torch_from_constant(tensor: Any, float_type: torch.dtype) -> Any:
@@ -316,6 +349,22 @@ def _attend(call: Call, x: Sequence[Any]) -> Any:
 MERGED: dict[str, Operator] = {"silu": _silu, "attention": _attend}
 
 
+def _placed(step: _Step, device: Any) -> _Step:
+    """Return ``step`` evaluated on ``device``, the tensors among its attributes included."""
+    attributes = {
+        key: value.to(device) if isinstance(value, torch.Tensor) else value
+        for key, value in step.call.attributes.items()
+    }
+    numbers = host_inputs(step.op)
+    devices = tuple(
+        None if step.op in SIZES else CPU if place in numbers else device
+        for place in range(len(step.inputs))
+    )
+    return replace(
+        step, call=replace(step.call, attributes=attributes, device=device), devices=devices
+    )
+
+
 def _step(
     node: ir.Node, number: int, opset: int, float_type: torch.dtype, last_uses: tuple[str, ...]
 ) -> _Step:
@@ -352,6 +401,8 @@ def _evaluate(step: _Step, inputs: list[Any]) -> tuple[Any, ...]:
     except UnsupportedForm as form:
         raise UnsupportedOperator(step.op, step.node, str(form)) from form
     except (RuntimeError, IndexError, TypeError, ValueError, AttributeError) as error:
+        if gpu_ran_out(error):
+            raise
         said = " ".join(str(error).split())
         if OUT_OF_MEMORY in said:
             raise ModelError(

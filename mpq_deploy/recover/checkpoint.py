@@ -93,11 +93,9 @@ def _take_over(trainer: Trainer, values: dict[str, Any], tensors: dict[str, torc
             for m in MOMENTS
             if f"optimizer.{number}.{m}" in tensors
         }
-        trainer.optimizer.state[parameter] = {
-            m: v if m == "step" else v.to(device) for m, v in held.items()
-        }
+        trainer.optimizer.state[parameter] = {m: v.to(device) for m, v in held.items()}
     if trainer.losses.memory is not None:
-        trainer.losses.memory.restore(_under("memory.", tensors))
+        trainer.losses.memory.restore(_under("memory.", tensors), device)
     progress.best = _under("best.", tensors)
     for name in ("step", "best_step", "best_error"):
         setattr(progress, name, values[name])

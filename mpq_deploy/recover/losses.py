@@ -165,7 +165,8 @@ class LossTerms:
         picked = torch.from_numpy(
             rng.choice(count, min(options.memory_pixels, count), replace=False)
         )
-        some = expected.flatten(0, 1)[picked]
-        loss = self.memory.loss(some, output.flatten(0, 1)[picked], options.memory_anchors, rng)
+        here = picked.to(expected.device)
+        some = expected.flatten(0, 1)[here]
+        loss = self.memory.loss(some, output.flatten(0, 1)[here], options.memory_anchors, rng)
         self.memory.enqueue(some, np.repeat(batch.timesteps, expected.shape[1])[picked.numpy()])
         return loss

@@ -39,7 +39,7 @@ class PixelMemory:
             self.pixels = torch.zeros(self.size, pixels.shape[1], device=pixels.device)
         pixels, timesteps = pixels.detach()[-self.size :], timesteps[-self.size :]
         places = (self.written + np.arange(len(pixels))) % self.size
-        self.pixels[torch.from_numpy(places)] = pixels.to(self.pixels)
+        self.pixels[torch.from_numpy(places).to(self.pixels.device)] = pixels.to(self.pixels)
         self.timesteps[places] = timesteps
         self.written += len(pixels)
 
@@ -51,7 +51,7 @@ class PixelMemory:
         places = rng.choice(
             self.used, min(count, self.used), replace=False, p=chances / chances.sum()
         )
-        return self.pixels[torch.from_numpy(places)]
+        return self.pixels[torch.from_numpy(places).to(self.pixels.device)]
 
     def loss(
         self, expected: Tensor, output: Tensor, count: int, rng: np.random.Generator
@@ -76,8 +76,8 @@ class PixelMemory:
             "written": torch.tensor([self.written]),
         }
 
-    def restore(self, state: dict[str, Tensor]) -> None:
-        """Take over what ``state`` returned."""
-        self.pixels = state["pixels"].clone()
+    def restore(self, state: dict[str, Tensor], device: Any = "cpu") -> None:
+        """Take over what ``state`` returned, its pixels on ``device``."""
+        self.pixels = state["pixels"].clone().to(device)
         self.timesteps = state["timesteps"].numpy().copy()
         self.written = int(state["written"][0])

@@ -34,6 +34,8 @@ from mpq_deploy.recover.train import INITIAL_ROUND, Progress, Trainer
 from mpq_deploy.recover.trained_weights import StartingWeight
 from mpq_deploy.recover.training_trajectories import Trajectories, TrajectoryRecorder
 from mpq_deploy.runtime.ort import OrtDenoiser
+from mpq_deploy.system.compute import computing_on
+from mpq_deploy.system.gpu_memory import Shrinking, free_bytes
 from mpq_deploy.system.memory import Room, held_memory, memory_room
 from mpq_deploy.system.progress import Talk
 
@@ -42,6 +44,8 @@ from mpq_deploy.system.progress import Talk
 WRITTEN_TOLERANCE = 0.02
 # Calls on which the adapters' start is chosen.
 INITIAL_CALLS, INITIAL_STEPS = 8, 4
+# Where a GPU cannot hold even so small a part of the values at once, the CPU trains.
+MOST_SEGMENTS = 32
 
 
 @dataclass(frozen=True)
@@ -80,12 +84,35 @@ def recover(
     """Train and return the student in its best state, with what was measured.
 
     ``checkpoint``: where to save the state after every check, and to go on from if a state of the
-    same ``key`` is there; removed at the end by whoever keeps the result. Raises UsageError where
-    memory will not do.
+    same ``key`` is there; removed at the end by whoever keeps the result. Where the GPU's memory
+    runs out, more of the graph is computed again, and the CPU trains at last. Raises UsageError
+    where memory will not do.
     """
+
+    def train(_: None, fitting: RecoverSettings) -> Recovered:
+        return _trained(task, fitting, recorder, talk, checkpoint, key)
+
+    (recovered,) = Shrinking(lambda: None, "recovery", talk).run(options, _more_segments, train)
+    return recovered
+
+
+def _more_segments(options: RecoverSettings) -> list[RecoverSettings]:
+    """Halve what the backward pass holds of the values."""
+    segments = 2 * options.segments
+    return [options.replace(segments=segments)] if segments <= MOST_SEGMENTS else []
+
+
+def _trained(
+    task: RecoverTask,
+    options: RecoverSettings,
+    recorder: TrajectoryRecorder,
+    talk: Talk,
+    checkpoint: Path,
+    key: str,
+) -> Recovered:
     check_memory(task, options, recorder.calls, talk)
     student = Student(task.model, task.spec, task.starts, task.stats, options)
-    _place(student, options)
+    student.training_type = _training_type(student.device, options)
     starts: dict[str, int] | None = None
     trainer = Trainer(student, recorder, task.spec, options, talk)
     if options.initialization == "svd":
@@ -147,15 +174,10 @@ def measured_error(graph: Path, task: RecoverTask, held_out: Trajectories) -> fl
     return float(np.mean(squares / (held_out.energy * held_out.calls.count)))
 
 
-def _place(student: Student, options: RecoverSettings) -> None:
-    """Move to a GPU where there is one; bfloat16 there by itself, elsewhere on demand."""
-    cuda = torch.cuda.is_available()
-    if cuda:
-        student.move(torch.device("cuda"))
-    half = options.precision == "bfloat16" or (
-        options.precision == "auto" and cuda and torch.cuda.is_bf16_supported()
-    )
-    student.training_type = torch.bfloat16 if half else torch.float32
+def _training_type(device: torch.device, options: RecoverSettings) -> torch.dtype:
+    """Return bfloat16 on a GPU that has it, elsewhere on demand."""
+    own = options.precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported()
+    return torch.bfloat16 if own or options.precision == "bfloat16" else torch.float32
 
 
 def expected_memory(
@@ -188,8 +210,9 @@ def expected_memory(
 def check_memory(task: RecoverTask, options: RecoverSettings, steps: int, talk: Talk) -> None:
     """Refuse training that will not fit into the memory that is free. Raises UsageError."""
     estimate = expected_memory(task, options, steps, talk)
-    if torch.cuda.is_available():
-        estimate.refuse_too_large(Room(torch.cuda.mem_get_info()[0], "the GPU"))
+    free = free_bytes(computing_on().torch_device())
+    if free is not None:
+        estimate.refuse_too_large(Room(free, "the GPU"))
     else:
         estimate.refuse_too_large(memory_room(), held_memory())
 

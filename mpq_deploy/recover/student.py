@@ -8,6 +8,7 @@ rewiring.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,22 @@ class Student(torch.nn.Module):  # type: ignore[misc]
             if name not in self._constant_names and name in self.graph.constants
         ]
         self._fixed = {name: self._stored(name, self.graph.constants[name]) for name in fixed}
+        self._to_device()
+
+    def _to_device(self) -> None:
+        """Bring to the graph's device what it does not bring there by itself."""
+        device = self.graph.device
+        self.to(device)
+        self._folds = {name: fold.to(device) for name, fold in self._folds.items()}
+        self._fixed = {
+            name: value if name in self.graph.read_on_host else value.to(device)
+            for name, value in self._fixed.items()
+        }
+        self._factors = {
+            number: _channels(weight.factors, weight.layer).to(device)
+            for number, weight in enumerate(self.layer_weights)
+            if weight.factors is not None
+        }
 
     def _activation_scales(
         self, starts: Sequence[StartingWeight], stats: CalibrationStats
@@ -138,7 +155,7 @@ class Student(torch.nn.Module):  # type: ignore[misc]
 
     def feed(self, arrays: Mapping[str, Array]) -> dict[str, Tensor]:
         """Turn NumPy inputs into tensors where the model is."""
-        return {name: value.to(self.device) for name, value in self.graph.feed(arrays).items()}
+        return self.graph.feed(arrays)
 
     def place(self, array: Array) -> Tensor:
         """Turn an array into a tensor where the model is."""
@@ -146,16 +163,8 @@ class Student(torch.nn.Module):  # type: ignore[misc]
 
     @property
     def device(self) -> torch.device:
-        """Where the parameters are."""
-        return next(self.parameters()).device
-
-    def move(self, device: torch.device) -> None:
-        """Move parameters and the graph's floats to ``device``; integers stay on the CPU."""
-        self.to(device)
-        for held in (self.graph.constants, self._fixed):
-            for name, value in held.items():
-                if value.is_floating_point():
-                    held[name] = value.to(device)
+        """Where the graph and the parameters are."""
+        return torch.device(self.graph.device)
 
     def run(self, feeds: Mapping[str, Tensor], keep: Collection[str] = ()) -> dict[str, Tensor]:
         """Evaluate the quantized model; return the output and the values named in ``keep``.
@@ -174,7 +183,7 @@ class Student(torch.nn.Module):  # type: ignore[misc]
             **{n: self._stored(n, c) for n, c in zip(self._constant_names, self.constants)},
         }
         half = learning and self.training_type != torch.float32
-        with torch.autocast(self.device.type, self.training_type, enabled=half):
+        with torch.autocast(self.device.type, self.training_type) if half else nullcontext():
             values = self.graph.run(
                 feeds,
                 keep=keep,
@@ -209,7 +218,7 @@ class Student(torch.nn.Module):  # type: ignore[misc]
     def _stored(self, name: str, constant: Tensor) -> Tensor:
         """Return a constant as the written graph holds it: in FP16, times its factors."""
         fold = self._folds.get(name)
-        return halved(constant if fold is None else constant * fold.to(constant.device))
+        return halved(constant if fold is None else constant * fold)
 
     def timesteps(self, feeds: Mapping[str, Tensor]) -> Tensor | None:
         """Return what the timestep's input is given, one number per sample or for all; None without one."""
@@ -231,9 +240,9 @@ class Student(torch.nn.Module):  # type: ignore[misc]
         number, key = self._uses[node]
         x = inputs[0]
         layer_weight = self.layer_weights[number]
-        factors = layer_weight.factors
+        factors = self._factors.get(number)
         if factors is not None and (of_float or self._inputs[node] not in self._folded_tensors):
-            x = x * _channels(factors, layer_weight.layer).to(x.device)
+            x = x * factors
         if key is not None:
             scale = self.scales[self._scale_keys.index(key)]
             assert isinstance(scale, ActivationScale)
@@ -325,4 +334,4 @@ def last_features(model: ir.Model) -> tuple[str, int]:
 
 
 def _rms(parameter: torch.nn.Parameter) -> float:
-    return float(parameter.detach().square().mean().sqrt()) or 1.0
+    return float(parameter.detach().square().mean().sqrt().cpu()) or 1.0

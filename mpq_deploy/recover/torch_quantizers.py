@@ -332,6 +332,7 @@ class ActivationScale(LearnedScale):
         super().__init__(
             np.float32(grid.scale), SMALLEST_ACTIVATION_SCALE, LARGEST_ACTIVATION_SCALE
         )
+        self.register_buffer("places", torch.from_numpy(kept.astype(np.int64)))
         self.kept, self.code_limits = kept, (grid.quant_min, grid.quant_max)
         self._range, self._convolved, self._start_grid = range, convolved, grid
 
@@ -351,17 +352,19 @@ class ActivationScale(LearnedScale):
         if not len(self.kept):
             return quantized
         mask = torch.zeros(x.shape[channel_axis], dtype=torch.bool, device=x.device)
-        mask[torch.from_numpy(self.kept.astype(np.int64))] = True
+        mask.index_fill_(0, self.places, True)
         shape = [1] * x.ndim
         shape[channel_axis] = -1
         return torch.where(mask.reshape(shape), x, quantized)
 
     def _ratio(self, x: Tensor, timesteps: Tensor | None) -> Tensor | None:
         """Return the ratio of each sample's range to the widest; the deployed graph has one timestep per call."""
-        grid = self.grid()
-        ratios = self._range.ratios_at(grid, timesteps)
+        if not self._range.moves:
+            return None
+        # A table's ratios do not depend on the scale, which would have to be read from a GPU.
+        ratios = self._range.ratios_at(self._start_grid, timesteps)
         if ratios is None:
-            return self._range.ratio(x.detach(), grid, self._convolved, _absmax)
+            return self._range.ratio(x.detach(), self.grid(), self._convolved, _absmax)
         rows, left = divmod(x.shape[0], ratios.numel())
         if left or ratios.numel() == 1:
             return ratios.max()

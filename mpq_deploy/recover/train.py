@@ -117,7 +117,8 @@ class Trainer:
             group["lr"] = rate * factor
         self.optimizer.zero_grad(set_to_none=True)
         terms = self.losses.terms(self.student, batch, weights, rng)
-        values = {name: float(term.detach()) for name, (term, _) in terms.items()}
+        found = torch.stack([term.detach() for term, _ in terms.values()]).cpu().tolist()
+        values = dict(zip(terms, found, strict=True))
         if all(math.isfinite(value) for value in values.values()):
             total = sum(weight * term for term, weight in terms.values())
             assert isinstance(total, torch.Tensor)
@@ -169,15 +170,15 @@ class Trainer:
         count = pool.calls.count
         with torch.no_grad():
             for step in range(len(pool.calls.timesteps)):
-                squared = 0.0
+                squared: Tensor = 0.0
                 for start in range(0, count, self.batches.size):
                     calls = np.arange(start, min(start + self.batches.size, count))
                     batch = self.batches.of(pool, np.full(len(calls), step), calls)
                     output = self.student.run(self.student.feed(batch.feeds))[self.student.output]
-                    squared += float(
-                        (output - self.student.place(batch.expected)).double().square().sum()
-                    )
-                errors.append(squared / max(float(pool.energy[step]) * count, 1e-300))
+                    expected = self.student.place(batch.expected)
+                    squared = squared + (output - expected).double().square().sum()
+                # Once a timestep: to read a number from a GPU is to wait for it.
+                errors.append(float(squared.cpu()) / max(float(pool.energy[step]) * count, 1e-300))
         return np.array(errors)
 
     def _report(self, values: dict[str, float], seconds_per_step: float) -> None:

@@ -118,7 +118,8 @@ def _open_salience(folder: Path, root: Path, talk: Talk) -> Work:
     from mpq_deploy.sensitivity.salience import ChannelErrors
 
     run = Run.opened(root, talk)
-    errors = ChannelErrors(*salience_inputs(run, with_rows(root / folder, run.exported.graph)))
+    inputs = salience_inputs(run, with_rows(root / folder, run.exported.graph))
+    errors = ChannelErrors(*inputs, talk)
 
     def work(step: int, inner: Talk) -> Result:
         with inner.bar("salient channels", errors.calls) as advance:

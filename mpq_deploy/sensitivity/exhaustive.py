@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
-from typing import TYPE_CHECKING, Any
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
 import networkx as nx
 import numpy as np
@@ -33,9 +34,7 @@ from mpq_deploy.sensitivity.measured_calls import MEMORY_BYTES, Calls
 from mpq_deploy.sensitivity.ort_graph import noisy_graph, tapped_graph
 from mpq_deploy.sensitivity.subject import Subject, timestep_of
 from mpq_deploy.sensitivity.table import SensitivityTable, table_from_losses
-
-if TYPE_CHECKING:
-    from mpq_deploy.onnx_torch.torch_graph import TorchGraph
+from mpq_deploy.system.gpu_memory import Shrinking
 
 # Which schemes of each layer are measured.
 Chosen = Mapping[Layer, frozenset[str]]
@@ -61,28 +60,28 @@ def measure_exhaustive(
         for layer in subject.layers
     }
     chosen = {layer: schemes for layer, schemes in chosen.items() if schemes}
-    torch_graph = _torch_graph(subject.graph) if use_torch is not False else None
-    if torch_graph is not None:
+    if use_torch is not False and evaluates_in_torch(subject.graph):
         from mpq_deploy.onnx_torch.torch_graph import FailedOperator
 
         try:
-            return _table(subject, chosen, _in_torch(torch_graph, subject, chosen), ())
+            return _table(subject, chosen, partial(_in_torch, subject, chosen), ())
         except FailedOperator as error:
             if use_torch:
                 raise
             # ONNX Runtime gives the same numbers, only slower.
             subject.talk.warn(f"ONNX Runtime measures single layers: {error.message}")
     notes = _chained_uses(subject.graph, chosen)
-    return _table(subject, chosen, _in_onnxruntime(subject, subject.calls(), chosen), notes)
+    with _in_onnxruntime(subject, subject.calls(), chosen) as evaluate:
+        return _table(subject, chosen, lambda: evaluate, notes)
 
 
 def _table(
     subject: Subject,
     chosen: Chosen,
-    opened: AbstractContextManager[Evaluate],
+    open_evaluate: Callable[[], Evaluate],
     notes: tuple[str, ...],
 ) -> SensitivityTable:
-    """Evaluate all calls by what ``opened`` gives."""
+    """Evaluate all calls by what ``open_evaluate`` gives."""
     calls = subject.calls()
     steps = len(calls.timesteps)
     errors = {
@@ -91,13 +90,22 @@ def _table(
     }
     power = np.zeros(steps)
     total = steps * calls.count * sum(map(len, chosen.values()))
-    with opened as evaluate, subject.talk.bar("single layers", total) as advance:
+    work, smaller = Shrinking(open_evaluate, "single layers", subject.talk), calls.halves
+    with subject.talk.bar("single layers", total) as advance:
+
+        def evaluated(evaluate: Evaluate, piece: slice) -> tuple[float, list[Any]]:
+            squares, changes = evaluate(calls.feeds(step_index, piece))
+            found = []
+            for change in changes:
+                found.append(change)
+                advance(piece.stop - piece.start)
+            return squares, found
+
         for step_index, chunk in calls.chunks(subject.batch_size(calls)):
-            squares, changes = evaluate(calls.feeds(step_index, chunk))
-            power[step_index] += squares
-            for layer, scheme, squared_error in changes:
-                errors[layer][scheme][step_index] += squared_error
-                advance(chunk.stop - chunk.start)
+            for squares, found in work.run(chunk, smaller, evaluated):
+                power[step_index] += squares
+                for layer, scheme, squared_error in found:
+                    errors[layer][scheme][step_index] += squared_error
     safe = np.where(power > 0, power, 1.0)
     losses = {layer: {s: total / safe for s, total in row.items()} for layer, row in errors.items()}
     return table_from_losses("exhaustive", calls.timesteps, losses, notes)
@@ -105,48 +113,54 @@ def _table(
 
 def evaluates_in_torch(graph: LayerGraph) -> bool:
     """Whether torch is installed and knows every operator of the graph."""
-    return _torch_graph(graph) is not None
-
-
-def _torch_graph(graph: LayerGraph) -> TorchGraph | None:
     if importlib.util.find_spec("torch") is None:
-        return None
+        return False
     from mpq_deploy.onnx_torch.torch_graph import TorchGraph, UnsupportedOperator
 
     try:
-        return TorchGraph(graph.model)
+        TorchGraph(graph.model)
     except UnsupportedOperator:
-        return None  # ONNX Runtime gives the same numbers, only slower
+        return False  # ONNX Runtime gives the same numbers, only slower
+    return True
 
 
-@contextmanager
-def _in_torch(graph: TorchGraph, subject: Subject, chosen: Chosen) -> Iterator[Evaluate]:
+def _in_torch(subject: Subject, chosen: Chosen) -> Evaluate:
     """Return what evaluates calls in torch."""
     import torch
 
+    from mpq_deploy.onnx_torch.torch_graph import TorchGraph
+
+    graph = TorchGraph(subject.graph.model)
     stacks = numpy_stacks(subject.graph, subject.candidates, MEMORY_BYTES)
     output = subject.spec.output
     downstream = {layer: graph.affected_by(use.node for use in layer.uses) for layer in chosen}
 
+    @torch.no_grad()  # type: ignore[untyped-decorator]
     def evaluate(arrays: dict[str, Array]) -> tuple[float, Iterator[tuple[str, str, float]]]:
         feeds, timestep = graph.feed(arrays), timestep_of(subject.spec, arrays)
         values = graph.run(feeds, keep=graph.values)
         reference = values[output].double()
 
+        @torch.no_grad()  # type: ignore[untyped-decorator]
+        def squares(layer: Layer, schemes: list[str]) -> list[float]:
+            known = {name: v for name, v in values.items() if name not in downstream[layer]}
+            found = []
+            for scheme in schemes:
+                rewire = _rewire(layer, scheme, stacks, subject.stats, graph.float_type, timestep)
+                changed = graph.run(feeds, rewire=rewire, known=known)[output]
+                found.append((changed.double() - reference).square().sum())
+            # Once for all: to fetch a number from a GPU is to wait for it.
+            return list(torch.stack(found).cpu().tolist())
+
         def changes() -> Iterator[tuple[str, str, float]]:
             for layer, schemes in chosen.items():
-                known = {name: v for name, v in values.items() if name not in downstream[layer]}
-                for scheme in sorted(schemes):
-                    rewire = _rewire(
-                        layer, scheme, stacks, subject.stats, graph.float_type, timestep
-                    )
-                    changed = graph.run(feeds, rewire=rewire, known=known)[output]
-                    yield layer.name, scheme, float((changed.double() - reference).square().sum())
+                ordered = sorted(schemes)
+                for scheme, square in zip(ordered, squares(layer, ordered), strict=True):
+                    yield layer.name, scheme, square
 
-        return float(reference.square().sum()), changes()
+        return float(reference.square().sum().cpu()), changes()
 
-    with torch.no_grad():
-        yield evaluate
+    return evaluate  # type: ignore[no-any-return]
 
 
 def _rewire(
@@ -176,7 +190,8 @@ def _rewire(
                 inputs[0] - lost_by_rounding(inputs[0], rounding.at(timestep), layer)
                 for rounding in roundings.values()
             ]
-            return [*(rounded or inputs[:1]), tensor, *inputs[2:]]
+            here = tensor.to(inputs[0].device, non_blocking=True)
+            return [*(rounded or inputs[:1]), here, *inputs[2:]]
 
         return change
 

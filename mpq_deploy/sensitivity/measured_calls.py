@@ -69,6 +69,13 @@ class Calls:
         for start in range(0, self.count, batch):
             yield slice(start, min(start + batch, self.count))
 
+    def halves(self, calls: slice) -> list[slice]:
+        """Cut a slice of calls in two; none where the graph takes no fewer at once."""
+        fixed = self.fixed_batch or 1
+        middle = calls.start + (calls.stop - calls.start) // (2 * fixed) * fixed
+        whole = middle == calls.start
+        return [] if whole else [slice(calls.start, middle), slice(middle, calls.stop)]
+
     def feeds(self, step_index: int, calls: slice) -> dict[str, Array]:
         """Return the graph's inputs of ``calls`` (a slice of 0..count) at a timestep."""
         return self._recorded.feed(step_index, self.picked[step_index, calls])

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,7 @@ from mpq_deploy.errors import ModelError
 from mpq_deploy.formats.fp8 import FP8_SCHEME, FloatGrid, operand_grids
 from mpq_deploy.graph.layers import Layer, LayerUse
 from mpq_deploy.onnx_torch.adjoint import UseGradients, layer_gradients, parts_within
-from mpq_deploy.onnx_torch.pass_memory import PASS_COPIES
+from mpq_deploy.onnx_torch.pass_memory import PASS_COPIES, pass_bytes
 from mpq_deploy.onnx_torch.torch_graph import TorchGraph
 from mpq_deploy.sensitivity.layer_weights import (
     InputRounding,
@@ -33,10 +34,11 @@ from mpq_deploy.sensitivity.layer_weights import (
     input_roundings,
     node_attributes,
 )
-from mpq_deploy.sensitivity.measured_calls import HELD_SHARE, MEMORY_BYTES
+from mpq_deploy.sensitivity.measured_calls import HELD_SHARE, MEMORY_BYTES, Calls
 from mpq_deploy.sensitivity.subject import Subject, timestep_of
 from mpq_deploy.sensitivity.table import Nested, SensitivityTable, table_from_projections
 from mpq_deploy.sensitivity.torch_projection import ProjectedUse, TorchStack, project_layer
+from mpq_deploy.system.gpu_memory import Shrinking
 from mpq_deploy.system.parallel.work import Result, Within, Work, run_shards
 from mpq_deploy.system.progress import Talk
 
@@ -69,6 +71,12 @@ def measure_probe(subject: Subject) -> SensitivityTable:
     return table_from_projections(calls.timesteps, values, notes, calls.turns)
 
 
+# Calls, and the parts of the graph that hold their values one after the other.
+_Piece = tuple[slice, tuple[slice, ...]]
+# Where even so many parts take more memory than the GPU has, the CPU computes.
+MOST_PARTS = 64
+
+
 @dataclass(frozen=True)
 class _Task:
     """A timestep, its batches and where the parts of the graph end; without one: find out both."""
@@ -90,11 +98,15 @@ def _probing(subject: Subject) -> Work:
     Those are ``power``, the sum of ||output||^2 over the calls, and ``values`` float32 [pairs,
     probes, calls].
     """
-    calls, pairs, work = subject.calls(), _pairs(subject), _Probing(subject)
+    calls, pairs = subject.calls(), _pairs(subject)
+    work = Shrinking(partial(_Probing, subject), "probes", subject.talk)
+    smaller = partial(_smaller, calls)
 
     def compute(task: _Task, talk: Talk) -> Result:
         if task.step_index is None:
-            batch, ends, notes = work.plan()
+            ((batch, ends, notes),) = work.run(
+                None, lambda _: (), lambda probing, _: probing.plan()
+            )
             return {
                 "batch": np.array(batch),
                 "ends": np.array(ends, np.int64),
@@ -105,14 +117,31 @@ def _probing(subject: Subject) -> Work:
         values: Nested = {}
         for row, (layer, scheme) in zip(stacked, pairs, strict=True):
             values.setdefault(layer, {})[scheme] = row
-        power = 0.0
+        step, power = task.step_index, 0.0
+
+        def probe(probing: _Probing, piece: _Piece) -> float:
+            return probing.probe(step, *piece, values)
+
         with talk.bar("probes", calls.count) as advance:
             for chunk in calls.chunks_of_step(task.batch):
-                power += work.probe(task.step_index, chunk, parts, values)
+                power += sum(work.run((chunk, parts), smaller, probe))
                 advance(chunk.stop - chunk.start)
         return {"power": np.array(power), "values": stacked}
 
     return compute
+
+
+def _smaller(calls: Calls, piece: _Piece) -> list[_Piece]:
+    """Halve the calls of a piece, or the parts of the graph where they cannot be; to a limit."""
+    chunk, parts = piece
+    fewer = calls.halves(chunk)
+    if fewer:
+        return [(half, parts) for half in fewer]
+    if len(parts) >= MOST_PARTS or all(part.stop - part.start < 2 for part in parts):
+        return []
+    cuts = [((part.start + part.stop) // 2, part) for part in parts]
+    halves = [(slice(part.start, at), slice(at, part.stop)) for at, part in cuts]
+    return [(chunk, tuple(one for pair in halves for one in pair if one.start < one.stop))]
 
 
 @dataclass(frozen=True)
@@ -148,12 +177,14 @@ class _Probing:
         self._calls, self._output = subject.calls(), subject.spec.output
         apart = [one.name for one in subject.attentions]
         self._graph = TorchGraph(subject.graph.model, apart=apart)
+        self._device = self._graph.device
         self._attributes = node_attributes(subject.graph)
+        held = pass_bytes(self._device, MEMORY_BYTES)
         self._stacks = StackStore(
             subject.graph,
             subject.candidates,
-            TorchStack.of,
-            MEMORY_BYTES if _stack_bytes(subject) < HELD_SHARE * MEMORY_BYTES else 0,
+            partial(TorchStack.of, device=self._device),
+            held if _stack_bytes(subject) < HELD_SHARE * held else 0,
         )
         self._uses = [
             _Use(
@@ -183,8 +214,10 @@ class _Probing:
         """
         seen = {name: 0 for use in self._places for name in (use.input, use.output)}
 
+        finite = _Finite()
+
         def see(name: str, value: Any) -> None:
-            _refuse_non_finite(name, value)
+            finite.look(name, value)
             if name in seen:
                 seen[name] = value.numel() * value.element_size()
 
@@ -192,18 +225,22 @@ class _Probing:
             footprint, _ = self._graph.footprint(
                 self._graph.feed(self._calls.feeds(0, self._calls.first)), see
             )
+        finite.refuse()
         gradients = self._settings.probes * sum(
             seen[u.use.output] + (seen[u.use.input] if u.roundings else 0) for u in self._uses
         )
         gradients += self._settings.probes * sum(seen[one.tensor] for one in self._operands)
-        one = PASS_COPIES * sum(footprint.made) + gradients
-        whole, parts = (len(footprint.made),), parts_within(footprint, gradients, MEMORY_BYTES)
+        one, most = (
+            PASS_COPIES * sum(footprint.made) + gradients,
+            pass_bytes(self._device, MEMORY_BYTES),
+        )
+        whole, parts = (len(footprint.made),), parts_within(footprint, gradients, most)
         if len(parts) > 1:
             return self._calls.fixed_batch or 1, tuple(part.stop for part in parts), ()
         if self._calls.fixed_batch or self._calls.count == 1:
             return self._calls.fixed_batch or 1, whole, ()
         largest = min(self._settings.batch_size, self._calls.count)
-        batch = max(1, min(largest, MEMORY_BYTES // max(one, 1)))
+        batch = max(1, min(largest, most // max(one, 1)))
         mixed = self._mixed() if batch > 1 else ""
         if mixed:
             return (
@@ -223,7 +260,8 @@ class _Probing:
                 self._graph.run(self._graph.feed(self._calls.feeds(0, chunk)), keep=names)
                 for chunk in (self._calls.first, slice(0, 2))
             )
-        return next((name for name in names if not _starts_with(pair[name], first[name])), "")
+            apart = _fetched([_starts_with(pair[name], first[name]) for name in names])
+        return next((name for name, kept in zip(names, apart, strict=True) if not kept), "")
 
     def probe(self, step_index: int, chunk: slice, parts: Sequence[slice], values: Nested) -> float:
         """Add the products of a chunk of samples into ``values``; return the sum of ||output||^2."""
@@ -232,13 +270,16 @@ class _Probing:
 
         def seeds(output: Any) -> list[Any]:
             nonlocal power
-            power = float(output.double().square().sum())
+            power = float(output.double().square().sum().cpu())
             if not np.isfinite(power):
+                finite = _Finite()
                 with torch.no_grad():
-                    self._graph.footprint(feeds, _refuse_non_finite)
+                    self._graph.footprint(feeds, finite.look)
+                finite.refuse()
             noise = self._noise(step_index, chunk, tuple(output.shape[1:]))
             return [one.reshape(output.shape) for one in noise]
 
+        products: list[tuple[Any, Any]] = []
         rounded = [number for number, item in enumerate(self._uses) if item.roundings]
         for came in layer_gradients(
             self._graph, feeds, parts, self._places, {self._output: seeds}, rounded
@@ -247,11 +288,16 @@ class _Probing:
                 if came.number >= len(self._uses):
                     one = self._operands[came.number - len(self._uses)]
                     found = one.products(came.x, torch.stack(came.rows), chunk.stop - chunk.start)
-                    values[one.attention][FP8_SCHEME][:, chunk] += found.float().numpy()
+                    products.append((values[one.attention][FP8_SCHEME], found.float()))
                     continue
                 item = self._uses[came.number]
                 for scheme, found in self._products(item, came, timestep, chunk).items():
-                    values[item.layer.name][scheme][:, chunk] += found.float().numpy()
+                    products.append((values[item.layer.name][scheme], found.float()))
+        # Once for all: to fetch a number from a GPU is to wait for it.
+        if products:
+            fetched = torch.stack([found for _, found in products]).cpu().numpy()
+            for (held, _), found in zip(products, fetched, strict=True):
+                held[:, chunk] += found
         return power
 
     def _noise(self, step_index: int, chunk: slice, shape: tuple[int, ...]) -> Any:
@@ -262,7 +308,7 @@ class _Probing:
             )
             for call in range(chunk.start, chunk.stop)
         ]
-        return torch.from_numpy(np.stack(rows, 1))
+        return torch.from_numpy(np.stack(rows, 1)).to(self._device, non_blocking=True)
 
     def _products(
         self, item: _Use, came: UseGradients, timestep: float | None, chunk: slice
@@ -275,12 +321,36 @@ class _Probing:
         return project_layer(use, came.x, rows, through, chunk.stop - chunk.start)
 
 
-def _refuse_non_finite(name: str, value: Any) -> None:
-    if value.is_floating_point() and not bool(torch.isfinite(value).all()):
-        raise ModelError(
-            f"The float model's tensor '{name}' holds NaN or Inf on calibration inputs.",
-            "Check the model's weights and the calibration inputs.",
-        )
+class _Finite:
+    """Looks for NaN and Inf in the values of a pass; what was found is fetched once."""
+
+    def __init__(self) -> None:
+        self._names, self._found = list[str](), list[Any]()
+
+    def look(self, name: str, value: Any) -> None:
+        """Look at a value."""
+        if value.is_floating_point():
+            self._names.append(name)
+            self._found.append(torch.isfinite(value).all())
+
+    def refuse(self) -> None:
+        """Raise ModelError where there was one."""
+        for name, finite in zip(self._names, _fetched(self._found), strict=True):
+            if not finite:
+                raise ModelError(
+                    f"The float model's tensor '{name}' holds NaN or Inf on calibration inputs.",
+                    "Check the model's weights and the calibration inputs.",
+                )
+
+
+def _fetched(flags: list[Any]) -> list[bool]:
+    """Return scalar tensors, which may lie on the CPU and on a GPU, as Python's."""
+    places = {flag.device for flag in flags}
+    by_place = {
+        place: iter(torch.stack([f for f in flags if f.device == place]).cpu().tolist())
+        for place in places
+    }
+    return [bool(next(by_place[flag.device])) for flag in flags]
 
 
 def _stack_bytes(subject: Subject) -> int:
@@ -292,13 +362,9 @@ def _stack_bytes(subject: Subject) -> int:
     return sum(4 * layer.weights * (1 + count) for layer, count in forms.items())
 
 
-def _starts_with(pair: Any, first: Any) -> bool:
-    """Is the first half of ``pair`` (two samples) what ``first`` (its first sample alone) holds?"""
+def _starts_with(pair: Any, first: Any) -> Any:
+    """Is the first half of ``pair`` (two samples) what ``first`` (its first sample alone) holds? A bool tensor."""
     if pair.numel() != 2 * first.numel():
-        return False
-    half = pair.reshape(2, -1)[0].float()
-    return bool(
-        torch.allclose(
-            half, first.reshape(-1).float(), rtol=1e-2, atol=1e-3 * float(half.abs().max())
-        )
-    )
+        return torch.zeros((), dtype=torch.bool)
+    half, alone = pair.reshape(2, -1)[0].float(), first.reshape(-1).float()
+    return ((half - alone).abs() <= 1e-3 * half.abs().max() + 1e-2 * alone.abs()).all()

@@ -9,6 +9,7 @@ the kurtosis of the weight's rows.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from mpq_deploy.formats.candidates import LayerCandidates
 from mpq_deploy.graph.layers import Layer, LayerGraph
 from mpq_deploy.models.spec import Array
 from mpq_deploy.onnx_torch.adjoint import layer_gradients, parts_within
-from mpq_deploy.onnx_torch.pass_memory import PASS_COPIES, WHOLE_SHARE
+from mpq_deploy.onnx_torch.pass_memory import PASS_COPIES, WHOLE_SHARE, pass_bytes
 from mpq_deploy.onnx_torch.torch_graph import TorchGraph
 from mpq_deploy.sensitivity.layer_weights import Kept, float_matrix, node_attributes
 from mpq_deploy.sensitivity.measured_calls import MEMORY_BYTES, SALIENCE_BATCH, Calls
@@ -28,6 +29,7 @@ from mpq_deploy.sensitivity.torch_projection import (
     canonical_gradients,
     canonical_input,
 )
+from mpq_deploy.system.gpu_memory import Shrinking
 from mpq_deploy.system.progress import Advance, Talk
 
 # Of the probes' noise.
@@ -47,7 +49,7 @@ def channel_errors(
     ``samples``: calls of each timestep. Raises
     UnsupportedOperator when torch cannot evaluate the graph.
     """
-    errors = ChannelErrors(graph, bodies, recorded, samples)
+    errors = ChannelErrors(graph, bodies, recorded, samples, talk)
     sums = {layer.name: np.zeros(layer.out_channels) for layer in errors.layers}
     with talk.bar("salient channels", errors.steps * errors.calls) as advance:
         for step in range(errors.steps):
@@ -61,61 +63,93 @@ class ChannelErrors:
     """The sums that ``channel_errors`` adds up, timestep by timestep; its arguments and errors."""
 
     def __init__(
-        self, graph: LayerGraph, bodies: Mapping[str, Array], recorded: RecordedCalls, samples: int
+        self,
+        graph: LayerGraph,
+        bodies: Mapping[str, Array],
+        recorded: RecordedCalls,
+        samples: int,
+        talk: Talk,
     ) -> None:
         # To ask a mapping that reads files whether it holds a layer would read it.
         names = set(bodies)
         self.layers = [layer for layer in graph.layers if layer.name in names]
-        self._output = recorded.spec.output
         self._calls = Calls(graph, recorded, samples)
-        self._graph = TorchGraph(graph.model, torch.float32)
-        self._differences: Kept[Any] = Kept(
-            lambda layer: torch.from_numpy(bodies[layer.name] - float_matrix(graph, layer))[None],
-            lambda difference: int(difference.nbytes),
-            MEMORY_BYTES,
-        )
-        self._attributes = node_attributes(graph)
-        with torch.no_grad():
-            feeds = self._graph.feed(self._calls.feeds(0, self._calls.first))
-            footprint, _ = self._graph.footprint(feeds, lambda *_: None)
-        self._parts = parts_within(footprint, 0, MEMORY_BYTES)
-        # One batch of several takes no more than one call may.
-        most = max(1, WHOLE_SHARE * MEMORY_BYTES // max(1, PASS_COPIES * sum(footprint.made)))
-        self._batch = self._calls.fixed_batch or min(SALIENCE_BATCH, self._calls.count, most)
+        opened = partial(_OnDevice, graph, bodies, self.layers, self._calls)
+        self._work = Shrinking(opened, "salient channels", talk)
+        (self._batch,) = self._work.run(None, lambda _: (), lambda device, _: device.batch)
         self.steps, self.calls = len(self._calls.timesteps), self._calls.count
 
     def at(self, step: int, advance: Advance) -> dict[str, Array]:
         """Return the terms of a timestep's sum in their order: layer name -> float64 [n, O]."""
-        uses = [(layer, use) for layer in self.layers for use in layer.uses]
-        nodes = [use for _, use in uses]
         errors: dict[str, list[Array]] = {layer.name: [] for layer in self.layers}
         for chunk in self._calls.chunks_of_step(self._batch):
-
-            def direction(output: Any, seed: Any = (SEED, step, chunk.start)) -> list[Any]:
-                return [
-                    torch.from_numpy(
-                        np.random.default_rng(seed).standard_normal(tuple(output.shape), np.float32)
-                    )
-                ]
-
-            feeds = self._graph.feed(self._calls.feeds(step, chunk))
-            for came in layer_gradients(
-                self._graph, feeds, self._parts, nodes, {self._output: direction}
+            for found in self._work.run(
+                chunk, self._calls.halves, lambda device, part: device.errors(step, part)
             ):
-                layer, use = uses[came.number]
-                with torch.no_grad():
-                    attributes, difference = self._attributes[use.node], self._differences[layer]
-                    errors[layer.name].append(
-                        _by_channel(layer, attributes, came.x, came.rows[0], difference)
-                    )
+                for name, error in found:
+                    errors[name].append(error)
             advance(chunk.stop - chunk.start)
         return {name: np.stack(parts) for name, parts in errors.items() if parts}
 
 
+class _OnDevice:
+    """The graph and the layers' errors on torch's device; ``batch``: how many calls fit at once."""
+
+    def __init__(
+        self,
+        graph: LayerGraph,
+        bodies: Mapping[str, Array],
+        layers: list[Layer],
+        calls: Calls,
+    ) -> None:
+        self._calls, self._uses = calls, [(layer, use) for layer in layers for use in layer.uses]
+        self._graph = TorchGraph(graph.model, torch.float32)
+        device = self._graph.device
+        memory = pass_bytes(device, MEMORY_BYTES)
+
+        def difference(layer: Layer) -> Any:
+            return torch.from_numpy(bodies[layer.name] - float_matrix(graph, layer))[None].to(
+                device
+            )
+
+        self._differences: Kept[Any] = Kept(difference, lambda held: int(held.nbytes), memory)
+        self._attributes = node_attributes(graph)
+        with torch.no_grad():
+            feeds = self._graph.feed(calls.feeds(0, calls.first))
+            footprint, _ = self._graph.footprint(feeds, lambda *_: None)
+        self._parts = parts_within(footprint, 0, memory)
+        # One batch of several takes no more than one call may.
+        most = max(1, WHOLE_SHARE * memory // max(1, PASS_COPIES * sum(footprint.made)))
+        self.batch = calls.fixed_batch or min(SALIENCE_BATCH, calls.count, most)
+
+    def errors(self, step: int, chunk: slice) -> list[tuple[str, Array]]:
+        """Return layer name and float64 [O] of each use of a layer, for some calls of a timestep."""
+
+        def direction(output: Any) -> list[Any]:
+            random = np.random.default_rng((SEED, step, chunk.start))
+            noise = random.standard_normal(tuple(output.shape), np.float32)
+            return [torch.from_numpy(noise).to(output.device, non_blocking=True)]
+
+        feeds = self._graph.feed(self._calls.feeds(step, chunk))
+        nodes, directions = [use for _, use in self._uses], {self._calls.spec.output: direction}
+        names, found = list[str](), list[Any]()
+        for came in layer_gradients(self._graph, feeds, self._parts, nodes, directions):
+            layer, use = self._uses[came.number]
+            with torch.no_grad():
+                attributes, difference = self._attributes[use.node], self._differences[layer]
+                names.append(layer.name)
+                found.append(_by_channel(layer, attributes, came.x, came.rows[0], difference))
+        if not found:
+            return []
+        # Once for all: to fetch a number from a GPU is to wait for it.
+        ends = np.cumsum([len(one) for one in found])[:-1]
+        return list(zip(names, np.split(torch.cat(found).cpu().numpy(), ends), strict=True))
+
+
 def _by_channel(
     layer: Layer, attributes: dict[str, Any], x: Any, gradient: Any, difference: Any
-) -> Array:
-    """Return the sum over samples of <G_c, dY_c>^2, float64 [O].
+) -> Any:
+    """Return the sum over samples of <G_c, dY_c>^2, a float64 tensor [O].
 
     Rows of a tensor that all samples share (an embedding computed once) count as one sample.
     """
@@ -123,7 +157,7 @@ def _by_channel(
     errors = apply_matrix(layer, attributes, canonical_input(layer, x, rows), difference)
     g = canonical_gradients(layer, gradient[:, None], rows)
     products = (errors * g).reshape(rows, layer.out_channels, -1).sum(-1)
-    return np.asarray(products.double().square().sum(0).numpy())
+    return products.double().square().sum(0)
 
 
 def body_weights(candidates: Mapping[str, LayerCandidates]) -> Mapping[str, Array]:

@@ -16,6 +16,7 @@ from mpq_deploy.models.spec import DenoiserSpec
 from mpq_deploy.recipe import MeasureSettings
 from mpq_deploy.sensitivity.layer_weights import CandidateWeights, measured_layers
 from mpq_deploy.sensitivity.measured_calls import MEMORY_BYTES, Calls
+from mpq_deploy.system.compute import computing_on
 from mpq_deploy.system.parallel.work import Alone, Crew, Job, Shard, Work
 from mpq_deploy.system.progress import Talk
 
@@ -81,10 +82,12 @@ class Subject:
         return Job(name, opener, self.spread.root, self.spread.files, self.memory_bytes())
 
     def shard(self, name: str, task: Any, size: int, **key: Any) -> Shard:
-        """Return a shard that is stored by ``key``, the settings and the number of threads."""
+        """Return a shard that is stored by ``key``, the settings, the device and the number of threads."""
         if self.spread is None or self.spread.key is None:
             return Shard(name, task, size)
         threads = asdict(self.crew.threads_of_shard())
+        if computing_on().torch is not None:  # a GPU sums in another order
+            key["device"] = str(computing_on())
         settings = {
             **self.settings.model_dump(mode="json"),
             "rotate": self.rotate,

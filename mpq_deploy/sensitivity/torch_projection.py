@@ -17,7 +17,7 @@ number of schemes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -25,12 +25,13 @@ import torch
 from torch.nn import functional
 
 from mpq_deploy.graph.layers import Layer
-from mpq_deploy.models.spec import Array
 from mpq_deploy.onnx_torch.operators import convolve
+from mpq_deploy.onnx_torch.pass_memory import piece_bytes
 from mpq_deploy.onnx_torch.window_pads import window_pads
-from mpq_deploy.sensitivity.layer_weights import FormStack, InputRounding
+from mpq_deploy.sensitivity.layer_weights import FormStack, InputRounding, Promotion
 
 Tensor = torch.Tensor
+# Pieces of work on the CPU (see ``piece_bytes``).
 # Stacked errors larger than this leave the caches: 64 -> 640 channels at 32x32 ran at 70 instead of
 # 98 GFLOP/s.
 PIECE_BYTES = 24 << 20
@@ -63,8 +64,8 @@ def lost_by_rounding(
         return torch.sub(x, rounding.grid.rounded(x.float(), torch).to(x.dtype), out=out)
     found, factors = rounding.by_channel(layer, x.ndim), x.new_ones(())
     if found is not None:
-        factors = torch.from_numpy(found).to(x.dtype)
-    step = x.new_tensor(rounding.scale)
+        factors = torch.from_numpy(found).to(x.device, x.dtype, non_blocking=True)
+    step = x.new_full((), rounding.scale)
     if rounding.range.moves and not rounding.range.by_timestep:
         seen = (largest_magnitudes(layer, x) if largest is None else largest) * factors
         step = step * rounding.range.ratio(seen, rounding.grid, layer.op == "Conv", absmax)
@@ -72,7 +73,8 @@ def lost_by_rounding(
     lost = torch.addcmul(x, codes, step / factors, value=-1, out=out)
     if len(rounding.kept):
         channels = x.shape[1 if layer.op == "Conv" else -1]
-        lost.masked_fill_(torch.from_numpy(rounding.kept_mask(layer, x.ndim, channels)), 0)
+        mask = torch.from_numpy(rounding.kept_mask(layer, x.ndim, channels))
+        lost.masked_fill_(mask.to(x.device, non_blocking=True), 0)
     return lost
 
 
@@ -88,15 +90,25 @@ class TorchStack(FormStack):
     weight: Any
     differences: Any
     promoted_differences: tuple[Any, ...] = ()
+    promoted_channels: tuple[Any, ...] = ()
 
     @classmethod
-    def of(cls, stack: FormStack) -> TorchStack:
-        """Return tensors that share the arrays' memory."""
+    def of(cls, stack: FormStack, device: Any = "cpu") -> TorchStack:
+        """Return tensors on ``device``: those on the CPU share the arrays' memory."""
         values = {item.name: getattr(stack, item.name) for item in fields(stack)}
         for name in ("weight", "differences"):
-            values[name] = torch.from_numpy(values[name])
-        promoted = tuple(torch.from_numpy(p.differences) for p in stack.promotions)
-        return cls(**values, promoted_differences=promoted)
+            values[name] = torch.from_numpy(values[name]).to(device)
+        differences, channels = (
+            tuple(torch.from_numpy(getattr(p, name)).to(device) for p in stack.promotions)
+            for name in ("differences", "channels")
+        )
+        return cls(**values, promoted_differences=differences, promoted_channels=channels)
+
+    def promoted(self) -> Iterator[tuple[Promotion, Any, Any]]:
+        """Yield each promotion with its differences and channels as tensors."""
+        yield from zip(
+            self.promotions, self.promoted_differences, self.promoted_channels, strict=True
+        )
 
     @property
     def bytes(self) -> int:
@@ -167,7 +179,8 @@ class ProjectedUse:
         """Apply all ``matrices`` and project, some samples at a time so that results stay cached."""
         rows_per_sample = x.shape[0] // samples
         outputs = matrices.shape[0] * g[0, :, 0].numel() * rows_per_sample
-        piece = max(1, PIECE_BYTES // (outputs * matrices.element_size()))
+        most = piece_bytes(x.device, PIECE_BYTES)
+        piece = max(1, most // (outputs * matrices.element_size()))
         products = []
         for start in range(0, samples, piece):
             count = min(piece, samples - start)
@@ -176,7 +189,7 @@ class ProjectedUse:
             products.append(_project(errors, g[rows], count))
         return torch.cat(products, -1) if len(products) > 1 else products[0]
 
-    def channels(self, x: Any, matrix: Any, channels: Array, g: Any, samples: int) -> Any:
+    def channels(self, x: Any, matrix: Any, channels: Any, g: Any, samples: int) -> Any:
         """Return <G_c, dY_c> [P, samples, m] of ``channels`` that differ by ``matrix`` [m, K].
 
         Layers with such branches have one group.
@@ -186,7 +199,7 @@ class ProjectedUse:
             rows, len(channels), 1, -1
         )
         outputs = g.reshape(rows, probes, self.layer.out_channels, -1)
-        chosen = outputs[:, :, torch.from_numpy(channels)].transpose(1, 2)
+        chosen = outputs[:, :, channels].transpose(1, 2)
         products = (
             torch.matmul(errors, chosen.transpose(2, 3))
             .float()
@@ -235,7 +248,8 @@ def _project_roundings(use: ProjectedUse, x: Any, through: Any, samples: int) ->
     roundings = [use.rounding(form) for form in forms]
     probes = through.shape[1]
     through = through.reshape(len(x), probes, -1)
-    piece = max(1, ROUNDED_BYTES // (x[:1].nbytes * (len(forms) + probes)))
+    most = piece_bytes(x.device, ROUNDED_BYTES)
+    piece = max(1, most // (x[:1].nbytes * (len(forms) + probes)))
     parts = []
     for start in range(0, len(x), piece):
         own = x[start : start + piece]
@@ -255,10 +269,8 @@ def _project_forward(use: ProjectedUse, x: Any, g: Any, samples: int) -> tuple[A
     Returns [F, P, samples] and, for schemes that promote channels, what these add [P, samples].
     """
     promoted: dict[str, Any] = {}
-    for promotion, differences in zip(
-        use.stack.promotions, use.stack.promoted_differences, strict=True
-    ):
-        more = use.channels(x, differences, promotion.channels, g, samples)
+    for promotion, differences, channels in use.stack.promoted():
+        more = use.channels(x, differences, channels, g, samples)
         for name, count in promotion.counts.items():
             promoted[name] = more[..., :count].sum(-1)
     return use.forward(x, use.stack.differences, g, samples), promoted
@@ -272,17 +284,15 @@ def _project_by_weights(
     Some samples at a time, so that only their weight gradients are held.
     """
     stack, probes = use.stack, g.shape[2]
-    piece = max(1, GRADIENT_BYTES // (probes * stack.weight.nbytes))
+    piece = max(1, piece_bytes(x.device, GRADIENT_BYTES) // (probes * stack.weight.nbytes))
     parts: list[dict[str, Any]] = []
     for start in range(0, samples, piece):
         chunk = slice(start, min(start + piece, samples))
         gradients = _weight_gradients(use.layer, use.attributes, x[chunk], g[chunk])
         found = {"": (gradients @ stack.differences.flatten(1).T).float().T}
-        for promotion, differences in zip(
-            stack.promotions, stack.promoted_differences, strict=True
-        ):
+        for promotion, differences, channels in stack.promoted():
             by_channel = gradients.reshape(len(gradients), stack.weight.shape[0], -1)
-            chosen = by_channel[:, torch.from_numpy(promotion.channels)]
+            chosen = by_channel[:, channels]
             more = torch.einsum("nmr,mr->nm", chosen, differences).float()
             for name, count in promotion.counts.items():
                 found[name] = more[:, :count].sum(-1)
@@ -299,7 +309,7 @@ def _weight_gradients(layer: Layer, attributes: dict[str, Any], x: Any, g: Any) 
     gradients = g.reshape(samples, probes * layer.out_channels, -1)
     found = gradients.new_empty(samples, gradients.shape[1], layer.reduction)
     per_sample = gradients.shape[2] * layer.reduction * g.element_size()
-    piece = max(1, PATCH_BYTES // per_sample)
+    piece = max(1, piece_bytes(g.device, PATCH_BYTES) // per_sample)
     for start in range(0, samples, piece):
         chunk = slice(start, min(start + piece, samples))
         torch.bmm(
