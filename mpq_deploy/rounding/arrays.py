@@ -1,0 +1,105 @@
+"""What rounding is written in: NumPy's arrays, or torch's tensors on the GPU that this process computes on.
+
+``names_of`` gives NumPy for an array, and for a tensor what has NumPy's names on the tensor's
+device. So an algorithm is written once, and gives on the CPU the bytes that NumPy gives.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from mpq_deploy.models.spec import Array
+
+
+class TorchNames:
+    """torch by the names and arguments of NumPy that rounding uses, on one ``device``."""
+
+    def __init__(self, device: Any) -> None:
+        import torch
+
+        self._torch, self.device = torch, device
+
+    def __getattr__(self, name: str) -> Any:
+        """Most names are the same."""
+        return getattr(self._torch, name)
+
+    def asarray(self, values: Any, dtype: Any = None) -> Any:
+        """Return a tensor of its own on the device."""
+        kind = None if dtype is None else self.dtype(dtype)
+        if isinstance(values, self._torch.Tensor):
+            return values.to(self.device, kind)
+        return self._torch.tensor(np.ascontiguousarray(values), dtype=kind, device=self.device)
+
+    def dtype(self, kind: Any) -> Any:
+        """Return torch's type for NumPy's, or itself."""
+        if isinstance(kind, self._torch.dtype):
+            return kind
+        return getattr(self._torch, np.dtype(kind).name)
+
+    def empty(self, shape: Any, dtype: Any) -> Any:
+        return self._torch.empty(shape, dtype=self.dtype(dtype), device=self.device)
+
+    def zeros(self, shape: Any, dtype: Any = np.float64) -> Any:
+        return self._torch.zeros(shape, dtype=self.dtype(dtype), device=self.device)
+
+    def arange(self, *limits: int) -> Any:
+        return self._torch.arange(*limits, device=self.device)
+
+    def rint(self, x: Any, out: Any = None) -> Any:
+        return self._torch.round(x, out=out)
+
+    def maximum(self, x: Any, y: Any, out: Any = None) -> Any:
+        if isinstance(y, self._torch.Tensor):
+            return self._torch.maximum(x, y, out=out)
+        return self._torch.clamp(x, min=float(y), out=out)
+
+    def minimum(self, x: Any, y: Any, out: Any = None) -> Any:
+        if isinstance(y, self._torch.Tensor):
+            return self._torch.minimum(x, y, out=out)
+        return self._torch.clamp(x, max=float(y), out=out)
+
+    def argsort(self, x: Any, kind: str) -> Any:
+        return self._torch.argsort(x, stable=kind == "stable")
+
+    def ascontiguousarray(self, x: Any, dtype: Any = None) -> Any:
+        return (x if dtype is None else x.to(self.dtype(dtype))).contiguous()
+
+    def repeat(self, x: Any, count: int, axis: int) -> Any:
+        return self._torch.repeat_interleave(x, count, dim=axis)
+
+    def flip(self, x: Any) -> Any:
+        return self._torch.flip(x, tuple(range(x.ndim)))
+
+    def fill_diagonal(self, matrix: Any, values: Any) -> None:
+        place = self._torch.diagonal(matrix)
+        place[:] = values
+
+
+def names_of(x: Any) -> Any:
+    """Return what has NumPy's names for ``x``: NumPy for an array."""
+    return np if isinstance(x, (np.ndarray, np.generic)) else TorchNames(x.device)
+
+
+def cast(x: Any, dtype: Any) -> Any:
+    """Return ``x`` of NumPy's ``dtype``, a copy."""
+    if isinstance(x, (np.ndarray, np.generic)):
+        return x.astype(dtype)
+    return x.to(TorchNames(x.device).dtype(dtype), copy=True)
+
+
+def placed(array: Array) -> Any:
+    """Return ``array`` where rounding computes: itself on the CPU, a tensor on the GPU."""
+    from mpq_deploy.system.compute import computing_on
+
+    place = computing_on()
+    if place.torch is None or not isinstance(array, np.ndarray):
+        return array
+    return TorchNames(place.torch_device()).asarray(array)
+
+
+def fetched(x: Any) -> Array:
+    """Return ``x`` as an array of NumPy."""
+    return x if isinstance(x, np.ndarray) else np.asarray(x.cpu().numpy())
