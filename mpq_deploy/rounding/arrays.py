@@ -54,12 +54,13 @@ class TorchNames:
     def maximum(self, x: Any, y: Any, out: Any = None) -> Any:
         if isinstance(y, self._torch.Tensor):
             return self._torch.maximum(x, y, out=out)
-        return self._torch.clamp(x, min=float(y), out=out)
+        return self._torch.clamp(x, min=y.item() if isinstance(y, np.generic) else y, out=out)
 
-    def minimum(self, x: Any, y: Any, out: Any = None) -> Any:
-        if isinstance(y, self._torch.Tensor):
-            return self._torch.minimum(x, y, out=out)
-        return self._torch.clamp(x, max=float(y), out=out)
+    def ldexp(self, x: Any, exponent: Any) -> Any:
+        """Return x times 2^exponent, an exponent of normal numbers; torch's own takes a power, which may round."""
+        if isinstance(exponent, int):
+            return x * 2.0**exponent
+        return x * ((exponent + 127) << 23).to(self._torch.int32).view(self._torch.float32)
 
     def argsort(self, x: Any, kind: str) -> Any:
         return self._torch.argsort(x, stable=kind == "stable")

@@ -34,7 +34,7 @@ LARGEST_MULTIPLE = 15
 # cache: a quarter to half of the time that a wide layer takes as a whole (measured).
 PIECE_BYTES = 1 << 18
 # On a GPU they only must not fill its memory (our choice).
-GPU_PIECE_BYTES = 1 << 28
+GPU_PIECE_BYTES = 1 << 26
 # The least damping of correlations that may be factored in float32 (our choice; the recipe's is
 # 0.05).
 SAFE_DAMPING = 0.01
