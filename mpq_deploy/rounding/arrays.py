@@ -45,6 +45,9 @@ class TorchNames:
     def zeros(self, shape: Any, dtype: Any = np.float64) -> Any:
         return self._torch.zeros(shape, dtype=self.dtype(dtype), device=self.device)
 
+    def eye(self, size: int) -> Any:
+        return self._torch.eye(size, device=self.device)
+
     def arange(self, *limits: int) -> Any:
         return self._torch.arange(*limits, device=self.device)
 
