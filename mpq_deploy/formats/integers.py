@@ -114,7 +114,9 @@ def _round_group(
             position_first(scaled, taps[form]),
             position_first(seen[None], taps[form])[0],
         )
-        matrices[form] = QuantizedMatrix(xp.zeros(weight.shape, np.int8), scale, channel, taps[form])
+        matrices[form] = QuantizedMatrix(
+            xp.zeros(weight.shape, np.int8), scale, channel, taps[form]
+        )
     grids = {}
     for form, matrix in matrices.items():
         limits = formats[form].precision

@@ -13,6 +13,11 @@ import numpy as np
 if TYPE_CHECKING:
     from mpq_deploy.models.spec import Array
 
+# Of a GPU's free memory, rows that are rounded side by side take at most this share; each column of
+# one takes so many bytes while scales are refined (counted from the arrays: its step, error and
+# levels, and what they are made of). The rest is the Hessian's and the weight's.
+GPU_SHARE, ROW_BYTES = 0.5, 32
+
 
 class TorchNames:
     """torch by the names and arguments of NumPy that rounding uses, on one ``device``."""
@@ -107,3 +112,24 @@ def placed(array: Array) -> Any:
 def fetched(x: Any) -> Array:
     """Return ``x`` as an array of NumPy."""
     return x if isinstance(x, np.ndarray) else np.asarray(x.cpu().numpy())
+
+
+def rows_that_fit(device: Any, rows: int, columns: int) -> int:
+    """Return how many rows of grids, each of ``columns``, fit the free memory of ``device`` side by side.
+
+    At least the ``rows`` of one form.
+    """
+    import torch
+
+    if device.type != "cuda":
+        return rows
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    free = torch.cuda.mem_get_info(device)[0] + cached
+    return max(rows, int(GPU_SHARE * free) // (ROW_BYTES * columns))
+
+
+def free_gpu_memory() -> None:
+    """Give back what torch keeps of the GPU's memory."""
+    import torch
+
+    torch.cuda.empty_cache()

@@ -41,7 +41,13 @@ class GpuColumns:
         self._run(_compensate, (wanted, errors, codes), (corner, *parts))
 
     def descend(
-        self, start: int, values: Tensor, error: Tensor, slope: Tensor, target: Tensor, square: Tensor
+        self,
+        start: int,
+        values: Tensor,
+        error: Tensor,
+        slope: Tensor,
+        target: Tensor,
+        square: Tensor,
     ) -> None:
         """Set each column of ``values`` [n, R] to the best for the others; the others as in ``quantizers.descend``."""
         codes, parts = self._cut(start, len(values))
@@ -89,7 +95,12 @@ def _descend(
 
 
 def move_codes(
-    wanted: Tensor, moved: Tensor, levels: Tensor, step: Tensor, square: Tensor, limits: tuple[int, int]
+    wanted: Tensor,
+    moved: Tensor,
+    levels: Tensor,
+    step: Tensor,
+    square: Tensor,
+    limits: tuple[int, int],
 ) -> None:
     """Turn the slopes ``wanted`` [n, R] into the best codes, and ``moved`` into how far values went.
 

@@ -552,9 +552,7 @@ class _Descent:
         self._blocks = [columns // scale.shape[1] for _, scale in forms]
         self._order = np.arange(columns) if order is None else order
         self._along = order is None
-        step = xp.concatenate(
-            [_per_column(cast(scale, np.float32), columns) for _, scale in forms]
-        )
+        step = xp.concatenate([_per_column(cast(scale, np.float32), columns) for _, scale in forms])
         if order is not None:
             step[:, xp.asarray(order)] = cast(step, np.float32)
         self._step = xp.ascontiguousarray(step.T)
@@ -611,9 +609,7 @@ class _Descent:
         self._error[columns] -= moved
         slope -= square[:, own] @ moved
 
-    def _best(
-        self, wanted: Array, moved: Array, levels: Array, step: Array, within: Array
-    ) -> None:
+    def _best(self, wanted: Array, moved: Array, levels: Array, step: Array, within: Array) -> None:
         """Turn the slopes ``wanted`` [n, R] into the best codes, and ``moved`` into how far values went."""
         if self._xp is not np:
             from mpq_deploy.rounding.gpu_columns import move_codes

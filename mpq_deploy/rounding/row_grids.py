@@ -175,7 +175,7 @@ def choose_grids(weight: Array, importance: Array, form: RowForm) -> RowGrids:
     means of |R_o|.
     """
     xp = names_of(weight)
-    share = cast(importance if importance.sum() > 0 else xp.ones_like(importance), np.float32)
+    share = cast(xp.where(importance.sum() > 0, importance, 1.0), np.float32)
     best_error = xp.full_like(weight[:, 0], np.inf)
     best: RowGrids | None = None
     for base in _bases(weight, form.bits):
