@@ -127,13 +127,17 @@ def _round_group(
     free = [form for form, own in formats.items() if how.gptq and own.refined]
     started = [(codes[form], matrices[form].scale) for form in free]
     along = taps[free[0]] if free else 1
-    rows = None if xp is np else how.rows
-    refined = refine_rounding(weight, started, blocks, how.damping, how.refinements, along, rows)
+    together = max(1, len(free) if xp is np else how.rows // len(weight))
+    refined: list[tuple[Array, Array]] = []
+    for first in range(0, len(free), together):
+        some = started[first : first + together]
+        refined += refine_rounding(weight, some, blocks, how.damping, how.refinements, along)
     rounded = {form: (codes[form], matrices[form].scale) for form in formats}
     rounded.update(zip(free, refined))
     return {
         form: QuantizedMatrix(
-            *map(fetched, rounded[form]),
+            fetched(rounded[form][0]),
+            fetched(rounded[form][1]),
             None if matrix.channel_scale is None else fetched(matrix.channel_scale),
             matrix.taps,
         )

@@ -70,7 +70,7 @@ class Minifloat:
 
     @cached_property
     def _ends(self) -> Array:
-        """Up to where sizes get each code but the largest, float32: halfway to the next, which ties go to if it is even."""
+        """Up to where sizes get each code but the largest, float32: halfway, where ties go to the even one."""
         sizes = self.values[: 2 ** (self.bits - 1)]
         sizes = sizes[np.isfinite(sizes)]
         halfway = (sizes[1:] + sizes[:-1]) / 2

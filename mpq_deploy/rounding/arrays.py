@@ -45,21 +45,27 @@ class TorchNames:
         return getattr(self._torch, np.dtype(kind).name)
 
     def empty(self, shape: Any, dtype: Any) -> Any:
+        """Return a tensor that is not filled."""
         return self._torch.empty(shape, dtype=self.dtype(dtype), device=self.device)
 
     def zeros(self, shape: Any, dtype: Any = np.float64) -> Any:
+        """Return a tensor of zeros."""
         return self._torch.zeros(shape, dtype=self.dtype(dtype), device=self.device)
 
     def eye(self, size: int) -> Any:
+        """Return the identity."""
         return self._torch.eye(size, device=self.device)
 
     def arange(self, *limits: int) -> Any:
+        """Return whole numbers."""
         return self._torch.arange(*limits, device=self.device)
 
     def rint(self, x: Any, out: Any = None) -> Any:
+        """Round to whole numbers, ties to even."""
         return self._torch.round(x, out=out)
 
     def maximum(self, x: Any, y: Any, out: Any = None) -> Any:
+        """Return the larger of each; ``y`` may be one number."""
         if isinstance(y, self._torch.Tensor):
             return self._torch.maximum(x, y, out=out)
         return self._torch.clamp(x, min=y.item() if isinstance(y, np.generic) else y, out=out)
@@ -71,18 +77,23 @@ class TorchNames:
         return x * ((exponent + 127) << 23).to(self._torch.int32).view(self._torch.float32)
 
     def argsort(self, x: Any, kind: str) -> Any:
+        """Return where the sorted numbers lie."""
         return self._torch.argsort(x, stable=kind == "stable")
 
     def ascontiguousarray(self, x: Any, dtype: Any = None) -> Any:
+        """Return ``x`` as it lies in memory row by row."""
         return (x if dtype is None else x.to(self.dtype(dtype))).contiguous()
 
     def repeat(self, x: Any, count: int, axis: int) -> Any:
+        """Repeat each of what lies along ``axis``."""
         return self._torch.repeat_interleave(x, count, dim=axis)
 
     def flip(self, x: Any) -> Any:
+        """Reverse every axis."""
         return self._torch.flip(x, tuple(range(x.ndim)))
 
     def fill_diagonal(self, matrix: Any, values: Any) -> None:
+        """Write ``values`` onto the diagonal."""
         place = self._torch.diagonal(matrix)
         place[:] = values
 

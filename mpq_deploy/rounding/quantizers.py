@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from mpq_deploy.rounding.arrays import cast, names_of
 
 if TYPE_CHECKING:
     from mpq_deploy.models.spec import Array
-    from mpq_deploy.rounding.gpu_columns import GpuColumns
+    from mpq_deploy.rounding.gpu_columns import GpuColumns, Replayed
 
 # Smallest scale that is written: the smallest normal FP16 number over 8, so that at least 7 bits of
 # the scale remain. A channel with smaller weights than 127 times this is a channel of zeros for any
@@ -401,7 +402,7 @@ def _visited(
 
 
 def _to_multiples(step: Array, low: Array, high: Array, codes: Array) -> Nearest | GpuColumns:
-    """Return what rounds columns [R] to multiples of ``step`` [K, R] between ``low`` and ``high`` [R], into ``codes``."""
+    """Return what rounds columns to multiples of ``step`` [K, R] from ``low`` to ``high`` [R], into ``codes``."""
     if not isinstance(step, np.ndarray):
         from mpq_deploy.rounding.gpu_columns import GpuColumns, integer_level
 
@@ -476,15 +477,14 @@ def refine_rounding(
     damping: float,
     rounds: int,
     taps: int = 1,
-    rows: int | None = None,
 ) -> list[Rounded]:
     """Lower the error e H e^T of INT4 ``forms`` of a weight [O, K]: codes and block scales.
 
     Each round goes over the columns once, some blocks at a time: it fits each block's scale to its
     codes by least squares, then moves every code to the best level, each for all the others as they
     stand (coordinate descent). ``moments``: the diagonal blocks of the Hessian, together K wide,
-    damped here as for GPTQ. ``taps``: how blocks run (``QuantizedMatrix``). ``rows``: those side by
-    side, at most (None: all). Neither step makes a row worse. Our choice.
+    damped here as for GPTQ. ``taps``: how blocks run (``QuantizedMatrix``). Neither step makes a
+    row worse. Our choice.
     """
     if not rounds:
         return forms
@@ -496,14 +496,13 @@ def refine_rounding(
     for span in sorted(set(spans)):
         # Forms share the Hessian, so the rows of those that are cut alike are visited together.
         alike = [number for number, own in enumerate(spans) if own == span]
-        together = len(alike) if rows is None else max(1, rows // len(weight))
-        for first in range(0, len(alike), together):
-            some = alike[first : first + together]
-            state = _Descent(weight, [forms[number] for number in some], order)
-            for _ in range(rounds):
-                for start in range(0, columns, span):
-                    state.visit(start, min(start + span, columns), hessian)
-            found.update(zip(some, state.forms()))
+        if not isinstance(weight, np.ndarray):
+            alike.sort(key=lambda number: forms[number][1].shape[1])
+        state = _Descent(weight, [forms[number] for number in alike], order)
+        for _ in range(rounds):
+            for start in range(0, columns, span):
+                state.visit(start, min(start + span, columns), hessian)
+        found.update(zip(alike, state.forms()))
     return [found[number] for number in range(len(forms))]
 
 
@@ -549,7 +548,9 @@ class _Descent:
     def __init__(self, weight: Array, forms: list[Rounded], order: Array | None) -> None:
         xp, self._rows, columns = names_of(weight), len(weight), weight.shape[1]
         self._xp = xp
+        self._best = _best if xp is np else _best_on_gpu()
         self._blocks = [columns // scale.shape[1] for _, scale in forms]
+        self._fits = _alike(self._blocks, self._rows, xp is not np)
         self._order = np.arange(columns) if order is None else order
         self._along = order is None
         step = xp.concatenate([_per_column(cast(scale, np.float32), columns) for _, scale in forms])
@@ -571,8 +572,7 @@ class _Descent:
         self._fit_all(start, stop, square, slope)
 
     def _fit_all(self, start: int, stop: int, square: Array, slope: Array) -> None:
-        for form, block in enumerate(self._blocks):
-            part = slice(form * self._rows, (form + 1) * self._rows)
+        for block, part in self._fits:
             for first in range(start, stop, block):
                 local = slice(first - start, first - start + block)
                 self._fit(self._at(first, first + block), part, local, square, slope[:, part])
@@ -594,7 +594,7 @@ class _Descent:
         wanted = old + gradient / xp.maximum(curvature, np.finfo(np.float32).tiny)
         sensible = (wanted > 0.5 * old) & (wanted < 2 * old)
         change = cast(round_scale(xp.where(sensible, wanted, old)), np.float32) - old
-        change = xp.where(change * (2 * gradient - change * curvature) <= 0, 0, change)
+        change *= change * (2 * gradient - change * curvature) > 0
         self._error[columns, part] -= levels * change
         self._step[columns, part] += change
         slope -= raised * change
@@ -604,26 +604,10 @@ class _Descent:
         own, columns = slice(first - start, last - start), self._at(first, last)
         levels, step, within = self._levels[columns], self._step[columns], square[own, own]
         wanted, moved = cast(slope[own], np.float32), self._xp.empty_like(levels)
-        self._best(wanted, moved, levels, step, within)
+        self._best((wanted, moved), (levels, step, within))
         self._levels[columns] = wanted
         self._error[columns] -= moved
         slope -= square[:, own] @ moved
-
-    def _best(self, wanted: Array, moved: Array, levels: Array, step: Array, within: Array) -> None:
-        """Turn the slopes ``wanted`` [n, R] into the best codes, and ``moved`` into how far values went."""
-        if self._xp is not np:
-            from mpq_deploy.rounding.gpu_columns import move_codes
-
-            move_codes(wanted, moved, levels, step, within, (INT4.quant_min, INT4.quant_max))
-            return
-        for i, best in enumerate(wanted):
-            best -= within[i, :i] @ moved[:i]
-            best /= within[i, i] * step[i]
-            best += levels[i]
-            np.rint(best, out=best)
-            np.maximum(best, INT4.quant_min, out=best)
-            np.minimum(best, INT4.quant_max, out=best)
-            np.multiply(best - levels[i], step[i], out=moved[i])
 
     def forms(self) -> list[Rounded]:
         """Return the codes [O, K] and scales [O, B] of each form."""
@@ -635,6 +619,36 @@ class _Descent:
             (xp.ascontiguousarray(codes[cut[form]]), xp.ascontiguousarray(scales[form]))
             for form in parts
         ]
+
+
+def _alike(blocks: list[int], rows: int, joined: bool) -> list[tuple[int, slice]]:
+    """Return whose scales are fitted together: the rows of a form, or ``joined`` of all beside it with such blocks."""
+    found: list[tuple[int, slice]] = []
+    for form, block in enumerate(blocks):
+        part = slice(form * rows, (form + 1) * rows)
+        if joined and found and found[-1][0] == block:
+            part = slice(found.pop()[1].start, part.stop)
+        found.append((block, part))
+    return found
+
+
+def _best(changed: tuple[Array, Array], read: tuple[Array, Array, Array]) -> None:
+    """Turn slopes into the best codes, as ``gpu_columns.move_codes`` does."""
+    (wanted, moved), (levels, step, within) = changed, read
+    for i, best in enumerate(wanted):
+        best -= within[i, :i] @ moved[:i]
+        best /= within[i, i] * step[i]
+        best += levels[i]
+        np.rint(best, out=best)
+        np.maximum(best, INT4.quant_min, out=best)
+        np.minimum(best, INT4.quant_max, out=best)
+        np.multiply(best - levels[i], step[i], out=moved[i])
+
+
+def _best_on_gpu() -> Replayed:
+    from mpq_deploy.rounding.gpu_columns import Replayed, move_codes
+
+    return Replayed(partial(move_codes, (INT4.quant_min, INT4.quant_max)))
 
 
 def descend(
@@ -651,7 +665,7 @@ def descend(
         slope, span = hessian[start:stop] @ error, slice(start, stop)
         if not callable(nearest):
             square = hessian[span, span]
-            nearest.descend(start, values[span], error[span], slope, target[span], square)
+            nearest.descend(start, (values[span], error[span], slope), target[span], square)
             continue
         for i in range(start, stop):
             found = nearest(i, target[i] - error[i] + slope[i - start] / hessian[i, i])

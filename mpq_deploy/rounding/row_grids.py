@@ -149,21 +149,21 @@ def stacked(parts: Sequence[SimulatedMatrix]) -> SimulatedMatrix:
 
 def round_to_grids(weight: Array, grids: RowGrids) -> SimulatedMatrix:
     """Round ``weight`` [O, K] to the nearest level of the grid, then sign by sign to the residuals."""
-    level = (cast(a, np.float32)[:, None] for a in (grids.scale, grids.low, grids.high))
+    step, low, high = (cast(a, np.float32)[:, None] for a in (grids.scale, grids.low, grids.high))
     sizes = cast(grids.residual, np.float32)[:, :, None]
-    held, _ = _nearest_level(weight, *level, sizes)
+    held, _ = _nearest_level(weight, step, low, high, sizes)
     return SimulatedMatrix(grids, held[0], held[1:])
 
 
 def _nearest_level(
     wanted: Array, step: Array, low: Array, high: Array, sizes: Array
 ) -> tuple[Array, Array]:
-    """Return the codes and the signs beside ``sizes`` [Z, ...], int8 [1 + Z, ...], and the values nearest to ``wanted``."""
+    """Return the values nearest to ``wanted`` after their codes and signs, of ``sizes`` [Z, ...]: int8 [1 + Z, ...]."""
     xp = names_of(wanted)
     held = [xp.clip(xp.rint(wanted / step), low, high)]
     value = held[0] * step
     for size in sizes:
-        held.append(xp.where(wanted >= value, 1, -1) * (size > 0))
+        held.append(((wanted >= value) * 2 - 1) * (size > 0))
         value = value + held[-1] * size
     return xp.stack([cast(part, np.int8) for part in held]), xp.asarray(value, np.float32)
 

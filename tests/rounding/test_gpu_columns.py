@@ -122,7 +122,7 @@ def test_nothing_is_fetched_from_the_gpu_and_no_devices_are_mixed() -> None:
         codes = gptq_codes(weight[:, :128], cut, block, 0.05)
         assert [code.shape for code in codes] == [(20, 128)] * 2
         started = [(placeless(20, 160, dtype=torch.int8), scale)] * 2
-        order = refine_rounding(weight, started, [block, rest], 0.05, 1, 5, rows=20)
+        order = refine_rounding(weight, started, [block, rest], 0.05, 1, 5)
         assert order[0][0].dtype == torch.int8 and order[0][1].dtype == torch.float16
         empty = xp.zeros(weight.shape, np.uint8)
         blocks = xp.zeros((20, 10), np.uint8)
