@@ -88,9 +88,9 @@ class TorchNames:
         """Repeat each of what lies along ``axis``."""
         return self._torch.repeat_interleave(x, count, dim=axis)
 
-    def flip(self, x: Any) -> Any:
-        """Reverse every axis."""
-        return self._torch.flip(x, tuple(range(x.ndim)))
+    def flip(self, x: Any, axis: int | None = None) -> Any:
+        """Reverse an axis, or every one."""
+        return self._torch.flip(x, tuple(range(x.ndim)) if axis is None else (axis,))
 
     def fill_diagonal(self, matrix: Any, values: Any) -> None:
         """Write ``values`` onto the diagonal."""
