@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import product
 from math import ceil, prod
@@ -31,7 +31,7 @@ from mpq_deploy.recipe import QuantizeSettings
 from mpq_deploy.rounding.arrays import fetched, names_of, placed
 from mpq_deploy.system.compute import computing_on
 from mpq_deploy.system.progress import Advance, Talk
-from mpq_deploy.system.sessions import open_session, run_to_tensors
+from mpq_deploy.system.sessions import open_session, run_to_tensors, within_gpu_memory
 
 # Share of the memory cap for rows that wait to be multiplied: a product of many rows costs less per
 # row, because each one also touches the whole matrix.
@@ -137,8 +137,9 @@ class HessianPlan:
         source, group = self._source, self._groups[number]
         jobs = self._jobs(number)
         if gathered is None:
-            gathered = _gathered_here(source, jobs, f"Hessians {number + 1} of {len(self)}")
-        means = _accumulate(source, jobs, gathered)
+            means = _accumulated_here(source, jobs, f"Hessians {number + 1} of {len(self)}")
+        else:
+            means = _accumulate(source, jobs, gathered)
         last = {patches: layer.name for layer, uses in group for patches in uses}
         for layer, uses in group:
             blocks, rows = _over_uses([means[patches] for patches in uses])
@@ -177,11 +178,12 @@ class _Source:
     settings: QuantizeSettings
     talk: Talk
     scratch: Path | None
+    together: int | None = None
 
     @cached_property
     def batches(self) -> list[Batch]:
         """The batches to run, of all calls."""
-        return list(self.recorded.batches(BATCH_SIZE))
+        return list(self.recorded.batches(self.together or BATCH_SIZE))
 
     @property
     def timesteps(self) -> int:
@@ -430,6 +432,16 @@ def _as_rows(job: _Patches, gathered: Array, inside: Array | None) -> Array:
     # Channel before tap, as in the weight; then one matrix per group of channels.
     rows: Array = gathered.swapaxes(1, 2).reshape(count, job.group, channels // job.group * taps)
     return rows
+
+
+def _accumulated_here(source: _Source, jobs: list[_Patches], label: str) -> dict[_Patches, _Sum]:
+    """Run the calls, as many at once as the GPU's memory holds; return the mean of x x^T for each of ``jobs``."""
+
+    def accumulated(size: int) -> dict[_Patches, _Sum]:
+        cut = replace(source, together=size)
+        return _accumulate(cut, jobs, _gathered_here(cut, jobs, label))
+
+    return within_gpu_memory(accumulated, BATCH_SIZE, f"calls of {label}", source.talk)
 
 
 def _gathered_here(source: _Source, jobs: list[_Patches], label: str) -> Iterator[list[Array]]:

@@ -8,10 +8,10 @@ system: ONNX Runtime maps those of the user where they lie, without a link or a 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import onnx_ir as ir
@@ -26,8 +26,9 @@ from mpq_deploy.runtime.ort import (
     session_options,
     spare_memory,
 )
-from mpq_deploy.system.compute import computing_on, start_session
+from mpq_deploy.system.compute import Compute, compute_on, computing_on, start_session
 from mpq_deploy.system.locks import scratch_folder
+from mpq_deploy.system.memory import ran_out
 from mpq_deploy.system.progress import Talk
 
 # Graphs whose constants are all in memory and below this are handed over as bytes, without any
@@ -36,6 +37,7 @@ IN_MEMORY_BYTES = 64 * 1024 * 1024
 # Smaller constants stay inside the graph file, where shape inference can read them.
 INLINE_BYTES = 1024
 ALIGNMENT = 64
+Made = TypeVar("Made")
 
 
 @contextmanager
@@ -93,6 +95,28 @@ def run_to_tensors(
     session.run_with_iobinding(binding)
     binding.synchronize_outputs()
     return outputs
+
+
+def within_gpu_memory(work: Callable[[int], Made], size: int, what: str, talk: Talk) -> Made:
+    """Return ``work(size)``, which opens sessions and runs ``size`` calls at once.
+
+    Where the GPU's memory runs out it is done again with half as many, and at last on the CPU; both
+    are said.
+    """
+    place, smaller = computing_on(), size
+    while True:
+        try:
+            with compute_on(place):
+                return work(smaller)
+        except Exception as error:
+            if place.runtime is None or not ran_out(error):
+                raise
+        # Outside of the handler: the error holds the session.
+        smaller //= 2
+        then = f"with {smaller} at once"
+        if not smaller:
+            place, smaller, then = Compute(), size, "on the CPU"
+        talk.line(f"  {what}: the GPU's memory ran out; done again {then}")
 
 
 def _options(threads: int, optimize: bool) -> ort.SessionOptions:
