@@ -123,17 +123,15 @@ def _round_group(
         step, places = matrix.effective_scale(), xp.asarray(matrix.columns())
         grids[form] = Grid(step, places, limits.quant_min, limits.quant_max, by.get(form))
     codes = _codes(weight, grids, blocks if how.gptq else None, how)
+    rounded = {form: (codes[form], matrices[form].scale) for form in formats}
     # INT8 has little to gain, and w4a8's scales are tied to their channel's.
     free = [form for form, own in formats.items() if how.gptq and own.refined]
-    started = [(codes[form], matrices[form].scale) for form in free]
-    along = taps[free[0]] if free else 1
     together = max(1, len(free) if xp is np else how.rows // len(weight))
-    refined: list[tuple[Array, Array]] = []
     for first in range(0, len(free), together):
-        some = started[first : first + together]
-        refined += refine_rounding(weight, some, blocks, how.damping, how.refinements, along)
-    rounded = {form: (codes[form], matrices[form].scale) for form in formats}
-    rounded.update(zip(free, refined))
+        some = free[first : first + together]
+        started = [rounded[form] for form in some]
+        refining = blocks, how.damping, how.refinements, taps[some[0]]
+        rounded.update(zip(some, refine_rounding(weight, started, *refining)))
     return {
         form: QuantizedMatrix(
             fetched(rounded[form][0]),

@@ -47,7 +47,7 @@ class Replayed:
         given = (*changed, *read)
         shapes = tuple(tensor.shape for tensor in given)
         self._seen[shapes] = self._seen.get(shapes, 0) + 1
-        if changed[0].device.type != "cuda" or self._seen[shapes] <= PLAIN_PASSES:
+        if not _records(changed[0].device) or self._seen[shapes] <= PLAIN_PASSES:
             self._work(changed, read)
             return
         if shapes not in self.recorded:
@@ -81,6 +81,10 @@ class Replayed:
             return None
         torch.cuda.current_stream(device).wait_stream(side)
         return graph, own
+
+
+def _records(device: torch.device) -> bool:
+    return device.type == "cuda"
 
 
 @cache

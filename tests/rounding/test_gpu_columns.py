@@ -30,6 +30,7 @@ from mpq_deploy.system.compute import Compute, compute_on
 from tests.rounding.layers_to_round import hessian_error, layer_to_round
 
 torch = pytest.importorskip("torch")
+gpu_columns = pytest.importorskip("mpq_deploy.rounding.gpu_columns")
 LAYERS = {
     "conv": layer_to_round(Layer("conv", "Conv", "w", (24, 16, 3, 3), 0, 1, ()), (144,), 1),
     "product": layer_to_round(Layer("fc", "Gemm", "w", (40, 320), 0, 1, ()), (256, 64), 2),
@@ -136,3 +137,47 @@ def test_nothing_is_fetched_from_the_gpu_and_no_devices_are_mixed() -> None:
         forms = (RowForm(2), RowForm(0, 1), RowForm(8))
         simulated = round_forms(weight, forms, [block, rest], HOW)
         assert {m.codes.shape for m in simulated.values()} == {(20, 160)}
+
+
+def test_replaying_a_pass_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a stand-in for CUDA's graphs, which does the recorded pass on the tensors of the record."""
+
+    class Graph:
+        replays = 0
+
+        def __init__(self, work: Any, changed: list, read: list) -> None:
+            self._pass = work, changed, read
+
+        def replay(self) -> None:
+            work, changed, read = self._pass
+            work(changed, read)
+            Graph.replays += 1
+
+    def record(self: gpu_columns.Replayed, given: Any, changed: int) -> tuple[Graph, list]:
+        # What lies in them when they are recorded is nothing of the pass's.
+        own = [torch.full_like(tensor, 7) for tensor in given]
+        return Graph(self._work, own[:changed], own[changed:]), own
+
+    _, weight, inputs = LAYERS["product"]
+    tensors = torch.from_numpy(weight), [torch.from_numpy(inputs.blocks[0])]
+    grid = RequantizedMatrix(
+        torch.zeros((40, 256), dtype=torch.int8),
+        torch.full((40, 8), 0.03125, dtype=torch.float16),
+        torch.full((40,), 0.015625, dtype=torch.float16),
+    )
+
+    def made() -> list[Any]:
+        rounded = round_levels(tensors[0][:, :256], {"w4f8": grid}, tensors[1], HOW)
+        steps = torch.full((40, 1), 0.05), torch.zeros(256, dtype=torch.int64)
+        codes = gptq_codes(tensors[0][:, :256], [Grid(*steps, -8, 7)] * 2, tensors[1][0], 0.05)
+        start = [(codes[0], torch.full((40, 8), 0.05, dtype=torch.float16))]
+        refined = refine_rounding(tensors[0][:, :256], start, tensors[1], 0.05, 3)
+        return [rounded["w4f8"].codes, *codes, *refined[0]]
+
+    expected = made()
+    monkeypatch.setattr(gpu_columns, "PLAIN_PASSES", 0)
+    monkeypatch.setattr(gpu_columns, "_records", lambda device: True)
+    monkeypatch.setattr(gpu_columns.Replayed, "_record", record)
+    for found, wanted in zip(made(), expected, strict=True):
+        np.testing.assert_array_equal(found.numpy(), wanted.numpy())
+    assert Graph.replays > 20
