@@ -29,9 +29,13 @@ from mpq_deploy.graph.layers import Layer, LayerGraph, LayerUse
 from mpq_deploy.models.spec import Array
 from mpq_deploy.recipe import QuantizeSettings
 from mpq_deploy.rounding.arrays import fetched, names_of, placed
-from mpq_deploy.system.compute import computing_on
 from mpq_deploy.system.progress import Advance, Talk
-from mpq_deploy.system.sessions import open_session, run_to_tensors, within_gpu_memory
+from mpq_deploy.system.sessions import (
+    open_session,
+    run_to_tensors,
+    shares_gpu,
+    within_gpu_memory,
+)
 
 # Share of the memory cap for rows that wait to be multiplied: a product of many rows costs less per
 # row, because each one also touches the whole matrix.
@@ -413,7 +417,7 @@ class Gathering:
         ]
         feed = batch.feed | {f"hessian.rows.{i}": flat.ravel() for i, (flat, _) in enumerate(taps)}
         feed = {k: v for k, v in feed.items() if k in self._needed}
-        if computing_on().one_gpu:
+        if shares_gpu(self._session):
             shapes = [(flat.size, job.channels) for job, (flat, _) in zip(jobs, taps, strict=True)]
             results = run_to_tensors(self._session, feed, shapes)
         else:

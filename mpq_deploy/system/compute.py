@@ -74,11 +74,6 @@ class Compute:
         }
         return [(CUDA_PROVIDER, options), (CPU_PROVIDER, {})]
 
-    @property
-    def one_gpu(self) -> bool:
-        """Whether ONNX Runtime and torch compute on the same GPU, so that what one gives the other may read there."""
-        return self.runtime is not None and self.runtime == self.torch
-
     def torch_device(self) -> Any:
         """Return torch's device."""
         import torch

@@ -38,6 +38,7 @@ FAILED = (
     "allocate memory",
     "Unable to allocate",
     "out of memory",
+    "smaller than requested bytes",
     "ALLOC_FAILED",
 )
 

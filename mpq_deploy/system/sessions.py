@@ -26,7 +26,13 @@ from mpq_deploy.runtime.ort import (
     session_options,
     spare_memory,
 )
-from mpq_deploy.system.compute import Compute, compute_on, computing_on, start_session
+from mpq_deploy.system.compute import (
+    CUDA_PROVIDER,
+    Compute,
+    compute_on,
+    computing_on,
+    start_session,
+)
 from mpq_deploy.system.locks import scratch_folder
 from mpq_deploy.system.memory import ran_out
 from mpq_deploy.system.progress import Talk
@@ -72,6 +78,13 @@ def open_session(
         _write(model, folder, talk)
         options.add_session_config_entry(WEIGHTS_FOLDER, folder.anchor)
         yield _session(ir.to_proto(model).SerializeToString(), options)
+
+
+def shares_gpu(session: ort.InferenceSession) -> bool:
+    """Whether a session runs on the GPU that torch computes on, so that torch may read its outputs there."""
+    place = computing_on()
+    one = place.runtime is not None and place.runtime == place.torch
+    return one and CUDA_PROVIDER in session.get_providers()
 
 
 def run_to_tensors(

@@ -300,7 +300,7 @@ def test_rows_stay_in_torch_s_tensors_where_both_libraries_compute_on_one_gpu(
     expected = hessians(given)
     # The CPU stands for the GPU.
     monkeypatch.setattr(Compute, "torch_device", lambda self: torch.device("cpu"))
-    monkeypatch.setattr(Compute, "one_gpu", True)
+    monkeypatch.setattr(hessian_module, "shares_gpu", lambda session: True)
     with compute_on(Compute(None, 0)):
         found = hessians(given)
         plan = HessianPlan.of(given.graph, calls_of(given), ALL_ROWS, Talk())
