@@ -29,7 +29,7 @@ from mpq_deploy.graph.layers import LayerGraph
 from mpq_deploy.models.spec import Array
 from mpq_deploy.recipe import CalibrateSettings
 from mpq_deploy.system.progress import Talk
-from mpq_deploy.system.sessions import open_session
+from mpq_deploy.system.sessions import open_session, within_gpu_memory
 
 # Candidates that one call offers to a reservoir of R values: R / 16, at least 64. From 16 calls on
 # the reservoir is full. More would cost time; fewer would tie the sample to few positions.
@@ -108,17 +108,24 @@ def observe(
     Raises ModelError, naming tensor, layer and timestep, when an activation is not finite.
     """
     shapes = activation_shapes(graph, calls, talk, scratch)
-    observed = ObservedGraph.of(graph, shapes)
-    parts = list(calls.batches(settings.batch_size) if chosen is None else chosen)
-    total = Totals(graph, observed, len(calls.recorded.timesteps), settings)
-    with (
-        open_session(observed.model, talk, scratch=scratch) as session,
-        talk.bar("observe activations", sum(len(batch.calls) for batch in parts)) as advance,
-    ):
-        for batch in parts:
-            total.add(batch, observed.run(session, batch, settings), *draws_of(settings, batch))
-            advance(len(batch.calls))
-    return total.finish()
+    batches = None if chosen is None else list(chosen)
+
+    def observed_in(size: int) -> Observation:
+        observed = ObservedGraph.of(graph, shapes)
+        parts = list(calls.batches(size)) if batches is None else batches
+        total = Totals(graph, observed, len(calls.recorded.timesteps), settings)
+        with (
+            open_session(observed.model, talk, scratch=scratch) as session,
+            talk.bar("observe activations", sum(len(batch.calls) for batch in parts)) as advance,
+        ):
+            for batch in parts:
+                results = observed.run(session, batch, settings)
+                total.add(batch, results, *draws_of(settings, batch))
+                advance(len(batch.calls))
+        return total.finish()
+
+    size = settings.batch_size if batches is None else 1
+    return within_gpu_memory(observed_in, size, "calls observed", talk)
 
 
 @dataclass(frozen=True)

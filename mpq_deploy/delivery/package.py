@@ -66,7 +66,10 @@ DEVICE_MODULES = (
             *("progress", "release", "typed"),
         )
     ),
-    *(f"rounding/{name}.py" for name in ("__init__", "float_levels", "quantizers", "row_grids")),
+    *(
+        f"rounding/{name}.py"
+        for name in ("__init__", "arrays", "float_levels", "quantizers", "row_grids")
+    ),
     "engine/__init__.py",
     *(
         f"engine/{name}.py"

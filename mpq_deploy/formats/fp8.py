@@ -18,8 +18,15 @@ from mpq_deploy.formats.interfaces import INT4, ActivationFormat, ActivationGrid
 from mpq_deploy.formats.levels import LevelWeight
 from mpq_deploy.formats.minifloat import E4M3
 from mpq_deploy.formats.sizes import FP16_BYTES
-from mpq_deploy.rounding.float_levels import LevelMatrix, row_pieces
-from mpq_deploy.rounding.quantizers import CLIP_RATIOS, LARGEST_SCALE, SMALLEST_SCALE, round_scale
+from mpq_deploy.rounding.arrays import cast, names_of
+from mpq_deploy.rounding.float_levels import Level, LevelMatrix
+from mpq_deploy.rounding.quantizers import (
+    CLIP_RATIOS,
+    LARGEST_SCALE,
+    SMALLEST_SCALE,
+    round_scale,
+    row_pieces,
+)
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -52,12 +59,11 @@ class E4M3Matrix(LevelMatrix):
 
     scale: Array
 
-    def nearest(self, wanted: Array, columns: Array) -> tuple[Array, Array]:
-        codes = E4M3.encode(wanted / self.scale.astype(np.float32))
-        return codes, self.decode(codes, columns)
+    def levels_at(self, columns: Array) -> tuple[Level, tuple[Array, ...]]:
+        return E4M3.multiples, (cast(self.scale, np.float32)[None],)
 
     def decode(self, codes: Array, columns: Array) -> Array:
-        return E4M3.decode(codes) * self.scale.astype(np.float32)
+        return E4M3.decode(codes) * cast(self.scale, np.float32)
 
     @property
     def mean_step(self) -> float:
@@ -76,43 +82,49 @@ class RequantizedMatrix(LevelMatrix):
     scale: Array
     channel_scale: Array
 
-    def nearest(self, wanted: Array, columns: Array) -> tuple[Array, Array]:
-        """Of the two codes around it, take the one whose E4M3 value is nearer."""
+    def levels_at(self, columns: Array) -> tuple[Level, tuple[Array, ...]]:
         blocks = self._blocks(columns)
-        below = np.floor(wanted / self._steps[blocks]).astype(np.int32)
-        np.clip(below, INT4.quant_min, INT4.quant_max - 1, out=below)
-        places = self._places(below, blocks)
-        low, high = self._levels.take(places), self._levels.take(places + 1)
-        nearer = np.abs(wanted - high) < np.abs(wanted - low)
-        return np.asarray((below + nearer).astype(np.int8)), np.where(nearer, high, low)
+        return self._nearer, (self._steps[blocks], self._first(blocks))
+
+    def _nearer(self, wanted: Array, step: Array, first: Array) -> tuple[Array, Array]:
+        """Of the two codes around it, take the one whose E4M3 value is nearer; ``first``: where code 0's lies."""
+        xp = names_of(wanted)
+        below = cast(xp.floor(wanted / step), np.int32)
+        xp.clip(below, INT4.quant_min, INT4.quant_max - 1, out=below)
+        places = first + below
+        low, high = xp.take(self._levels, places), xp.take(self._levels, places + 1)
+        nearer = xp.abs(wanted - high) < xp.abs(wanted - low)
+        return cast(below + nearer, np.int8), xp.where(nearer, high, low)
 
     def decode(self, codes: Array, columns: Array) -> Array:
-        return np.asarray(self._levels.take(self._places(codes, self._blocks(columns))))
+        places = self._first(self._blocks(columns)) + codes
+        return names_of(codes).take(self._levels, places)
 
     @property
     def mean_step(self) -> float:
         return float(self.scale.astype(np.float32).mean())
 
     def _blocks(self, columns: Array) -> Array:
-        return np.asarray(columns // (self.codes.shape[1] // self.scale.shape[1]))
+        return columns // (self.codes.shape[1] // self.scale.shape[1])
 
-    def _places(self, codes: Array, blocks: Array) -> Array:
-        """Where the levels of ``codes`` [n, O] lie, whose columns are in ``blocks`` int [n]."""
-        first = blocks[:, None] * len(self.scale) + np.arange(len(self.scale))
-        return np.asarray(first * 2**INT4.bits + codes - INT4.quant_min)
+    def _first(self, blocks: Array) -> Array:
+        """Where the level of code 0 lies in each row, int [n, O], for columns in ``blocks`` int [n]."""
+        rows = names_of(blocks).arange(len(self.scale))
+        return (blocks[:, None] * len(self.scale) + rows) * 2**INT4.bits - INT4.quant_min
 
     @cached_property
     def _steps(self) -> Array:
         """The block scales, float32 [B, O]."""
-        return np.ascontiguousarray(self.scale.T, np.float32)
+        return names_of(self.scale).ascontiguousarray(self.scale.T, np.float32)
 
     @cached_property
     def _levels(self) -> Array:
         """The value of each code in each block, float32 [B * O * 16]."""
-        codes = np.arange(INT4.quant_min, INT4.quant_max + 1, dtype=np.float32)
-        channel = self.channel_scale.astype(np.float32)[:, None]
+        xp = names_of(self.scale)
+        codes = xp.asarray(np.arange(INT4.quant_min, INT4.quant_max + 1, dtype=np.float32))
+        channel = cast(self.channel_scale, np.float32)[:, None]
         values = self._steps[:, :, None] * codes / channel
-        return np.asarray(E4M3.nearest(values, np) * channel).ravel()
+        return (E4M3.nearest(values, xp) * channel).ravel()
 
 
 @dataclass(frozen=True)
@@ -140,9 +152,9 @@ class Fp8Weight(LevelWeight):
         return FP16_BYTES * layer.weights if whole else 0
 
     def scaled(self, layer: Layer, weight: Array, importance: Array) -> E4M3Matrix:
-        share = importance.astype(np.float32)
+        xp, share = names_of(weight), cast(importance, np.float32)
         scales = [_channel_scale(weight[part], share) for part in row_pieces(weight)]
-        return E4M3Matrix(np.zeros(weight.shape, np.uint8), np.concatenate(scales))
+        return E4M3Matrix(xp.zeros(weight.shape, np.uint8), xp.concatenate(scales))
 
     def write(self, to: LayerWriter, matrix: E4M3Matrix) -> ir.Value:
         product = self.multiplies(to.layer, to.scheme.activation is None)
@@ -196,10 +208,10 @@ class RequantizedToFp8(LevelWeight):
     def scaled(self, layer: Layer, weight: Array, importance: Array) -> RequantizedMatrix:
         block = self.block(layer)
         assert block is not None, "choices_for admits only schemes with a block size"
-        share = importance.reshape(-1, block).astype(np.float32)
+        xp, share = names_of(weight), cast(importance.reshape(-1, block), np.float32)
         found = [_block_scales(weight[part], share) for part in row_pieces(weight)]
-        scale, channel = (np.concatenate(arrays) for arrays in zip(*found))
-        return RequantizedMatrix(np.zeros(weight.shape, np.int8), scale, channel)
+        scale, channel = (xp.concatenate(arrays) for arrays in zip(*found))
+        return RequantizedMatrix(xp.zeros(weight.shape, np.int8), scale, channel)
 
     def write(self, to: LayerWriter, matrix: RequantizedMatrix) -> ir.Value:
         weight = self.stored.write_blocks(to, matrix.codes, matrix.scale)
@@ -268,43 +280,49 @@ def _kernel_refusal(layer: Layer) -> str:
 
 def _channel_scale(weight: Array, share: Array) -> Array:
     """Choose scales float16 [O] of minimum error weighted by ``share`` float32 [K]."""
-    amax = np.abs(weight).max(axis=1, keepdims=True)
-    lowest = np.full(len(weight), np.inf, np.float32)
-    best = round_scale(np.where(amax > 0, amax / E4M3.largest, 1.0))
-    for ratio in WEIGHT_RATIOS:
-        scale = round_scale(ratio * amax / E4M3.largest)
-        step = scale.astype(np.float32)
-        error = np.square(weight - E4M3.nearest(weight / step, np) * step) @ share
+    xp = names_of(weight)
+    amax = xp.amax(xp.abs(weight), axis=1, keepdims=True)
+    lowest = xp.full_like(amax[:, 0], np.inf)
+    best = round_scale(xp.where(amax > 0, amax / E4M3.largest, 1.0))
+    exact = cast(amax, np.float64)
+    for ratio in WEIGHT_RATIOS.tolist():
+        scale = round_scale(ratio * exact / E4M3.largest)
+        step = cast(scale, np.float32)
+        error = xp.square(weight - E4M3.nearest(weight / step, xp) * step) @ share
         better = (error < lowest) & (amax[:, 0] > 0)
-        best[better], lowest[better] = scale[better], error[better]
-    return np.asarray(best[:, 0])
+        best = xp.where(better[:, None], scale, best)
+        lowest = xp.where(better, error, lowest)
+    return best[:, 0]
 
 
 def _block_scales(weight: Array, share: Array) -> tuple[Array, Array]:
     """Choose block scales float16 [O, B] and channel scales float16 [O]; ``share`` float32 [B, width]."""
-    blocked = weight.reshape(len(weight), *share.shape)
-    amax = np.abs(blocked).max(axis=2)
+    xp, blocked = names_of(weight), weight.reshape(len(weight), *share.shape)
+    amax = xp.amax(xp.abs(blocked), axis=2)
+    exact = cast(amax, np.float64)
     # What the largest block reaches with its code of largest size.
-    reach = CLIP_RATIOS[-1] * -INT4.quant_min / INT4.quant_max * amax.max(axis=1)
-    power = np.ceil(np.log2(np.maximum(reach, SMALLEST_SCALE) / E4M3.largest))
-    channel = np.maximum(np.exp2(power), SMALLEST_CHANNEL_SCALE).astype(np.float16)
-    lowest = np.full(amax.shape, np.inf, np.float32)
-    best = _few_bits(np.where(amax > 0, amax / INT4.quant_max, 1.0))
-    for ratio in CLIP_RATIOS:
-        scale = _few_bits(ratio * amax / INT4.quant_max)
-        matrix = RequantizedMatrix(np.zeros(weight.shape, np.int8), scale, channel).rounded(weight)
+    reach = float(CLIP_RATIOS[-1]) * -INT4.quant_min / INT4.quant_max * xp.amax(exact, axis=1)
+    power = xp.ceil(xp.log2(xp.maximum(reach, SMALLEST_SCALE) / E4M3.largest))
+    channel = cast(xp.maximum(xp.exp2(power), SMALLEST_CHANNEL_SCALE), np.float16)
+    lowest = xp.full_like(amax, np.inf)
+    best = _few_bits(xp.where(amax > 0, amax / INT4.quant_max, 1.0))
+    codes = xp.zeros(weight.shape, np.int8)
+    for ratio in CLIP_RATIOS.tolist():
+        scale = _few_bits(ratio * exact / INT4.quant_max)
+        matrix = RequantizedMatrix(codes, scale, channel).rounded(weight)
         error = (weight - matrix.dequantize()).reshape(blocked.shape)
-        error = np.einsum("obw,bw->ob", np.square(error), share)
+        error = xp.einsum("obw,bw->ob", xp.square(error), share)
         better = (error < lowest) & (amax > 0)
-        best, lowest = np.where(better, scale, best), np.where(better, error, lowest)
+        best, lowest = xp.where(better, scale, best), xp.where(better, error, lowest)
     return best, channel
 
 
 def _few_bits(scale: Array) -> Array:
     """Round positive scales to ``SCALE_BITS`` significant bits that FP16 holds."""
-    mantissa, exponent = np.frexp(np.clip(scale, SMALLEST_SCALE, LARGEST_SCALE / 2))
-    rounded = np.ldexp(np.rint(np.ldexp(mantissa, SCALE_BITS)), exponent - SCALE_BITS)
-    return np.asarray(rounded, np.float16)
+    xp = names_of(scale)
+    mantissa, exponent = xp.frexp(xp.clip(scale, SMALLEST_SCALE, LARGEST_SCALE / 2))
+    rounded = xp.ldexp(xp.rint(xp.ldexp(mantissa, SCALE_BITS)), exponent - SCALE_BITS)
+    return cast(rounded, np.float16)
 
 
 FP8_WEIGHT, FP8_INPUT = Fp8Weight(), Fp8Activation()

@@ -10,6 +10,7 @@ import numpy as np
 
 from mpq_deploy.formats.interfaces import Precision, Rounder, Scheme, WeightFormat
 from mpq_deploy.formats.layer_rounding import LayerRounding, importance_of
+from mpq_deploy.rounding.arrays import cast, fetched, names_of, placed
 from mpq_deploy.rounding.quantizers import (
     Grid,
     QuantizedMatrix,
@@ -100,38 +101,50 @@ def _round_group(
     columns: Mapping[str, Array],
 ) -> dict[str, QuantizedMatrix]:
     """Round ``weight`` [O, K]; ``columns`` [K]: by what the input is multiplied for some forms."""
-    importance = importance_of(blocks)
+    weight, blocks = placed(weight), [placed(block) for block in blocks]
+    xp, importance = names_of(weight), importance_of(blocks)
     matrices, taps = {}, {form: own.taps(layer) for form, own in formats.items()}
+    by = {form: placed(factors) for form, factors in columns.items()}
     for form, own in formats.items():
-        by = columns.get(form, np.float32(1))
-        seen = np.asarray(importance * np.square(by), np.float32)
+        seen, scaled = cast(importance, np.float32), weight
+        if form in by:
+            seen, scaled = cast(importance * xp.square(by[form]), np.float32), weight / by[form]
         scale, channel = own.scales(
             layer,
-            position_first(weight / by, taps[form]),
+            position_first(scaled, taps[form]),
             position_first(seen[None], taps[form])[0],
         )
-        matrices[form] = QuantizedMatrix(np.zeros_like(weight, np.int8), scale, channel, taps[form])
+        matrices[form] = QuantizedMatrix(
+            xp.zeros(weight.shape, np.int8), scale, channel, taps[form]
+        )
     grids = {}
     for form, matrix in matrices.items():
         limits = formats[form].precision
-        step, places, by = matrix.effective_scale(), matrix.columns(), columns.get(form)
-        grids[form] = Grid(step, places, limits.quant_min, limits.quant_max, by)
-    codes = _codes(weight, grids, blocks if how.gptq else None, how.damping)
+        step, places = matrix.effective_scale(), xp.asarray(matrix.columns())
+        grids[form] = Grid(step, places, limits.quant_min, limits.quant_max, by.get(form))
+    codes = _codes(weight, grids, blocks if how.gptq else None, how)
+    rounded = {form: (codes[form], matrices[form].scale) for form in formats}
     # INT8 has little to gain, and w4a8's scales are tied to their channel's.
     free = [form for form, own in formats.items() if how.gptq and own.refined]
-    started = [(codes[form], matrices[form].scale) for form in free]
-    along = taps[free[0]] if free else 1
-    refined = refine_rounding(weight, started, blocks, how.damping, how.refinements, along)
-    rounded = {form: (codes[form], matrices[form].scale) for form in formats}
-    rounded.update(zip(free, refined))
+    together = max(1, len(free) if xp is np else how.rows // len(weight))
+    for first in range(0, len(free), together):
+        some = free[first : first + together]
+        started = [rounded[form] for form in some]
+        refining = blocks, how.damping, how.refinements, taps[some[0]]
+        rounded.update(zip(some, refine_rounding(weight, started, *refining)))
     return {
-        form: QuantizedMatrix(*rounded[form], matrix.channel_scale, matrix.taps)
+        form: QuantizedMatrix(
+            fetched(rounded[form][0]),
+            fetched(rounded[form][1]),
+            None if matrix.channel_scale is None else fetched(matrix.channel_scale),
+            matrix.taps,
+        )
         for form, matrix in matrices.items()
     }
 
 
 def _codes(
-    weight: Array, grids: Mapping[str, Grid], blocks: list[Array] | None, damping: float
+    weight: Array, grids: Mapping[str, Grid], blocks: list[Array] | None, how: Rounding
 ) -> dict[str, Array]:
     """Round ``weight`` [O, K] for all forms: they share the input, so they share GPTQ's factor.
 
@@ -147,10 +160,10 @@ def _codes(
         cut = {form: grid.cut(span) for form, grid in grids.items()}
         for factors, forms in _orders(cut):
             own = [cut[form] for form in forms]
-            codes = gptq_codes(weight[:, span], own, block, damping, factors)
+            codes = gptq_codes(weight[:, span], own, block, how.damping, factors, how.rows)
             for form, part in zip(forms, codes, strict=True):
                 pieces[form].append(part)
-    return {form: np.concatenate(codes, axis=1) for form, codes in pieces.items()}
+    return {form: names_of(weight).concatenate(codes, axis=1) for form, codes in pieces.items()}
 
 
 def _orders(grids: Mapping[str, Grid]) -> Iterator[tuple[Array | None, list[str]]]:
@@ -161,7 +174,8 @@ def _orders(grids: Mapping[str, Grid]) -> Iterator[tuple[Array | None, list[str]
     its error would be a few percent less, by the order of the input as it is alone up to a quarter
     more (seen once on the bundled emoji model; our choice).
     """
-    scaled = {form: np.log(g.factors) for form, g in grids.items() if g.factors is not None}
+    factors = {form: grid.factors for form, grid in grids.items() if grid.factors is not None}
+    scaled = {form: np.log(fetched(own)) for form, own in factors.items()}
     mean = np.mean(list(scaled.values()), axis=0) if scaled else None
     near = [f for f, logs in scaled.items() if np.sum((logs - mean) ** 2) < np.sum(logs**2)]
     if len(near) < len(grids):

@@ -6,9 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from mpq_deploy.formats.sizes import input_channels
+from mpq_deploy.rounding.arrays import names_of
 from mpq_deploy.rounding.quantizers import Rounding
 
 if TYPE_CHECKING:
@@ -69,4 +68,5 @@ class LayerRounding:
 
 def importance_of(blocks: list[Array]) -> Array:
     """Return the mean square of each column, [K]."""
-    return np.concatenate([np.diagonal(block) for block in blocks])
+    xp = names_of(blocks[0])
+    return xp.concatenate([xp.diagonal(block) for block in blocks])

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from mpq_deploy.formats.interfaces import Rounder, Scheme, WeightFormat
 from mpq_deploy.formats.layer_rounding import LayerRounding, importance_of
+from mpq_deploy.rounding.arrays import placed
 from mpq_deploy.rounding.float_levels import LevelMatrix, round_levels
 
 if TYPE_CHECKING:
@@ -53,8 +54,9 @@ def round_floats(schemes: Sequence[Scheme], layer: LayerRounding) -> dict[str, D
     formats = {scheme.weight_form: level_format(scheme) for scheme in schemes}
     parts: dict[str, list[LevelMatrix]] = {form: [] for form in formats}
     for weight, blocks in layer.groups():
+        weight, blocks = placed(weight), [placed(block) for block in blocks]
         importance = importance_of(blocks)
         grids = {f: own.scaled(layer.layer, weight, importance) for f, own in formats.items()}
         for form, matrix in round_levels(weight, grids, blocks, layer.how).items():
-            parts[form].append(matrix)
+            parts[form].append(matrix.fetched())
     return {form: formats[form].matrix.joined(pieces) for form, pieces in parts.items()}

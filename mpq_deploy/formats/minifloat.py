@@ -9,10 +9,12 @@ bits" (E4M3FN: bias 7, largest 448, 0x7F is NaN) and "4 bit floating point" (E2M
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from mpq_deploy.rounding.arrays import TorchNames, cast, names_of
 
 if TYPE_CHECKING:
     from mpq_deploy.models.spec import Array
@@ -41,6 +43,8 @@ class Minifloat:
 
     def encode(self, x: Array) -> Array:
         """Return the codes uint8 of the values nearest to ``x``; zeros have no sign."""
+        if not isinstance(x, (np.ndarray, np.generic)):
+            return self._encoded(x)
         size = np.minimum(np.abs(np.asarray(x, np.float32)), np.float32(self.largest))
         _, exponent = np.frexp(size)
         exponent = np.maximum(
@@ -52,9 +56,34 @@ class Minifloat:
         sign = (np.signbit(x) & (codes > 0)).astype(np.int32) << (self.bits - 1)
         return np.asarray((codes + sign).astype(np.uint8))
 
+    def multiples(self, wanted: Any, step: Any) -> tuple[Any, Any]:
+        """Return the codes, and what they are times ``step``, nearest to ``wanted``."""
+        codes = self.encode(wanted / step)
+        return codes, self.decode(codes) * step
+
+    def _encoded(self, x: Any) -> Any:
+        """Encode torch's tensor ``x`` by looking up between which values it lies."""
+        xp = names_of(x)
+        _, ends = _tables(self, x.device)
+        codes = xp.bucketize(xp.abs(x), ends)
+        return cast(codes + (x < 0) * (codes > 0) * 2 ** (self.bits - 1), np.uint8)
+
+    @cached_property
+    def _ends(self) -> Array:
+        """Up to where sizes get each code but the largest, float32: halfway, where ties go to the even one."""
+        sizes = self.values[: 2 ** (self.bits - 1)]
+        sizes = sizes[np.isfinite(sizes)]
+        halfway = (sizes[1:] + sizes[:-1]) / 2
+        halfway[1::2] = np.nextafter(halfway[1::2], np.float32(0))
+        return halfway
+
     def decode(self, codes: Array) -> Array:
         """Return the values float32 of ``codes``."""
-        return np.asarray(self.values[codes])
+        if isinstance(codes, (np.ndarray, np.generic)):
+            return np.asarray(self.values[codes])
+        values, _ = _tables(self, codes.device)
+        # A tensor of bytes as an index would be a mask.
+        return values[cast(codes, np.int64)]
 
     @cached_property
     def values(self) -> Array:
@@ -67,6 +96,13 @@ class Minifloat:
         sizes = np.ldexp(significand.astype(np.float32), power)
         sizes = np.where(sizes > self.largest, np.nan, sizes)
         return np.asarray(np.concatenate([sizes, -sizes]), np.float32)
+
+
+@cache
+def _tables(kind: Minifloat, device: Any) -> tuple[Any, Any]:
+    """Return the values of codes, and up to where sizes get each, as tensors on ``device``."""
+    xp = TorchNames(device)
+    return xp.asarray(kind.values), xp.asarray(kind._ends)
 
 
 E4M3 = Minifloat("e4m3", 8, 3, -6, 448.0, ("FLOAT8E4M3FN", 17))

@@ -19,7 +19,9 @@ from mpq_deploy.formats.interfaces import ActivationFormat, ActivationGrid, Sche
 from mpq_deploy.formats.levels import LevelWeight
 from mpq_deploy.formats.minifloat import E2M1, E4M3
 from mpq_deploy.formats.sizes import FP16_BYTES
-from mpq_deploy.rounding.float_levels import LevelMatrix, row_pieces
+from mpq_deploy.rounding.arrays import cast, names_of
+from mpq_deploy.rounding.float_levels import Level, LevelMatrix
+from mpq_deploy.rounding.quantizers import row_pieces
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -54,13 +56,11 @@ class Nvfp4Matrix(LevelMatrix):
     scale: Array
     tensor_scale: Array
 
-    def nearest(self, wanted: Array, columns: Array) -> tuple[Array, Array]:
-        steps = self._steps[columns // BLOCK]
-        codes = E2M1.encode(wanted / steps)
-        return codes, E2M1.decode(codes) * steps
+    def levels_at(self, columns: Array) -> tuple[Level, tuple[Array, ...]]:
+        return E2M1.multiples, (self._steps[columns // BLOCK],)
 
     def decode(self, codes: Array, columns: Array) -> Array:
-        return np.asarray(E2M1.decode(codes) * self._steps[columns // BLOCK])
+        return E2M1.decode(codes) * self._steps[columns // BLOCK]
 
     @property
     def mean_step(self) -> float:
@@ -70,8 +70,8 @@ class Nvfp4Matrix(LevelMatrix):
     @cached_property
     def _steps(self) -> Array:
         """The blocks' scales, float32 [K / 16, O]."""
-        steps = E4M3.decode(self.scale) * np.float32(self.tensor_scale)
-        return np.ascontiguousarray(steps.T)
+        steps = E4M3.decode(self.scale) * float(self.tensor_scale)
+        return names_of(steps).ascontiguousarray(steps.T)
 
 
 @dataclass(frozen=True)
@@ -101,14 +101,15 @@ class Nvfp4Weight(LevelWeight):
         return layer.weights // 2 + layer.weights // BLOCK + FP16_BYTES
 
     def scaled(self, layer: Layer, weight: Array, importance: Array) -> Nvfp4Matrix:
-        amax = float(np.abs(weight).max())
+        xp = names_of(weight)
+        amax = float(xp.abs(weight).max())
         scalar = (
             2.0 ** ceil(log2(amax / REACH)) if amax > SMALLEST_SCALAR * REACH else SMALLEST_SCALAR
         )
-        share = importance.reshape(-1, BLOCK).astype(np.float32)
+        share = cast(importance.reshape(-1, BLOCK), np.float32)
         scales = [_block_scales(weight[part], share, scalar) for part in row_pieces(weight)]
-        codes = np.zeros(weight.shape, np.uint8)
-        return Nvfp4Matrix(codes, np.concatenate(scales), np.asarray(scalar, np.float16))
+        codes = xp.zeros(weight.shape, np.uint8)
+        return Nvfp4Matrix(codes, xp.concatenate(scales), np.asarray(scalar, np.float16))
 
     def write(self, to: LayerWriter, matrix: Nvfp4Matrix) -> ir.Value:
         turned = to.layer.out_axis == 1
@@ -152,20 +153,20 @@ def _unpacked(to: LayerWriter, codes: ir.Value, step: ir.Value) -> ir.Value:
 
 def _block_scales(weight: Array, share: Array, scalar: float) -> Array:
     """Choose E4M3 codes uint8 [O, B] of minimum error; ``share`` float32 [B, 16]: the columns' weights."""
-    blocked = weight.reshape(len(weight), *share.shape)
-    amax = np.abs(blocked).max(axis=2)
-    first = E4M3.encode(amax / (E2M1.largest * scalar)).astype(np.int32)
-    lowest = np.full(amax.shape, np.inf, np.float32)
-    best = np.maximum(first, 1).astype(np.uint8)
+    xp, blocked = names_of(weight), weight.reshape(len(weight), *share.shape)
+    amax = xp.amax(xp.abs(blocked), axis=2)
+    first = cast(E4M3.encode(amax / (E2M1.largest * scalar)), np.int32)
+    lowest = xp.full_like(amax, np.inf)
+    best = cast(xp.maximum(first, 1), np.uint8)
     largest = int(E4M3.encode(np.float32(E4M3.largest)))
     for neighbour in NEIGHBOURS:
-        codes = np.clip(first + neighbour, 1, largest).astype(np.uint8)
-        step = (E4M3.decode(codes) * np.float32(scalar))[:, :, None]
-        error = np.square(blocked - E2M1.nearest(blocked / step, np) * step)
-        error = np.einsum("obw,bw->ob", error, share)
+        codes = cast(xp.clip(first + neighbour, 1, largest), np.uint8)
+        step = (E4M3.decode(codes) * scalar)[:, :, None]
+        error = xp.square(blocked - E2M1.nearest(blocked / step, xp) * step)
+        error = xp.einsum("obw,bw->ob", error, share)
         better = error < lowest
-        best, lowest = np.where(better, codes, best), np.where(better, error, lowest)
-    return np.asarray(best)
+        best, lowest = xp.where(better, codes, best), xp.where(better, error, lowest)
+    return best
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from mpq_deploy.formats.interfaces import (
     WeightFormat,
 )
 from mpq_deploy.formats.sizes import FP16_BYTES
+from mpq_deploy.rounding.arrays import fetched, placed
 from mpq_deploy.rounding.row_grids import (
     RowForm,
     SimulatedMatrix,
@@ -214,9 +215,10 @@ def round_simulated(schemes: Sequence[Scheme], layer: LayerRounding) -> dict[str
     parts: dict[RowForm, list[SimulatedMatrix]] = {form: [] for form in wanted}
     errors: dict[RowForm, list[Array]] = {form: [] for form in wanted}
     for weight, blocks in layer.groups():
-        for form, matrix in round_forms(weight, wanted, blocks, layer.how).items():
-            parts[form].append(matrix)
-            errors[form].append(row_errors(weight, matrix, blocks))
+        there, seen = placed(weight), [placed(block) for block in blocks]
+        for form, matrix in round_forms(there, wanted, seen, layer.how).items():
+            errors[form].append(fetched(row_errors(there, matrix, seen)))
+            parts[form].append(matrix.fetched())
     rounded = {form: stacked(pieces) for form, pieces in parts.items()}
     lost = {form: np.concatenate(pieces) for form, pieces in errors.items()}
     amax = layer.inputs.amax

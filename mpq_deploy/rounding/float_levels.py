@@ -7,12 +7,13 @@ level for the others as they stand (``quantizers.descend``).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
+from mpq_deploy.rounding.arrays import cast, fetched, names_of
 from mpq_deploy.rounding.quantizers import (
     Nearest,
     Rounding,
@@ -25,9 +26,10 @@ from mpq_deploy.rounding.quantizers import (
 
 if TYPE_CHECKING:
     from mpq_deploy.models.spec import Array
+    from mpq_deploy.rounding.gpu_columns import GpuColumns
 
-# Rows whose scales are searched together take so much (as in ``quantizers``).
-PIECE_BYTES = 1 << 18
+# (wanted, what levels depend on) -> codes and values.
+Level = Callable[..., "tuple[Array, Array]"]
 Levels = TypeVar("Levels", bound="LevelMatrix")
 
 
@@ -37,9 +39,14 @@ class LevelMatrix:
 
     codes: Array
 
+    def levels_at(self, columns: Array) -> tuple[Level, tuple[Array, ...]]:
+        """Return what rounds to the levels in ``columns`` int [n], and its further arguments, [n or 1, O] each."""
+        raise NotImplementedError
+
     def nearest(self, wanted: Array, columns: Array) -> tuple[Array, Array]:
         """Return the codes [n, O] and values of the levels nearest to ``wanted`` [n, O], in ``columns`` int [n]."""
-        raise NotImplementedError
+        level, parts = self.levels_at(columns)
+        return level(wanted, *parts)
 
     def decode(self, codes: Array, columns: Array) -> Array:
         """Return the values float32 [n, O] of ``codes`` [n, O]."""
@@ -47,8 +54,9 @@ class LevelMatrix:
 
     def dequantize(self) -> Array:
         """Return the deployed weight, float32 [O, K]."""
-        columns = np.arange(self.codes.shape[1])
-        return np.ascontiguousarray(self.decode(self.codes.T, columns).T, np.float32)
+        xp = names_of(self.codes)
+        columns = xp.arange(self.codes.shape[1])
+        return xp.ascontiguousarray(self.decode(self.codes.T, columns).T, np.float32)
 
     def arrays(self) -> dict[str, Array]:
         """Return what is stored of it: every field."""
@@ -66,9 +74,14 @@ class LevelMatrix:
 
     def rounded(self: Levels, weight: Array) -> Levels:
         """Return the matrix with the codes nearest to ``weight`` [O, K]."""
-        columns = np.arange(weight.shape[1])
-        codes, _ = self.nearest(np.ascontiguousarray(weight.T, np.float32), columns)
-        return replace(self, codes=np.ascontiguousarray(codes.T))
+        xp = names_of(weight)
+        columns = xp.arange(weight.shape[1])
+        codes, _ = self.nearest(xp.ascontiguousarray(weight.T, np.float32), columns)
+        return replace(self, codes=xp.ascontiguousarray(codes.T))
+
+    def fetched(self: Levels) -> Levels:
+        """Return the matrix with arrays of NumPy."""
+        return type(self)(**{name: fetched(array) for name, array in self.arrays().items()})
 
     def take(self: Levels, rows: Array | slice) -> Levels:
         """Return some of the output channels."""
@@ -97,20 +110,22 @@ def round_levels(
     nearest = {form: grid.rounded(weight) for form, grid in grids.items()}
     if not how.gptq:
         return nearest
-    codes = {form: matrix.codes.copy() for form, matrix in nearest.items()}
+    xp = names_of(weight)
+    codes = {form: cast(matrix.codes, matrix.codes.dtype) for form, matrix in nearest.items()}
     start = 0
     for block in moments:
-        order = np.argsort(-np.diagonal(block), kind="stable")
-        factor, pivots = gptq_factor(block[np.ix_(order, order)], how.damping)
-        hessian = damped(block[np.ix_(order, order)], how.damping, np.float32)
+        order = xp.argsort(-xp.diagonal(block), kind="stable")
+        ordered = block[order[:, None], order]
+        factor, pivots = gptq_factor(ordered, how.damping)
+        hessian = damped(ordered, how.damping, np.float32)
         columns = start + order
-        target = np.ascontiguousarray(weight[:, columns].T)
+        target = xp.ascontiguousarray(weight[:, columns].T)
         for form, grid in grids.items():
             plain = codes[form][:, columns].T
             own = _compensated(target, grid, columns, (factor, pivots, hessian), how.refinements)
             errors = [target - grid.decode(one, columns) for one in (own, plain)]
             better, other = (seen_error(error, factor, pivots) for error in errors)
-            codes[form][:, columns] = np.where(better < other, own, plain).T
+            codes[form][:, columns] = xp.where(better < other, own, plain).T
         start += len(block)
     return {form: replace(matrix, codes=codes[form]) for form, matrix in nearest.items()}
 
@@ -124,17 +139,21 @@ def _compensated(
 ) -> Array:
     """Return the codes [n, O] of ``target`` [n, O]; ``seen``: GPTQ's factor and pivots, the damped Hessian."""
     factor, pivots, hessian = seen
-    codes = np.empty(target.shape, grid.codes.dtype)
+    codes = names_of(target).empty(target.shape, grid.codes.dtype)
     encoder = _encoder(grid, columns, codes)
-    compensate(target.copy(), factor, pivots, encoder)
+    compensate(cast(target, np.float32), factor, pivots, encoder)
     values = grid.decode(codes, columns)
     for _ in range(refinements):
         descend(target, values, hessian, encoder)
     return codes
 
 
-def _encoder(grid: LevelMatrix, columns: Array, codes: Array) -> Nearest:
-    """Return what rounds one column, and keeps its codes in ``codes`` [n, O]."""
+def _encoder(grid: LevelMatrix, columns: Array, codes: Array) -> Nearest | GpuColumns:
+    """Return what rounds one column after the other, and keeps its codes in ``codes`` [n, O]."""
+    if not isinstance(codes, np.ndarray):
+        from mpq_deploy.rounding.gpu_columns import GpuColumns
+
+        return GpuColumns(*grid.levels_at(columns), codes)
 
     def nearest(place: int, wanted: Array) -> Array:
         column = columns[place : place + 1]
@@ -143,9 +162,3 @@ def _encoder(grid: LevelMatrix, columns: Array, codes: Array) -> Nearest:
         return np.asarray(values[0])
 
     return nearest
-
-
-def row_pieces(weight: Array) -> list[slice]:
-    """Cut the rows of ``weight`` [O, K] into pieces that stay in the cache while scales are searched."""
-    rows = max(1, PIECE_BYTES // max(1, 4 * weight.shape[1]))
-    return [slice(start, start + rows) for start in range(0, len(weight), rows)]

@@ -4,14 +4,14 @@ In: a layer graph and the recorded calls. Out: one ``Hessian`` per layer, in gra
 denoiser runs once per group of layers whose matrices fit the cap together, up to the last of them
 only. Of each activation a fixed random subset of output positions is used, as many per call; their
 patches (for a Conv) are gathered in the graph, so whole activations never leave the runtime, and
-multiplied by NumPy, whose A^T A does half the work of a product.
+multiplied by NumPy, whose A^T A does half the work of a product, or by torch on its GPU.
 """
 
 from __future__ import annotations
 
 import zlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import product
 from math import ceil, prod
@@ -28,8 +28,14 @@ from mpq_deploy.graph.constants import add_constant
 from mpq_deploy.graph.layers import Layer, LayerGraph, LayerUse
 from mpq_deploy.models.spec import Array
 from mpq_deploy.recipe import QuantizeSettings
+from mpq_deploy.rounding.arrays import fetched, names_of, placed
 from mpq_deploy.system.progress import Advance, Talk
-from mpq_deploy.system.sessions import open_session
+from mpq_deploy.system.sessions import (
+    open_session,
+    run_to_tensors,
+    shares_gpu,
+    within_gpu_memory,
+)
 
 # Share of the memory cap for rows that wait to be multiplied: a product of many rows costs less per
 # row, because each one also touches the whole matrix.
@@ -135,8 +141,9 @@ class HessianPlan:
         source, group = self._source, self._groups[number]
         jobs = self._jobs(number)
         if gathered is None:
-            gathered = _gathered_here(source, jobs, f"Hessians {number + 1} of {len(self)}")
-        means = _accumulate(source, jobs, gathered)
+            means = _accumulated_here(source, jobs, f"Hessians {number + 1} of {len(self)}")
+        else:
+            means = _accumulate(source, jobs, gathered)
         last = {patches: layer.name for layer, uses in group for patches in uses}
         for layer, uses in group:
             blocks, rows = _over_uses([means[patches] for patches in uses])
@@ -175,11 +182,12 @@ class _Source:
     settings: QuantizeSettings
     talk: Talk
     scratch: Path | None
+    together: int | None = None
 
     @cached_property
     def batches(self) -> list[Batch]:
         """The batches to run, of all calls."""
-        return list(self.recorded.batches(BATCH_SIZE))
+        return list(self.recorded.batches(self.together or BATCH_SIZE))
 
     @property
     def timesteps(self) -> int:
@@ -399,13 +407,21 @@ class Gathering:
                 advance(len(batch.calls))
 
     def rows(self, batch: Batch) -> list[Array]:
-        """Run the calls of ``batch``; return per job float32 [rows, group, columns], zero outside the image."""
+        """Run the calls of ``batch``; return per job float32 [rows, group, columns], zero outside the image.
+
+        On a GPU that torch computes on too they stay there, as tensors.
+        """
         jobs = self._jobs
         taps = [
             _batch_taps(job, batch, self._calls, self._total, self._source.settings) for job in jobs
         ]
         feed = batch.feed | {f"hessian.rows.{i}": flat.ravel() for i, (flat, _) in enumerate(taps)}
-        results = self._session.run(None, {k: v for k, v in feed.items() if k in self._needed})
+        feed = {k: v for k, v in feed.items() if k in self._needed}
+        if shares_gpu(self._session):
+            shapes = [(flat.size, job.channels) for job, (flat, _) in zip(jobs, taps, strict=True)]
+            results = run_to_tensors(self._session, feed, shapes)
+        else:
+            results = self._session.run(None, feed)
         return [
             _as_rows(job, gathered.reshape(*flat.shape, job.channels), inside)
             for job, gathered, (flat, inside) in zip(jobs, results, taps, strict=True)
@@ -415,13 +431,21 @@ class Gathering:
 def _as_rows(job: _Patches, gathered: Array, inside: Array | None) -> Array:
     """Return pixels ``gathered`` [rows, taps, channels] as rows of matrices; taps outside the image become zeros."""
     if inside is not None:
-        gathered[~inside] = 0
+        gathered[names_of(gathered).asarray(~inside)] = 0
     count, taps, channels = gathered.shape
     # Channel before tap, as in the weight; then one matrix per group of channels.
-    rows: Array = gathered.transpose(0, 2, 1).reshape(
-        count, job.group, channels // job.group * taps
-    )
+    rows: Array = gathered.swapaxes(1, 2).reshape(count, job.group, channels // job.group * taps)
     return rows
+
+
+def _accumulated_here(source: _Source, jobs: list[_Patches], label: str) -> dict[_Patches, _Sum]:
+    """Run the calls, as many at once as the GPU's memory holds; return the mean of x x^T for each of ``jobs``."""
+
+    def accumulated(size: int) -> dict[_Patches, _Sum]:
+        cut = replace(source, together=size)
+        return _accumulate(cut, jobs, _gathered_here(cut, jobs, label))
+
+    return within_gpu_memory(accumulated, BATCH_SIZE, f"calls of {label}", source.talk)
 
 
 def _gathered_here(source: _Source, jobs: list[_Patches], label: str) -> Iterator[list[Array]]:
@@ -505,7 +529,8 @@ class _Waiting:
         """Add X^T X of the waiting rows of ``job`` to its sum."""
         if not self.rows[job]:
             return
-        rows = np.concatenate(self.rows[job])
+        xp = names_of(self.rows[job][0])
+        rows = placed(xp.concatenate(self.rows[job]))
         self.rows[job], self.bytes[job] = [], 0
         widths = _widths(job.columns, self.max_width)
         start = 0
@@ -513,10 +538,11 @@ class _Waiting:
             columns = rows[:, :, start : start + width]
             place = self.sums[job].blocks[number :: len(widths), :width, :width]
             if job.group == 1:
-                matrix = np.ascontiguousarray(columns[:, 0])
-                place[0] += matrix.T @ matrix
+                matrix = names_of(rows).ascontiguousarray(columns[:, 0])
+                place[0] += fetched(matrix.T @ matrix)
             else:
-                place += np.matmul(columns.transpose(1, 2, 0), columns.transpose(1, 0, 2))
+                matrices = columns.swapaxes(0, 1)
+                place += fetched(matrices.swapaxes(1, 2) @ matrices)
             start += width
 
 

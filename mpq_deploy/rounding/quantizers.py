@@ -9,14 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from mpq_deploy.formats.interfaces import INT4, Precision
+from mpq_deploy.rounding.arrays import cast, names_of
 
 if TYPE_CHECKING:
     from mpq_deploy.models.spec import Array
+    from mpq_deploy.rounding.gpu_columns import GpuColumns, Replayed
 
 # Smallest scale that is written: the smallest normal FP16 number over 8, so that at least 7 bits of
 # the scale remain. A channel with smaller weights than 127 times this is a channel of zeros for any
@@ -31,6 +34,8 @@ LARGEST_MULTIPLE = 15
 # Rows of a weight whose scales are searched together take so much, so that the search stays in the
 # cache: a quarter to half of the time that a wide layer takes as a whole (measured).
 PIECE_BYTES = 1 << 18
+# On a GPU they only must not fill its memory (our choice).
+GPU_PIECE_BYTES = 1 << 26
 # The least damping of correlations that may be factored in float32 (our choice; the recipe's is
 # 0.05).
 SAFE_DAMPING = 0.01
@@ -62,11 +67,15 @@ def rounding_bytes(weights: int, width: int, forms: int, gptq: bool) -> int:
 
 @dataclass(frozen=True)
 class Rounding:
-    """``gptq`` (False: to the nearest, by the moments' diagonals), its ``damping``, rounds of refinement after it."""
+    """``gptq`` (False: to the nearest, by the moments' diagonals), its ``damping``, rounds of refinement after it.
+
+    ``rows``: rows of a weight's grids that are visited side by side, at most.
+    """
 
     gptq: bool
     damping: float
     refinements: int = 0
+    rows: int = ROWS_TOGETHER
 
 
 @dataclass(frozen=True)
@@ -98,11 +107,11 @@ class QuantizedMatrix:
 
     def effective_scale(self) -> Array:
         """Scales float32 [O, B] with which the codes become the deployed weight."""
-        scale = self.scale.astype(np.float32)
+        scale = cast(self.scale, np.float32)
         if self.channel_scale is None:
             return scale
-        channel = self.channel_scale.astype(np.float32)[:, None]
-        return np.asarray(np.rint(scale / channel) * channel, np.float32)
+        channel = cast(self.channel_scale, np.float32)[:, None]
+        return names_of(scale).rint(scale / channel) * channel
 
     def arrays(self) -> dict[str, Array]:
         """Return what is stored of it."""
@@ -136,7 +145,7 @@ def position_first(matrix: Array, taps: int) -> Array:
     """Bring columns [O, C * taps] into the order of positions, channels within each: [O, taps * C]."""
     if taps == 1:
         return matrix
-    return np.ascontiguousarray(
+    return names_of(matrix).ascontiguousarray(
         matrix.reshape(len(matrix), -1, taps).swapaxes(1, 2).reshape(matrix.shape)
     )
 
@@ -148,7 +157,7 @@ def channel_first(matrix: Array, taps: int) -> Array:
 
 def round_scale(scale: Array) -> Array:
     """Round positive scales to FP16 within the range that TensorRT takes (positive and finite)."""
-    return np.clip(scale, SMALLEST_SCALE, LARGEST_SCALE).astype(np.float16)
+    return cast(names_of(scale).clip(scale, SMALLEST_SCALE, LARGEST_SCALE), np.float16)
 
 
 def choose_scale(weight: Array, importance: Array, blocks: int, precision: Precision) -> Array:
@@ -157,32 +166,36 @@ def choose_scale(weight: Array, importance: Array, blocks: int, precision: Preci
     ``importance`` float [K]: the input's mean square per column (llama.cpp calls it the importance
     matrix).
     """
-    share = importance.reshape(1, blocks, -1).astype(np.float32)
-    return np.concatenate(
-        [_chosen_scale(weight[part], share, precision) for part in _pieces(weight)]
+    share = cast(importance.reshape(1, blocks, -1), np.float32)
+    return names_of(weight).concatenate(
+        [_chosen_scale(weight[part], share, precision) for part in row_pieces(weight)]
     )
 
 
-def _pieces(weight: Array) -> list[slice]:
+def row_pieces(weight: Array) -> list[slice]:
     """Cut the rows of ``weight`` [O, K] into pieces; rows are independent in all that is done to them."""
-    rows = max(1, PIECE_BYTES // max(1, 4 * weight.shape[1]))
+    size = PIECE_BYTES if isinstance(weight, np.ndarray) else GPU_PIECE_BYTES
+    rows = max(1, size // max(1, 4 * weight.shape[1]))
     return [slice(start, start + rows) for start in range(0, len(weight), rows)]
 
 
 def _chosen_scale(weight: Array, share: Array, precision: Precision) -> Array:
     """Choose the scales of some rows; ``share`` float32 [1, blocks, columns of one]."""
+    xp = names_of(weight)
     blocked = weight.reshape(len(weight), *share.shape[1:])
-    amax = np.abs(blocked).max(axis=2, keepdims=True)
-    best_error = np.full(amax.shape, np.inf, np.float32)
-    best = round_scale(np.where(amax > 0, amax, precision.quant_max) / precision.quant_max)
-    for ratio in CLIP_RATIOS:
-        scale = round_scale(ratio * amax / precision.quant_max)
-        step = scale.astype(np.float32)
+    amax = xp.amax(xp.abs(blocked), axis=2, keepdims=True)
+    best_error = xp.full_like(amax, np.inf)
+    best = round_scale(xp.where(amax > 0, amax, precision.quant_max) / precision.quant_max)
+    # Rounded once, from double precision to FP16.
+    exact = cast(amax, np.float64)
+    for ratio in CLIP_RATIOS.tolist():
+        scale = round_scale(ratio * exact / precision.quant_max)
+        step = cast(scale, np.float32)
         error = _clipped_error(blocked, step, precision.quant_min, precision.quant_max)
-        error = np.sum(share * np.square(error, out=error), axis=2, keepdims=True)
+        error = xp.sum(share * xp.square(error, out=error), axis=2, keepdims=True)
         better = (error < best_error) & (amax > 0)
-        best = np.where(better, scale, best)
-        best_error = np.where(better, error, best_error)
+        best = xp.where(better, scale, best)
+        best_error = xp.where(better, error, best_error)
     return best[:, :, 0]
 
 
@@ -194,46 +207,49 @@ def choose_multiple_scale(
     Returns (block scales float16 [O, B], channel scales float16 [O]). Tries the multiples 8 to 15
     for the largest block of a channel (our choice).
     """
-    share = importance[None].astype(np.float32)
-    found = [_chosen_multiple(weight[part], share, block_scale[part]) for part in _pieces(weight)]
-    scales, channels = zip(*found)
-    return np.concatenate(scales), np.concatenate(channels)
+    share = cast(importance[None], np.float32)
+    found = [
+        _chosen_multiple(weight[part], share, block_scale[part]) for part in row_pieces(weight)
+    ]
+    scales, channels = (names_of(weight).concatenate(parts) for parts in zip(*found))
+    return scales, channels
 
 
 def _chosen_multiple(weight: Array, share: Array, block_scale: Array) -> tuple[Array, Array]:
     """Choose block scales and channel scales of some rows; ``share`` float32 [1, K]."""
-    rows, columns = weight.shape
-    blocks = block_scale.shape[1]
-    wanted = block_scale.astype(np.float32)
-    best_error = np.full(rows, np.inf, np.float32)
-    best_scale = np.zeros((rows, blocks), np.float16)
-    best_channel = np.ones(rows, np.float16)
+    xp, columns = names_of(weight), weight.shape[1]
+    wanted = cast(block_scale, np.float32)
+    largest_block = xp.amax(wanted, axis=1)
+    best_error = xp.full_like(largest_block, np.inf)
+    best_scale, best_channel = xp.zeros_like(block_scale), xp.ones_like(block_scale[:, 0])
     for largest in range(8, LARGEST_MULTIPLE + 1):
-        channel = round_scale(wanted.max(axis=1) / largest)
-        step = channel.astype(np.float32)[:, None]
-        multiple = np.clip(np.rint(wanted / step), 1, LARGEST_MULTIPLE)
+        channel = round_scale(largest_block / largest)
+        step = cast(channel, np.float32)[:, None]
+        multiple = xp.clip(xp.rint(wanted / step), 1, LARGEST_MULTIPLE)
         column_step = _per_column(multiple * step, columns)
         error = _clipped_error(weight, column_step, INT4.quant_min, INT4.quant_max)
-        error = np.sum(share * np.square(error, out=error), axis=1)
+        error = xp.sum(share * xp.square(error, out=error), axis=1)
         better = error < best_error
-        best_scale[better] = (multiple * step).astype(np.float16)[better]
-        best_channel[better] = channel[better]
-        best_error[better] = error[better]
+        scale = cast(multiple * step, np.float16)
+        best_scale = xp.where(better[:, None], scale, best_scale)
+        best_channel = xp.where(better, channel, best_channel)
+        best_error = xp.where(better, error, best_error)
     return best_scale, best_channel
 
 
 def _clipped_error(weight: Array, step: Array, quant_min: int, quant_max: int) -> Array:
     """Return ``weight`` minus what it becomes in multiples of ``step``, in one array of its own."""
-    codes = weight / step
-    np.rint(codes, out=codes)
-    np.clip(codes, quant_min, quant_max, out=codes)
+    xp, codes = names_of(weight), weight / step
+    xp.rint(codes, out=codes)
+    xp.clip(codes, quant_min, quant_max, out=codes)
     codes *= step
-    return np.subtract(weight, codes, out=codes)
+    return xp.subtract(weight, codes, out=codes)
 
 
 def round_to_nearest(weight: Array, step: Array, quant_min: int, quant_max: int) -> Array:
     """Return int8 codes [O, K] of ``weight`` for column steps float32 [O, K]."""
-    return np.clip(np.rint(weight / step), quant_min, quant_max).astype(np.int8)
+    xp = names_of(weight)
+    return cast(xp.clip(xp.rint(weight / step), quant_min, quant_max), np.int8)
 
 
 def damped(hessian: Array, damping: float, dtype: type[np.floating[Any]] = np.float64) -> Array:
@@ -243,18 +259,23 @@ def damped(hessian: Array, damping: float, dtype: type[np.floating[Any]] = np.fl
     correlations alike, so that a few columns of large inputs do not damp all the others away.
     Columns that are always zero get the mean.
     """
-    matrix = np.array(hessian, dtype)
-    np.fill_diagonal(matrix, _damped_diagonal(hessian, damping))
+    matrix = cast(hessian, dtype)
+    names_of(matrix).fill_diagonal(matrix, _damped_diagonal(hessian, damping))
     return matrix
 
 
 def _damped_diagonal(hessian: Array, damping: float) -> Array:
-    diagonal = np.diagonal(hessian).astype(np.float64)
+    xp = names_of(hessian)
+    diagonal = cast(xp.diagonal(hessian), np.float64)
     positive = diagonal > 0
-    mean = float(diagonal[positive].mean()) if positive.any() else 1.0
+    if xp is np:
+        mean = diagonal[positive].mean() if positive.any() else np.float64(1)
+    else:
+        count = positive.sum()
+        mean = xp.where(count > 0, xp.where(positive, diagonal, 0).sum() / count, 1.0)
     # A column of hardly any input would leave the factor without accuracy.
     least = 1e-9 * mean
-    return np.where(positive, (1 + damping) * np.maximum(diagonal, least), mean)
+    return xp.where(positive, (1 + damping) * xp.maximum(diagonal, least), mean)
 
 
 def gptq_factor(hessian: Array, damping: float) -> tuple[Array, Array]:
@@ -266,19 +287,20 @@ def gptq_factor(hessian: Array, damping: float) -> tuple[Array, Array]:
     U_kk and U_kk^2, and columns are rounded from the first to the last. That is GPTQ (Frantar et
     al. 2023, section 3) without its inverse matrix: Chee et al., QuIP (2023), theorem 6.
     """
-    size = np.sqrt(_damped_diagonal(hessian, damping))
+    xp, size = names_of(hessian), _damped_diagonal(hessian, damping)
+    size = xp.sqrt(size)
     # Correlations: damping keeps their eigenvalues far enough from zero for float32, which takes
     # half the time.
-    upper = hessian.astype(np.float32 if damping >= SAFE_DAMPING else np.float64)
-    upper /= size[:, None].astype(upper.dtype)
-    upper /= size.astype(upper.dtype)
-    np.fill_diagonal(upper, 1)
+    upper = cast(hessian, np.float32 if damping >= SAFE_DAMPING else np.float64)
+    upper /= cast(size[:, None], upper.dtype)
+    upper /= cast(size, upper.dtype)
+    xp.fill_diagonal(upper, 1)
     _upper_cholesky(upper)
-    diagonal = size * np.diagonal(upper)
-    upper *= size[:, None].astype(upper.dtype)
-    upper /= diagonal.astype(upper.dtype)
-    np.fill_diagonal(upper, 0)
-    return upper.astype(np.float32, copy=False), np.square(diagonal)
+    diagonal = size * xp.diagonal(upper)
+    upper *= cast(size[:, None], upper.dtype)
+    upper /= cast(diagonal, upper.dtype)
+    xp.fill_diagonal(upper, 0)
+    return xp.asarray(upper, np.float32), xp.square(diagonal)
 
 
 def _upper_cholesky(matrix: Array, chunk: int = 256) -> None:
@@ -288,11 +310,12 @@ def _upper_cholesky(matrix: Array, chunk: int = 256) -> None:
     of matrices: LAPACK's own routine, as NumPy's wheels bring it, took longer at thousands of
     columns.
     """
+    xp = names_of(matrix)
     for stop in range(len(matrix), 0, -chunk):
         start = max(0, stop - chunk)
         own, above = matrix[start:stop, start:stop], matrix[:start, start:stop]
-        corner = np.linalg.cholesky(own[::-1, ::-1].astype(np.float64))[::-1, ::-1]
-        above[:] = above @ np.linalg.inv(corner).T.astype(matrix.dtype)
+        corner = xp.flip(xp.linalg.cholesky(cast(xp.flip(own), np.float64)))
+        above[:] = above @ cast(xp.linalg.inv(corner).T, matrix.dtype)
         matrix[:start, :start] -= above @ above.T
         own[:] = corner
         matrix[start:stop, :start] = 0
@@ -319,12 +342,12 @@ class Grid:
 
     def steps(self, order: Array) -> Array:
         """Return the step of every row in the columns ``order`` int [n], float32 [n, O]."""
-        steps = np.ascontiguousarray(self.step.T)[self.columns[order]]
+        steps = names_of(self.step).ascontiguousarray(self.step.T)[self.columns[order]]
         return steps if self.factors is None else steps * self.factors[order, None]
 
     def nearest(self, weight: Array) -> Array:
         """Return the codes int8 [O, K] of ``weight``."""
-        steps = self.steps(np.arange(weight.shape[1])).T
+        steps = self.steps(names_of(weight).arange(weight.shape[1])).T
         return round_to_nearest(weight, steps, self.quant_min, self.quant_max)
 
 
@@ -334,26 +357,28 @@ def gptq_codes(
     hessian: Array,
     damping: float,
     factors: Array | None = None,
+    rows: int = ROWS_TOGETHER,
 ) -> list[Array]:
-    """Round ``weight`` [O, K] by GPTQ to each of ``grids``: codes int8 [O, K].
+    """Round ``weight`` [O, K] by GPTQ to each of ``grids``: codes int8 [O, K], ``rows`` side by side.
 
     Columns are visited by falling diagonal of the Hessian of the input times ``factors`` [K] (GPTQ's
     act-order; the scales are fixed beforehand, so the order costs nothing at run time). Each output
     row is kept from GPTQ or from rounding to nearest, whichever has the smaller error e H e^T, H
     damped, so the result is never worse than nearest.
     """
-    moved = np.diagonal(hessian) * (1 if factors is None else np.square(factors))
-    order = np.argsort(-moved, kind="stable")
-    factor, pivots = gptq_factor(hessian[np.ix_(order, order)], damping)
+    xp = names_of(weight)
+    moved = xp.diagonal(hessian) * (1 if factors is None else xp.square(xp.asarray(factors)))
+    order = xp.argsort(-moved, kind="stable")
+    factor, pivots = gptq_factor(hessian[order[:, None], order], damping)
     # Columns of the weight are contiguous rows, [K, O].
-    ordered = np.ascontiguousarray(weight.T)[order]
+    ordered = xp.ascontiguousarray(weight.T)[order]
     found: list[Array] = []
-    together = max(1, ROWS_TOGETHER // len(weight))
+    together = max(1, rows // len(weight))
     for start in range(0, len(grids), together):
         for codes in _visited(ordered, grids[start : start + together], order, factor, pivots):
-            restored = np.empty_like(codes)
+            restored = xp.empty_like(codes)
             restored[order] = codes
-            found.append(np.ascontiguousarray(restored.T))
+            found.append(xp.ascontiguousarray(restored.T))
     return found
 
 
@@ -361,11 +386,27 @@ def _visited(
     ordered: Array, grids: list[Grid], order: Array, factor: Array, pivots: Array
 ) -> Iterator[Array]:
     """Yield the codes int8 [K, O] of ``ordered`` for each of ``grids``, whose rows are visited side by side."""
-    rows = ordered.shape[1]
-    step = np.concatenate([grid.steps(order) for grid in grids], axis=1)
+    xp, rows = names_of(ordered), ordered.shape[1]
+    step = xp.concatenate([grid.steps(order) for grid in grids], axis=1)
     limits = np.array([(grid.quant_min, grid.quant_max) for grid in grids], np.float32)
-    low, high = np.repeat(limits.T, rows, axis=1)
-    codes, remaining = np.empty(step.shape, np.int8), np.tile(ordered, (1, len(grids)))
+    low, high = (xp.asarray(ends) for ends in np.repeat(limits.T, rows, axis=1))
+    codes, remaining = xp.empty(step.shape, np.int8), xp.tile(ordered, (1, len(grids)))
+    error = compensate(remaining, factor, pivots, _to_multiples(step, low, high, codes))
+    for number, grid in enumerate(grids):
+        part = slice(number * rows, (number + 1) * rows)
+        own, steps = codes[:, part], step[:, part]
+        plain = xp.clip(xp.rint(ordered / steps), grid.quant_min, grid.quant_max)
+        worse = error[part] > seen_error(ordered - plain * steps, factor, pivots)
+        own[:] = xp.where(worse, cast(plain, np.int8), own)
+        yield own
+
+
+def _to_multiples(step: Array, low: Array, high: Array, codes: Array) -> Nearest | GpuColumns:
+    """Return what rounds columns to multiples of ``step`` [K, R] from ``low`` to ``high`` [R], into ``codes``."""
+    if not isinstance(step, np.ndarray):
+        from mpq_deploy.rounding.gpu_columns import GpuColumns, integer_level
+
+        return GpuColumns(integer_level, (step, low[None], high[None]), codes)
     value = np.empty(len(low), np.float32)
 
     def nearest(i: int, wanted: Array) -> Array:
@@ -377,14 +418,7 @@ def _visited(
         value[:] *= step[i]
         return value
 
-    error = compensate(remaining, factor, pivots, nearest)
-    for number, grid in enumerate(grids):
-        part = slice(number * rows, (number + 1) * rows)
-        own, steps = codes[:, part], step[:, part]
-        plain = np.clip(np.rint(ordered / steps), grid.quant_min, grid.quant_max)
-        worse = error[part] > seen_error(ordered - plain * steps, factor, pivots)
-        own[:, worse] = plain[:, worse]
-        yield own
+    return nearest
 
 
 # (column, wanted values of all rows [R]) -> the values that they get.
@@ -392,7 +426,11 @@ Nearest = Callable[[int, "Array"], "Array"]
 
 
 def compensate(
-    remaining: Array, factor: Array, pivots: Array, nearest: Nearest, chunk: int = 128
+    remaining: Array,
+    factor: Array,
+    pivots: Array,
+    nearest: Nearest | GpuColumns,
+    chunk: int = 128,
 ) -> Array:
     """GPTQ's pass over columns of ``remaining`` [K, R], each making up for those before.
 
@@ -400,26 +438,32 @@ def compensate(
     ``factor`` [K, K] and ``pivots`` [K] come from (``gptq_factor``). The number format is
     ``nearest``, which is called once per column.
     """
-    error = np.zeros(remaining.shape[1])
+    xp = names_of(remaining)
+    error = xp.zeros(remaining.shape[1], np.float64)
     for start in range(0, len(factor), chunk):
         stop = min(start + chunk, len(factor))
         wanted = remaining[start:stop] + factor[:start, start:stop].T @ remaining[:start]
-        for i, own in enumerate(wanted, start):
-            own += factor[start:i, i] @ remaining[start:i]
-            given = nearest(i, own)
-            remaining[i] -= given
-            own -= given
-        error += pivots[start:stop] @ np.square(wanted, out=wanted)
+        if callable(nearest):
+            for i, own in enumerate(wanted, start):
+                own += factor[start:i, i] @ remaining[start:i]
+                given = nearest(i, own)
+                remaining[i] -= given
+                own -= given
+        else:
+            corner = factor[start:stop, start:stop]
+            nearest.compensate(start, wanted, remaining[start:stop], corner)
+        error += pivots[start:stop] @ cast(xp.square(wanted, out=wanted), np.float64)
     return error
 
 
 def seen_error(errors: Array, factor: Array, pivots: Array, chunk: int = 512) -> Array:
     """Return e H e^T of every column of ``errors`` [K, R], float64 [R]; the others as for ``compensate``."""
-    error = np.zeros(errors.shape[1])
+    xp = names_of(errors)
+    error = xp.zeros(errors.shape[1], np.float64)
     for start in range(0, len(factor), chunk):
         stop = min(start + chunk, len(factor))
         missed = errors[start:stop] + factor[:stop, start:stop].T @ errors[:stop]
-        error += pivots[start:stop] @ np.square(missed, out=missed)
+        error += pivots[start:stop] @ cast(xp.square(missed, out=missed), np.float64)
     return error
 
 
@@ -452,6 +496,8 @@ def refine_rounding(
     for span in sorted(set(spans)):
         # Forms share the Hessian, so the rows of those that are cut alike are visited together.
         alike = [number for number, own in enumerate(spans) if own == span]
+        if not isinstance(weight, np.ndarray):
+            alike.sort(key=lambda number: forms[number][1].shape[1])
         state = _Descent(weight, [forms[number] for number in alike], order)
         for _ in range(rounds):
             for start in range(0, columns, span):
@@ -474,20 +520,22 @@ class BlockDiagonal:
 
     def times(self, columns: Array, rows: Array) -> Array:
         """Return the rows ``columns`` int [n] of the matrix times ``rows`` [K, R]."""
-        found = np.empty((len(columns), rows.shape[1]), np.float32)
+        xp = names_of(rows)
+        found = xp.empty((len(columns), rows.shape[1]), np.float32)
         for block, low, high in self._blocks:
             own = np.flatnonzero((columns >= low) & (columns < high))
             if len(own):
-                found[own] = block[columns[own] - low] @ rows[low:high]
+                found[xp.asarray(own)] = block[xp.asarray(columns[own] - low)] @ rows[low:high]
         return found
 
     def square(self, columns: Array) -> Array:
         """Return the part of the rows and columns ``columns`` int [n]."""
-        found = np.zeros((len(columns), len(columns)), np.float32)
+        xp = names_of(self._blocks[0][0])
+        found = xp.zeros((len(columns), len(columns)), np.float32)
         for block, low, high in self._blocks:
             own = np.flatnonzero((columns >= low) & (columns < high))
-            inside = columns[own] - low
-            found[np.ix_(own, own)] = block[np.ix_(inside, inside)]
+            inside, place = xp.asarray(columns[own] - low), xp.asarray(own)
+            found[place[:, None], place] = block[inside[:, None], inside]
         return found
 
 
@@ -498,20 +546,21 @@ class _Descent:
     """
 
     def __init__(self, weight: Array, forms: list[Rounded], order: Array | None) -> None:
-        self._rows, columns = len(weight), weight.shape[1]
+        xp, self._rows, columns = names_of(weight), len(weight), weight.shape[1]
+        self._xp = xp
+        self._best = _best if xp is np else _best_on_gpu()
         self._blocks = [columns // scale.shape[1] for _, scale in forms]
+        self._fits = _alike(self._blocks, self._rows, xp is not np)
         self._order = np.arange(columns) if order is None else order
         self._along = order is None
-        step = np.concatenate(
-            [_per_column(scale.astype(np.float32), columns) for _, scale in forms]
-        )
+        step = xp.concatenate([_per_column(cast(scale, np.float32), columns) for _, scale in forms])
         if order is not None:
-            step[:, order] = step.copy()
-        self._step = np.ascontiguousarray(step.T)
-        self._levels = np.ascontiguousarray(
-            np.concatenate([codes for codes, _ in forms]).T, np.float32
+            step[:, xp.asarray(order)] = cast(step, np.float32)
+        self._step = xp.ascontiguousarray(step.T)
+        self._levels = xp.ascontiguousarray(
+            xp.concatenate([codes for codes, _ in forms]).T, np.float32
         )
-        self._error = np.tile(weight.T, (1, len(forms))) - self._levels * self._step
+        self._error = xp.tile(weight.T, (1, len(forms))) - self._levels * self._step
 
     def visit(self, start: int, stop: int, hessian: BlockDiagonal) -> None:
         """Fit scales of the columns ``start`` to ``stop`` in order, move their codes, fit scales to those."""
@@ -523,15 +572,14 @@ class _Descent:
         self._fit_all(start, stop, square, slope)
 
     def _fit_all(self, start: int, stop: int, square: Array, slope: Array) -> None:
-        for form, block in enumerate(self._blocks):
-            part = slice(form * self._rows, (form + 1) * self._rows)
+        for block, part in self._fits:
             for first in range(start, stop, block):
                 local = slice(first - start, first - start + block)
                 self._fit(self._at(first, first + block), part, local, square, slope[:, part])
 
     def _at(self, start: int, stop: int) -> slice | Array:
         """What the columns ``start`` to ``stop`` in order are: a slice where they lie together."""
-        return slice(start, stop) if self._along else self._order[start:stop]
+        return slice(start, stop) if self._along else self._xp.asarray(self._order[start:stop])
 
     def _fit(
         self, columns: slice | Array, part: slice, local: slice, square: Array, slope: Array
@@ -539,13 +587,14 @@ class _Descent:
         """Fit one block's scale: the error falls by 2 d g - d^2 h when it changes by d."""
         levels, old = self._levels[columns, part], self._step[columns, part][0]
         raised = square[:, local] @ levels
-        gradient = np.einsum("kr,kr->r", levels, slope[local])
-        curvature = np.einsum("kr,kr->r", levels, raised[local])
+        xp = self._xp
+        gradient = xp.einsum("kr,kr->r", levels, slope[local])
+        curvature = xp.einsum("kr,kr->r", levels, raised[local])
         # A block of zero codes leaves its scale open.
-        wanted = old + gradient / np.maximum(curvature, np.finfo(np.float32).tiny)
+        wanted = old + gradient / xp.maximum(curvature, np.finfo(np.float32).tiny)
         sensible = (wanted > 0.5 * old) & (wanted < 2 * old)
-        change = round_scale(np.where(sensible, wanted, old)).astype(np.float32) - old
-        change[change * (2 * gradient - change * curvature) <= 0] = 0
+        change = cast(round_scale(xp.where(sensible, wanted, old)), np.float32) - old
+        change *= change * (2 * gradient - change * curvature) > 0
         self._error[columns, part] -= levels * change
         self._step[columns, part] += change
         slope -= raised * change
@@ -554,41 +603,70 @@ class _Descent:
         """Move the codes of some columns, and let the ``slope`` of all follow."""
         own, columns = slice(first - start, last - start), self._at(first, last)
         levels, step, within = self._levels[columns], self._step[columns], square[own, own]
-        wanted, moved = slope[own].copy(), np.empty_like(levels)
-        for i, best in enumerate(wanted):
-            best -= within[i, :i] @ moved[:i]
-            best /= within[i, i] * step[i]
-            best += levels[i]
-            np.rint(best, out=best)
-            np.maximum(best, INT4.quant_min, out=best)
-            np.minimum(best, INT4.quant_max, out=best)
-            np.multiply(best - levels[i], step[i], out=moved[i])
+        wanted, moved = cast(slope[own], np.float32), self._xp.empty_like(levels)
+        self._best((wanted, moved), (levels, step, within))
         self._levels[columns] = wanted
         self._error[columns] -= moved
         slope -= square[:, own] @ moved
 
     def forms(self) -> list[Rounded]:
         """Return the codes [O, K] and scales [O, B] of each form."""
-        codes, parts = self._levels.T.astype(np.int8), range(len(self._blocks))
+        xp, codes, parts = self._xp, cast(self._levels.T, np.int8), range(len(self._blocks))
         cut = [slice(form * self._rows, (form + 1) * self._rows) for form in parts]
-        scales = [
-            self._step[self._order[:: self._blocks[form]], cut[form]].T.astype(np.float16)
-            for form in parts
-        ]
+        first = [xp.asarray(self._order[:: self._blocks[form]]) for form in parts]
+        scales = [cast(self._step[first[form], cut[form]].T, np.float16) for form in parts]
         return [
-            (np.ascontiguousarray(codes[cut[form]]), np.ascontiguousarray(scales[form]))
+            (xp.ascontiguousarray(codes[cut[form]]), xp.ascontiguousarray(scales[form]))
             for form in parts
         ]
+
+
+def _alike(blocks: list[int], rows: int, joined: bool) -> list[tuple[int, slice]]:
+    """Return whose scales are fitted together: the rows of a form, or ``joined`` of all beside it with such blocks."""
+    found: list[tuple[int, slice]] = []
+    for form, block in enumerate(blocks):
+        part = slice(form * rows, (form + 1) * rows)
+        if joined and found and found[-1][0] == block:
+            part = slice(found.pop()[1].start, part.stop)
+        found.append((block, part))
+    return found
+
+
+def _best(changed: tuple[Array, Array], read: tuple[Array, Array, Array]) -> None:
+    """Turn slopes into the best codes, as ``gpu_columns.move_codes`` does."""
+    (wanted, moved), (levels, step, within) = changed, read
+    for i, best in enumerate(wanted):
+        best -= within[i, :i] @ moved[:i]
+        best /= within[i, i] * step[i]
+        best += levels[i]
+        np.rint(best, out=best)
+        np.maximum(best, INT4.quant_min, out=best)
+        np.minimum(best, INT4.quant_max, out=best)
+        np.multiply(best - levels[i], step[i], out=moved[i])
+
+
+def _best_on_gpu() -> Replayed:
+    from mpq_deploy.rounding.gpu_columns import Replayed, move_codes
+
+    return Replayed(partial(move_codes, (INT4.quant_min, INT4.quant_max)))
 
 
 def descend(
-    target: Array, values: Array, hessian: Array, nearest: Nearest, chunk: int = 64
+    target: Array,
+    values: Array,
+    hessian: Array,
+    nearest: Nearest | GpuColumns,
+    chunk: int = 64,
 ) -> None:
     """Visit every column of ``values`` [K, R] (overwritten) once: set it to the best for the others as they stand."""
     error = target - values
     for start in range(0, len(hessian), chunk):
         stop = min(start + chunk, len(hessian))
-        slope = hessian[start:stop] @ error
+        slope, span = hessian[start:stop] @ error, slice(start, stop)
+        if not callable(nearest):
+            square = hessian[span, span]
+            nearest.descend(start, (values[span], error[span], slope), target[span], square)
+            continue
         for i in range(start, stop):
             found = nearest(i, target[i] - error[i] + slope[i - start] / hessian[i, i])
             moved = values[i] - found
@@ -599,4 +677,4 @@ def descend(
 
 def _per_column(scale: Array, columns: int) -> Array:
     """Repeat scales [O, B] to one per column, [O, columns]."""
-    return np.repeat(scale, columns // scale.shape[1], axis=1)
+    return names_of(scale).repeat(scale, columns // scale.shape[1], axis=1)

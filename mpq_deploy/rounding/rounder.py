@@ -6,7 +6,7 @@ In: a run that is calibrated. Out: a file of candidates per layer, the same byte
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +18,7 @@ from mpq_deploy.calls.recorded import RecordedCalls
 from mpq_deploy.calls.trajectories import has_forward_process, renoised
 from mpq_deploy.engine.target import Target
 from mpq_deploy.formats.candidates import (
+    LayerCandidates,
     choices_for,
     round_candidates,
     save_candidates,
@@ -28,6 +29,7 @@ from mpq_deploy.formats.scheme import Scheme
 from mpq_deploy.graph.layers import Layer
 from mpq_deploy.graph.writers.quantize_layers import bias_refusals, weight_array
 from mpq_deploy.models.spec import Array
+from mpq_deploy.rounding.arrays import free_gpu_memory, rows_that_fit
 from mpq_deploy.rounding.candidate_store import (
     candidate_file,
     wanted_schemes,
@@ -41,7 +43,10 @@ from mpq_deploy.rounding.control_schemes import (
 from mpq_deploy.rounding.hessian import Hessian, iterate_hessians
 from mpq_deploy.rounding.quantizers import Rounding
 from mpq_deploy.run.view import Exported
+from mpq_deploy.system.compute import compute_on, computing_on
 from mpq_deploy.system.mapped import drop_pages
+from mpq_deploy.system.memory import ran_out
+from mpq_deploy.system.progress import Talk
 
 if TYPE_CHECKING:
     from threadpoolctl import ThreadpoolController
@@ -54,6 +59,8 @@ if TYPE_CHECKING:
 # expected error: all four of each body would be as many bytes again as all other candidates of a
 # Stable Diffusion (our choice; two leave 0 to 7 % more error than four on the bundled models).
 LARGE_WEIGHTS, LARGE_VARIANTS = 1 << 20, 2
+# Where the GPU's memory ended with some forms side by side, so many times fewer are tried.
+FEWER = 8
 
 
 @dataclass(frozen=True)
@@ -71,6 +78,7 @@ class Rounder:
     stats: CalibrationStats
     numbers: Mapping[str, int]
     blas: ThreadpoolController
+    talk: Talk
 
     @classmethod
     def of(cls, run: Run) -> Rounder:
@@ -79,32 +87,55 @@ class Rounder:
 
         numbers = {layer.name: number for number, layer in enumerate(run.exported.graph.layers)}
         stats = run.calibration.stats
-        return cls(run.exported, run.recipe, run.target, stats, numbers, ThreadpoolController())
+        blas = ThreadpoolController()
+        return cls(run.exported, run.recipe, run.target, stats, numbers, blas, run.talk)
 
     def into(self, folder: Path, moments: Hessian) -> Path:
         """Round the layer of ``moments`` for all its schemes; return its new file in ``folder``."""
-        layer, graph, section = moments.layer, self.exported.graph, self.recipe.quantize
-        activations = self.stats.activations[layer.inputs[0]]
+        layer, graph = moments.layer, self.exported.graph
         with self.blas.limit(limits=1, user_api="blas"):
-            candidates = round_candidates(
-                layer,
-                choices_for(layer, wanted_schemes(self.recipe), self._refusal),
-                weight_matrix(layer, weight_array(graph.model, layer)),
-                InputMoments(
-                    moments.blocks,
-                    moments.widths,
-                    outliers=activations.outliers,
-                    factors=activations.factors,
-                    amax=_column_amax(layer, self.stats) if layer.group == 1 else None,
-                ),
-                Rounding(section.rounding == "gptq", section.damping, section.refinements),
-                # The controls are what they say whatever the recipe allows the plan.
-                also=tuple(plan[layer.name] for plan in self._controls.values()),
-            )
+            candidates = self._candidates(moments)
         path = candidate_file(folder, self.numbers[layer.name])
         save_candidates(candidates, path)
         drop_pages(graph.model.graph.initializers[layer.weight].const_value)
         return path
+
+    def _candidates(self, moments: Hessian) -> LayerCandidates:
+        """Round on the GPU that this process computes on, or the CPU; on it too where the GPU's memory ends."""
+        layer, place, section = moments.layer, computing_on(), self.recipe.quantize
+        how = Rounding(section.rounding == "gptq", section.damping, section.refinements)
+        if place.torch is None:
+            return self._rounded(moments, how)
+        rows = rows_that_fit(place.torch_device(), layer.out_channels, layer.reduction)
+        for number, then in ((rows, "with fewer forms at once"), (rows // FEWER, "on the CPU")):
+            try:
+                return self._rounded(moments, replace(how, rows=number))
+            except Exception as error:
+                if not ran_out(error):
+                    raise
+            free_gpu_memory()
+            self.talk.line(f"  {layer.name}: the GPU's memory ran out; rounded again {then}")
+        with compute_on(replace(place, torch=None)):
+            return self._rounded(moments, how)
+
+    def _rounded(self, moments: Hessian, how: Rounding) -> LayerCandidates:
+        layer = moments.layer
+        activations = self.stats.activations[layer.inputs[0]]
+        return round_candidates(
+            layer,
+            choices_for(layer, wanted_schemes(self.recipe), self._refusal),
+            weight_matrix(layer, weight_array(self.exported.graph.model, layer)),
+            InputMoments(
+                moments.blocks,
+                moments.widths,
+                outliers=activations.outliers,
+                factors=activations.factors,
+                amax=_column_amax(layer, self.stats) if layer.group == 1 else None,
+            ),
+            how,
+            # The controls are what they say whatever the recipe allows the plan.
+            also=tuple(plan[layer.name] for plan in self._controls.values()),
+        )
 
     def diagonal(self, layer: Layer) -> Hessian:
         """Return the second moments of the layer's input channels: what rounding to nearest looks at."""

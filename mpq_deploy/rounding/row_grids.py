@@ -11,12 +11,14 @@ one layer may differ in their bits, and have binary residuals: W^ = q + sum_o al
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from mpq_deploy.rounding.arrays import cast, fetched, names_of
 from mpq_deploy.rounding.quantizers import (
     Nearest,
     Rounding,
@@ -29,6 +31,7 @@ from mpq_deploy.rounding.quantizers import (
 
 if TYPE_CHECKING:
     from mpq_deploy.models.spec import Array
+    from mpq_deploy.rounding.gpu_columns import GpuColumns
 
 GRID_ARRAYS = ("low", "high", "scale", "residual")
 
@@ -87,10 +90,10 @@ class SimulatedMatrix:
 
     def dequantize(self) -> Array:
         """Return the weight, float32 [O, K]."""
-        value = self.codes * self.grids.scale.astype(np.float32)[:, None]
-        for sign, size in zip(self.signs, self.grids.residual.astype(np.float32)):
+        value = self.codes * cast(self.grids.scale, np.float32)[:, None]
+        for sign, size in zip(self.signs, cast(self.grids.residual, np.float32)):
             value = value + sign * size[:, None]
-        return np.asarray(value, np.float32)
+        return value
 
     def arrays(self) -> dict[str, Array]:
         """Return what is stored of it."""
@@ -108,6 +111,11 @@ class SimulatedMatrix:
         """Return some of the channels."""
         return SimulatedMatrix(self.grids.take(rows), self.codes[rows], self.signs[:, rows])
 
+    def fetched(self) -> SimulatedMatrix:
+        """Return the matrix with arrays of NumPy."""
+        grids = RowGrids(*(fetched(getattr(self.grids, name)) for name in GRID_ARRAYS))
+        return SimulatedMatrix(grids, fetched(self.codes), fetched(self.signs))
+
     @property
     def grid_bits(self) -> Array:
         """Bits of each channel's grid, int64 [O]."""
@@ -122,34 +130,42 @@ class SimulatedMatrix:
 
 def stacked(parts: Sequence[SimulatedMatrix]) -> SimulatedMatrix:
     """Put the channels of ``parts`` one after the other."""
-    orders = max(len(part.signs) for part in parts)
+    xp, orders = names_of(parts[0].codes), max(len(part.signs) for part in parts)
 
     def padded(array: Array) -> Array:
-        return np.concatenate(
-            [array, np.zeros((orders - len(array), *array.shape[1:]), array.dtype)]
+        return xp.concatenate(
+            [array, xp.zeros((orders - len(array), *array.shape[1:]), array.dtype)]
         )
 
     grids = RowGrids(
-        np.concatenate([p.grids.low for p in parts]),
-        np.concatenate([p.grids.high for p in parts]),
-        np.concatenate([p.grids.scale for p in parts]),
-        np.concatenate([padded(p.grids.residual) for p in parts], axis=1),
+        xp.concatenate([p.grids.low for p in parts]),
+        xp.concatenate([p.grids.high for p in parts]),
+        xp.concatenate([p.grids.scale for p in parts]),
+        xp.concatenate([padded(p.grids.residual) for p in parts], axis=1),
     )
-    signs = np.concatenate([padded(p.signs) for p in parts], axis=1)
-    return SimulatedMatrix(grids, np.concatenate([p.codes for p in parts]), signs)
+    signs = xp.concatenate([padded(p.signs) for p in parts], axis=1)
+    return SimulatedMatrix(grids, xp.concatenate([p.codes for p in parts]), signs)
 
 
 def round_to_grids(weight: Array, grids: RowGrids) -> SimulatedMatrix:
     """Round ``weight`` [O, K] to the nearest level of the grid, then sign by sign to the residuals."""
-    step, low, high = (a.astype(np.float32)[:, None] for a in (grids.scale, grids.low, grids.high))
-    codes = np.clip(np.rint(weight / step), low, high)
-    value, signs = codes * step, []
-    for size in grids.residual.astype(np.float32):
-        sign = np.where(weight >= value, 1, -1) * (size > 0)[:, None]
-        value = value + sign * size[:, None]
-        signs.append(sign)
-    held = np.asarray(signs, np.int8).reshape(len(signs), *weight.shape)
-    return SimulatedMatrix(grids, codes.astype(np.int8), held)
+    step, low, high = (cast(a, np.float32)[:, None] for a in (grids.scale, grids.low, grids.high))
+    sizes = cast(grids.residual, np.float32)[:, :, None]
+    held, _ = _nearest_level(weight, step, low, high, sizes)
+    return SimulatedMatrix(grids, held[0], held[1:])
+
+
+def _nearest_level(
+    wanted: Array, step: Array, low: Array, high: Array, sizes: Array
+) -> tuple[Array, Array]:
+    """Return the values nearest to ``wanted`` after their codes and signs, of ``sizes`` [Z, ...]: int8 [1 + Z, ...]."""
+    xp = names_of(wanted)
+    held = [xp.clip(xp.rint(wanted / step), low, high)]
+    value = held[0] * step
+    for size in sizes:
+        held.append(((wanted >= value) * 2 - 1) * (size > 0))
+        value = value + held[-1] * size
+    return xp.stack([cast(part, np.int8) for part in held]), xp.asarray(value, np.float32)
 
 
 def choose_grids(weight: Array, importance: Array, form: RowForm) -> RowGrids:
@@ -158,61 +174,67 @@ def choose_grids(weight: Array, importance: Array, form: RowForm) -> RowGrids:
     The grid's clip and zero point are searched jointly with the residuals' sizes, the weighted
     means of |R_o|.
     """
-    share = (importance if importance.sum() > 0 else np.ones_like(importance)).astype(np.float32)
-    best_error = np.full(len(weight), np.inf, np.float32)
+    xp = names_of(weight)
+    share = cast(xp.where(importance.sum() > 0, importance, 1.0), np.float32)
+    best_error = xp.full_like(weight[:, 0], np.inf)
     best: RowGrids | None = None
     for base in _bases(weight, form.bits):
         grids = _with_residuals(weight, share, base, form.orders)
-        error = np.square(weight - round_to_grids(weight, grids).dequantize()) @ share
+        error = xp.square(weight - round_to_grids(weight, grids).dequantize()) @ share
         better = error < best_error
         best = grids if best is None else _merged(best, grids, better)
-        best_error = np.where(better, error, best_error)
+        best_error = xp.where(better, error, best_error)
     assert best is not None
     return best
 
 
 def _bases(weight: Array, bits: int) -> list[RowGrids]:
     """Return the grids to try: every clipping ratio of the range of a channel, and zero points around its own."""
-    rows = len(weight)
-    none = np.zeros((0, rows), np.float16)
+    xp, rows = names_of(weight), len(weight)
+    none = xp.zeros((0, rows), np.float16)
     if bits == 0:
-        zero = np.zeros(rows, np.int16)
-        return [RowGrids(zero, zero, np.ones(rows, np.float16), none)]
+        zero = xp.zeros(rows, np.int16)
+        return [RowGrids(zero, zero, cast(zero + 1, np.float16), none)]
     levels = 2**bits - 1
-    low, high = np.minimum(weight.min(axis=1), 0), np.maximum(weight.max(axis=1), 0)
+    low = xp.clip(xp.amin(weight, axis=1), None, 0)
+    high = xp.clip(xp.amax(weight, axis=1), 0, None)
     if bits == SYMMETRIC_BITS:
-        high = np.maximum(high, -low) * (levels / (levels - 1))
+        high = xp.maximum(high, -low) * (levels / (levels - 1))
         low = -high
     found = []
-    for ratio in np.geomspace(LEAST_RATIOS.get(bits, 0.5), 1.05, RATIO_STEPS):
-        scale = round_scale(ratio * (high - low) / levels)
-        middle = np.rint(-ratio * low / scale.astype(np.float32))
+    span, low = cast(high - low, np.float64), cast(low, np.float64)
+    for ratio in np.geomspace(LEAST_RATIOS.get(bits, 0.5), 1.05, RATIO_STEPS).tolist():
+        scale = round_scale(ratio * span / levels)
+        middle = xp.rint(-ratio * low / cast(scale, np.float32))
         for shift in SHIFTS if bits < SYMMETRIC_BITS else (0,):
             zero_point = (
-                np.clip(middle + shift, 0, levels) if bits < SYMMETRIC_BITS else np.full(rows, 128)
+                xp.clip(middle + shift, 0, levels)
+                if bits < SYMMETRIC_BITS
+                else xp.full_like(middle, 128)
             )
-            first = -zero_point.astype(np.int16)
-            found.append(RowGrids(first, (first + levels).astype(np.int16), scale, none))
+            first = -cast(zero_point, np.int16)
+            found.append(RowGrids(first, cast(first + levels, np.int16), scale, none))
     return found
 
 
 def _with_residuals(weight: Array, share: Array, base: RowGrids, orders: int) -> RowGrids:
-    grids = base
+    xp, grids = names_of(weight), base
     for _ in range(orders):
-        rest = np.abs(weight - round_to_grids(weight, grids).dequantize())
+        rest = xp.abs(weight - round_to_grids(weight, grids).dequantize())
         size = round_scale(rest @ share / share.sum())
         grids = RowGrids(
-            base.low, base.high, base.scale, np.concatenate([grids.residual, size[None]])
+            base.low, base.high, base.scale, xp.concatenate([grids.residual, size[None]])
         )
     return grids
 
 
 def _merged(first: RowGrids, second: RowGrids, taken: Array) -> RowGrids:
+    where = names_of(taken).where
     return RowGrids(
-        np.where(taken, second.low, first.low),
-        np.where(taken, second.high, first.high),
-        np.where(taken, second.scale, first.scale),
-        np.where(taken, second.residual, first.residual),
+        where(taken, second.low, first.low),
+        where(taken, second.high, first.high),
+        where(taken, second.scale, first.scale),
+        where(taken, second.residual, first.residual),
     )
 
 
@@ -220,31 +242,38 @@ def round_forms(
     weight: Array, forms: Sequence[RowForm], moments: list[Array], how: Rounding
 ) -> dict[RowForm, SimulatedMatrix]:
     """Round ``weight`` [O, K] in every one of ``forms``; ``moments``: the diagonal blocks of the mean of x x^T."""
-    importance = np.concatenate([np.diagonal(block) for block in moments])
+    xp = names_of(weight)
+    importance = xp.concatenate([xp.diagonal(block) for block in moments])
     together = stacked(
         [round_to_grids(weight, choose_grids(weight, importance, form)) for form in forms]
     )
-    target = np.tile(weight, (len(forms), 1))
+    target = xp.tile(weight, (len(forms), 1))
     if how.gptq:
         together = _compensated(target, together, moments, how.damping)
         hessians = [damped(block, how.damping, np.float32) for block in moments]
         for _ in range(how.refinements):
             together = _refitted(target, together, hessians)
             together = _descended(target, together, hessians)
-    spans = np.split(np.arange(len(target)), len(forms))
+    starts = range(0, len(target), len(weight))
+    spans = (xp.arange(start, start + len(weight)) for start in starts)
     return dict(zip(forms, (together.take(span) for span in spans)))
 
 
 def row_errors(weight: Array, matrix: SimulatedMatrix, moments: list[Array]) -> Array:
     """Return e H e^T of every channel, float64 [O]: its share of the mean squared error of the layer's output."""
-    error = (weight - matrix.dequantize()).astype(np.float64)
+    xp, error = names_of(weight), cast(weight - matrix.dequantize(), np.float64)
     if all(len(block) == 1 for block in moments):
-        return np.asarray(np.square(error) @ np.concatenate(moments)[:, 0])
-    cuts = np.cumsum([len(block) for block in moments])[:-1]
-    parts = np.split(error, cuts, axis=1)
-    return np.asarray(
-        sum(np.einsum("ok,ok->o", part @ block, part) for part, block in zip(parts, moments))
-    )
+        return xp.square(error) @ cast(xp.concatenate(moments)[:, 0], np.float64)
+    pairs = ((error[:, span], cast(block, np.float64)) for span, block in _spans(moments))
+    return sum(xp.einsum("ok,ok->o", part @ block, part) for part, block in pairs)
+
+
+def _spans(blocks: list[Array]) -> Iterator[tuple[slice, Array]]:
+    """Yield diagonal blocks with the columns that they cover."""
+    start = 0
+    for block in blocks:
+        yield slice(start, start + len(block)), block
+        start += len(block)
 
 
 def _better(
@@ -252,7 +281,8 @@ def _better(
 ) -> SimulatedMatrix:
     """Take each channel from whichever has the smaller error."""
     better = row_errors(weight, new, moments) < row_errors(weight, old, moments)
-    rows = np.arange(len(weight)) + np.where(better, len(weight), 0)
+    xp = names_of(weight)
+    rows = xp.arange(len(weight)) + xp.where(better, len(weight), 0)
     return stacked([old, new]).take(rows)
 
 
@@ -260,85 +290,78 @@ class _Encoder:
     """Rounds column by column to the levels of ``grids``, and keeps the codes."""
 
     def __init__(self, grids: RowGrids, columns: int) -> None:
-        self._grids = grids
-        self._low, self._high, self._step = (
-            a.astype(np.float32) for a in (grids.low, grids.high, grids.scale)
-        )
-        self._sizes = grids.residual.astype(np.float32)
-        self._codes = np.zeros((columns, len(grids.scale)), np.int8)
-        self._signs = np.zeros((len(grids.residual), columns, len(grids.scale)), np.int8)
-        self._start = 0
+        self._grids, self._xp = grids, names_of(grids.scale)
+        level = (cast(a, np.float32) for a in (grids.scale, grids.low, grids.high))
+        self._level = (*level, cast(grids.residual, np.float32))
+        shape = columns, 1 + len(grids.residual), len(grids.scale)
+        self._held = self._xp.zeros(shape, np.int8)
 
-    def over(self, start: int) -> _Encoder:
-        """Let columns count from ``start``."""
-        self._start = start
-        return self
+    @contextmanager
+    def over(self, columns: Array) -> Iterator[Nearest | GpuColumns]:
+        """Give what rounds ``columns`` int [n], one after the other."""
+        if self._xp is not np:
+            from mpq_deploy.rounding.gpu_columns import GpuColumns
 
-    def __call__(self, column: int, wanted: Array) -> Array:
-        code = np.clip(np.rint(wanted / self._step), self._low, self._high)
-        self._codes[self._start + column] = code
-        value = code * self._step
-        for order, size in enumerate(self._sizes):
-            sign = np.where(wanted >= value, 1, -1) * (size > 0)
-            self._signs[order, self._start + column] = sign
-            value = value + sign * size
-        return np.asarray(value, np.float32)
+            held = self._xp.empty((len(columns), *self._held.shape[1:]), np.int8)
+            yield GpuColumns(_nearest_level, [part[None] for part in self._level], held)
+            self._held[columns] = held
+            return
+
+        def nearest(place: int, wanted: Array) -> Array:
+            self._held[columns[place]], value = _nearest_level(wanted, *self._level)
+            return value
+
+        yield nearest
 
     def matrix(self) -> SimulatedMatrix:
         """Return what was rounded."""
-        signs = np.ascontiguousarray(self._signs.transpose(0, 2, 1))
-        return SimulatedMatrix(self._grids, np.ascontiguousarray(self._codes.T), signs)
+        held = self._xp.ascontiguousarray(self._held.swapaxes(0, 1).swapaxes(1, 2))
+        return SimulatedMatrix(self._grids, held[0], held[1:])
 
 
 def _compensated(
     weight: Array, nearest: SimulatedMatrix, moments: list[Array], damping: float
 ) -> SimulatedMatrix:
     """Round by GPTQ, columns by falling diagonal; channels for which ``nearest`` is better stay there."""
-    encoder = _Encoder(nearest.grids, weight.shape[1])
-    start = 0
-    for block in moments:
-        order = np.argsort(-np.diagonal(block), kind="stable")
-        factor, pivots = gptq_factor(block[np.ix_(order, order)], damping)
-        remaining = np.ascontiguousarray(weight[:, start + order].T)
-        compensate(remaining, factor, pivots, _reordered(encoder.over(start), order))
-        start += len(block)
+    xp, encoder = names_of(weight), _Encoder(nearest.grids, weight.shape[1])
+    for span, block in _spans(moments):
+        order = xp.argsort(-xp.diagonal(block), kind="stable")
+        factor, pivots = gptq_factor(block[order[:, None], order], damping)
+        remaining = xp.ascontiguousarray(weight[:, span.start + order].T)
+        with encoder.over(span.start + order) as rounding:
+            compensate(remaining, factor, pivots, rounding)
     return _better(weight, nearest, encoder.matrix(), moments)
-
-
-def _reordered(encoder: _Encoder, order: Array) -> Nearest:
-    return lambda column, wanted: encoder(int(order[column]), wanted)
 
 
 def _descended(weight: Array, matrix: SimulatedMatrix, hessians: list[Array]) -> SimulatedMatrix:
     """Visit every code once and move it to the best level for the others as they stand."""
-    encoder = _Encoder(matrix.grids, weight.shape[1])
+    xp, encoder = names_of(weight), _Encoder(matrix.grids, weight.shape[1])
     values = matrix.dequantize()
-    start = 0
-    for hessian in hessians:
-        span = slice(start, start + len(hessian))
-        target, held = (np.ascontiguousarray(a[:, span].T) for a in (weight, values))
-        descend(target, held, hessian, encoder.over(start))
-        start += len(hessian)
+    for span, hessian in _spans(hessians):
+        target, held = (xp.ascontiguousarray(a[:, span].T) for a in (weight, values))
+        with encoder.over(xp.arange(span.start, span.stop)) as rounding:
+            descend(target, held, hessian, rounding)
     return _better(weight, matrix, encoder.matrix(), hessians)
 
 
 def _refitted(weight: Array, matrix: SimulatedMatrix, hessians: list[Array]) -> SimulatedMatrix:
     """Fit each channel's scale and residual sizes to its codes by least squares under the Hessian."""
-    old = np.concatenate([matrix.grids.scale[None], matrix.grids.residual]).astype(np.float32)
-    basis = np.concatenate([matrix.codes[None], matrix.signs]).astype(np.float32)
-    cuts = np.cumsum([len(block) for block in hessians])[:-1]
-    blocks = list(zip(np.split(basis, cuts, axis=2), np.split(weight, cuts, axis=1), hessians))
+    xp = names_of(weight)
+    old = cast(xp.concatenate([matrix.grids.scale[None], matrix.grids.residual]), np.float32)
+    basis = cast(xp.concatenate([matrix.codes[None], matrix.signs]), np.float32)
+    blocks = [(basis[:, :, span], weight[:, span], block) for span, block in _spans(hessians)]
     seen = [(part, part @ hessian, target) for part, target, hessian in blocks]
-    normal = np.asarray(
-        sum(np.einsum("iok,jok->oij", through, part) for part, through, _ in seen), np.float64
+    normal = cast(
+        sum(xp.einsum("iok,jok->oij", through, part) for part, through, _ in seen), np.float64
     )
-    wanted = np.asarray(
-        sum(np.einsum("iok,ok->oi", through, target) for _, through, target in seen), np.float64
+    wanted = cast(
+        sum(xp.einsum("iok,ok->oi", through, target) for _, through, target in seen), np.float64
     )
-    ridge = 1e-6 * np.einsum("oii->o", normal) / len(basis) + np.finfo(np.float32).tiny
-    normal += ridge[:, None, None] * np.eye(len(basis))
-    fitted = np.linalg.solve(normal, wanted[:, :, None])[:, :, 0].T
-    sensible = np.isfinite(fitted) & (fitted > 0.5 * old) & (fitted < 2 * old)
-    sizes = np.where(old > 0, round_scale(np.where(sensible, fitted, old)), 0).astype(np.float16)
+    ridge = 1e-6 * xp.einsum("oii->o", normal) / len(basis) + float(np.finfo(np.float32).tiny)
+    normal += ridge[:, None, None] * xp.eye(len(basis))
+    fitted = xp.linalg.solve(normal, wanted[:, :, None])[:, :, 0].T
+    sensible = xp.isfinite(fitted) & (fitted > 0.5 * old) & (fitted < 2 * old)
+    fitted = round_scale(xp.where(sensible, fitted, old))
+    sizes = cast(xp.where(old > 0, fitted, 0), np.float16)
     grids = RowGrids(matrix.grids.low, matrix.grids.high, sizes[0], sizes[1:])
     return _better(weight, matrix, SimulatedMatrix(grids, matrix.codes, matrix.signs), hessians)

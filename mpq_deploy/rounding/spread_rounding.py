@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from mpq_deploy.models.spec import Array
+from mpq_deploy.rounding.arrays import fetched
 from mpq_deploy.rounding.hessian import Gathering, Hessian, HessianPlan
 from mpq_deploy.rounding.rounder import Rounder, rounding_calls
 from mpq_deploy.run.stage_memory import rounding_worker_bytes
@@ -160,7 +161,7 @@ class _Rounding:
         found: Result = {}
         with talk.bar("gather", self._plan.calls(task.step)) as advance:
             for batch, parts in enumerate(self._open[1].at(task.step, advance)):
-                found |= {f"{batch}.{job}": rows for job, rows in enumerate(parts)}
+                found |= {f"{batch}.{job}": fetched(rows) for job, rows in enumerate(parts)}
         return found
 
     def round(self, task: _Layer) -> Result:

@@ -30,7 +30,7 @@ MACHINE, ADDRESS_SPACE, SAID = (
     "the limit on address space (ulimit -v)",
     f"the variable {VARIABLE}",
 )
-# How NumPy, ONNX Runtime, torch and the system say that an allocation failed.
+# How NumPy, ONNX Runtime, torch, CUDA's libraries and the system say that an allocation failed.
 FAILED = (
     "bad_alloc",
     "bad allocation",
@@ -38,6 +38,8 @@ FAILED = (
     "allocate memory",
     "Unable to allocate",
     "out of memory",
+    "smaller than requested bytes",
+    "ALLOC_FAILED",
 )
 
 

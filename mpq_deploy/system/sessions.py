@@ -8,14 +8,17 @@ system: ONNX Runtime maps those of the user where they lie, without a link or a 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, TypeVar
 
+import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 
 from mpq_deploy.errors import ModelError
+from mpq_deploy.models.spec import Array
 from mpq_deploy.runtime.ort import (
     LARGE_WEIGHTS_BYTES,
     ORT_ERRORS,
@@ -23,8 +26,15 @@ from mpq_deploy.runtime.ort import (
     session_options,
     spare_memory,
 )
-from mpq_deploy.system.compute import start_session
+from mpq_deploy.system.compute import (
+    CUDA_PROVIDER,
+    Compute,
+    compute_on,
+    computing_on,
+    start_session,
+)
 from mpq_deploy.system.locks import scratch_folder
+from mpq_deploy.system.memory import ran_out
 from mpq_deploy.system.progress import Talk
 
 # Graphs whose constants are all in memory and below this are handed over as bytes, without any
@@ -33,6 +43,7 @@ IN_MEMORY_BYTES = 64 * 1024 * 1024
 # Smaller constants stay inside the graph file, where shape inference can read them.
 INLINE_BYTES = 1024
 ALIGNMENT = 64
+Made = TypeVar("Made")
 
 
 @contextmanager
@@ -67,6 +78,58 @@ def open_session(
         _write(model, folder, talk)
         options.add_session_config_entry(WEIGHTS_FOLDER, folder.anchor)
         yield _session(ir.to_proto(model).SerializeToString(), options)
+
+
+def shares_gpu(session: ort.InferenceSession) -> bool:
+    """Whether a session runs on the GPU that torch computes on, so that torch may read its outputs there."""
+    place = computing_on()
+    one = place.runtime is not None and place.runtime == place.torch
+    return one and CUDA_PROVIDER in session.get_providers()
+
+
+def run_to_tensors(
+    session: ort.InferenceSession, feed: Mapping[str, Array], shapes: Sequence[tuple[int, ...]]
+) -> list[Any]:
+    """Run a session; return its outputs, float32 of those ``shapes``, as tensors on torch's device."""
+    import torch
+
+    device, binding = computing_on().torch_device(), session.io_binding()
+    place = {"device_type": device.type, "device_id": device.index or 0}
+    given = {name: np.asarray(value, order="C") for name, value in feed.items()}
+    for name, value in given.items():
+        binding.bind_cpu_input(name, value)
+    outputs = [torch.empty(shape, dtype=torch.float32, device=device) for shape in shapes]
+    for output, tensor in zip(session.get_outputs(), outputs, strict=True):
+        place |= {"shape": tuple(tensor.shape), "buffer_ptr": tensor.data_ptr()}
+        binding.bind_output(output.name, element_type=np.float32, **place)
+    if device.type == "cuda":
+        # ONNX Runtime has a stream of its own: torch may still be reading what was in that memory.
+        torch.cuda.current_stream(device).synchronize()
+    session.run_with_iobinding(binding)
+    binding.synchronize_outputs()
+    return outputs
+
+
+def within_gpu_memory(work: Callable[[int], Made], size: int, what: str, talk: Talk) -> Made:
+    """Return ``work(size)``, which opens sessions and runs ``size`` calls at once.
+
+    Where the GPU's memory runs out it is done again with half as many, and at last on the CPU; both
+    are said.
+    """
+    place, smaller = computing_on(), size
+    while True:
+        try:
+            with compute_on(place):
+                return work(smaller)
+        except Exception as error:
+            if place.runtime is None or not ran_out(error):
+                raise
+        # Outside of the handler: the error holds the session.
+        smaller //= 2
+        then = f"with {smaller} at once"
+        if not smaller:
+            place, smaller, then = Compute(), size, "on the CPU"
+        talk.line(f"  {what}: the GPU's memory ran out; done again {then}")
 
 
 def _options(threads: int, optimize: bool) -> ort.SessionOptions:

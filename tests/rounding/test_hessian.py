@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from itertools import product
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from mpq_deploy.graph.layers import Layer
 from mpq_deploy.recipe import QuantizeSettings
 from mpq_deploy.rounding import hessian as hessian_module
 from mpq_deploy.rounding.hessian import HessianPlan, iterate_hessians
+from mpq_deploy.system.compute import Compute, compute_on
 from mpq_deploy.system.progress import Talk
 from tests.calibrate.conftest import Case, case, denoiser_case, end, with_timestep
 from tests.graphs import GraphBuilder
@@ -288,3 +290,22 @@ def test_a_subset_of_rows_is_unbiased(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(hessian_module, "SEED", seed)
         drawn.append(np.trace(hessians(given, bounds(hessian_rows=60))["up.conv2"].blocks[0]))
     assert abs(np.mean(drawn) / exact - 1) < 4 * np.std(drawn) / exact / np.sqrt(20) + 1e-3
+
+
+def test_rows_stay_in_torch_s_tensors_where_both_libraries_compute_on_one_gpu(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    torch = pytest.importorskip("torch")
+    given = denoiser_case()
+    expected = hessians(given)
+    # The CPU stands for the GPU.
+    monkeypatch.setattr(Compute, "torch_device", lambda self: torch.device("cpu"))
+    monkeypatch.setattr(hessian_module, "shares_gpu", lambda session: True)
+    with compute_on(Compute(None, 0)):
+        found = hessians(given)
+        plan = HessianPlan.of(given.graph, calls_of(given), ALL_ROWS, Talk())
+        with closing(plan.gathering(0).at(0, lambda count: None)) as rows:
+            assert all(torch.is_tensor(part) for part in next(rows))
+    for name, hessian in expected.items():
+        assert found[name].rows == hessian.rows
+        np.testing.assert_allclose(found[name].blocks, hessian.blocks, rtol=1e-5, atol=1e-7)

@@ -14,6 +14,7 @@ from mpq_deploy.formats.fp16 import FP16
 from mpq_deploy.formats.integers import integer_format
 from mpq_deploy.formats.interfaces import Branch, Forms, Scheme, StoredMatrix
 from mpq_deploy.formats.sizes import FP16_BYTES, part_of
+from mpq_deploy.rounding.arrays import cast, fetched, names_of, placed
 from mpq_deploy.rounding.quantizers import QuantizedMatrix, damped
 
 if TYPE_CHECKING:
@@ -142,17 +143,22 @@ def low_rank_factors(
     its diagonal blocks ``moments``) the singular vectors are those of error L, so that |(error - up
     down) L| is the minimum for this rank.
     """
-    roots = [np.linalg.cholesky(damped(block, damping)) for block in moments]
-    cuts = np.cumsum([len(root) for root in roots])[:-1]
-    parts = np.split(error.astype(np.float64), cuts, axis=1)
-    seen = np.concatenate([part @ root for part, root in zip(parts, roots)], axis=1)
+    exact = cast(placed(error), np.float64)
+    xp, start, parts = names_of(exact), 0, []
+    for block in moments:
+        root = xp.linalg.cholesky(damped(placed(block), damping))
+        parts.append(exact[:, start : start + len(block)] @ root)
+        start += len(block)
+    seen = xp.concatenate(parts, axis=1)
     # The left singular vectors from the small Gram matrix; projecting on them is the best
     # factorisation.
-    _, vectors = np.linalg.eigh(seen @ seen.T)
-    up = vectors[:, ::-1][:, :rank]
+    _, vectors = xp.linalg.eigh(seen @ seen.T)
+    up = xp.flip(vectors, 1)[:, :rank]
     # Signs of eigenvectors are free: fixed here, so that equal inputs give equal bytes.
-    up = up * np.where(up[np.abs(up).argmax(axis=0), np.arange(up.shape[1])] < 0, -1.0, 1.0)
-    down = up.T @ error.astype(np.float64)
+    largest = up[xp.argmax(xp.abs(up), axis=0), xp.arange(rank)]
+    up = up * xp.where(largest < 0, -1.0, 1.0)
+    down = up.T @ exact
     # Both factors of equal size: FP16 keeps the same precision of either.
-    size = np.sqrt(np.maximum(np.linalg.norm(down, axis=1), np.finfo(np.float16).tiny))
-    return (down / size[:, None]).astype(np.float16), (up * size).astype(np.float16)
+    size = xp.sqrt(xp.maximum(xp.linalg.norm(down, axis=1), np.finfo(np.float16).tiny))
+    factors = cast(down / size[:, None], np.float16), cast(up * size, np.float16)
+    return fetched(factors[0]), fetched(factors[1])
