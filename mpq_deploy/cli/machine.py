@@ -75,7 +75,7 @@ def profile(
     recipe = recipe_of(run, None)
     chosen = load_target(target or recipe.target)
     path = out or Path(f"{chosen.name}.latency.json")
-    with open_pipeline(recipe, run, make_talk()) as pipeline:
+    with open_pipeline(recipe, run, make_talk(), computes=False) as pipeline:
         profiling = Profile(pipeline.current("calibrate"), chosen)
         if estimate:
             table = profiling.estimate()
@@ -126,7 +126,9 @@ def bench(
         from mpq_deploy.bench.from_run import subjects_of
         from mpq_deploy.run.pipeline import open_pipeline
 
-        with open_pipeline(recipe_of(source, None), source, make_talk()) as pipeline:
+        with open_pipeline(
+            recipe_of(source, None), source, make_talk(), computes=False
+        ) as pipeline:
             subjects, origin = subjects_of(pipeline.deployed(), wish)
     else:
         subjects = [subject_of(source, "ours", wish)]

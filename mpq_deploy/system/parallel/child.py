@@ -18,6 +18,7 @@ from typing import Any
 
 from mpq_deploy.errors import DiskError, MpqError
 from mpq_deploy.system.children import ORPHANED, orders_from_parent, read_frame, write_frame
+from mpq_deploy.system.compute import compute_on, computing_on
 from mpq_deploy.system.files import disk_error
 from mpq_deploy.system.parallel.work import TRACEBACK, Result, ShardError, Within, Work, stepper
 from mpq_deploy.system.stdout import claim_stdout
@@ -85,9 +86,10 @@ def main() -> None:
     answers, sys.stdout = sys.stdout, sys.stderr
     worker = Worker(lambda answer: write_frame(answers.buffer, pickle.dumps(answer)))
     try:
-        # Only what our parent wrote: pickles can run code.
-        while (order := pickle.loads(orders.get())) is not None:  # noqa: S301
-            worker.obey(order)
+        with compute_on(computing_on()):
+            # Only what our parent wrote: pickles can run code.
+            while (order := pickle.loads(orders.get())) is not None:  # noqa: S301
+                worker.obey(order)
     except BrokenPipeError:
         os._exit(ORPHANED)
 
