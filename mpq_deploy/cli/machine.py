@@ -229,8 +229,8 @@ def _print_findings(findings: list[Finding]) -> None:
             group = finding.group
             print_text(f"{group}:")
         print_text(f"  {finding.name:<{width}}  {finding.value}")
-        if finding.hint and finding.status != "ok":
-            print_text(f"  {'':<{width}}  {finding.hint}")
+        for line in finding.hint.splitlines() if finding.status != "ok" else ():
+            print_text(f"  {'':<{width}}  {line}")
     print_text("targets:")
     for finding in findings:
         if finding.group == "targets":

@@ -183,7 +183,7 @@ def whys_no_cuda(number: int = 0) -> tuple[str, str]:
 def why_no_cuda_runtime(number: int = 0) -> str:
     """Return why ONNX Runtime cannot compute on that GPU; empty when it can."""
     if CUDA_PROVIDER not in ort.get_available_providers():
-        if _both_installed():
+        if both_installed():
             names = " and ".join(RUNTIME_PACKAGES)
             return f"{names} are both installed, and the one for the CPU is imported"
         return f"ONNX Runtime {ort.__version__} is a build for the CPU (onnxruntime-gpu is missing)"
@@ -315,12 +315,13 @@ def _one_conv() -> bytes:
     return bytes(helper.make_model(graph, opset_imports=opsets, ir_version=8).SerializeToString())
 
 
-def _both_installed() -> bool:
+def both_installed() -> bool:
+    """Whether the packages for the CPU and for CUDA are both installed, into one folder."""
     return all(_installed(name) for name in RUNTIME_PACKAGES)
 
 
 def _runtime_hint() -> str:
-    wrong = _both_installed() or CUDA_PROVIDER not in ort.get_available_providers()
+    wrong = both_installed() or CUDA_PROVIDER not in ort.get_available_providers()
     return f"Run: {INSTALL_RUNTIME}" if wrong else NO_LIBRARIES
 
 
