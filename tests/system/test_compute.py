@@ -162,7 +162,7 @@ def test_a_session_that_silently_lacks_the_gpu_is_refused(exported: ExportedMode
 
 def test_workers_compute_where_their_starter_does() -> None:
     asked = "from mpq_deploy.system.compute import computing_on; print(computing_on())"
-    command = child_command("timeit")[:2] + [asked]
+    command = [*child_command("timeit")[:2], asked]
     with compute_on(Compute(1, None)):
         assert Processes(2).environment()[compute.VARIABLE] == "1,"
         done = subprocess.run(
