@@ -48,6 +48,7 @@ from mpq_deploy.models.spec import Array, DenoiserSpec, FloatModel
 from mpq_deploy.recipe import EvaluateSettings
 from mpq_deploy.runtime.correction import Correction
 from mpq_deploy.runtime.ort import OrtDenoiser
+from mpq_deploy.system.compute import Compute, computing_on
 from mpq_deploy.system.parallel.job_files import Files
 from mpq_deploy.system.parallel.work import Alone, Crew, Job, Result, Shard, Work, run_shards
 from mpq_deploy.system.progress import Talk
@@ -127,7 +128,11 @@ def evaluate(
         variants=results,
         images=images,
         float_digest=str(common["float"]),
-        notes=(*_notes(setup, kind, value_range), *_correction_notes(setup, variants)),
+        notes=(
+            *_notes(setup, kind, value_range),
+            *_correction_notes(setup, variants),
+            *_device_notes(),
+        ),
     )
 
 
@@ -388,6 +393,14 @@ def _notes(setup: Setup, kind: ImageKind, value_range: tuple[float, float]) -> l
             "of single calls, conditioned and not."
         )
     return notes
+
+
+def _device_notes() -> list[str]:
+    """Say what computed, where it was not the CPU."""
+    place = computing_on()
+    if place == Compute():
+        return []
+    return [f"Outputs and images were computed on {place}; a CPU's differ by rounding."]
 
 
 def _correction_notes(setup: Setup, variants: Mapping[str, Variant]) -> list[str]:

@@ -277,6 +277,7 @@ def test_other_failures_stay_failures(exported: ExportedModel) -> None:
         "CUDA failure 2: out of memory ; GPU=0",
         "CUBLAS failure 3: CUBLAS_STATUS_ALLOC_FAILED",
         "CUDNN_STATUS_ALLOC_FAILED",
+        "Available memory of 123 is smaller than requested bytes of 456",
     ],
 )
 def test_what_says_that_memory_ran_out(text: str) -> None:
