@@ -32,7 +32,8 @@ AUTO, CPU, CUDA = "auto", "cpu", "cuda"
 CPU_PROVIDER, CUDA_PROVIDER = "CPUExecutionProvider", "CUDAExecutionProvider"
 RUNTIME_PACKAGES = ("onnxruntime", "onnxruntime-gpu")
 WISH = re.compile(r"auto|cpu|cuda(:\d+)?")
-# Both packages write into one folder, and what is imported is what was written last.
+# What is imported is what was written last.
+BOTH_INSTALLED = "both onnxruntime and onnxruntime-gpu are installed: keep one"
 INSTALL_RUNTIME = "pip uninstall -y onnxruntime onnxruntime-gpu; pip install onnxruntime-gpu"
 NO_LIBRARIES = (
     "pip install 'onnxruntime-gpu[cuda,cudnn]' brings CUDA's libraries, or give --device cpu."
@@ -183,9 +184,8 @@ def whys_no_cuda(number: int = 0) -> tuple[str, str]:
 def why_no_cuda_runtime(number: int = 0) -> str:
     """Return why ONNX Runtime cannot compute on that GPU; empty when it can."""
     if CUDA_PROVIDER not in ort.get_available_providers():
-        if both_installed():
-            names = " and ".join(RUNTIME_PACKAGES)
-            return f"{names} are both installed, and the one for the CPU is imported"
+        if hidden_runtime():
+            return BOTH_INSTALLED
         return f"ONNX Runtime {ort.__version__} is a build for the CPU (onnxruntime-gpu is missing)"
     _find_cuda_libraries()
     options = ort.SessionOptions()
@@ -315,14 +315,15 @@ def _one_conv() -> bytes:
     return bytes(helper.make_model(graph, opset_imports=opsets, ir_version=8).SerializeToString())
 
 
-def both_installed() -> bool:
-    """Whether the packages for the CPU and for CUDA are both installed, into one folder."""
-    return all(_installed(name) for name in RUNTIME_PACKAGES)
+def hidden_runtime() -> bool:
+    """Whether the package for the CPU hides the one for CUDA: both write into one folder."""
+    here = CUDA_PROVIDER in ort.get_available_providers()
+    return not here and all(_installed(name) for name in RUNTIME_PACKAGES)
 
 
 def _runtime_hint() -> str:
-    wrong = both_installed() or CUDA_PROVIDER not in ort.get_available_providers()
-    return f"Run: {INSTALL_RUNTIME}" if wrong else NO_LIBRARIES
+    here = CUDA_PROVIDER in ort.get_available_providers()
+    return NO_LIBRARIES if here else f"Run: {INSTALL_RUNTIME}"
 
 
 def _installed(package: str) -> bool:

@@ -218,18 +218,19 @@ def _compute() -> Finding:
     """What ``--device auto`` takes; a line per library that cannot use the GPU, and how it could."""
     from mpq_deploy.system.compute import (
         AUTO,
+        BOTH_INSTALLED,
         INSTALL_RUNTIME,
-        both_installed,
         find_compute,
+        hidden_runtime,
         why_no_gpu,
         whys_no_cuda,
     )
 
     value, against = str(find_compute(AUTO)), why_no_gpu()
     whys = [] if against else [why for why in whys_no_cuda() if why]
-    if both_installed():
-        whys += ["onnxruntime and onnxruntime-gpu hide each other; keep one:"]
-        whys += INSTALL_RUNTIME.split("; ")
+    if hidden_runtime():
+        others = [why for why in whys if why != BOTH_INSTALLED]
+        whys = [BOTH_INSTALLED, *INSTALL_RUNTIME.split("; "), *others]
     value += f": {against}" if against else ""
     return Finding("packages", "compute device", "note" if whys else "ok", value, "\n".join(whys))
 

@@ -122,10 +122,10 @@ def test_both_packages_are_named_with_the_commands(monkeypatch: pytest.MonkeyPat
     # A fake: both packages' metadata.
     monkeypatch.setattr(compute, "version", lambda package: "1.31.1")
     error = refusal("cuda")
-    assert "onnxruntime and onnxruntime-gpu are both installed" in error.message
+    assert "both onnxruntime and onnxruntime-gpu are installed" in error.message
     assert "pip uninstall -y onnxruntime onnxruntime-gpu" in (error.hint or "")
     finding = next(one for one in inspect_machine() if one.name == "compute device")
-    assert finding.status == "note" and all(len(x) <= 62 for x in finding.hint.splitlines()[1:])
+    assert finding.status == "note" and all(len(line) <= 62 for line in finding.hint.splitlines())
 
 
 @needs_cpu_build
