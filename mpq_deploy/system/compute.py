@@ -42,7 +42,7 @@ NO_DRIVER = "Install NVIDIA's driver (nvidia-smi shows whether it works), or giv
 INSTALL_TORCH = "Install a build of torch for CUDA (pytorch.org, Get started)."
 # What ONNX Runtime, cuBLAS and cuDNN say when the GPU's memory does not suffice; all of it is text.
 NO_MEMORY = re.compile(
-    r"Failed to allocate memory|out of memory|_ALLOC_FAILED|cudaErrorMemoryAlloc"
+    r"Failed to allocate memory|is smaller than requested bytes|out of memory|_ALLOC_FAILED"
 )
 # Of ONNX Runtime's log, without --debug: errors; nothing where failing is an answer.
 LOG_WARNINGS, LOG_ERRORS, LOG_NOTHING = 2, 3, 4
