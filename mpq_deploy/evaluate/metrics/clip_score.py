@@ -85,7 +85,7 @@ class ClipScore:
         tokens = self._tokenizer(
             texts, padding=True, truncation=True, max_length=self._length, return_tensors="pt"
         )
-        taken = {name: tokens[name] for name in ("input_ids", "attention_mask")}
+        taken = {name: tokens[name].to(pixels.device) for name in ("input_ids", "attention_mask")}
         # Both embeddings have length 1.
         found = self._model(pixel_values=pixels, **taken)
         return (found.image_embeds * found.text_embeds).sum(dim=-1)

@@ -11,6 +11,7 @@ import numpy as np
 
 from mpq_deploy.evaluate.metrics.networks import BATCH, LITE, as_rgb, digest_of, title_of
 from mpq_deploy.models.spec import Array
+from mpq_deploy.system.compute import computing_on
 from mpq_deploy.system.files import file_digest
 
 SIDE = 224
@@ -43,10 +44,13 @@ class EfficientNetLite0:
 def torch_features(
     network: Any, images: Array, side: int, mean: Any = MEAN, deviation: Any = DEVIATION
 ) -> Array:
-    """Return ``network`` of ``images`` uint8 [N, H, W, C], resized to ``side`` and normalised, float64 [N, D]."""
+    """Return ``network`` of ``images`` uint8 [N, H, W, C], resized to ``side`` and normalised, float64 [N, D].
+
+    ``network`` lies on the compute device.
+    """
     import torch
 
-    found = []
+    found, device = [], computing_on().torch_device()
     for start in range(0, len(images), BATCH):
         pixels = torch.from_numpy(
             as_rgb(images[start : start + BATCH]).astype(np.float32) / 255
@@ -57,7 +61,7 @@ def torch_features(
         shape = (1, 3, 1, 1)
         fed = (resized - torch.tensor(mean).reshape(shape)) / torch.tensor(deviation).reshape(shape)
         with torch.inference_mode():
-            found.append(network(fed).double().numpy())
+            found.append(network(fed.to(device)).double().cpu().numpy())
     return np.concatenate(found)
 
 
@@ -74,4 +78,4 @@ def _model() -> Any:
     model = EfficientNet.from_name("efficientnet-lite0")
     # weights_only: tensors alone are read, nothing in the file can run.
     model.load_state_dict(torch.load(_weights(), weights_only=True))
-    return model.eval()
+    return model.eval().to(computing_on().torch_device())

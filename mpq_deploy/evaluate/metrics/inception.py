@@ -16,6 +16,7 @@ import numpy as np
 from mpq_deploy.errors import MissingDependencyError, UsageError
 from mpq_deploy.evaluate.metrics.networks import BATCH, INCEPTION, as_rgb, digest_of, title_of
 from mpq_deploy.models.spec import Array
+from mpq_deploy.system.compute import computing_on
 from mpq_deploy.system.files import file_digest
 from mpq_deploy.system.locks import scratch_folder
 
@@ -63,7 +64,8 @@ class Inception:
             "FID" if found.startswith(STANDARD) else f"{title_of(INCEPTION)}, other weights"
         )
         self.digest = digest_of(found, "torch-fidelity inception-v3-compat")
-        self._model = _model(weights)
+        self._device = computing_on().torch_device()
+        self._model = _model(weights).to(self._device)
 
     def features(self, images: Array) -> Array:
         """Return float64 [N, 2048] of ``images`` uint8 [N, H, W, C]; resizing to 299 is torch-fidelity's own."""
@@ -75,7 +77,8 @@ class Inception:
                 as_rgb(images[start : start + BATCH]).transpose(0, 3, 1, 2)
             )
             with torch.inference_mode():
-                found.append(self._model(torch.from_numpy(pixels))[0].double().numpy())
+                fed = torch.from_numpy(pixels).to(self._device)
+                found.append(self._model(fed)[0].double().cpu().numpy())
         return np.concatenate(found)
 
 

@@ -17,6 +17,7 @@ from mpq_deploy.errors import MissingDependencyError, ModelError, UsageError
 from mpq_deploy.evaluate.metrics.networks import BATCH, LPIPS, as_rgb, digest_of
 from mpq_deploy.evaluate.metrics.scores import ScoreKind
 from mpq_deploy.models.spec import Array
+from mpq_deploy.system.compute import computing_on
 from mpq_deploy.system.files import file_digest
 
 # torchvision's ImageNet weights; the name ends with the start of their SHA-256.
@@ -70,7 +71,8 @@ class Lpips:
             "LPIPS (AlexNet)" if found.startswith(STANDARD) else "LPIPS (AlexNet, other weights)"
         )
         self.digest = digest_of(found, file_digest(_heads()), "lpips alex")
-        self._network = _network(weights)
+        self._device = computing_on().torch_device()
+        self._network = _network(weights).to(self._device)
 
     def scores(self, images: Array, reference: Array, prompts: Sequence[str] = ()) -> Array:
         """Return float64 [N]: 0 for equal images, more for ones that look less alike."""
@@ -79,8 +81,10 @@ class Lpips:
         found = []
         for start in range(0, len(images), BATCH):
             pair = (_unit(one[start : start + BATCH]) for one in (images, reference))
+            pair = (one.to(self._device) for one in pair)
             with torch.inference_mode():
-                found.append(self._network(*pair, normalize=True).reshape(-1).double().numpy())
+                scores = self._network(*pair, normalize=True).reshape(-1)
+                found.append(scores.double().cpu().numpy())
         return np.concatenate(found)
 
 

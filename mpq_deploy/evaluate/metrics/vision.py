@@ -11,6 +11,7 @@ from mpq_deploy.evaluate.metrics.efficientnet import torch_features
 from mpq_deploy.evaluate.metrics.networks import CLIP, digest_of, title_of
 from mpq_deploy.models.spec import Array
 from mpq_deploy.models.weight_files import refuse_unborne
+from mpq_deploy.system.compute import computing_on
 from mpq_deploy.system.files import file_digest
 from mpq_deploy.system.inputs import read_json_object
 from mpq_deploy.system.libraries import no_bars
@@ -114,7 +115,7 @@ def from_folder(kind: Any, folder: Path, name: str, **options: Any) -> Any:
             f"{folder / WEIGHTS} lacks {len(missing)} of the tensors of {kind.__name__}, such as {missing[0]}.",
             f"Give the whole folder of a {kind.__name__}.",
         )
-    return model.eval()
+    return model.eval().to(computing_on().torch_device())
 
 
 def _model(name: str, folder: Path) -> Any:

@@ -104,6 +104,10 @@ def fidelity(monkeypatch):
                 raise RuntimeError("Missing key(s) in state_dict: scale")
             assert (name, features_list) == ("inception-v3-compat", ["2048"])
 
+        def to(self, device):
+            assert device == torch.device("cpu")
+            return self
+
         def __call__(self, pixels):
             assert pixels.dtype == torch.uint8
             return (pixels.float().mean(dim=(2, 3)) * self.state["scale"],)
