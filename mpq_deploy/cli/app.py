@@ -104,7 +104,7 @@ def run_until(stage: str, settings: Recipe, out: Path | None, crew: Crew | None 
     from mpq_deploy.run.pipeline import default_run, open_pipeline
 
     run = out or default_run(settings)
-    with open_pipeline(settings, run, make_talk(), crew) as pipeline:
+    with open_pipeline(settings, run, make_talk(), crew, computes=False) as pipeline:
         summary = pipeline.run_until(stage)
     print_summary(summary)
 

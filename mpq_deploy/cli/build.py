@@ -287,11 +287,11 @@ def report(
     if device:
         from mpq_deploy.delivery.device_results import take_in
 
-        with open_pipeline(settings, run, make_talk()) as pipeline:
+        with open_pipeline(settings, run, make_talk(), computes=False) as pipeline:
             for path in device:
                 take_in(pipeline.deployed(), path)
     if as_is:
-        with open_pipeline(settings, run, make_talk()) as pipeline:
+        with open_pipeline(settings, run, make_talk(), computes=False) as pipeline:
             print_summary(pipeline.report_as_is())
     else:
         run_until("report", settings, run)

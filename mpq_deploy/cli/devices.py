@@ -39,7 +39,7 @@ def package(
     device = load_target(target or recipe.target)
     check_builder(device)
     key = signing_key(sign)
-    with open_pipeline(recipe, run, make_talk()) as pipeline:
+    with open_pipeline(recipe, run, make_talk(), computes=False) as pipeline:
         written = make_package(
             pipeline.deployed(corrected=True), device, out or Path(f"{run.name}.mpq.tar")
         )
@@ -174,7 +174,7 @@ def deploy(
     device = load_target(target or recipe.target)
     check_builder(device)
     remote = Remote(ssh, tuple(shlex.split(ssh_command)), folder, python)
-    with open_pipeline(recipe, run, make_talk()) as pipeline:
+    with open_pipeline(recipe, run, make_talk(), computes=False) as pipeline:
         results = deploy_run(pipeline.deployed(corrected=True), device, remote)
     print_result(results, summary(results, Path(folder)))
     if not results["passed"]:

@@ -75,7 +75,7 @@ def profile(
     recipe = recipe_of(run, None)
     chosen = load_target(target or recipe.target)
     path = out or Path(f"{chosen.name}.latency.json")
-    with open_pipeline(recipe, run, make_talk()) as pipeline:
+    with open_pipeline(recipe, run, make_talk(), computes=False) as pipeline:
         profiling = Profile(pipeline.current("calibrate"), chosen)
         if estimate:
             table = profiling.estimate()
@@ -126,7 +126,9 @@ def bench(
         from mpq_deploy.bench.from_run import subjects_of
         from mpq_deploy.run.pipeline import open_pipeline
 
-        with open_pipeline(recipe_of(source, None), source, make_talk()) as pipeline:
+        with open_pipeline(
+            recipe_of(source, None), source, make_talk(), computes=False
+        ) as pipeline:
             subjects, origin = subjects_of(pipeline.deployed(), wish)
     else:
         subjects = [subject_of(source, "ours", wish)]
@@ -227,8 +229,8 @@ def _print_findings(findings: list[Finding]) -> None:
             group = finding.group
             print_text(f"{group}:")
         print_text(f"  {finding.name:<{width}}  {finding.value}")
-        if finding.hint and finding.status != "ok":
-            print_text(f"  {'':<{width}}  {finding.hint}")
+        for line in finding.hint.splitlines() if finding.status != "ok" else ():
+            print_text(f"  {'':<{width}}  {line}")
     print_text("targets:")
     for finding in findings:
         if finding.group == "targets":

@@ -18,6 +18,7 @@ from mpq_deploy.cli.options import (
     BudgetListOption,
     CallsPerTimestepOption,
     ClipScoreOption,
+    ComputeOption,
     ConfigOption,
     ControlsOption,
     ImagesOption,
@@ -84,6 +85,7 @@ def sweep(
     workers: WorkersOption = None,
     ray: RayOption = None,
     threads: ThreadsOption = None,
+    device: ComputeOption = None,
 ) -> None:
     """Draw quality against size: measured once, each budget solved in seconds."""
     from mpq_deploy.run.pipeline import open_pipeline
@@ -91,7 +93,8 @@ def sweep(
 
     chosen = parse_budgets(budgets)
     crew = crew_for(workers, ray, threads)
-    with open_pipeline(recipe_of(run, recipe), run, make_talk(), crew) as pipeline:
+    settings = recipe_of(run, recipe, {"compute.device": device})
+    with open_pipeline(settings, run, make_talk(), crew) as pipeline:
         current = pipeline.current(
             "measure", *(["controls"] if evaluate or points is not None else [])
         )
@@ -121,6 +124,7 @@ def audit(
     workers: WorkersOption = None,
     ray: RayOption = None,
     threads: ThreadsOption = None,
+    device: ComputeOption = None,
 ) -> None:
     """Compare every sensitivity with exhaustive measurement, and by the plans it leads to.
 
@@ -135,6 +139,7 @@ def audit(
     chosen = study.AUDITED if methods is None else study.parse_methods(methods)
     options = study.AuditOptions(tuple(parse_budgets(budgets)), chosen, pairs, samples)
     given = {"model": model, "config": config and str(config), "lora": lora or None}
+    given |= {"compute.device": device}
     settings = study.audit_recipe(recipe, given, changes or [])
     run = study.audit_run(settings, out)
     study.check_audit(settings)
@@ -167,12 +172,14 @@ def sample(
     controls: Annotated[
         bool, typer.Option("--controls", help="Also sample everything-INT8 and everything-INT4.")
     ] = False,
+    device: ComputeOption = None,
 ) -> None:
     """Sample the float and the quantized model from the same noise, side by side."""
     from mpq_deploy.report.collect import sample_grid
     from mpq_deploy.run.pipeline import open_pipeline
 
-    with open_pipeline(recipe_of(run, None), run, make_talk()) as pipeline:
+    settings = recipe_of(run, None, {"compute.device": device})
+    with open_pipeline(settings, run, make_talk()) as pipeline:
         pipeline.current(*(["controls"] if controls else []))
         sample_grid(pipeline.deployed(), out, count, seed, steps, controls)
     print_text(str(out))
@@ -230,6 +237,7 @@ def metrics(
     controls: ControlsOption = False,
     lpips: LpipsOption = False,
     clip_score: ClipScoreOption = False,
+    device: ComputeOption = None,
 ) -> None:
     """Compare distributions of images: FID or another Frechet distance, KID, precision, recall.
 
@@ -253,7 +261,7 @@ def metrics(
     options = MetricsOptions(
         tuple(network or ()), images, real, given, seed, workers, controls, scores
     )
-    settings = recipe_of(run, None)
+    settings = recipe_of(run, None, {"compute.device": device})
     # A stage may take minutes: report first what is missing.
     check_metrics(settings.model, options)
     crew = crew_for(workers, ray, threads)

@@ -151,12 +151,13 @@ def make_reference(run: Run) -> tuple[Reference, bytes]:
     """
     from mpq_deploy.calls.recorded import RecordedCalls
     from mpq_deploy.runtime.ort import OrtDenoiser
+    from mpq_deploy.system.compute import CPU_PROVIDER
 
     exported, quantized = run.exported, run.deployed
     spec, section = exported.spec, run.recipe.engine
     calls = RecordedCalls(run.calibration.inputs, spec)
     types = _input_types(quantized / DEPLOYED)
-    twin = OrtDenoiser(quantized / SIMULATED, spec, threads=1)
+    twin = OrtDenoiser(quantized / SIMULATED, spec, 1, [CPU_PROVIDER])
     half = _half_session(quantized / DEPLOYED)
     arrays: dict[str, Array] = {}
     errors = []
@@ -299,9 +300,10 @@ def _input_types(model: Path) -> dict[str, Any]:
 def _half_session(model: Path) -> Any:
     """The FP16 graph in ONNX Runtime; None where that lacks a kernel for it."""
     from mpq_deploy.runtime.ort import make_session
+    from mpq_deploy.system.compute import CPU_PROVIDER
 
     try:
-        return make_session(model, threads=1)
+        return make_session(model, 1, [CPU_PROVIDER])
     except ModelError:
         return None
 

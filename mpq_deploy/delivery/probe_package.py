@@ -153,12 +153,11 @@ def _one_layer(one: Probed) -> OneLayer:
 
 def _ran(model: Path, shape: tuple[int, ...]) -> tuple[Array, Array]:
     """Return a random FP16 input and what the FP32-arithmetic twin makes of it."""
-    import onnxruntime as ort
-
-    from mpq_deploy.runtime.ort import session_options
+    from mpq_deploy.runtime.ort import make_session
+    from mpq_deploy.system.compute import CPU_PROVIDER
 
     x = np.random.default_rng(0).standard_normal(shape).astype(np.float16)
-    session = ort.InferenceSession(str(model), session_options(1, fake_quant_only=True))
+    session = make_session(model, 1, [CPU_PROVIDER], fake_quant_only=True)
     return x, np.asarray(session.run(None, {INPUT: x.astype(np.float32)})[0], np.float32)
 
 

@@ -14,6 +14,7 @@ from mpq_deploy.errors import EngineError
 LIBRARY = "libcuda.so.1"
 MAJOR, MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR
 NAME_BYTES = 256
+NO_DEVICE = 100  # CUDA_ERROR_NO_DEVICE
 CAPTURE_THREAD_LOCAL = 1  # CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
 
 
@@ -26,14 +27,31 @@ def why_no_gpu() -> str:
     return ""
 
 
+def count_gpus() -> int:
+    """Return how many GPUs the driver shows, opening none. Raises EngineError where there is no driver."""
+    driver, count = load_driver(), ctypes.c_int()
+    for name, arguments in (("cuInit", (0,)), ("cuDeviceGetCount", (ctypes.byref(count),))):
+        code = getattr(driver, name)(*arguments)
+        if code == NO_DEVICE:
+            return 0
+        if code != 0:
+            raise EngineError(f"The CUDA driver's {name} failed with code {code}.")
+    return count.value
+
+
+def load_driver() -> Any:
+    """Return the driver's library. Raises EngineError where it is not here."""
+    try:
+        return ctypes.CDLL(LIBRARY)
+    except OSError as error:
+        raise EngineError(f"No NVIDIA driver is here ({LIBRARY} cannot be loaded).") from error
+
+
 class Cuda:
     """The first GPU: memory, a stream, timing events. Raises EngineError where there is none."""
 
     def __init__(self) -> None:
-        try:
-            self._driver: Any = ctypes.CDLL(LIBRARY)
-        except OSError as error:
-            raise EngineError(f"No NVIDIA driver is here ({LIBRARY} cannot be loaded).") from error
+        self._driver = load_driver()
         self._call("cuInit", 0)
         device, context = ctypes.c_int(), ctypes.c_void_p()
         self._call("cuDeviceGet", ctypes.byref(device), 0)

@@ -8,7 +8,7 @@ import numpy as np
 
 from mpq_deploy.errors import ModelError
 from mpq_deploy.models.spec import Array, DenoiserSpec
-from mpq_deploy.runtime.ort import ORT_ERRORS, make_session
+from mpq_deploy.runtime.ort import BatchSession, make_session
 from mpq_deploy.system.progress import Talk
 
 
@@ -33,18 +33,16 @@ def decode(path: Path, latents: Array, batch_size: int, talk: Talk) -> Array:
 
     The decoder takes the denoiser's samples as they are: any scaling factor is part of its graph.
     """
-    session = make_session(path)
-    feed, output = session.get_inputs()[0].name, session.get_outputs()[0].name
+    decoder = BatchSession(lambda places: make_session(path, 0, places))
+    feed = decoder.session.get_inputs()[0].name
     images = []
     with talk.bar("decode", len(latents)) as advance:
         for start in range(0, len(latents), batch_size):
             chunk = np.asarray(latents[start : start + batch_size], np.float32)
             try:
-                images.append(np.asarray(session.run([output], {feed: chunk})[0], np.float32))
-            except ORT_ERRORS as error:
-                raise ModelError(
-                    f"The decoder {path.name} failed on {list(chunk.shape)}: {error}"
-                ) from error
+                images.append(decoder.run({feed: chunk}))
+            except ModelError as error:
+                raise ModelError(f"The decoder {path.name} failed. {error.message}") from error
             advance(len(chunk))
     decoded = np.concatenate(images)
     if not np.isfinite(decoded).all():

@@ -48,6 +48,7 @@ from mpq_deploy.models.spec import Array, DenoiserSpec, FloatModel
 from mpq_deploy.recipe import EvaluateSettings
 from mpq_deploy.runtime.correction import Correction
 from mpq_deploy.runtime.ort import OrtDenoiser
+from mpq_deploy.system.compute import Compute, computing_on
 from mpq_deploy.system.parallel.job_files import Files
 from mpq_deploy.system.parallel.work import Alone, Crew, Job, Result, Shard, Work, run_shards
 from mpq_deploy.system.progress import Talk
@@ -127,7 +128,7 @@ def evaluate(
         variants=results,
         images=images,
         float_digest=str(common["float"]),
-        notes=(*_notes(setup, kind, value_range), *_correction_notes(setup, variants)),
+        notes=(*_notes(setup, kind, value_range), *_further_notes(setup, variants)),
     )
 
 
@@ -390,12 +391,18 @@ def _notes(setup: Setup, kind: ImageKind, value_range: tuple[float, float]) -> l
     return notes
 
 
-def _correction_notes(setup: Setup, variants: Mapping[str, Variant]) -> list[str]:
-    return [
+def _further_notes(setup: Setup, variants: Mapping[str, Variant]) -> list[str]:
+    """Say which corrections apply, and what computed, where it was not the CPU."""
+    notes = [
         f"{name}: PTQD's correction, {one.correction.summary()}; {_applied(setup, one.correction)}."
         for name, one in variants.items()
         if one.correction is not None
     ]
+    if computing_on() != Compute():
+        notes.append(
+            f"Outputs and images were computed on {computing_on()}; a CPU's differ by rounding."
+        )
+    return notes
 
 
 def _applied(setup: Setup, correction: Correction) -> str:
@@ -429,4 +436,6 @@ def _common_key(setup: Setup, float_model: Path) -> dict[str, Any]:
         "seed": settings.seed,
         "sampler": settings.sampler,
         "onnxruntime": ort.__version__,
+        # Differences between devices are no part of a variant's error.
+        **({} if computing_on() == Compute() else {"device": str(computing_on())}),
     }

@@ -20,6 +20,7 @@ from mpq_deploy.graph.writers.deployed_graphs import SIMULATED
 from mpq_deploy.models.spec import Array, FloatModel
 from mpq_deploy.runtime.correction import Correction
 from mpq_deploy.runtime.ort import OrtDenoiser, model_feeds
+from mpq_deploy.system.compute import CPU_PROVIDER
 from mpq_deploy.system.inputs import read_json
 from mpq_deploy.system.names import plain_name
 from mpq_deploy.system.validated import model_of
@@ -128,8 +129,8 @@ def with_cpu_latency(
         note = f"CPU latency not measured: both graphs together take {pair / 1e9:.1f} GB."
         return replace(evaluation, notes=(*evaluation.notes, note))
     denoisers = (
-        OrtDenoiser(model.path, model.spec),
-        OrtDenoiser(path, model.spec, fake_quant_only=True),
+        OrtDenoiser(model.path, model.spec, 0, [CPU_PROVIDER]),
+        OrtDenoiser(path, model.spec, 0, [CPU_PROVIDER], fake_quant_only=True),
     )
     feed = _first_feed(model, evaluation)
     times: tuple[list[float], list[float]] = ([], [])

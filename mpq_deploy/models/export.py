@@ -23,10 +23,9 @@ from mpq_deploy.models.sampling_fit import check_output
 from mpq_deploy.models.spec import Array, DenoiserSpec
 from mpq_deploy.runtime.not_finite import first_not_finite
 from mpq_deploy.runtime.ort import (
-    make_session_with,
     model_feeds,
-    options_for_few_calls,
     run_session,
+    session_for_few_calls,
 )
 from mpq_deploy.system.libraries import tell_cause
 from mpq_deploy.system.progress import Talk
@@ -214,7 +213,7 @@ def _compared_with_source(denoiser: Denoiser, path: Path, release: bool) -> floa
         check_output(denoiser.spec, reference.shape)
         if not np.isfinite(reference).all():
             raise _not_finite(denoiser.spec, path, feeds)
-    session = make_session_with(path, options_for_few_calls())
+    session = session_for_few_calls(path)
     outputs = [run_session(session, denoiser.spec.output, feeds) for feeds in cases]
     error = max(relative_error(output, reference) for output, reference in zip(outputs, references))
     if not error <= denoiser.network.tolerance:
@@ -290,7 +289,7 @@ def _write_decoder(decoder: Network, spec: DenoiserSpec, path: Path, talk: Talk)
     save_model(model, path)
     random = np.random.default_rng(CHECK_SEED)
     latents = random.standard_normal((CHECK_BATCHES[-1], *spec.sample.shape), np.float32)
-    session = make_session_with(path, options_for_few_calls())
+    session = session_for_few_calls(path)
     feeds = {session.get_inputs()[0].name: latents}
     error = relative_error(session.run(None, feeds)[0], decoder.reference(feeds))
     if not error <= decoder.tolerance:

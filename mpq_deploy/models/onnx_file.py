@@ -145,15 +145,15 @@ class OnnxNetwork:
         return np.asarray(run_session(session, self._output, given), np.float32)
 
     def _opened(self) -> ort.InferenceSession:
-        from mpq_deploy.runtime.ort import make_session_with, options_for_few_calls
+        from mpq_deploy.runtime.ort import session_for_few_calls
 
         if not self._widened:
-            return make_session_with(self.path, options_for_few_calls())
+            return session_for_few_calls(self.path)
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
             copy = Path(folder) / "model.onnx"
             model = widened(load_model(self.path), self._inputs)
             ir.save(model, copy, external_data=f"{copy.name}.data")
-            return make_session_with(copy, options_for_few_calls())
+            return session_for_few_calls(copy)
 
     def release(self) -> None:
         """Close the file; the next call opens it again."""

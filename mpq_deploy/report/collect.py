@@ -138,7 +138,11 @@ def report_data(run: Run) -> ReportData:
 def _stage_rows(run: Run) -> tuple[StageRow, ...]:
     return tuple(
         StageRow(
-            name=r.name, seconds=r.seconds, peak_rss_bytes=r.peak_rss_bytes or None, cached=r.cached
+            name=r.name,
+            seconds=r.seconds,
+            peak_rss_bytes=r.peak_rss_bytes or None,
+            cached=r.cached,
+            device=record.device if (record := run.folder.record(r.name)) else "cpu",
         )
         for r in run.results.values()
     )

@@ -221,6 +221,7 @@ class StageRow(Part):
     seconds: float = Field(ge=0)
     peak_rss_bytes: int | None = Field(None, ge=0)
     cached: bool
+    device: str = Field("cpu", description="what computed it")
 
 
 class SolverInfo(Part):

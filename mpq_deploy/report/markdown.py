@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
-from mpq_deploy.report.data import Control, ReportData, SchemeTotal, kept_in_fp16
+from mpq_deploy.report.data import Control, ReportData, SchemeTotal, StageRow, kept_in_fp16
 from mpq_deploy.report.words import (
     DEVICE_COLUMNS,
     FRECHET_COLUMNS,
@@ -148,10 +148,14 @@ def _kept(data: ReportData) -> list[str]:
     return ["Stayed in FP16:", "\n".join(lines)] if lines else []
 
 
+def _how_made(stage: StageRow) -> str:
+    made = "kept" if stage.cached else "made"
+    return made if stage.device == "cpu" else f"{made} on {stage.device}"
+
+
 def _stages(data: ReportData) -> list[list[str]]:
     return [
-        [s.name, duration(s.seconds), size(s.peak_rss_bytes), "kept" if s.cached else "made"]
-        for s in data.stages
+        [s.name, duration(s.seconds), size(s.peak_rss_bytes), _how_made(s)] for s in data.stages
     ]
 
 

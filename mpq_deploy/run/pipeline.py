@@ -60,6 +60,8 @@ class Pipeline:
         self, folder: RunFolder, recipe: Recipe, talk: Talk, crew: Crew | None = None
     ) -> None:
         self.results: dict[str, StageResult] = {}
+        # Why the recipe's compute device cannot be used; None: it can.
+        self.no_device: UsageError | None = None
         # No result depends on who computes shards, so the crew is no part of the recipe.
         self.run = Run(recipe, folder, talk, crew or Alone(), self.results)
 
@@ -126,10 +128,12 @@ class Pipeline:
 
     def _make(self, stage: Stage, inputs: Fields | None, changed: list[str] | None) -> StageResult:
         run, name = self.run, stage.name
+        if self.no_device and stage.computes:
+            raise self.no_device
         if changed:
             more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
             run.talk.line(f"{name:<10} again: {', '.join(changed[:3])}{more} changed")
-        device = str(computing_on())
+        device = str(computing_on() if stage.computes else Compute())
         place = (
             nullcontext(run.path) if inputs is None else run.folder.writing(name, inputs, device)
         )
@@ -145,14 +149,22 @@ class Pipeline:
 
 @contextmanager
 def open_pipeline(
-    recipe: Recipe, run: Path, talk: Talk, crew: Crew | None = None
+    recipe: Recipe, run: Path, talk: Talk, crew: Crew | None = None, *, computes: bool = True
 ) -> Iterator[Pipeline]:
     """Open and lock the run folder for ``recipe``; write the recipe with every default into it.
 
-    ``crew``: who computes what can be spread over workers; None: this process.
+    ``crew``: who computes what can be spread over workers; None: this process. ``computes`` False:
+    only stages run the model, so a compute device that is not here is refused by the first of
+    those that must be made. Raises UsageError for a device that is not here.
     """
     check_recipe(recipe)
-    place = find_compute(recipe.compute.device)
+    place, no_device = Compute(), None
+    try:
+        place = find_compute(recipe.compute.device)
+    except UsageError as error:
+        if computes or not run.is_dir():
+            raise
+        no_device = error
     if place != Compute():
         talk.line(f"computing on {place}")
     with open_run(run) as folder, compute_on(place):
@@ -160,6 +172,7 @@ def open_pipeline(
         before = read_text(stored, error=RunFolderError) if stored.is_file() else None
         write_text(stored, recipe.to_yaml())
         pipeline = Pipeline(folder, recipe, talk, crew)
+        pipeline.no_device = no_device
         try:
             yield pipeline
         except MpqError as error:

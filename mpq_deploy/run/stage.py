@@ -30,7 +30,8 @@ class Stage:
     current before. ``inputs``: what else it depends on (settings, versions), by name; None: it is
     made each time. ``make`` fills an empty folder (the run's own where there are no ``inputs``) and
     returns a few words for the log. ``applies``: whether a recipe wants it on the way to later
-    stages. ``hint``: what to change when its memory does not suffice, up to "or".
+    stages. ``hint``: what to change when its memory does not suffice, up to "or". ``computes``:
+    whether it runs the model, and so needs the recipe's compute device.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Stage:
     after: tuple[str, ...] = ()
     applies: Callable[[Recipe], bool] = _always
     hint: str = "End other programs, or"
+    computes: bool = True
 
     @property
     def needs(self) -> tuple[str, ...]:

@@ -18,6 +18,7 @@ from mpq_deploy.device.context import RUNTIME_CACHE, load_engine, open_context, 
 from mpq_deploy.errors import EngineError, MissingDependencyError, ModelError
 from mpq_deploy.models.spec import DenoiserSpec
 from mpq_deploy.runtime.ort import ORT_ERRORS, OrtDenoiser
+from mpq_deploy.system.compute import CUDA, Compute
 
 __all__ = ["RUNTIME_CACHE", "Backend", "EngineBackend", "OrtBackend"]
 
@@ -49,11 +50,10 @@ class OrtBackend:
         self, model: Path, spec: DenoiserSpec, device: torch.device, threads: int = 0
     ) -> None:
         self.device = device
-        cuda = device.type == "cuda"
-        provider = "CUDAExecutionProvider" if cuda else "CPUExecutionProvider"
-        # Integer kernels of some CPUs saturate, unlike any target's: there Q/DQ pairs stay.
+        place = Compute((device.index or 0) if device.type == CUDA else None)
+        # Integer kernels of some CPUs saturate, unlike any target's: Q/DQ pairs stay.
         self._session = OrtDenoiser(
-            model, spec, threads, [provider], fake_quant_only=not cuda
+            model, spec, threads, place.providers, fake_quant_only=True
         ).session
         self._output = next(
             value for value in self._session.get_outputs() if value.name == spec.output
@@ -91,7 +91,11 @@ class OrtBackend:
             output = None
             binding.bind_output(self._output.name, **place)
         try:
+            if self.device.type == CUDA:
+                # The session computes on a stream of its own.
+                torch.cuda.current_stream(self.device).synchronize()
             self._session.run_with_iobinding(binding)
+            binding.synchronize_outputs()
         except ORT_ERRORS as error:
             shapes = {name: tuple(tensor.shape) for name, tensor in feeds.items()}
             raise ModelError(

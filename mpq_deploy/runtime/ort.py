@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,17 @@ from mpq_deploy.graph.load import (
     read_proto,
 )
 from mpq_deploy.models.spec import Array, DenoiserSpec, InputSpec
-from mpq_deploy.system.compute import computing_on, start_session
+from mpq_deploy.system.compute import (
+    CPU_PROVIDER,
+    CUDA,
+    CUDA_PROVIDER,
+    Provider,
+    computing_on,
+    free_cached_memory,
+    out_of_memory,
+    say_once,
+    start_session,
+)
 from mpq_deploy.system.hub_cache import hub_blobs
 from mpq_deploy.system.threads import may_spin, runtime_threads
 
@@ -30,7 +40,6 @@ ERROR_SEVERITY = 3
 # The folder that names of external files count from where a session is made from bytes (ONNX
 # Runtime's onnxruntime_session_options_config_keys.h).
 WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
-CPU = "CPUExecutionProvider"
 # From so many bytes of weights on, sessions on the CPU leave them where the file is mapped (our
 # choice: smaller models run faster with weights in the layout of each kernel, which are copies).
 LARGE_WEIGHTS_BYTES = 1 << 30
@@ -69,19 +78,19 @@ def spare_memory(options: ort.SessionOptions) -> None:
     options.add_session_config_entry("session.disable_prepacking", "1")
 
 
-def options_for_few_calls() -> ort.SessionOptions:
-    """Return options for few calls: memory of live values, freed with the session."""
+def session_for_few_calls(model: Path) -> ort.InferenceSession:
+    """Open ``model`` on the CPU for few calls, which check it: memory of live values, freed with the session."""
     options = session_options()
     # The arena grows by half each time, and each size of calls has an area of its own beside it.
     options.enable_cpu_mem_arena = False
     options.enable_mem_pattern = False
-    return options
+    return make_session_with(model, options, [CPU_PROVIDER])
 
 
 def make_session(
     model: Path | bytes,
     threads: int = 0,
-    providers: Sequence[str] | None = None,
+    providers: Sequence[Provider] | None = None,
     fake_quant_only: bool = False,
 ) -> ort.InferenceSession:
     """Open ``model`` (a file, or bytes without external data), checked, by default on the compute device.
@@ -93,11 +102,11 @@ def make_session(
 
 
 def make_session_with(
-    model: Path | bytes, options: ort.SessionOptions, providers: Sequence[str] | None = None
+    model: Path | bytes, options: ort.SessionOptions, providers: Sequence[Provider] | None = None
 ) -> ort.InferenceSession:
     """Open ``model`` as ``make_session`` does, under the given options."""
-    place = computing_on() if providers is None else None
-    on_cpu = place.runtime is None if place else list(providers or ()) == [CPU]
+    chosen = computing_on().providers if providers is None else providers
+    names = [provider if isinstance(provider, str) else provider[0] for provider in chosen]
     source: str | bytes = model if isinstance(model, bytes) else str(model.resolve())
     if isinstance(model, bytes):
         parse_proto(model, "The model in memory")
@@ -110,17 +119,20 @@ def make_session_with(
             # other names than the model's own text says.
             source = proto.SerializeToString()
             options.add_session_config_entry(WEIGHTS_FOLDER, str(model.resolve().parent))
-        if on_cpu and sum(file.stat().st_size for file in files) >= LARGE_WEIGHTS_BYTES:
+        if (
+            names == [CPU_PROVIDER]
+            and sum(file.stat().st_size for file in files) >= LARGE_WEIGHTS_BYTES
+        ):
             spare_memory(options)
     available = ort.get_available_providers()
-    for provider in providers or ():
+    for provider in names:
         if provider not in available:
             raise UsageError(
                 f"ONNX Runtime has no execution provider '{provider}' here.",
                 f"{nearest(provider, available)}Available: {', '.join(available)}.",
             )
     try:
-        return start_session(source, options, providers)
+        return start_session(source, options, chosen)
     except ORT_ERRORS as error:
         where = "the model in memory" if isinstance(model, bytes) else str(model)
         reason = " ".join(str(error).split())
@@ -139,11 +151,16 @@ class OrtDenoiser:
         model: Path | bytes,
         spec: DenoiserSpec,
         threads: int = 0,
-        providers: Sequence[str] | None = None,
+        providers: Sequence[Provider] | None = None,
         fake_quant_only: bool = False,
     ) -> None:
         self.spec = spec
-        self.session = make_session(model, threads, providers, fake_quant_only)
+        self._batches = BatchSession(
+            lambda places: make_session(model, threads, places, fake_quant_only),
+            spec.output,
+            [item.name for item in spec.inputs if item.batched],
+            providers,
+        )
         declared = {value.name for value in self.session.get_inputs()}
         described = {item.name for item in spec.inputs}
         if declared != described:
@@ -169,23 +186,111 @@ class OrtDenoiser:
         """
         return self.run(model_feeds(self.spec, sample, timestep, conditions))
 
+    @property
+    def session(self) -> ort.InferenceSession:
+        """The session that computes now."""
+        return self._batches.session
+
     def run(self, feeds: dict[str, Array]) -> Array:
         """Return the output, float32 [N, ...], for every input by name, as the model takes it."""
-        return np.asarray(run_session(self.session, self.spec.output, feeds), np.float32)
+        return self._batches.run(feeds)
+
+
+class BatchSession:
+    """A session that is given as many rows at once as a GPU's memory holds.
+
+    Where that does not suffice for all rows of a call they are run in parts, and where it does not
+    suffice for one, on the CPU from then on; both are said.
+    """
+
+    def __init__(
+        self,
+        open_on: Callable[[Sequence[Provider] | None], ort.InferenceSession],
+        output: str | None = None,
+        batched: Collection[str] | None = None,
+        providers: Sequence[Provider] | None = None,
+    ) -> None:
+        """``open_on``: opens the session on providers. ``output``: its name, None: the first.
+
+        ``batched``: the inputs that have as many rows as the output, None: all.
+        """
+        self.session, self._open_on = open_on(providers), open_on
+        self._output = output or self.session.get_outputs()[0].name
+        inputs = [value.name for value in self.session.get_inputs()]
+        self._batched = inputs if batched is None else batched
+        # None: as many rows as there are.
+        self._most: int | None = None
+
+    def run(self, feeds: dict[str, Array]) -> Array:
+        """Return the output, float32 [N, ...]. Raises ModelError as ``run_session`` does."""
+        rows = max((len(feeds[name]) for name in self._batched if feeds[name].ndim), default=1)
+        parts: list[Array] = []
+        start = 0
+        while start < rows or not parts:
+            stop = min(start + (self._most or rows), rows)
+            part = feeds
+            if (start, stop) != (0, rows):
+                part = {n: v[start:stop] if n in self._batched else v for n, v in feeds.items()}
+            try:
+                output = run_session(self.session, self._output, part)
+            except ModelError as error:
+                if not out_of_memory(error.__cause__) or not on_gpu(self.session):
+                    raise
+                self._take_less(stop - start)
+                continue
+            parts.append(np.asarray(output, np.float32))
+            start = stop
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def _take_less(self, rows: int) -> None:
+        """Run fewer rows at once than ``rows``, or go on on the CPU."""
+        free_cached_memory()
+        what = f"The GPU's memory does not suffice for a batch of {rows}"
+        inputs = [value for value in self.session.get_inputs() if value.name in self._batched]
+        if rows > 1 and not any(isinstance(value.shape[0], int) for value in inputs):
+            self._most = rows // 2
+            say_once(f"{what}: {self._most} at a time.")
+            return
+        say_once(f"{what}: the model runs on the CPU.")
+        # Freed first: other sessions may need the memory.
+        del self.session
+        self.session, self._most = self._open_on([CPU_PROVIDER]), None
+
+
+def on_gpu(session: ort.InferenceSession) -> bool:
+    """Whether the session runs on a GPU."""
+    return CUDA_PROVIDER in session.get_providers()
 
 
 def run_session(session: ort.InferenceSession, output: str, feeds: dict[str, Array]) -> Array:
     """Return the output of that name. Raises ModelError with the inputs' shapes on failure."""
     try:
+        if on_gpu(session):
+            return run_bound(session, output, feeds, CUDA)
         values: Array = session.run([output], feeds)[0]
     except ORT_ERRORS as error:
         shapes = {name: tuple(value.shape) for name, value in feeds.items()}
         reason = " ".join(str(error).split())
         raise ModelError(
             f"ONNX Runtime failed on inputs of shapes {shapes}: {reason}",
-            "Check that the inputs have the shapes that the model was exported for.",
+            "Give smaller batches, or --device cpu."
+            if out_of_memory(error)
+            else "Check that the inputs have the shapes that the model was exported for.",
         ) from error
     return values
+
+
+def run_bound(
+    session: ort.InferenceSession, output: str, feeds: dict[str, Array], device: str
+) -> Array:
+    """Return the output of that name: each input goes to ``device`` once, and the output from there once."""
+    binding = session.io_binding()
+    for name, value in feeds.items():
+        binding.bind_cpu_input(name, np.ascontiguousarray(value) if value.ndim else value)
+    binding.bind_output(output, device, computing_on().runtime or 0)
+    session.run_with_iobinding(binding)
+    found: Array = binding.copy_outputs_to_cpu()[0]
+    return found
 
 
 def model_feeds(

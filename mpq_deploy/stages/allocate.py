@@ -50,4 +50,4 @@ def _speed(plan: PrecisionPlan) -> str:
     return f", {plan.latency.ours_ms:.3g} ms of layers and other kernels ({plan.latency.source})"
 
 
-STAGE = Stage("allocate", make, inputs, reads=("export", "candidates", "measure"))
+STAGE = Stage("allocate", make, inputs, reads=("export", "candidates", "measure"), computes=False)

@@ -73,5 +73,6 @@ STAGE = Stage(
     make,
     inputs,
     after=("export", "allocate", "quantize", "recover"),
+    computes=False,
     hint="Lower the budget, set engine.build: false and build on the device ('mpq-deploy package'), or",
 )

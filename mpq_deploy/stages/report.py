@@ -24,5 +24,6 @@ STAGE = Stage(
     "report",
     make,
     None,
+    computes=False,
     after=("export", "calibrate", "measure", "allocate", "quantize", "engine", "evaluate"),
 )

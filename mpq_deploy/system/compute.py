@@ -6,19 +6,25 @@ through its environment, for the workers that it starts. Devices are named here 
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnxruntime as ort
 
-from mpq_deploy.device.cuda import why_no_gpu
-from mpq_deploy.errors import UsageError, nearest
+from mpq_deploy.device.cuda import count_gpus
+from mpq_deploy.errors import EngineError, UsageError, nearest
+from mpq_deploy.system.libraries import libraries_shown, silenced
+from mpq_deploy.system.progress import PlainTalk
 
 # Set for worker processes: the device of the process that started them.
 VARIABLE = "MPQ_DEPLOY_DEVICE"
@@ -26,10 +32,21 @@ AUTO, CPU, CUDA = "auto", "cpu", "cuda"
 CPU_PROVIDER, CUDA_PROVIDER = "CPUExecutionProvider", "CUDAExecutionProvider"
 RUNTIME_PACKAGES = ("onnxruntime", "onnxruntime-gpu")
 WISH = re.compile(r"auto|cpu|cuda(:\d+)?")
-# Both packages write into one folder, and what is imported is what was written last.
+# What is imported is what was written last.
+BOTH_INSTALLED = "both onnxruntime and onnxruntime-gpu are installed: keep one"
 INSTALL_RUNTIME = "pip uninstall -y onnxruntime onnxruntime-gpu; pip install onnxruntime-gpu"
-NO_LIBRARIES = "Install the versions of CUDA and cuDNN that onnxruntime-gpu was built for."
+NO_LIBRARIES = (
+    "pip install 'onnxruntime-gpu[cuda,cudnn]' brings CUDA's libraries, or give --device cpu."
+)
+NO_DRIVER = "Install NVIDIA's driver (nvidia-smi shows whether it works), or give --device cpu."
 INSTALL_TORCH = "Install a build of torch for CUDA (pytorch.org, Get started)."
+# What ONNX Runtime, cuBLAS and cuDNN say when the GPU's memory does not suffice; all of it is text.
+NO_MEMORY = re.compile(
+    r"Failed to allocate memory|is smaller than requested bytes|out of memory|_ALLOC_FAILED"
+)
+# Of ONNX Runtime's log, without --debug: errors; nothing where failing is an answer.
+LOG_WARNINGS, LOG_ERRORS, LOG_NOTHING = 2, 3, 4
+Provider = str | tuple[str, dict[str, str]]
 
 
 @dataclass(frozen=True)
@@ -57,7 +74,7 @@ class Compute:
         return runtime if runtime == torch else f"{runtime} (torch: {torch})"
 
     @property
-    def providers(self) -> list[tuple[str, dict[str, str]]]:
+    def providers(self) -> list[Provider]:
         """ONNX Runtime's execution providers, with their options.
 
         TF32 is off: it has 10 bits of mantissa, and Hessians and errors of quantization lie below
@@ -84,11 +101,6 @@ class Compute:
 def computing_on() -> Compute:
     """Return where this process computes: what ``compute_on`` set, here or in the process that started it."""
     return Compute.of_text(os.environ.get(VARIABLE, ","))
-
-
-def environment() -> dict[str, str]:
-    """Return what a worker process must find in its environment to compute where this one does."""
-    return {VARIABLE: computing_on().text}
 
 
 @contextmanager
@@ -138,40 +150,58 @@ def find_compute(wish: str) -> Compute:
         )
     if wish == CPU:
         return Compute()
-    against = why_no_gpu()
+    number = int(wish.partition(":")[2] or 0)
+    against = why_no_gpu(number)
     if against:
         if wish == AUTO:
             return Compute()
-        raise UsageError(
-            f"The compute device '{wish}' is not here: {against[0].lower()}{against[1:]}.",
-            "Install NVIDIA's driver (nvidia-smi shows whether it works), or give --device cpu.",
-        )
-    number = int(wish.partition(":")[2] or 0)
-    runtime, torch = why_no_cuda_runtime(number), why_no_cuda_torch(number)
+        raise UsageError(f"The compute device '{wish}' is not here: {against}.", NO_DRIVER)
     if wish == AUTO:
-        return Compute(None if runtime else number, None if torch else number)
-    for reason, hint in ((runtime, f"Run: {INSTALL_RUNTIME}"), (torch, INSTALL_TORCH)):
+        return Compute(*(None if why else number for why in whys_no_cuda(number)))
+    for reason, hint in zip(whys_no_cuda(number), (_runtime_hint(), INSTALL_TORCH), strict=True):
         if reason:
             raise UsageError(f"The compute device '{wish}' cannot be used: {reason}.", hint)
     return Compute(number, number)
 
 
+def why_no_gpu(number: int = 0) -> str:
+    """Return why there is no GPU of that number; empty when there is. Opens nothing on it."""
+    try:
+        count = count_gpus()
+    except EngineError as error:
+        text = error.message.rstrip(".")
+        return text[0].lower() + text[1:]
+    if number < count:
+        return ""
+    return f"GPUs are counted from 0, and there {'is 1' if count == 1 else f'are {count}'}"
+
+
+def whys_no_cuda(number: int = 0) -> tuple[str, str]:
+    """Return why ONNX Runtime, and why torch, cannot compute on that GPU; each empty when it can."""
+    return why_no_cuda_runtime(number), why_no_cuda_torch(number)
+
+
 def why_no_cuda_runtime(number: int = 0) -> str:
     """Return why ONNX Runtime cannot compute on that GPU; empty when it can."""
-    installed = [name for name in RUNTIME_PACKAGES if _installed(name)]
     if CUDA_PROVIDER not in ort.get_available_providers():
-        if len(installed) == len(RUNTIME_PACKAGES):
-            return (
-                f"{' and '.join(installed)} are both installed, and the one for the CPU is imported"
-            )
+        if hidden_runtime():
+            return BOTH_INSTALLED
         return f"ONNX Runtime {ort.__version__} is a build for the CPU (onnxruntime-gpu is missing)"
     _find_cuda_libraries()
+    options = ort.SessionOptions()
+    options.log_severity_level = _log_level(LOG_NOTHING)
+    ort.set_default_logger_severity(options.log_severity_level)
     try:
-        session = ort.InferenceSession(_smallest_graph(), providers=Compute(number).providers)
+        providers = Compute(number).providers
+        session = ort.InferenceSession(_one_conv(), options, providers=providers, enable_fallback=0)
+        session.run(None, {"x": np.zeros((1, 1, 3, 3), np.float32)})
     except Exception as error:
-        return f"ONNX Runtime cannot open it: {_first_line(error)}"
+        return f"ONNX Runtime cannot compute there: {_first_line(error)}"
+    finally:
+        ort.set_default_logger_severity(_log_level(LOG_ERRORS))
     if CUDA_PROVIDER not in session.get_providers():
-        return f"ONNX Runtime {ort.__version__} could not load CUDA's libraries"
+        missing = _missing_library() or "its log says why (--debug)"
+        return f"ONNX Runtime {ort.__version__} cannot load CUDA: {missing}"
     return ""
 
 
@@ -181,51 +211,119 @@ def why_no_cuda_torch(number: int = 0) -> str:
         import torch
     except ImportError:
         return "torch is not installed"
-    if not torch.cuda.is_available():
-        why = "is a build for the CPU" if torch.version.cuda is None else "finds no GPU"
+    with silenced():
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if number >= count:
+        why = "is a build for the CPU" if torch.version.cuda is None else f"finds {count} GPUs"
         return f"torch {torch.__version__} {why}"
-    if number >= torch.cuda.device_count():
-        return f"there are {torch.cuda.device_count()} GPUs, counted from 0"
     return ""
 
 
 def start_session(
     source: str | bytes,
     options: ort.SessionOptions,
-    providers: Sequence[str] | None = None,
+    providers: Sequence[Provider] | None = None,
 ) -> ort.InferenceSession:
     """Open a session on ``providers``, or where this process computes.
 
-    Raises whatever ONNX Runtime raises, and UsageError where it opened the session on the CPU
-    instead of the GPU (which it does, with a line in its log, when a library of CUDA is missing).
+    On a GPU constants are dequantized once, when the session is opened, by the kernels for the CPU:
+    the same numbers, also in formats for which the GPU has no kernel. Where its memory does not
+    suffice for the constants the session is opened on the CPU, which is said.
+
+    Raises whatever ONNX Runtime raises, and UsageError where it left out the first of the providers
+    (which it does, with a line in its log, when a library is missing).
     """
-    place = computing_on()
-    chosen = place.providers if providers is None else list(providers)
-    if providers is None and place.runtime is not None:
+    chosen = computing_on().providers if providers is None else list(providers)
+    first = chosen[0] if isinstance(chosen[0], str) else chosen[0][0]
+    if first == CUDA_PROVIDER:
         _find_cuda_libraries()
-    session = ort.InferenceSession(source, options, providers=chosen)
-    wanted = providers is None and place.runtime is not None
-    if wanted and CUDA_PROVIDER not in session.get_providers():
-        raise UsageError(f"ONNX Runtime opened no session on {place}.", NO_LIBRARIES)
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
+    try:
+        session = ort.InferenceSession(source, options, providers=chosen, enable_fallback=0)
+    except Exception as error:
+        if first != CUDA_PROVIDER or not out_of_memory(error):
+            raise
+        free_cached_memory()
+        say_once("The GPU's memory does not suffice for a model's weights: it runs on the CPU.")
+        return ort.InferenceSession(source, options, providers=[CPU_PROVIDER])
+    if first not in session.get_providers():
+        why = f": {_missing_library()}" if first == CUDA_PROVIDER and _missing_library() else ""
+        raise UsageError(f"ONNX Runtime opened no session on its {first}{why}.", NO_LIBRARIES)
     return session
+
+
+def out_of_memory(error: BaseException | None) -> bool:
+    """Whether ``error`` says that the GPU's memory did not suffice."""
+    return error is not None and NO_MEMORY.search(str(error)) is not None
+
+
+def free_cached_memory() -> None:
+    """Give back what torch keeps of the GPU's memory for later."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+
+
+@cache
+def say_once(text: str) -> None:
+    """Warn on stderr, the first time in this process: computing moves to where nobody asked for it."""
+    PlainTalk().warn(text)
 
 
 @cache
 def _find_cuda_libraries() -> None:
-    """Load CUDA's libraries from where packages of torch or NVIDIA brought them: ONNX Runtime looks on no such path."""
+    """Load CUDA's libraries from where packages of torch or NVIDIA brought them: ONNX Runtime looks on no such path.
+
+    What it prints about those that are missing is kept back: no session opens then, which is said.
+    """
+    ort.set_default_logger_severity(_log_level(LOG_ERRORS))
     if hasattr(ort, "preload_dlls"):
-        ort.preload_dlls()
+        with silenced():
+            ort.preload_dlls()
 
 
-def _smallest_graph() -> bytes:
-    import onnx
+@cache
+def _missing_library() -> str:
+    """Return why ONNX Runtime's library for CUDA cannot be loaded; empty when it can, or is not here."""
+    folder = Path(ort.__file__).parent / "capi"
+    # The second has symbols of the first.
+    for name in ("shared", "cuda"):
+        path = folder / f"libonnxruntime_providers_{name}.so"
+        try:
+            if path.is_file():
+                ctypes.CDLL(str(path), ctypes.RTLD_GLOBAL)
+        except OSError as error:
+            return _first_line(error).partition(":")[0] + " is missing"
+    return ""
+
+
+def _log_level(level: int) -> int:
+    """Return ONNX Runtime's level of log, with its warnings under ``--debug``."""
+    return LOG_WARNINGS if libraries_shown() else level
+
+
+def _one_conv() -> bytes:
+    """Return a graph that needs cuDNN."""
     from onnx import TensorProto, helper
 
-    value = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in ("x", "y")]
-    graph = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "g", value[:1], value[1:])
+    names = ("x", "w", "y")
+    values = [helper.make_tensor_value_info(n, TensorProto.FLOAT, [1, 1, 3, 3]) for n in names]
+    weight = helper.make_tensor("w", TensorProto.FLOAT, [1, 1, 3, 3], [1.0] * 9)
+    node = helper.make_node("Conv", ["x", "w"], ["y"], pads=[1] * 4)
+    graph = helper.make_graph([node], "g", values[:1], values[2:], [weight])
     opsets = [helper.make_opsetid("", 17)]
-    model: onnx.ModelProto = helper.make_model(graph, opset_imports=opsets, ir_version=8)
-    return bytes(model.SerializeToString())
+    return bytes(helper.make_model(graph, opset_imports=opsets, ir_version=8).SerializeToString())
+
+
+def hidden_runtime() -> bool:
+    """Whether the package for the CPU hides the one for CUDA: both write into one folder."""
+    here = CUDA_PROVIDER in ort.get_available_providers()
+    return not here and all(_installed(name) for name in RUNTIME_PACKAGES)
+
+
+def _runtime_hint() -> str:
+    here = CUDA_PROVIDER in ort.get_available_providers()
+    return NO_LIBRARIES if here else f"Run: {INSTALL_RUNTIME}"
 
 
 def _installed(package: str) -> bool:

@@ -60,6 +60,7 @@ def inspect_machine() -> list[Finding]:
     return [
         *_machine(),
         *_packages(),
+        _compute(),
         *_builders(),
         *_gpu_findings(gpus),
         *(
@@ -211,6 +212,27 @@ def _onnxruntime() -> Finding:
         return Finding("packages", "onnxruntime", "missing", str(error), "pip install onnxruntime")
     providers = ", ".join(onnxruntime.get_available_providers())
     return Finding("packages", "onnxruntime", "ok", f"{onnxruntime.__version__}: {providers}")
+
+
+def _compute() -> Finding:
+    """What ``--device auto`` takes; a line per library that cannot use the GPU, and how it could."""
+    from mpq_deploy.system.compute import (
+        AUTO,
+        BOTH_INSTALLED,
+        INSTALL_RUNTIME,
+        find_compute,
+        hidden_runtime,
+        why_no_gpu,
+        whys_no_cuda,
+    )
+
+    value, against = str(find_compute(AUTO)), why_no_gpu()
+    whys = [] if against else [why for why in whys_no_cuda() if why]
+    if hidden_runtime():
+        others = [why for why in whys if why != BOTH_INSTALLED]
+        whys = [BOTH_INSTALLED, *INSTALL_RUNTIME.split("; "), *others]
+    value += f": {against}" if against else ""
+    return Finding("packages", "compute device", "note" if whys else "ok", value, "\n".join(whys))
 
 
 def _builders() -> list[Finding]:

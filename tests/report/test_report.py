@@ -192,7 +192,7 @@ def test_json_has_the_promised_keys(report, tmp_path):
     assert {"name", "op", "scheme", "bytes", "predicted_loss", "weights", "refused"} <= set(
         found["layers"][0]
     )
-    assert {"name", "seconds", "peak_rss_bytes", "cached"} == set(found["stages"][0])
+    assert {"name", "seconds", "peak_rss_bytes", "cached", "device"} == set(found["stages"][0])
     assert {"name", "source", "labels", "synthetic"} <= set(found["model"])
     assert {"status", "gap", "seconds"} == set(found["solver"])
     assert (
@@ -255,6 +255,14 @@ def test_markdown_tables_are_well_formed(make):
             assert re.fullmatch(r"\| ---( \| ---:)* \|", block.splitlines()[1])
     assert text.startswith("## ") and text.endswith("\n")
     assert len(text.splitlines()) < 90
+
+
+def test_what_computed_is_shown_where_it_was_no_cpu():
+    rows = make_report().stages
+    rows = (rows[0].model_copy(update={"device": "cuda:1"}), *rows[1:])
+    for shown in (markdown_report, html_page):
+        assert shown(make_report(stages=rows)).count("on cuda:1") == 1
+        assert "on cuda" not in shown(make_report())
 
 
 def test_markdown_shows_text_as_it_is():

@@ -21,6 +21,8 @@ from typing import Any, ClassVar
 import numpy as np
 
 from mpq_deploy.errors import MissingDependencyError, UsageError
+from mpq_deploy.system.compute import VARIABLE as COMPUTE_VARIABLE
+from mpq_deploy.system.compute import Compute
 from mpq_deploy.system.parallel.node import Facts, NodeWorker, Packed
 from mpq_deploy.system.parallel.processes import REPEATS
 from mpq_deploy.system.parallel.work import (
@@ -212,7 +214,11 @@ class _ClusterPool:
 
     def _add(self, processors: int, node: str | None = None) -> None:
         """Start a worker: anywhere, or on ``node``."""
-        environment = self.crew.threads_of_shard().environment()
+        # Ray hides GPUs from workers that ask for none, and nodes differ: workers there compute on the CPU.
+        environment = {
+            **self.crew.threads_of_shard().environment(),
+            COMPUTE_VARIABLE: Compute().text,
+        }
         # A lost worker is not restarted by Ray but by us: it must open its job again.
         options = {"num_cpus": processors, "max_restarts": 0, "scheduling_strategy": "SPREAD"}
         if node is not None:

@@ -105,6 +105,7 @@ def fidelity(monkeypatch):
             assert (name, features_list) == ("inception-v3-compat", ["2048"])
 
         def to(self, device):
+            assert device == torch.device("cpu")
             return self
 
         def __call__(self, pixels):
