@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,13 +29,15 @@ from mpq_deploy.stages import (
     recover,
     report,
 )
-from mpq_deploy.system.compute import Compute, compute_on, computing_on, find_compute
+from mpq_deploy.system.compute import AUTO, Compute, compute_on, computing_on, find_compute
 from mpq_deploy.system.files import Fields, write_text
 from mpq_deploy.system.inputs import read_text
 from mpq_deploy.system.memory import metered
 from mpq_deploy.system.parallel.work import Alone, Crew
 from mpq_deploy.system.progress import Talk
 
+# Of an error's text, in a line that goes on.
+SAID = 200
 # In the order in which they are made.
 STAGES = stages_in_order(
     export.STAGE,
@@ -133,18 +135,47 @@ class Pipeline:
         if changed:
             more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
             run.talk.line(f"{name:<10} again: {', '.join(changed[:3])}{more} changed")
-        device = str(computing_on() if stage.computes else Compute())
-        place = (
-            nullcontext(run.path) if inputs is None else run.folder.writing(name, inputs, device)
-        )
-        with metered() as reading, place as folder, saying_memory_ran_out(stage):
-            note = stage.make(run, folder)
+        with metered() as reading:
+            note = self._fill(stage, inputs)
         seconds, peak = reading.seconds, reading.peak_rss_bytes
         run.folder.save_timing(name, seconds, peak)
         run.talk.line(f"{name:<10} {seconds:6.1f} s  {peak / 1e6:6.0f} MB  {note}".rstrip())
         # A new view, so that nothing opened of the former stage stays.
         self.run = replace(run)
         return StageResult(name, seconds, peak, False)
+
+    def _fill(self, stage: Stage, inputs: Fields | None) -> str:
+        """Make the stage's folder; return a few words for the log.
+
+        Where the device was not asked for by name and the stage fails on it, the CPU makes it, which
+        is said: drivers and libraries fail in more ways than can be asked for before.
+        """
+        run, place = self.run, computing_on() if stage.computes else Compute()
+        try:
+            with self._folder(stage, inputs, place) as folder, saying_memory_ran_out(stage):
+                return stage.make(run, folder)
+        except Exception as error:
+            chosen = place == Compute() or run.recipe.compute.device != AUTO
+            if chosen or isinstance(error, UsageError):
+                raise
+            said = " ".join(str(error).split())[:SAID] or type(error).__name__
+        run.talk.warn(
+            f"{stage.name} failed on {place} and is made on the CPU (--device cpu spares the try): {said}"
+        )
+        with (
+            compute_on(Compute()),
+            self._folder(stage, inputs, Compute()) as folder,
+            saying_memory_ran_out(stage),
+        ):
+            return stage.make(run, folder)
+
+    def _folder(
+        self, stage: Stage, inputs: Fields | None, place: Compute
+    ) -> AbstractContextManager[Path]:
+        run = self.run
+        if inputs is None:
+            return nullcontext(run.path)
+        return run.folder.writing(stage.name, inputs, str(place))
 
 
 @contextmanager
