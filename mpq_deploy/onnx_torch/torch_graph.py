@@ -20,8 +20,7 @@ from mpq_deploy.onnx_torch.basic_operators import DOUBLE, FLOATS, Call, Operator
 from mpq_deploy.onnx_torch.host_values import SIZES, host_inputs, host_nodes
 from mpq_deploy.onnx_torch.merged_nodes import merged_nodes
 from mpq_deploy.onnx_torch.operators import OPERATORS
-from mpq_deploy.system.compute import computing_on
-from mpq_deploy.system.gpu_memory import gpu_ran_out
+from mpq_deploy.system.compute import computing_on, out_of_memory
 
 Tensor = torch.Tensor
 Rewire = Callable[[list[Any]], list[Any]]
@@ -401,7 +400,7 @@ def _evaluate(step: _Step, inputs: list[Any]) -> tuple[Any, ...]:
     except UnsupportedForm as form:
         raise UnsupportedOperator(step.op, step.node, str(form)) from form
     except (RuntimeError, IndexError, TypeError, ValueError, AttributeError) as error:
-        if gpu_ran_out(error):
+        if out_of_memory(error):
             raise
         said = " ".join(str(error).split())
         if OUT_OF_MEMORY in said:

@@ -130,17 +130,7 @@ def rows_that_fit(device: Any, rows: int, columns: int) -> int:
 
     At least the ``rows`` of one form.
     """
-    import torch
+    from mpq_deploy.system.gpu_memory import free_bytes
 
-    if device.type != "cuda":
-        return rows
-    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    free = torch.cuda.mem_get_info(device)[0] + cached
-    return max(rows, int(GPU_SHARE * free) // (ROW_BYTES * columns))
-
-
-def free_gpu_memory() -> None:
-    """Give back what torch keeps of the GPU's memory."""
-    import torch
-
-    torch.cuda.empty_cache()
+    free = free_bytes(device)
+    return rows if free is None else max(rows, int(GPU_SHARE * free) // (ROW_BYTES * columns))

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mpq_deploy.system.memory import ran_out
+from mpq_deploy.system.compute import out_of_memory
 
 # (wanted [R], what a column's levels are) -> codes and values [R].
 Level = Callable[..., tuple[Tensor, Tensor]]
@@ -76,7 +76,7 @@ class Replayed:
                 finally:
                     graph.capture_end()
         except RuntimeError as error:
-            if ran_out(error):
+            if out_of_memory(error):
                 raise
             return None
         torch.cuda.current_stream(device).wait_stream(side)

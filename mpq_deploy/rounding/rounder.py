@@ -29,7 +29,7 @@ from mpq_deploy.formats.scheme import Scheme
 from mpq_deploy.graph.layers import Layer
 from mpq_deploy.graph.writers.quantize_layers import bias_refusals, weight_array
 from mpq_deploy.models.spec import Array
-from mpq_deploy.rounding.arrays import free_gpu_memory, rows_that_fit
+from mpq_deploy.rounding.arrays import rows_that_fit
 from mpq_deploy.rounding.candidate_store import (
     candidate_file,
     wanted_schemes,
@@ -43,9 +43,8 @@ from mpq_deploy.rounding.control_schemes import (
 from mpq_deploy.rounding.hessian import Hessian, iterate_hessians
 from mpq_deploy.rounding.quantizers import Rounding
 from mpq_deploy.run.view import Exported
-from mpq_deploy.system.compute import compute_on, computing_on
+from mpq_deploy.system.compute import compute_on, computing_on, free_cached_memory, out_of_memory
 from mpq_deploy.system.mapped import drop_pages
-from mpq_deploy.system.memory import ran_out
 from mpq_deploy.system.progress import Talk
 
 if TYPE_CHECKING:
@@ -111,9 +110,9 @@ class Rounder:
             try:
                 return self._rounded(moments, replace(how, rows=number))
             except Exception as error:
-                if not ran_out(error):
+                if not out_of_memory(error):
                     raise
-            free_gpu_memory()
+            free_cached_memory()
             self.talk.line(f"  {layer.name}: the GPU's memory ran out; rounded again {then}")
         with compute_on(replace(place, torch=None)):
             return self._rounded(moments, how)

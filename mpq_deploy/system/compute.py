@@ -7,6 +7,7 @@ through its environment, for the workers that it starts. Devices are named here 
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import re
 import sys
@@ -43,6 +44,7 @@ INSTALL_TORCH = "Install a build of torch for CUDA (pytorch.org, Get started)."
 # What ONNX Runtime, cuBLAS and cuDNN say when the GPU's memory does not suffice; all of it is text.
 NO_MEMORY = re.compile(
     r"Failed to allocate memory|is smaller than requested bytes|out of memory|_ALLOC_FAILED"
+    r"|unable to find an engine to execute this computation"
 )
 # Of ONNX Runtime's log, without --debug: errors; nothing where failing is an answer.
 LOG_WARNINGS, LOG_ERRORS, LOG_NOTHING = 2, 3, 4
@@ -261,6 +263,8 @@ def free_cached_memory() -> None:
     """Give back what torch keeps of the GPU's memory for later."""
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
+        # What an error held, in circles of frames.
+        gc.collect()
         torch.cuda.empty_cache()
 
 

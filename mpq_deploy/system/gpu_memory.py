@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Generic, TypeVar
 
-from mpq_deploy.system.compute import CPU, compute_on, computing_on
-from mpq_deploy.system.memory import ran_out
+from mpq_deploy.system.compute import (
+    CPU,
+    compute_on,
+    computing_on,
+    free_cached_memory,
+    out_of_memory,
+)
 from mpq_deploy.system.progress import Talk
 
-# How cuBLAS and cuDNN say that they found none.
-LIBRARIES_SAY = ("STATUS_ALLOC_FAILED", "unable to find an engine to execute this computation")
 Opened = TypeVar("Opened")
 Piece = TypeVar("Piece")
 Done = TypeVar("Done")
@@ -28,12 +30,6 @@ def free_bytes(device: Any) -> int | None:
     held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     free, _ = torch.cuda.mem_get_info(device)
     return int(free + held)
-
-
-def gpu_ran_out(error: BaseException) -> bool:
-    """Whether ``error`` says that torch found no memory on a GPU."""
-    said = str(error)
-    return ("CUDA" in said and ran_out(error)) or any(words in said for words in LIBRARIES_SAY)
 
 
 class Shrinking(Generic[Opened]):
@@ -70,7 +66,7 @@ class Shrinking(Generic[Opened]):
                 del pieces[0]
                 continue
             except Exception as error:
-                if self._place.torch is None or not gpu_ran_out(error):
+                if self._place.torch is None or not out_of_memory(error):
                     raise
             # Outside of the handler: the error holds what the work had made.
             if halve(pieces[0]):
@@ -80,17 +76,9 @@ class Shrinking(Generic[Opened]):
                 self._place, self._opened = replace(self._place, torch=None), None
                 then = "the CPU computes the rest"
             self._talk.line(f"  {self._what}: the GPU's memory ran out, {then}")
-            _empty_cache()
+            free_cached_memory()
         return done
 
 
 def _halved(pieces: list[Piece], halve: Callable[[Piece], Sequence[Piece]]) -> list[Piece]:
     return [part for one in pieces for part in halve(one) or [one]]
-
-
-def _empty_cache() -> None:
-    """Give back what torch's allocator holds for nothing."""
-    import torch
-
-    gc.collect()
-    torch.cuda.empty_cache()

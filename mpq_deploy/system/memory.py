@@ -38,6 +38,7 @@ FAILED = (
     "allocate memory",
     "Unable to allocate",
     "out of memory",
+    "is smaller than requested bytes",
     "smaller than requested bytes",
     "ALLOC_FAILED",
 )

@@ -31,10 +31,10 @@ from mpq_deploy.system.compute import (
     Compute,
     compute_on,
     computing_on,
+    out_of_memory,
     start_session,
 )
 from mpq_deploy.system.locks import scratch_folder
-from mpq_deploy.system.memory import ran_out
 from mpq_deploy.system.progress import Talk
 
 # Graphs whose constants are all in memory and below this are handed over as bytes, without any
@@ -122,7 +122,7 @@ def within_gpu_memory(work: Callable[[int], Made], size: int, what: str, talk: T
             with compute_on(place):
                 return work(smaller)
         except Exception as error:
-            if place.runtime is None or not ran_out(error):
+            if place.runtime is None or not out_of_memory(error):
                 raise
         # Outside of the handler: the error holds the session.
         smaller //= 2

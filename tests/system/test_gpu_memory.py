@@ -6,8 +6,8 @@ import pytest
 
 pytest.importorskip("torch")
 
-from mpq_deploy.system.compute import Compute, compute_on, computing_on
-from mpq_deploy.system.gpu_memory import Shrinking, gpu_ran_out
+from mpq_deploy.system.compute import Compute, compute_on, computing_on, out_of_memory
+from mpq_deploy.system.gpu_memory import Shrinking
 from mpq_deploy.system.progress import Talk
 
 pytestmark = pytest.mark.torch
@@ -77,4 +77,4 @@ def test_other_errors_and_the_cpu_s_pass() -> None:
     ],
 )
 def test_what_says_that_a_gpu_has_no_memory(said: str, ran_out: bool) -> None:
-    assert gpu_ran_out(RuntimeError(said)) == ran_out
+    assert out_of_memory(RuntimeError(said)) == ran_out
