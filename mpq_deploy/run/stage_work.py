@@ -17,6 +17,7 @@ from mpq_deploy.calls.sampler import make_sampler
 from mpq_deploy.calls.script_calls import ScriptCalls
 from mpq_deploy.calls.timesteps import sampled_steps
 from mpq_deploy.calls.trajectories import has_forward_process
+from mpq_deploy.errors import UsageError
 from mpq_deploy.evaluate.half import TIMESTEPS as HALF_TIMESTEPS
 from mpq_deploy.evaluate.output_error import taken_turns
 from mpq_deploy.evaluate.variants import TIMED_CALLS, WARM_UP_CALLS
@@ -139,15 +140,22 @@ class ModelWork:
 
     def steps(self, recipe: Recipe, wanted: int) -> int:
         """Return how many steps the sampler takes where ``wanted`` are asked for."""
-        if self.spec.timestep is None:
-            return 1
-        if not self.spec.sampled:
-            return wanted
-        key = wanted, recipe.evaluate.sampler
-        if key not in self._steps:
-            sampler = make_sampler(self.spec.scheduler, wanted, 0, recipe.evaluate.sampler)
-            self._steps[key] = len(sampler.timesteps)
-        return self._steps[key]
+        spec, kind = self.spec, recipe.evaluate.sampler
+        if spec.timestep is None or spec.recorded:
+            return 1 if spec.timestep is None else wanted
+        if spec.pipeline is not None:
+            from mpq_deploy.calls.pipeline_runs import STEPS
+
+            # Its own scheduler's, unless its call says how many.
+            wanted, kind = int(spec.pipeline.calls[0].get(STEPS, wanted)), "folder"
+        if (wanted, kind) not in self._steps:
+            try:
+                count = len(make_sampler(spec.scheduler, wanted, 0, kind).timesteps)
+            except UsageError:
+                # Of pipelines that set their timesteps themselves.
+                count = wanted
+            self._steps[wanted, kind] = count
+        return self._steps[wanted, kind]
 
 
 def works(recipe: Recipe, model: ModelWork) -> dict[str, Work]:
@@ -159,7 +167,7 @@ def works(recipe: Recipe, model: ModelWork) -> dict[str, Work]:
         "evaluate": _evaluate(recipe, model),
     }
     if recipe.evaluate.correction != "none":
-        calls = min(CORRECTION_CALLS, recorded_calls(recipe, model))
+        calls = min(CORRECTION_CALLS, split_calls(recipe, model)[1])
         count = calls * timesteps(recipe, model)
         batch = recipe.calibrate.batch_size
         found["correction"] = Work(floats=count, quantized=count, batch=batch, sessions=2)
