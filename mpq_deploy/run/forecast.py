@@ -18,8 +18,15 @@ from mpq_deploy.run.effort import COUNTS, fitted, get
 from mpq_deploy.run.machine_speed import Speed, probe_batch, speed_of
 from mpq_deploy.run.memory_model import StageMemory, estimate_engine, estimate_stage
 from mpq_deploy.run.stage_memory import check_memory, stage_memory
-from mpq_deploy.run.stage_work import LayerWork, ModelWork, Work, hessian_products, works
-from mpq_deploy.system.memory import held_memory
+from mpq_deploy.run.stage_work import (
+    LayerWork,
+    ModelWork,
+    Work,
+    gain_work,
+    hessian_products,
+    works,
+)
+from mpq_deploy.system import memory
 from mpq_deploy.system.parallel.processes import Processes
 from mpq_deploy.system.parallel.work import Alone
 from mpq_deploy.system.quantities import duration_text
@@ -60,7 +67,7 @@ FEWER = {
     "recover": ("recover.steps", "recover.trajectories"),
     "controls": ("evaluate.controls",),
     "engine": ("engine.build",),
-    "evaluate": ("evaluate.samples", "evaluate.steps", "evaluate.controls"),
+    "evaluate": ("evaluate.samples", "evaluate.controls"),
 }
 
 
@@ -169,11 +176,13 @@ def _candidates(recipe: Recipe, model: ModelWork, speed: Speed, rounders: int) -
 
 def _measure(recipe: Recipe, model: ModelWork, speed: Speed) -> float:
     work, pace = works(recipe, model)["measure"], speed.pace
+    if work.adjoints and not speed.forward:
+        # What torch cannot evaluate is measured by gains.
+        work = gain_work(recipe, model)
     if not work.adjoints:
-        return _calls(work, model, speed) + pace * TORCH
-    if not speed.forward:
-        # Where torch cannot, ONNX Runtime measures gains: about a call per layer (docs/methods.md).
-        return work.adjoints * speed.row(work.batch) * len(model.layers)
+        forms = sum(layer.forms * layer.weights * layer.positions for layer in model.layers)
+        local = work.floats / max(len(model.layers), 1) * forms * speed.product
+        return _calls(work, model, speed) + local + pace * TORCH
     batches = work.adjoints / probe_batch(recipe, model)
     ranges = sum(layer.ranges for layer in model.layers)
     rounded = sum(layer.ranges * layer.inputs for layer in model.layers)
@@ -241,11 +250,11 @@ def forecast(run: Run, model: ModelWork, speed: Speed, stages: Iterable[str]) ->
     rounders = min(crew.workers, physical_cores()) if isinstance(crew, Processes) else 1
     seconds = stage_seconds(run.recipe, model, speed, rounders)
     # Libraries that earlier stages have loaded stay.
-    held = held_memory()
+    held = memory.held_memory()
     found = {}
     for name in (stage for stage in stages if stage in seconds):
-        memory = _memory(run, model, name)
-        size = memory.total + max(held - memory.code, 0)
+        taken = _memory(run, model, name)
+        size = taken.total + max(held - taken.code, 0)
         found[name] = StageForecast(seconds[name], size, _fewer(run.recipe, name))
     notes = []
     if model.spec.pipeline is not None:

@@ -31,6 +31,7 @@ from mpq_deploy.rounding.hessian import BATCH_SIZE as HESSIAN_BATCH
 from mpq_deploy.rounding.rounder import LARGE_VARIANTS, LARGE_WEIGHTS
 from mpq_deploy.rounding.salient_rows import SALIENCE_SAMPLES, SALIENCE_TIMESTEPS
 from mpq_deploy.run.memory_model import ModelSize, hessian_groups
+from mpq_deploy.sensitivity.gain import GAIN_SAMPLES
 from mpq_deploy.sensitivity.methods import ORM_CONTROLS
 from mpq_deploy.stages.correction import CORRECTION_CALLS
 
@@ -238,9 +239,18 @@ def _measure(recipe: Recipe, model: ModelWork) -> Work:
         return Work(adjoints=count, directions=section.probes, batch=batch)
     if section.method == "exhaustive":
         return Work(floats=count * (1 + model.pairs), batch=batch, sessions=1)
-    if section.method in ("gain", "local_error", "orm"):
-        return Work(floats=2 * count, batch=batch, sessions=2)
-    return Work()
+    if section.method == "gain":
+        return replace(gain_work(recipe, model), batch=batch)
+    local = section.method in ("local_error", "orm")
+    return Work(floats=count, batch=batch, sessions=1) if local else Work()
+
+
+def gain_work(recipe: Recipe, model: ModelWork) -> Work:
+    """Return the work of measuring gains: a call for each layer, and local errors beside them."""
+    section, (_, held_out) = recipe.measure, split_calls(recipe, model)
+    steps, calls = min(section.timesteps, timesteps(recipe, model)), min(section.calls, held_out)
+    noisy = steps * min(calls, GAIN_SAMPLES) * (1 + len(model.layers))
+    return Work(floats=steps * calls + noisy, sessions=2)
 
 
 def _evaluate(recipe: Recipe, model: ModelWork) -> Work:
