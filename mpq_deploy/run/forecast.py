@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 # weight and column in each round; per column cubed (GPTQ's factor).
 LAYER, FORM_COLUMN, FORM_WEIGHT, REFINED, FACTOR = 0.02, 1.04e-5, 1.43e-7, 1.2e-10, 4.5e-12
 # Observing: per activation, of each call and in the end; per value that is observed.
-OBSERVED_CALL, OBSERVED_END, OBSERVED_VALUE = 6e-5, 0.035, 2e-9
+OBSERVED_CALL, OBSERVED_END, OBSERVED_VALUE = 9e-5, 0.035, 2e-9
 # Gathering rows for Hessians: per batch and activation; per value that is gathered.
 GATHERED_BATCH, GATHERED_VALUE = 2.5e-4, 8e-9
 # Projecting errors: per layer and per range in each batch; per value and range.
@@ -51,7 +51,7 @@ QUANTIZED, QUANTIZED_LAYER = 1.05, 1e-4
 # Writing a graph, per layer and weight; solving, per pair of layer and scheme; the report.
 WRITTEN_LAYER, WRITTEN_WEIGHT, SOLVED_PAIR, REPORTED_LAYER = 0.012, 2e-8, 1.3e-3, 0.008
 # Building an engine, in all and per layer; importing torch; measuring an image.
-ENGINE, ENGINE_LAYER, TORCH, COMPARED = 3.0, 0.045, 2.0, 0.005
+ENGINE, ENGINE_LAYER, TORCH, COMPARED = 3.0, 0.045, 0.3, 0.005
 # Updates of recovery are worth so many passes back beside their own forward pass (our choice).
 TRAINED_BACK = 2.0
 # Columns of what is said (our choice).

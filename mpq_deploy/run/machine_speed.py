@@ -10,9 +10,11 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable, Iterable
+from copy import copy
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -42,9 +44,9 @@ if TYPE_CHECKING:
     from mpq_deploy.run.view import Run
 
 FILE = "forecast.json"
-# A larger batch, a second run or the layer to round is timed only where it takes about so many
-# seconds; above, one call tells enough (our choice).
-LONGEST = 0.5
+# A larger batch or the layer to round is timed where it takes about so many seconds. Calls are
+# repeated, after a first that is not counted, until all of them took so many (our choice).
+LONGEST, ENOUGH, WARM_CALLS = 0.5, 1.5, 3
 # Multiplications in a product of matrices that is timed.
 PRODUCT = 512
 
@@ -140,14 +142,13 @@ def example_feed(model: FloatModel, rows: int) -> dict[str, Array]:
 
 
 def _timed(what: Callable[[], Any], clock: Clock) -> float:
-    """Return the seconds of a call, warm: the second of two, unless the first was long."""
-    for _ in range(2):
+    """Return the seconds of a call: the median of those after the first, of as few as ``ENOUGH`` allows."""
+    seconds: list[float] = []
+    while len(seconds) <= WARM_CALLS and sum(seconds) < ENOUGH:
         started = clock()
         what()
-        taken = clock() - started
-        if taken > LONGEST:
-            break
-    return taken
+        seconds.append(clock() - started)
+    return median(seconds[1:] or seconds)
 
 
 def _time_rows(
@@ -191,10 +192,10 @@ def _time_rounding(
     costs = [rounding(layer) for layer in model.layers]
     short = [number for number, cost in enumerate(costs) if cost <= LONGEST]
     chosen = max(short, key=costs.__getitem__, default=int(np.argmin(costs)))
-    stats = CalibrationStats({name: s for one in layers for name, s in _made_up_stats(one).items()})
-    numbers = {layer.name: number for number, layer in enumerate(layers)}
-    rounder = Rounder(exported, run.recipe, run.target, stats, numbers, ThreadpoolController())
-    layer = layers[chosen]
+    layer, alone = layers[chosen], copy(exported)
+    alone.graph = replace(exported.graph, layers=(layer,))
+    stats, blas = CalibrationStats(_made_up_stats(layer)), ThreadpoolController()
+    rounder = Rounder(alone, run.recipe, run.target, stats, {layer.name: 0}, blas)
     moments = rounder.diagonal(layer)
     if run.recipe.quantize.rounding != "nearest":
         moments = _made_up_moments(layer)

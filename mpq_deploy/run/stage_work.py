@@ -353,14 +353,14 @@ def _available(run: Run) -> tuple[int, int] | None:
 
 
 def hessian_products(recipe: Recipe, model: ModelWork) -> float:
-    """Return the multiplications that X^T X takes for all Hessians."""
+    """Return the multiplications that X^T X takes for all Hessians: half of a product's, by symmetry."""
     if recipe.quantize.rounding == "nearest":
         return 0.0
     total = 0.0
     for patches in model.size.patches:
         width = min(patches.columns, recipe.quantize.hessian_width)
         rows = max(recipe.quantize.hessian_rows, 2 * width)
-        total += float(rows) * patches.group * patches.columns * width
+        total += rows * patches.group * patches.columns * width / 2
     return total
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -114,3 +115,10 @@ def test_timesteps_stay_within_the_steps() -> None:
 def test_scales_end_with_the_least_counts_of_all() -> None:
     assert all(count.at(2**-8) == count.least for count in COUNTS)
     assert all(count.at(1.0) == get(Recipe(), count.setting) for count in COUNTS)
+
+
+def test_the_documentation_has_these_counts() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "scaling.md").read_text(encoding="utf-8")
+    for count in COUNTS:
+        cells = [*(count.at(scale) for scale, _ in EFFORTS.values()), count.least]
+        assert f"| `{count.setting}` | {' | '.join(map(str, cells))} |" in page
