@@ -99,7 +99,10 @@ def _projected_products(layer: LayerWork, probes: int) -> float:
 
 @dataclass(frozen=True)
 class StageForecast:
-    """What a stage is expected to take: seconds, bytes at its peak, and settings that make them fewer."""
+    """What a stage is expected to take: seconds, bytes at its peak, and settings that make them fewer.
+
+    ``bytes``: 0 where they are not known.
+    """
 
     seconds: float
     bytes: int
@@ -122,7 +125,7 @@ def stage_seconds(
         "allocate": pace * SOLVED_PAIR * model.pairs,
         "quantize": written,
         "controls": written * model.controls if recipe.evaluate.controls else 0.0,
-        "engine": pace * (ENGINE + ENGINE_LAYER * layers) if recipe.engine.build else 0.0,
+        "engine": pace * (ENGINE + ENGINE_LAYER * layers) if _builds(recipe, model) else 0.0,
         "evaluate": _calls(work["evaluate"], model, speed),
         "report": pace * (1 + REPORTED_LAYER * layers),
     }
@@ -131,6 +134,10 @@ def stage_seconds(
     if recipe.recover.steps:
         found["recover"] = _recover(recipe, model, speed)
     return found
+
+
+def _builds(recipe: Recipe, model: ModelWork) -> bool:
+    return recipe.engine.build and model.builds
 
 
 def _calls(work: Work, model: ModelWork, speed: Speed) -> float:
@@ -229,7 +236,11 @@ class Forecast:
     def values(self) -> dict[str, Any]:
         """Return the same for scripts: seconds and bytes."""
         stages = {
-            name: {"seconds": round(s.seconds, 1), "memory_bytes": s.bytes, "fewer": list(s.fewer)}
+            name: {
+                "seconds": round(s.seconds, 1),
+                "memory_bytes": s.bytes or None,
+                "fewer": list(s.fewer),
+            }
             for name, s in self.stages.items()
         }
         return {
@@ -241,7 +252,8 @@ class Forecast:
 
 
 def _row(name: str, seconds: float, size: int, rest: str) -> str:
-    return f"{name:<10} {duration_text(seconds):>8} {size / 1e9:>6.1f} GB  {rest}"
+    memory = f"{size / 1e9:.1f} GB" if size else "-"
+    return f"{name:<10} {duration_text(seconds):>8} {memory:>9}  {rest}"
 
 
 def forecast(run: Run, model: ModelWork, speed: Speed, stages: Iterable[str]) -> Forecast:
@@ -253,8 +265,9 @@ def forecast(run: Run, model: ModelWork, speed: Speed, stages: Iterable[str]) ->
     held = memory.held_memory()
     found = {}
     for name in (stage for stage in stages if stage in seconds):
-        taken = _memory(run, model, name)
-        size = taken.total + max(held - taken.code, 0)
+        # Training's depends on the plan.
+        taken = None if name == "recover" else _memory(run, model, name)
+        size = taken.total + max(held - taken.code, 0) if taken else 0
         found[name] = StageForecast(seconds[name], size, _fewer(run.recipe, name))
     notes = []
     if model.spec.pipeline is not None:
@@ -277,7 +290,7 @@ def _memory(run: Run, model: ModelWork, stage: str) -> StageMemory:
     if stage == "engine":
         weights = sum(layer.weights for layer in model.layers)
         whole = int(run.exported.facts["fp16_size_bytes"])
-        size = recipe.budget.bytes(whole, weights) if recipe.engine.build else 0
+        size = recipe.budget.bytes(whole, weights) if _builds(recipe, model) else 0
         return estimate_engine(size, model.size.nodes)
     if stage in ("evaluate", "correction"):
         # Sessions and batches, as calibration has them.
@@ -308,6 +321,10 @@ class Outlook:
     def finish(self, stage: str, seconds: float) -> None:
         """A stage has ended."""
         self.taken[stage], self._started = seconds, ("", 0.0)
+
+    def skip(self, stage: str) -> None:
+        """A stage turns out to be current."""
+        self.expected.pop(stage, None)
 
     @property
     def left(self) -> float:

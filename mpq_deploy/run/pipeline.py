@@ -163,6 +163,7 @@ class Pipeline:
         return [name for name in STAGES if name in needed and (name == last or name in applies)]
 
     def _cached(self, name: str) -> StageResult:
+        self._outlook.skip(name)
         timing = self.run.folder.timings().get(name, {})
         self.run.talk.line(f"{name:<10} up to date")
         return StageResult(

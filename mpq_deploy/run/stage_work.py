@@ -17,6 +17,7 @@ from mpq_deploy.calls.sampler import make_sampler
 from mpq_deploy.calls.script_calls import ScriptCalls
 from mpq_deploy.calls.timesteps import sampled_steps
 from mpq_deploy.calls.trajectories import has_forward_process
+from mpq_deploy.engine.target import builder_present
 from mpq_deploy.errors import UsageError
 from mpq_deploy.evaluate.half import TIMESTEPS as HALF_TIMESTEPS
 from mpq_deploy.evaluate.output_error import taken_turns
@@ -96,6 +97,7 @@ class ModelWork:
 
     ``guided``: rows of the model per sample and step; ``available``: calls to calibrate on and to
     compare on, where somebody recorded them or a component has inputs of its own; None: any number.
+    ``builds``: whether the target's engine can be built here.
     """
 
     spec: DenoiserSpec
@@ -104,6 +106,7 @@ class ModelWork:
     controls: int
     guided: int
     available: tuple[int, int] | None
+    builds: bool = True
     _steps: dict[tuple[int, str], int] = field(default_factory=dict, compare=False)
 
     @classmethod
@@ -132,6 +135,7 @@ class ModelWork:
             len(controls),
             _rows_per_step(spec),
             _available(run),
+            run.target.builder != "none" and builder_present(run.target),
         )
 
     @cached_property

@@ -108,15 +108,18 @@ def test_what_is_left_follows_what_stages_took() -> None:
     ahead.start("evaluate")
     now += 1e6
     assert ahead.left == 0 and ahead.text() == ""
-    # What was never forecast changes nothing.
+    # What was never forecast changes nothing; what turns out to be current is no longer ahead.
     ahead.finish("export", 50.0)
     assert ahead.left == pytest.approx(700 * 1000 / 400)
+    ahead.skip("evaluate")
+    assert ahead.left == 0
 
 
 def test_the_table_has_80_columns_and_every_stage() -> None:
     from mpq_deploy.run.forecast import FEWER
 
     stages = {name: StageForecast(59 * 60.0, 123 * 10**9, few) for name, few in FEWER.items()}
+    stages["controls"] = replace(stages["controls"], bytes=0)
     lines = Forecast(stages, ("a note",)).lines()
     assert all(len(line) <= 80 for line in lines)
     assert [line.split()[0] for line in lines] == ["forecast", *FEWER, "together", "a"]
