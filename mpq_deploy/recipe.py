@@ -23,7 +23,7 @@ from mpq_deploy.formats.ranges import RANGE_KINDS
 from mpq_deploy.formats.scheme import BRANCH_KINDS, NEW_FAMILIES, schemes_named
 from mpq_deploy.models.lora_option import parse_lora
 from mpq_deploy.system.names import LONGEST_NAME, printable
-from mpq_deploy.system.quantities import Budget, BudgetEntry, LatencyEntry
+from mpq_deploy.system.quantities import Budget, BudgetEntry, DurationEntry, LatencyEntry
 from mpq_deploy.system.yaml_file import read_yaml
 
 Estimator = Literal["biased", "debiased"]
@@ -31,6 +31,7 @@ Aggregation = Literal["mean", "exponential"]
 Reach = Literal["layer", "later"]
 Bits = Literal["nominal", "deployed"]
 SamplerKind = Literal["auto", "ddim", "folder"]
+Effort = Literal["quick", "standard", "thorough"]
 Loss = Literal["output", "eps", "v", "sample", "relation", "memory"]
 # Losses of recovery: see ``recover.losses``.
 LOSSES: tuple[Loss, ...] = get_args(Loss)
@@ -422,6 +423,13 @@ class Recipe(Section):
     budget: BudgetEntry = Field(
         Budget.parse("0.35"),
         description="of all constants: share of FP16, size (600MB) or 4.5bits per weight",
+    )
+    effort: Effort = Field(
+        "standard",
+        description="of counts that the recipe leaves open; standard: at most 2 hours, where that can be",
+    )
+    time: DurationEntry | None = Field(
+        None, description="of a whole build on this machine: 30min; counts are lowered to fit it"
     )
     target: str = Field("rtx", description="name of a target (mpq-deploy targets), or a YAML file")
     description: str | None = Field(

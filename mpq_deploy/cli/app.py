@@ -109,6 +109,15 @@ def run_until(stage: str, settings: Recipe, out: Path | None, crew: Crew | None 
     print_summary(summary)
 
 
+def print_forecast(settings: Recipe, out: Path | None, crew: Crew | None) -> None:
+    """Export the model, and print what a whole build would take."""
+    from mpq_deploy.run.pipeline import default_run, open_pipeline
+
+    with open_pipeline(settings, out or default_run(settings), make_talk(), crew) as pipeline:
+        ahead = pipeline.dry_run()
+    print_result(ahead.values(), "\n".join(ahead.lines))
+
+
 def print_summary(summary: Summary) -> None:
     """Print the result of stages."""
     print_result(summary.values, summary.text)

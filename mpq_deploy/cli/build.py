@@ -11,6 +11,7 @@ from mpq_deploy.cli.app import (
     STAGES,
     app,
     make_talk,
+    print_forecast,
     print_result,
     print_summary,
     recipe_for,
@@ -25,6 +26,8 @@ from mpq_deploy.cli.options import (
     ConditionsOption,
     ConfigOption,
     CorrectionKind,
+    DryRunOption,
+    EffortOption,
     LatencyTableOption,
     LoraOption,
     MaxLatencyOption,
@@ -41,6 +44,7 @@ from mpq_deploy.cli.options import (
     SignOption,
     TargetOption,
     ThreadsOption,
+    TimeOption,
     WorkersOption,
     crew_for,
     latency_settings,
@@ -85,6 +89,9 @@ def build(
     ray: RayOption = None,
     threads: ThreadsOption = None,
     device: ComputeOption = None,
+    effort: EffortOption = None,
+    time: TimeOption = None,
+    dry_run: DryRunOption = False,
 ) -> None:
     """Run all stages: export, measure, fit the budget, quantize, build the engine, compare, report.
 
@@ -95,13 +102,13 @@ def build(
     given |= {"prompts": prompts, "call": call, "calls": calls, "component": component}
     given |= {"lora": lora or None, "config": config, "compute.device": device}
     given |= latency_settings(max_latency, objective, latency_table)
-    settings = recipe_for(recipe, given)
-    run_until(
-        "report",
-        recovering(settings) if recover else settings,
-        out,
-        crew_for(workers, ray, threads),
-    )
+    given |= {"effort": effort, "time": time}
+    settings, crew = recipe_for(recipe, given), crew_for(workers, ray, threads)
+    settings = recovering(settings) if recover else settings
+    if dry_run:
+        print_forecast(settings, out, crew)
+    else:
+        run_until("report", settings, out, crew)
 
 
 @app.command(epilog="Example: mpq-deploy recipe sdxl-rtx > mine.yaml")

@@ -76,6 +76,14 @@ class CorrectionKind(str, Enum):
     ptqd = "ptqd"
 
 
+class EffortKind(str, Enum):
+    """Values of --effort."""
+
+    quick = "quick"
+    standard = "standard"
+    thorough = "thorough"
+
+
 class Objective(str, Enum):
     """Values of --objective."""
 
@@ -299,6 +307,29 @@ ComputeOption = Annotated[
         help="What computes: auto, cpu, cuda, or cuda:N.",
         show_default="auto",
     ),
+]
+
+EffortOption = Annotated[
+    Optional[EffortKind],
+    typer.Option(
+        "--effort",
+        help="Counts of calls, probes and images, where the recipe leaves them open.",
+        show_default="standard",
+    ),
+]
+
+TimeOption = Annotated[
+    Optional[str],
+    typer.Option(
+        "--time",
+        metavar="DURATION",
+        help="Lower these counts until a build takes so long: 90s, 30min, 2h.",
+        show_default=False,
+    ),
+]
+
+DryRunOption = Annotated[
+    bool, typer.Option("--dry-run", help="Stop after the export, and print the forecast.")
 ]
 
 MaxSizeOption = Annotated[

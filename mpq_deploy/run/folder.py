@@ -80,10 +80,11 @@ class RunFolder:
         plain = all(_inside(file) for file in record.outputs)
         return record if plain and record.stage == name else None
 
-    def changed_fields(self, name: str, inputs: Fields) -> list[str] | None:
+    def changed_fields(self, name: str, inputs: Fields, outputs: bool = True) -> list[str] | None:
         """Name the inputs that differ from those recorded; [] when current, None when absent.
 
-        An output that is missing or altered makes the stage absent.
+        An output that is missing or altered makes the stage absent; without ``outputs`` none is
+        looked at.
         """
         record = self.record(name)
         if record is None:
@@ -93,7 +94,7 @@ class RunFolder:
         changed = [key for key in keys if now.get(key) != record.inputs.get(key)]
         if changed:
             return changed
-        for file, digest in record.outputs.items():
+        for file, digest in record.outputs.items() if outputs else ():
             path = self.path / name / file
             if not path.is_file() or file_digest(path) != digest:
                 return [f"{name}/{file} (missing or altered)"]

@@ -395,6 +395,17 @@ def hessian_bytes(size: ModelSize, recipe: Recipe) -> tuple[int, int]:
     return min(matrices, int((1 - WAITING_SHARE) * cap)), min(waiting, int(WAITING_SHARE * cap))
 
 
+def hessian_groups(size: ModelSize, recipe: Recipe) -> int:
+    """Return how often the calls behind Hessians run: once for each group that fits the cap together."""
+    cap, groups, used = int((1 - WAITING_SHARE) * (recipe.quantize.memory_mb << 20)), 1, 0
+    for patches in size.patches:
+        need = _matrix_bytes(patches, recipe)
+        if used and used + need > cap:
+            groups, used = groups + 1, 0
+        used += need
+    return groups
+
+
 def _matrix_bytes(patches: Patches, recipe: Recipe) -> int:
     """Return the bytes of a Hessian, with one more of its blocks for the product on its way."""
     count, width = _blocks(patches, recipe)

@@ -7,10 +7,12 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
-from mpq_deploy.errors import MpqError, RunFolderError, UsageError
+from mpq_deploy.errors import ModelError, MpqError, RunFolderError, UsageError
 from mpq_deploy.recipe import Recipe
 from mpq_deploy.report.collect import Summary, summarise
+from mpq_deploy.run.effort import open_counts
 from mpq_deploy.run.folder import RunFolder, open_run
+from mpq_deploy.run.forecast import LONG, Ahead, Outlook, look_ahead, to_make
 from mpq_deploy.run.recipe_check import check_recipe
 from mpq_deploy.run.stage import Stage, stages_in_order
 from mpq_deploy.run.stage_memory import saying_memory_ran_out
@@ -35,6 +37,7 @@ from mpq_deploy.system.inputs import read_text
 from mpq_deploy.system.memory import metered
 from mpq_deploy.system.parallel.work import Alone, Crew
 from mpq_deploy.system.progress import Talk
+from mpq_deploy.system.quantities import duration_text
 
 # Of an error's text, in a line that goes on.
 SAID = 200
@@ -55,6 +58,10 @@ STAGES = stages_in_order(
 )
 
 
+# Seconds from which on a stage's forecast is said when it begins.
+WORTH_SAYING = 10
+
+
 class Pipeline:
     """One recipe on one open run folder. ``run``: the view of its present state."""
 
@@ -64,6 +71,7 @@ class Pipeline:
         self.results: dict[str, StageResult] = {}
         # Why the recipe's compute device cannot be used; None: it can.
         self.no_device: UsageError | None = None
+        self._outlook, self.only_looked = Outlook({}), False
         # No result depends on who computes shards, so the crew is no part of the recipe.
         self.run = Run(recipe, folder, talk, crew or Alone(), self.results)
 
@@ -77,7 +85,44 @@ class Pipeline:
             for name in self._order(last):
                 if name not in self.results:
                     self.ensure(name)
+                    if name == "export":
+                        self._look_ahead(self._order(last)[1:])
         return self.run
+
+    def dry_run(self) -> Ahead:
+        """Make the export current; return what a whole build would take then, and make nothing of it."""
+        self.ensure("export")
+        self.only_looked = True
+        return self._fit(self._order("report")[1:])
+
+    def _look_ahead(self, coming: list[str]) -> None:
+        """Fit open counts of the recipe to its effort, and say what the stages ``coming`` will take."""
+        recipe = self.run.recipe
+        asked = bool(open_counts(recipe)) or recipe.time is not None
+        making = coming if asked else to_make(self.run, STAGES, coming)
+        if not any(name in LONG for name in making):
+            return
+        try:
+            ahead = self._fit(coming)
+        except ModelError as error:
+            # The stage that cannot do without says it as its own.
+            if recipe.time is not None:
+                raise
+            self.run.talk.line(f"no forecast: {error.message}")
+            return
+        if any(name in LONG for name in ahead.forecast.stages):
+            for line in ahead.lines:
+                self.run.talk.line(line)
+            stages = ahead.forecast.stages.items()
+            self._outlook = Outlook({name: stage.seconds for name, stage in stages})
+            self.run.talk.ahead = self._outlook.text
+
+    def _fit(self, coming: list[str]) -> Ahead:
+        ahead = look_ahead(self.run, STAGES, coming)
+        if ahead.recipe != self.run.recipe:
+            write_text(self.run.path / RECIPE, ahead.recipe.to_yaml())
+            self.run = replace(self.run, recipe=ahead.recipe)
+        return ahead
 
     def deployed(self, corrected: bool = False) -> Run:
         """Make the deployed graphs current; with ``corrected`` also the recipe's correction."""
@@ -122,6 +167,7 @@ class Pipeline:
         return [name for name in STAGES if name in needed and (name == last or name in applies)]
 
     def _cached(self, name: str) -> StageResult:
+        self._outlook.skip(name)
         timing = self.run.folder.timings().get(name, {})
         self.run.talk.line(f"{name:<10} up to date")
         return StageResult(
@@ -135,10 +181,15 @@ class Pipeline:
         if changed:
             more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
             run.talk.line(f"{name:<10} again: {', '.join(changed[:3])}{more} changed")
+        self._outlook.start(name)
+        expected = self._outlook.expected.get(name, 0.0)
+        if expected >= WORTH_SAYING:
+            run.talk.line(f"{name:<10} {duration_text(expected)}, {self._outlook.text()}")
         with metered() as reading:
             note = self._fill(stage, inputs)
         seconds, peak = reading.seconds, reading.peak_rss_bytes
         run.folder.save_timing(name, seconds, peak)
+        self._outlook.finish(name, seconds)
         run.talk.line(f"{name:<10} {seconds:6.1f} s  {peak / 1e6:6.0f} MB  {note}".rstrip())
         # A new view, so that nothing opened of the former stage stays.
         self.run = replace(run)
@@ -206,6 +257,8 @@ def open_pipeline(
         pipeline.no_device = no_device
         try:
             yield pipeline
+            if before is not None and pipeline.only_looked:
+                write_text(stored, before)
         except MpqError as error:
             # The request cannot be met: the folder keeps the recipe that made its stages.
             untouched = all(result.cached for result in pipeline.results.values())

@@ -75,16 +75,14 @@ def salience_worker_bytes(run: Run) -> int:
 
 def _sizes(run: Run) -> tuple[ModelSize, int]:
     """Return the size of the exported model, and the weight forms per layer, at most."""
-    from mpq_deploy.run.memory_model import model_size
-
-    exported, recipe = run.exported, run.recipe
+    recipe = run.recipe
     named = recipe.allocate.schemes
     forms = {
         s.weight_form
         for s in SCHEMES.values()
         if not s.branch and (s.name in named or s.family in named)
     }
-    return model_size(exported.path, exported.graph, exported.spec.input_shapes()), len(forms)
+    return run.exported.size, len(forms)
 
 
 def _rescaled_forms(run: Run) -> int:

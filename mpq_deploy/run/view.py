@@ -39,6 +39,7 @@ from mpq_deploy.system.validated import model_of
 
 if TYPE_CHECKING:
     from mpq_deploy.recipe import Recipe
+    from mpq_deploy.run.memory_model import ModelSize
 
 # In the run folder: the recipe that its stages are made by, the finished shards of unfinished
 # stages, and sampled images by what they were made from.
@@ -73,6 +74,13 @@ class Exported:
         for name, kind in (("fp16_size_bytes", PositiveInt), ("notes", list[str])):
             model_of(kind, self.facts.get(name), f"{facts}: {name}")
         self.graph: LayerGraph = layer_graph(load_model(self.path))
+
+    @cached_property
+    def size(self) -> ModelSize:
+        """What memory depends on."""
+        from mpq_deploy.run.memory_model import model_size
+
+        return model_size(self.path, self.graph, self.spec.input_shapes())
 
     @property
     def model(self) -> FloatModel:

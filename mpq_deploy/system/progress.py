@@ -17,7 +17,16 @@ LINE_ENDS = "\n\t"
 
 
 class Talk:
-    """The silent one, and the interface of the others."""
+    """The silent one, and the interface of the others.
+
+    ``ahead``: gives what is left of a whole build, in words, while there is one.
+    """
+
+    ahead: Callable[[], str] | None = None
+
+    def left(self) -> str:
+        """Return what is left of a whole build, in words; empty where that is not known."""
+        return self.ahead() if self.ahead else ""
 
     def line(self, text: str) -> None:
         """Say one line."""
@@ -51,7 +60,8 @@ class PlainTalk(Talk):
         """Write one line when the work is done."""
         started = time.monotonic()
         yield lambda steps: None
-        self.line(f"  {what}: {total} in {time.monotonic() - started:.1f} s")
+        taken = f"  {what}: {total} in {time.monotonic() - started:.1f} s"
+        self.line(", ".join(filter(None, (taken, self.left()))))
 
 
 class RichTalk(Talk):
@@ -88,14 +98,16 @@ class RichTalk(Talk):
             MofNCompleteColumn(),
             TextColumn("{task.fields[rate]}"),
             TimeRemainingColumn(),
+            TextColumn("{task.fields[left]}"),
         )
         with Progress(*columns, console=self._console, transient=True) as progress:
-            task = progress.add_task(printable(what), total=total, rate="")
+            task = progress.add_task(printable(what), total=total, rate="", left=self.left())
             started = time.monotonic()
 
             def advance(steps: int) -> None:
                 progress.advance(task, steps)
                 done = progress.tasks[0].completed
-                progress.update(task, rate=f"{done / max(time.monotonic() - started, 1e-6):.1f}/s")
+                rate = f"{done / max(time.monotonic() - started, 1e-6):.1f}/s"
+                progress.update(task, rate=rate, left=self.left())
 
             yield advance

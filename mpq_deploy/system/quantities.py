@@ -1,4 +1,4 @@
-"""Budgets and latencies as users write them, parsed once, where they come in."""
+"""Budgets, latencies and durations as users write them, parsed once, where they come in."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ SIZE_UNITS = {
     "gib": 2**30,
 }
 TIME_UNITS_NS = {"us": 1e3, "µs": 1e3, "μs": 1e3, "ms": 1e6, "s": 1e9}
+TIME_UNITS_S = {"s": 1, "sec": 1, "min": 60, "h": 3600}
 _NUMBER_AND_UNIT = re.compile(r"([0-9]*\.?[0-9]+(?:e[-+]?[0-9]+)?|[0-9]+\.)([a-zµμ%]*)")
 
 
@@ -108,8 +109,45 @@ class Latency:
         return self.text
 
 
+@dataclass(frozen=True)
+class Duration:
+    """How long something may take, as ``text`` says it: ``90s``, ``30min``, ``2h``."""
+
+    text: str
+    seconds: float
+
+    @classmethod
+    def parse(cls, value: str | Duration) -> Duration:
+        """Read a duration with its unit. Raises UsageError for anything else."""
+        if isinstance(value, Duration):
+            return value
+        text = str(value).strip()
+        number, unit = _number_and_unit(text)
+        if not number > 0 or unit not in TIME_UNITS_S:
+            raise UsageError(
+                f"Invalid duration '{str(text)[:80]}'.",
+                "Give a number with its unit: 90s, 30min or 2h.",
+            )
+        return cls(text, number * TIME_UNITS_S[unit])
+
+    def __str__(self) -> str:
+        return self.text
+
+
+def duration_text(seconds: float) -> str:
+    """Return a time as people say it, in two digits: 8 s, 2.5 min, 31 min, 1.2 h."""
+    for size, unit in ((3600, "h"), (60, "min")):
+        if seconds >= 1.5 * size:
+            count = seconds / size
+            return f"{count:.1f} {unit}" if count < 9.95 else f"{count:.0f} {unit}"
+    return f"{seconds:.0f} s"
+
+
 # Entries of a recipe: parsed when it is read, written as the user wrote them.
 BudgetEntry = Annotated[Budget, PlainValidator(Budget.parse), PlainSerializer(str, return_type=str)]
 LatencyEntry = Annotated[
     Latency, PlainValidator(Latency.parse), PlainSerializer(str, return_type=str)
+]
+DurationEntry = Annotated[
+    Duration, PlainValidator(Duration.parse), PlainSerializer(str, return_type=str)
 ]
