@@ -32,7 +32,7 @@ from mpq_deploy.rounding.rounder import Rounder
 from mpq_deploy.run.stage_work import LayerWork, ModelWork, has_torch
 from mpq_deploy.runtime.ort import OrtDenoiser, make_session
 from mpq_deploy.sensitivity.measured_calls import MEMORY_BYTES
-from mpq_deploy.system.compute import computing_on
+from mpq_deploy.system.compute import CPU, computing_on
 from mpq_deploy.system.files import sealed_json, unsealed, write_text
 from mpq_deploy.system.inputs import read_text
 from mpq_deploy.system.release import __version__
@@ -195,7 +195,7 @@ def _time_rounding(
     layer, alone = layers[chosen], copy(exported)
     alone.graph = replace(exported.graph, layers=(layer,))
     stats, blas = CalibrationStats(_made_up_stats(layer)), ThreadpoolController()
-    rounder = Rounder(alone, run.recipe, run.target, stats, {layer.name: 0}, blas)
+    rounder = Rounder(alone, run.recipe, run.target, stats, {layer.name: 0}, blas, run.talk)
     moments = rounder.diagonal(layer)
     if run.recipe.quantize.rounding != "nearest":
         moments = _made_up_moments(layer)
@@ -250,19 +250,27 @@ def _time_torch(run: Run, model: ModelWork, clock: Clock) -> tuple[float, float]
     uses = [use for layer in exported.graph.layers for use in layer.uses]
     with torch.no_grad():
         one = graph.feed(example_feed(exported.model, 1))
-        single = _timed(lambda: graph.run(one), clock)
+        single = _timed(lambda: finished(graph.run(one)), clock)
         footprint, _ = graph.footprint(one, lambda *_: None)
     parts = parts_within(footprint, 2 * model.size.outputs, MEMORY_BYTES)
     batch = probe_batch(run.recipe, model) if 3 * single <= LONGEST and len(parts) == 1 else 1
     feeds = graph.feed(example_feed(exported.model, batch))
 
+    def finished(_: object = None) -> None:
+        # A GPU answers before it has computed.
+        if graph.device.type != CPU:
+            torch.cuda.synchronize(graph.device)
+
     def back() -> None:
         wanted = {exported.spec.output: lambda value: [torch.ones_like(value)]}
         for _ in layer_gradients(graph, feeds, parts, uses, wanted, range(len(uses))):
             pass
+        finished()
 
     with torch.no_grad():
-        forward = single if batch == 1 else _timed(lambda: graph.run(feeds), clock) / batch
+        forward = (
+            single if batch == 1 else _timed(lambda: finished(graph.run(feeds)), clock) / batch
+        )
     # Parts are run twice, but for the last.
     forward *= 1 if len(parts) == 1 else 2
     return forward, max(_timed(back, clock) / batch - forward, forward / 2)

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
-from mpq_deploy.errors import ModelError, MpqError, RunFolderError, UsageError
+from mpq_deploy.errors import MpqError, RunFolderError, UsageError
 from mpq_deploy.recipe import Recipe
 from mpq_deploy.report.collect import Summary, summarise
 from mpq_deploy.run.effort import open_counts
@@ -104,11 +104,13 @@ class Pipeline:
             return
         try:
             ahead = self._fit(coming)
-        except ModelError as error:
-            # The stage that cannot do without says it as its own.
+        except UsageError:
+            raise
+        except Exception as error:
+            # The stage that cannot do without what failed says it as its own.
             if recipe.time is not None:
                 raise
-            self.run.talk.line(f"no forecast: {error.message}")
+            self.run.talk.line(f"no forecast: {_said(error)}")
             return
         if any(name in LONG for name in ahead.forecast.stages):
             for line in ahead.lines:
@@ -209,7 +211,7 @@ class Pipeline:
             chosen = place == Compute() or run.recipe.compute.device != AUTO
             if chosen or isinstance(error, UsageError):
                 raise
-            said = " ".join(str(error).split())[:SAID] or type(error).__name__
+            said = _said(error)
         run.talk.warn(
             f"{stage.name} failed on {place} and is made on the CPU (--device cpu spares the try): {said}"
         )
@@ -227,6 +229,11 @@ class Pipeline:
         if inputs is None:
             return nullcontext(run.path)
         return run.folder.writing(stage.name, inputs, str(place))
+
+
+def _said(error: Exception) -> str:
+    """Return an error's text in one line."""
+    return " ".join(str(error).split())[:SAID] or type(error).__name__
 
 
 @contextmanager
