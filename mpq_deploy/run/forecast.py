@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from mpq_deploy.run.effort import COUNTS, fitted, get
-from mpq_deploy.run.machine_speed import Speed, probe_batch, speed_of
+from mpq_deploy.run.effort import COUNTS, fitted, get, least
+from mpq_deploy.run.machine_speed import FILE, Speed, probe_batch, speed_of
 from mpq_deploy.run.memory_model import StageMemory, estimate_engine, estimate_stage
 from mpq_deploy.run.stage_memory import check_memory, stage_memory
 from mpq_deploy.run.stage_work import (
@@ -375,7 +375,10 @@ def look_ahead(run: Run, stages: Mapping[str, Stage], coming: Iterable[str]) -> 
     ``stages``: all of them in order. Export must be current. Raises UsageError where the recipe's
     time is too short or a stage needs more memory than there is.
     """
-    model = ModelWork.of(run)
+    coming, model = list(coming), ModelWork.of(run)
+    if not (run.path / FILE).is_file():
+        # What is timed takes memory as the stages do, with the least counts.
+        _check(replace(run, recipe=least(run.recipe)), stages, coming)
     speed = speed_of(run, model, lambda layer: rounding_seconds(layer, run.recipe))
     names = [stage.name for stage in stages.values() if stage.applies(run.recipe)]
 
@@ -386,10 +389,15 @@ def look_ahead(run: Run, stages: Mapping[str, Stage], coming: Iterable[str]) -> 
     recipe, note = fitted(run.recipe, whole)
     run = replace(run, recipe=recipe)
     making = to_make(run, stages, coming)
-    for name in making:
+    _check(run, stages, making)
+    return Ahead(recipe, forecast(run, model, speed, making), note)
+
+
+def _check(run: Run, stages: Mapping[str, Stage], names: Iterable[str]) -> None:
+    """Refuse the first stage that needs more memory than there is. Raises UsageError."""
+    for name in names:
         if name in CHECKED:
             check_memory(run, stages[name])
-    return Ahead(recipe, forecast(run, model, speed, making), note)
 
 
 def to_make(run: Run, stages: Mapping[str, Stage], coming: Iterable[str]) -> list[str]:
