@@ -46,6 +46,8 @@ OBSERVED_CALL, OBSERVED_END, OBSERVED_VALUE = 9e-5, 0.035, 2e-9
 GATHERED_BATCH, GATHERED_VALUE = 2.5e-4, 8e-9
 # Projecting errors: per layer and per range in each batch; per value and range.
 PROJECTED_BATCH, ROUNDED_BATCH, ROUNDED_VALUE = 1.5e-3, 9e-5, 7e-9
+# Errors of channels, per layer in each call.
+SALIENT_LAYER = 3e-4
 # Quantized graphs over float ones: per row of a graph; per layer in each batch.
 QUANTIZED, QUANTIZED_LAYER = 1.05, 1e-4
 # Writing a graph, per layer and weight; solving, per pair of layer and scheme.
@@ -179,7 +181,9 @@ def _candidates(recipe: Recipe, model: ModelWork, speed: Speed, rounders: int) -
     if work.adjoints:
         products = sum(layer.weights * layer.positions for layer in model.layers)
         found += _adjoints(work, model, speed) + TORCH * pace
-        found += work.adjoints * (products * speed.product + pace * 3e-4 * len(model.layers))
+        found += work.adjoints * (
+            products * speed.product + pace * SALIENT_LAYER * len(model.layers)
+        )
     return found
 
 
