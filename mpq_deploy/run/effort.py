@@ -103,6 +103,11 @@ def fitted(recipe: Recipe, seconds: Seconds) -> tuple[Recipe, str]:
     return found, f"effort {recipe.effort}{within}: {counts}"
 
 
+def least(recipe: Recipe) -> Recipe:
+    """Return the recipe with all counts that it leaves open at their least."""
+    return _with(recipe, open_counts(recipe), LEAST_SCALE)
+
+
 def open_counts(recipe: Recipe) -> list[Count]:
     """Return the counts that the recipe leaves open, and that no other count of it rules."""
     return [

@@ -2,8 +2,8 @@
 
 In: an exported run, the ``Work`` of its stages, the machine's ``Speed``. Out: a ``Forecast``. What
 is not a call of the model (rounding, products, Python around each layer) is counted by sizes, with
-constants that were fitted to processor seconds of one machine (two cores) on the bundled models and
-UNets of 2 M and 19 M parameters; ``Speed.pace`` says how much slower another is.
+constants that were fitted on one machine of two cores (the bundled digits, a small transformer, UNets
+of 2 M and, for rounding, 19 M parameters); ``Speed.pace`` says how much slower another is.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from mpq_deploy.run.effort import COUNTS, fitted, get
-from mpq_deploy.run.machine_speed import Speed, probe_batch, speed_of
+from mpq_deploy.run.effort import COUNTS, fitted, get, least
+from mpq_deploy.run.machine_speed import FILE, Speed, probe_batch, speed_of
 from mpq_deploy.run.memory_model import StageMemory, estimate_engine, estimate_stage
 from mpq_deploy.run.stage_memory import check_memory, stage_memory
 from mpq_deploy.run.stage_work import (
@@ -45,13 +45,17 @@ OBSERVED_CALL, OBSERVED_END, OBSERVED_VALUE = 9e-5, 0.035, 2e-9
 # Gathering rows for Hessians: per batch and activation; per value that is gathered.
 GATHERED_BATCH, GATHERED_VALUE = 2.5e-4, 8e-9
 # Projecting errors: per layer and per range in each batch; per value and range.
-PROJECTED_BATCH, ROUNDED_BATCH, ROUNDED_VALUE = 1e-3, 6e-5, 5e-9
+PROJECTED_BATCH, ROUNDED_BATCH, ROUNDED_VALUE = 1.5e-3, 9e-5, 7e-9
+# Errors of channels, per layer in each call.
+SALIENT_LAYER = 3e-4
 # Quantized graphs over float ones: per row of a graph; per layer in each batch.
 QUANTIZED, QUANTIZED_LAYER = 1.05, 1e-4
-# Writing a graph, per layer and weight; solving, per pair of layer and scheme; the report.
-WRITTEN_LAYER, WRITTEN_WEIGHT, SOLVED_PAIR, REPORTED_LAYER = 0.012, 2e-8, 1.3e-3, 0.008
-# Building an engine, in all and per layer; importing torch; measuring an image.
-ENGINE, ENGINE_LAYER, TORCH, COMPARED = 3.0, 0.045, 0.3, 0.005
+# Writing a graph, per layer and weight; solving, per pair of layer and scheme.
+WRITTEN_LAYER, WRITTEN_WEIGHT, SOLVED_PAIR = 0.012, 2e-8, 1.3e-3
+# The report, in all and per layer.
+REPORT, REPORTED_LAYER = 0.4, 0.01
+# Building an engine, in all and per layer; what torch and evaluation need to begin; per image.
+ENGINE, ENGINE_LAYER, TORCH, EVALUATION, COMPARED = 1.2, 0.055, 0.8, 1.0, 0.005
 # Updates of recovery are worth so many passes back beside their own forward pass (our choice).
 TRAINED_BACK = 2.0
 # Columns of what is said (our choice).
@@ -126,8 +130,8 @@ def stage_seconds(
         "quantize": written,
         "controls": written * model.controls if recipe.evaluate.controls else 0.0,
         "engine": pace * (ENGINE + ENGINE_LAYER * layers) if _builds(recipe, model) else 0.0,
-        "evaluate": _calls(work["evaluate"], model, speed),
-        "report": pace * (1 + REPORTED_LAYER * layers),
+        "evaluate": _calls(work["evaluate"], model, speed) + pace * EVALUATION,
+        "report": pace * (REPORT + REPORTED_LAYER * layers),
     }
     if "correction" in work:
         found["correction"] = _calls(work["correction"], model, speed)
@@ -177,7 +181,9 @@ def _candidates(recipe: Recipe, model: ModelWork, speed: Speed, rounders: int) -
     if work.adjoints:
         products = sum(layer.weights * layer.positions for layer in model.layers)
         found += _adjoints(work, model, speed) + TORCH * pace
-        found += work.adjoints * (products * speed.product + pace * 3e-4 * len(model.layers))
+        found += work.adjoints * (
+            products * speed.product + pace * SALIENT_LAYER * len(model.layers)
+        )
     return found
 
 
@@ -373,7 +379,10 @@ def look_ahead(run: Run, stages: Mapping[str, Stage], coming: Iterable[str]) -> 
     ``stages``: all of them in order. Export must be current. Raises UsageError where the recipe's
     time is too short or a stage needs more memory than there is.
     """
-    model = ModelWork.of(run)
+    coming, model = list(coming), ModelWork.of(run)
+    if not (run.path / FILE).is_file():
+        # What is timed takes memory as the stages do, with the least counts.
+        _check(replace(run, recipe=least(run.recipe)), stages, coming)
     speed = speed_of(run, model, lambda layer: rounding_seconds(layer, run.recipe))
     names = [stage.name for stage in stages.values() if stage.applies(run.recipe)]
 
@@ -384,10 +393,15 @@ def look_ahead(run: Run, stages: Mapping[str, Stage], coming: Iterable[str]) -> 
     recipe, note = fitted(run.recipe, whole)
     run = replace(run, recipe=recipe)
     making = to_make(run, stages, coming)
-    for name in making:
+    _check(run, stages, making)
+    return Ahead(recipe, forecast(run, model, speed, making), note)
+
+
+def _check(run: Run, stages: Mapping[str, Stage], names: Iterable[str]) -> None:
+    """Refuse the first stage that needs more memory than there is. Raises UsageError."""
+    for name in names:
         if name in CHECKED:
             check_memory(run, stages[name])
-    return Ahead(recipe, forecast(run, model, speed, making), note)
 
 
 def to_make(run: Run, stages: Mapping[str, Stage], coming: Iterable[str]) -> list[str]:

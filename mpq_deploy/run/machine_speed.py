@@ -99,7 +99,8 @@ def speed_of(run: Run, model: ModelWork, rounding: Callable[[LayerWork], float])
 
 
 def _wants_torch(recipe: Recipe) -> bool:
-    return has_torch() and recipe.measure.method == "probe"
+    probed = recipe.measure.method == "probe" or recipe.quantize.salience == "probe"
+    return has_torch() and probed
 
 
 def time_machine(
