@@ -95,15 +95,24 @@ def build(
 ) -> None:
     """Run all stages: export, measure, fit the budget, quantize, build the engine, compare, report.
 
-    A second call on the same run folder repeats only what changed: another budget takes seconds.
+    A second call on the same run folder repeats only what changed: another budget takes seconds. Without a model and a
+    recipe it goes on with those of the run.
     """
+    from mpq_deploy.run.effort import reopened
+
     given: dict[str, Any] = {"model": model, "budget": budget, "target": target}
     given |= {"measure.method": sensitivity, "conditions": conditions, "scheduler": scheduler}
     given |= {"prompts": prompts, "call": call, "calls": calls, "component": component}
     given |= {"lora": lora or None, "config": config, "compute.device": device}
     given |= latency_settings(max_latency, objective, latency_table)
     given |= {"effort": effort, "time": time}
-    settings, crew = recipe_for(recipe, given), crew_for(workers, ray, threads)
+    crew = crew_for(workers, ray, threads)
+    if out is not None and model is None and recipe is None and (out / "recipe.yaml").is_file():
+        # Else another budget for a run would put the bundled model into its folder.
+        settings = recipe_of(out, None, given)
+        settings = reopened(settings) if effort or time else settings
+    else:
+        settings = recipe_for(recipe, given)
     settings = recovering(settings) if recover else settings
     if dry_run:
         print_forecast(settings, out, crew)

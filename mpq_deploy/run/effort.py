@@ -117,6 +117,19 @@ def open_counts(recipe: Recipe) -> list[Count]:
     ]
 
 
+def reopened(recipe: Recipe) -> Recipe:
+    """Return the recipe of a run with its counts left open, for another effort."""
+    names: dict[str, set[str]] = {}
+    for count in COUNTS:
+        section, name = count.setting.split(".")
+        names.setdefault(section, set()).add(name)
+    sections = {}
+    for section, own in names.items():
+        present = getattr(recipe, section)
+        sections[section] = type(present)(**present.model_dump(exclude=own))
+    return recipe.model_copy(update=sections)
+
+
 def get(recipe: Recipe, setting: str) -> Any:
     """Return the value of a setting by its dotted name."""
     section, name = setting.split(".")

@@ -249,6 +249,12 @@ def _time_torch(run: Run, model: ModelWork, clock: Clock) -> tuple[float, float]
     except UnsupportedOperator:
         return 0.0, 0.0
     uses = [use for layer in exported.graph.layers for use in layer.uses]
+
+    def finished(_: object = None) -> None:
+        # A GPU answers before it has computed.
+        if graph.device.type != CPU:
+            torch.cuda.synchronize(graph.device)
+
     with torch.no_grad():
         one = graph.feed(example_feed(exported.model, 1))
         single = _timed(lambda: finished(graph.run(one)), clock)
@@ -256,11 +262,6 @@ def _time_torch(run: Run, model: ModelWork, clock: Clock) -> tuple[float, float]
     parts = parts_within(footprint, 2 * model.size.outputs, MEMORY_BYTES)
     batch = probe_batch(run.recipe, model) if 3 * single <= LONGEST and len(parts) == 1 else 1
     feeds = graph.feed(example_feed(exported.model, batch))
-
-    def finished(_: object = None) -> None:
-        # A GPU answers before it has computed.
-        if graph.device.type != CPU:
-            torch.cuda.synchronize(graph.device)
 
     def back() -> None:
         wanted = {exported.spec.output: lambda value: [torch.ones_like(value)]}

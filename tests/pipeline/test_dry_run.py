@@ -46,6 +46,17 @@ def test_a_dry_run_leaves_the_recipe_of_a_run(cli: Cli, tmp_path: Path) -> None:
     assert (run / "recipe.yaml").read_bytes() == before
 
 
+def test_a_build_without_a_model_goes_on_with_that_of_the_run(cli: Cli, tmp_path: Path) -> None:
+    model, run = save_denoiser(tmp_path), tmp_path / "run"
+    build(recipe_for(model), run, "export")
+    said = cli("build", "-o", run, "--budget", "0.6", "--dry-run")
+    assert said.code == 0 and "export     up to date" in said.err
+    # Its counts are those that it was made with, unless an effort is asked for.
+    assert "calibrate.observed" not in said.out
+    said = cli("build", "-o", run, "--effort", "quick", "--dry-run")
+    assert said.code == 0 and "calibrate.observed 12" in said.out
+
+
 def test_fitted_counts_are_kept_with_the_run(tmp_path: Path) -> None:
     recipe, run = recipe_for(save_denoiser(tmp_path), effort="quick", time="1h"), tmp_path / "run"
     assert recipe.calibrate.observed == 48
