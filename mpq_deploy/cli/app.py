@@ -99,6 +99,20 @@ def recipe_of(run: Path, recipe: str | None, options: Mapping[str, Any] | None =
     return recipe_for(recipe or stored, options or {})
 
 
+def recipe_to_build(out: Path | None, recipe: str | None, options: Mapping[str, Any]) -> Recipe:
+    """Return the recipe of a build: with neither model nor recipe that of the run at ``out``, if there is one.
+
+    Else another budget for a run would put the bundled model into its folder.
+    """
+    from mpq_deploy.run.effort import reopened
+
+    named = recipe is not None or options["model"] is not None
+    if named or out is None or not (out / "recipe.yaml").is_file():
+        return recipe_for(recipe, options)
+    stored = recipe_of(out, None, options)
+    return reopened(stored) if options["effort"] or options["time"] else stored
+
+
 def run_until(stage: str, settings: Recipe, out: Path | None, crew: Crew | None = None) -> None:
     """Run all stages up to ``stage`` and print what came of it."""
     from mpq_deploy.run.pipeline import default_run, open_pipeline

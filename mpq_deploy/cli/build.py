@@ -16,6 +16,7 @@ from mpq_deploy.cli.app import (
     print_summary,
     recipe_for,
     recipe_of,
+    recipe_to_build,
     run_until,
 )
 from mpq_deploy.cli.options import (
@@ -98,8 +99,6 @@ def build(
     A second call on the same run folder repeats only what changed: another budget takes seconds. Without a model and a
     recipe it goes on with those of the run.
     """
-    from mpq_deploy.run.effort import reopened
-
     given: dict[str, Any] = {"model": model, "budget": budget, "target": target}
     given |= {"measure.method": sensitivity, "conditions": conditions, "scheduler": scheduler}
     given |= {"prompts": prompts, "call": call, "calls": calls, "component": component}
@@ -107,12 +106,7 @@ def build(
     given |= latency_settings(max_latency, objective, latency_table)
     given |= {"effort": effort, "time": time}
     crew = crew_for(workers, ray, threads)
-    if out is not None and model is None and recipe is None and (out / "recipe.yaml").is_file():
-        # Else another budget for a run would put the bundled model into its folder.
-        settings = recipe_of(out, None, given)
-        settings = reopened(settings) if effort or time else settings
-    else:
-        settings = recipe_for(recipe, given)
+    settings = recipe_to_build(out, recipe, given)
     settings = recovering(settings) if recover else settings
     if dry_run:
         print_forecast(settings, out, crew)
