@@ -10,6 +10,7 @@ import importlib.util
 import os
 import re
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 import pytest
@@ -66,7 +67,17 @@ def shared_exports(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(TorchNetwork, "_exported", exported)
+        _register_operators_once(patch)
         yield
+
+
+def _register_operators_once(patch: pytest.MonkeyPatch) -> None:
+    """The exporter parses its 500 operators anew for each export: a second, however small the module is."""
+    try:
+        from torch.onnx._internal.exporter._registration import ONNXRegistry
+    except ImportError:
+        return
+    patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(cache(ONNXRegistry.from_torchlib)))
 
 
 def _export_key(network: Any) -> str:

@@ -29,6 +29,7 @@ DEPTH = 16
 # shapes and axes are integers.
 SMALL_BYTES = 1024
 SMALL_INTEGER_BYTES = 1 << 18
+DATA_TYPES = frozenset(TensorProto.DataType.values())
 _NODE = re.compile(r"Name: (.*?) OpType: (\S+)")
 
 Nodes = Iterable[onnx.NodeProto]
@@ -341,7 +342,7 @@ def _check_version(entry: onnx.OperatorSetIdProto, name: str) -> None:
 
 
 def _check_tensor(tensor: TensorProto, name: str) -> None:
-    if tensor.data_type not in TensorProto.DataType.values():
+    if tensor.data_type not in DATA_TYPES:
         raise ModelError(
             f"The weight '{printable(tensor.name)}' of {name} has the type {tensor.data_type}, which "
             "the installed onnx does not know.",

@@ -22,7 +22,7 @@ from mpq_deploy.run.pipeline import open_pipeline
 from mpq_deploy.runtime.correction import load_correction
 from mpq_deploy.system.progress import Talk
 from tests.device.packages import packed
-from tests.pipeline.runs import call, write_recipe
+from tests.pipeline.runs import FEW_SCHEMES, call, write_recipe
 from tests.tiny_models import ONE_LEVEL, tiny_text_pipeline_folder
 
 
@@ -59,7 +59,7 @@ def test_two_clean_runs_of_a_text_pipeline_give_the_same_archive(tmp_path: Path)
         (place / "prompts.txt").write_text("abc\ndef\n", encoding="utf-8")
         (place / "run").mkdir()
         given = {"model": str(folder), "prompts": str(place / "prompts.txt"), "target": "rtx"}
-        write_recipe(place / "run" / "recipe.yaml", **given)
+        write_recipe(place / "run" / "recipe.yaml", **given, **FEW_SCHEMES)
     archives = [place / "made.mpq.tar" for place in places]
     done = call("--json", "package", places[0] / "run", "-o", archives[0], PYTHONHASHSEED="1")
     assert done.returncode == 0, done.stderr

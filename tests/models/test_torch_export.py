@@ -21,6 +21,7 @@ from mpq_deploy.runtime.ort import OrtDenoiser, make_session
 from mpq_deploy.system.progress import Talk
 from tests.tiny_models import (
     ONE_LEVEL,
+    ONE_LEVEL_CLASSES,
     tiny_conditional_folder,
     tiny_scheduler,
     tiny_text_pipeline_folder,
@@ -47,12 +48,20 @@ def class_conditional(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return denoiser, folder / "export", export_denoiser(denoiser, folder / "export")
 
 
+@pytest.fixture(scope="module")
+def one_level(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A UNet that other tests export too; the report and the files of its first export."""
+    folder = tmp_path_factory.mktemp("one_level")
+    model = tiny_unet_folder(folder, **ONE_LEVEL_CLASSES)
+    return model, folder / "export", export_denoiser(open_denoiser(model), folder / "export")
+
+
 @pytest.mark.slow
 def test_a_second_export_has_the_same_bytes_and_so_with_weights_that_are_let_go_of(
-    class_conditional: Any, tmp_path: Path
+    one_level: Any, tmp_path: Path
 ) -> None:
-    _, folder, report = class_conditional
-    denoiser = open_denoiser(folder.parent / "tiny_unet")
+    model, folder, report = one_level
+    denoiser = open_denoiser(model)
     again = export_denoiser(denoiser, tmp_path / "export", release=True)
     assert all(parameter.is_meta for parameter in denoiser.network.module.parameters())  # type: ignore[attr-defined]
     assert again.max_relative_error == report.max_relative_error

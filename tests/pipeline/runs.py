@@ -44,6 +44,11 @@ RECIPE: dict[str, Any] = {
     "engine": {"build": False},
     "evaluate": {"samples": 2, "steps": 3, "timesteps": 2, "batch_size": 2},
 }
+# Two widths beside FP16 and no branches, for tests of what does not depend on the choices.
+FEW_SCHEMES: dict[str, Any] = {
+    "allocate__schemes": ["fp16", "w8a8", "w4a16-b32"],
+    "allocate__branches": [],
+}
 # All that a layer may take where a recipe says nothing.
 EVERY_SCHEME: dict[str, Any] = {
     f"allocate__{name}": list(AllocateSettings.model_fields[name].default)

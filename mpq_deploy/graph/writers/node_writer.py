@@ -77,7 +77,10 @@ class NodeWriter:
 
     def after(self, value: ir.Value, nodes: list[ir.Node]) -> ir.Value:
         """Insert ``nodes`` where ``value`` comes from; return what the last of them gives."""
-        producer = value.producer()
+        # Behind a graph input they may read nodes of ours at the start: ramps of the timestep.
+        read = [value, *(other for node in nodes for other in node.inputs if other is not None)]
+        made = (other.producer() for other in read)
+        producer = next((node for node in made if node and node.graph is self.graph), None)
         if producer is None:
             self.graph.insert_before(self.graph[0], nodes)
         else:

@@ -146,6 +146,17 @@ def test_what_runs_is_the_layer_on_an_input_rounded_in_its_range(
     assert written == planned_bytes(path, kind) == constant_bytes(tmp_path / "out" / DEPLOYED)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_nodes_of_a_layer_on_a_graph_input_are_in_order(tmp_path: Path, kind: str) -> None:
+    g = GraphBuilder()
+    g.input("sample", ["N", 16, 6, 6])
+    g.input("timestep", ["N"])
+    g.output(g.conv("sample", "layer", 24, 16), ["N", 24, 6, 6])
+    write(g.save(tmp_path / "model.onnx"), kind, tmp_path / "out")
+    for file in (DEPLOYED, SIMULATED):
+        onnx.checker.check_model(str(tmp_path / "out" / file), full_check=True)
+
+
 @pytest.mark.parametrize("form", TIMESTEPS)
 def test_the_timestep_may_be_a_number_or_one_for_each_sample(tmp_path: Path, form: str) -> None:
     dtype, shape, numpy_type = TIMESTEPS[form]
