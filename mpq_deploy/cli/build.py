@@ -15,6 +15,7 @@ from mpq_deploy.cli.app import (
     print_summary,
     recipe_for,
     recipe_of,
+    run_on,
     run_until,
 )
 from mpq_deploy.cli.options import (
@@ -40,6 +41,7 @@ from mpq_deploy.cli.options import (
     SensitivityOption,
     SignOption,
     TargetOption,
+    TargetsOption,
     ThreadsOption,
     WorkersOption,
     crew_for,
@@ -59,7 +61,7 @@ def build(
     model: ModelArgument = None,
     budget: BudgetOption = None,
     recipe: RecipeOption = None,
-    target: TargetOption = None,
+    target: TargetsOption = None,
     out: OutOption = None,
     sensitivity: SensitivityOption = None,
     conditions: ConditionsOption = None,
@@ -156,12 +158,7 @@ def calibrate(
     device: ComputeOption = None,
 ) -> None:
     """Record float trajectories and the statistics of every activation."""
-    run_until(
-        "calibrate",
-        recipe_of(run, recipe, {"compute.device": device}),
-        run,
-        crew_for(workers, ray, threads),
-    )
+    run_on("calibrate", run, recipe, {"compute.device": device}, crew_for(workers, ray, threads))
 
 
 @app.command(
@@ -177,8 +174,8 @@ def measure(
     device: ComputeOption = None,
 ) -> None:
     """Round every candidate weight and predict what each scheme of each layer costs."""
-    settings = recipe_of(run, recipe, {"measure.method": sensitivity, "compute.device": device})
-    run_until("measure", settings, run, crew_for(workers, ray, threads))
+    given = {"measure.method": sensitivity, "compute.device": device}
+    run_on("measure", run, recipe, given, crew_for(workers, ray, threads))
 
 
 @app.command(rich_help_panel=STAGES, epilog="Example: mpq-deploy allocate runs/mine --budget 0.3")
@@ -192,13 +189,13 @@ def allocate(
 ) -> None:
     """Choose a scheme for every layer within the budget, and within a latency where one is given."""
     latency = latency_settings(max_latency, objective, latency_table)
-    run_until("allocate", recipe_of(run, recipe, {"budget": budget, **latency}), run)
+    run_on("allocate", run, recipe, {"budget": budget, **latency})
 
 
 @app.command(rich_help_panel=STAGES, epilog="Example: mpq-deploy quantize runs/mine")
 def quantize(run: RunArgument, recipe: RecipeOption = None) -> None:
     """Write the quantized ONNX graphs of the plan."""
-    run_until("quantize", recipe_of(run, recipe), run)
+    run_on("quantize", run, recipe, {})
 
 
 @app.command(rich_help_panel=STAGES, epilog="Example: mpq-deploy recover runs/mine --steps 300")
@@ -240,7 +237,9 @@ def recover(
 @app.command(rich_help_panel=STAGES, epilog="Example: mpq-deploy engine runs/mine --target rtx")
 def engine(run: RunArgument, target: TargetOption = None, recipe: RecipeOption = None) -> None:
     """Build the TensorRT engine and verify it from its build log."""
-    run_until("engine", recipe_of(run, recipe, {"target": target}), run)
+    if target is not None:
+        recipe_of(run, recipe)
+    run_on("engine", run, recipe, {"target": target})
 
 
 @app.command(rich_help_panel=STAGES, epilog="Example: mpq-deploy evaluate runs/mine")
@@ -261,8 +260,8 @@ def evaluate(
     device: ComputeOption = None,
 ) -> None:
     """Compare the quantized model with the float one, beside everything-INT8 and everything-INT4."""
-    settings = recipe_of(run, recipe, {"evaluate.correction": correction, "compute.device": device})
-    run_until("evaluate", settings, run, crew_for(workers, ray, threads))
+    given = {"evaluate.correction": correction, "compute.device": device}
+    run_on("evaluate", run, recipe, given, crew_for(workers, ray, threads))
 
 
 @app.command(rich_help_panel=STAGES, epilog="Example: mpq-deploy report runs/mine")

@@ -124,25 +124,35 @@ def round_candidates(
     inputs: InputMoments,
     how: Rounding,
     also: tuple[Scheme, ...] = (),
+    known: Mapping[str, DeployedMatrix] | None = None,
 ) -> LayerCandidates:
     """Round ``weight`` float32 [O, K] for the weight forms of ``choices`` and of ``also``.
 
-    Raises ModelError when the weight holds NaN or Inf.
+    ``known``: forms that were rounded before. Raises ModelError when the weight holds NaN or Inf.
     """
     if not np.all(np.isfinite(weight)):
         raise ModelError(
             f"The weight '{layer.weight}' holds NaN or Inf.", "Mend the model before quantizing it."
         )
     work = LayerRounding(layer, weight, inputs, how)
-    forms: dict[str, DeployedMatrix] = {}
+    forms = dict(known or {})
     for rounder, schemes in _by_rounder((*choices.schemes, *also)).items():
-        forms.update(rounder(schemes, work))
+        missing = [scheme for scheme in schemes if scheme.weight_form not in forms]
+        if missing:
+            forms.update(rounder(missing, work))
     for scheme in choices.schemes:
         # Ranges of the input share the weights.
         matrix = None if scheme.weight_form in forms else scheme.branch.round(scheme, work, forms)
         if matrix is not None:
             forms[scheme.weight_form] = matrix
     return LayerCandidates(layer, choices.schemes, choices.refused, weight, forms)
+
+
+def stored_forms(schemes: Iterable[Scheme]) -> frozenset[str]:
+    """Return the weight forms that are rounded and stored for ``schemes``."""
+    rounded = [one for s in schemes if s.quantized for one in s.branch.rounds_first(s)]
+    made = (s for s in schemes if s.quantized and not s.branch.promotes)
+    return frozenset(scheme.weight_form for scheme in (*rounded, *made))
 
 
 def _by_rounder(schemes: Iterable[Scheme]) -> dict[Rounder, list[Scheme]]:
@@ -187,6 +197,12 @@ def load_choices(path: Path) -> Choices:
     """Read only which schemes a layer may take, and why not the others."""
     with _opened(path) as file:
         return _choices(file.metadata())
+
+
+def form_names(path: Path) -> frozenset[str]:
+    """Read only which weight forms a file holds."""
+    with _opened(path) as file:
+        return frozenset(name.partition(".")[0] for name in sorted(file.keys()))
 
 
 @contextmanager

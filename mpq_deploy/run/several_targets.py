@@ -1,0 +1,43 @@
+"""A run of several targets: what they share lies in it, each target's own below ``targets/NAME``.
+
+In: a recipe whose target is a list of names with commas. Out: a recipe and a run folder for each.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mpq_deploy.engine.target import load_target
+from mpq_deploy.errors import UsageError
+from mpq_deploy.recipe import Recipe, load_recipe, make_recipe
+from mpq_deploy.run.folder import TARGETS, several_in
+from mpq_deploy.run.view import RECIPE
+
+
+def runs_of(recipe: Recipe, run: Path) -> list[tuple[Recipe, Path]]:
+    """Return the recipe and the run folder of each target: ``run`` itself where there is one alone.
+
+    On a run of several targets one that is named alone is added, and none named means all of them.
+    Raises UsageError for an unknown or empty name, and one that is given twice.
+    """
+    present = several_in(run)
+    if present and "target" not in recipe.model_fields_set:
+        chosen = [load_recipe(folder / RECIPE).target for folder in present]
+    else:
+        chosen = recipe.target.split(",")
+    if len(chosen) == 1 and not present:
+        return [(recipe, run)]
+    # Defaults differ by target: each recipe is made of what was given.
+    given = recipe.model_dump(mode="json", exclude_unset=True)
+    found: dict[str, tuple[Recipe, Path]] = {}
+    for text in map(str.strip, chosen):
+        if not text:
+            raise UsageError(
+                f"An empty name in the list of targets '{recipe.target}'.",
+                "Write for example jetson-orin-nano,rtx-blackwell.",
+            )
+        name = load_target(text).name
+        if name in found:
+            raise UsageError(f"The target '{name}' is given twice.", "Name each target once.")
+        found[name] = (make_recipe({**given, "target": text}), run / TARGETS / name)
+    return list(found.values())
