@@ -130,7 +130,7 @@ def run_on(
     if several:
         _run_all(stage, [(recipe_of(one, recipe, options), one) for one in several], crew)
     else:
-        run_until(stage, recipe_of(run, recipe, options), run, crew)
+        print_summary(_run_one(stage, recipe_of(run, recipe, options), run, crew))
 
 
 def _run_one(stage: str, settings: Recipe, run: Path, crew: Crew | None) -> Summary:

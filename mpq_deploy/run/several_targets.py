@@ -10,7 +10,7 @@ from pathlib import Path
 from mpq_deploy.engine.target import load_target
 from mpq_deploy.errors import UsageError
 from mpq_deploy.recipe import Recipe, load_recipe, make_recipe
-from mpq_deploy.run.folder import TARGETS, several_in
+from mpq_deploy.run.folder import TARGETS, base_of, several_in
 from mpq_deploy.run.view import RECIPE
 
 
@@ -27,6 +27,11 @@ def runs_of(recipe: Recipe, run: Path) -> list[tuple[Recipe, Path]]:
         chosen = recipe.target.split(",")
     if len(chosen) == 1 and not present:
         return [(recipe, run)]
+    if base_of(run) != run:
+        raise UsageError(
+            f"{run} is a target of {base_of(run)}, which holds the others beside it.",
+            f"Give that run: -o {base_of(run)}.",
+        )
     # Defaults differ by target: each recipe is made of what was given.
     given = recipe.model_dump(mode="json", exclude_unset=True)
     found: dict[str, tuple[Recipe, Path]] = {}

@@ -31,7 +31,7 @@ from mpq_deploy.models.export import load_exported
 from mpq_deploy.models.locate import locate
 from mpq_deploy.models.open import model_folder
 from mpq_deploy.models.spec import Array, FloatModel
-from mpq_deploy.run.folder import SHARED, RunFolder, targets_in
+from mpq_deploy.run.folder import SHARED, TARGETS, RunFolder, targets_in
 from mpq_deploy.system.files import Fields, canonical_json
 from mpq_deploy.system.inputs import read_json_object
 from mpq_deploy.system.parallel.work import Alone, Crew
@@ -148,7 +148,7 @@ class Run:
         """Return opener, root and files of a job that reads ``files`` of the run (see ``Job``)."""
         if self.base == self.path:
             return opener, self.path, files
-        place = Path(self.path.parent.name, self.path.absolute().name)
+        place = Path(TARGETS, self.path.absolute().name)
         within = (
             name if name in (*SHARED, SAMPLES) else (place / name).as_posix() for name in files
         )
