@@ -35,10 +35,22 @@ BRANCH_BLOCK = 128
 
 @dataclass(frozen=True)
 class Choices:
-    """The schemes that a layer may take, and the reason for each that it may not."""
+    """The schemes that a layer may take, and the reason for each that it may not.
+
+    ``also``: schemes that are rounded whether the layer may take them or not.
+    """
 
     schemes: tuple[Scheme, ...]
     refused: dict[str, str]
+    also: tuple[Scheme, ...] = ()
+
+    @property
+    def forms(self) -> frozenset[str]:
+        """The weight forms that are rounded and stored."""
+        quantized = [s for s in (*self.schemes, *self.also) if s.quantized]
+        first = (one for s in quantized for one in s.branch.rounds_first(s))
+        made = (s for s in quantized if not s.branch.promotes)
+        return frozenset(scheme.weight_form for scheme in (*first, *made))
 
 
 def choices_for(layer: Layer, wanted: tuple[Scheme, ...], refusal: Refusal) -> Choices:
@@ -123,10 +135,9 @@ def round_candidates(
     weight: Array,
     inputs: InputMoments,
     how: Rounding,
-    also: tuple[Scheme, ...] = (),
     known: Mapping[str, DeployedMatrix] | None = None,
 ) -> LayerCandidates:
-    """Round ``weight`` float32 [O, K] for the weight forms of ``choices`` and of ``also``.
+    """Round ``weight`` float32 [O, K] for the weight forms of ``choices``.
 
     ``known``: forms that were rounded before. Raises ModelError when the weight holds NaN or Inf.
     """
@@ -136,7 +147,7 @@ def round_candidates(
         )
     work = LayerRounding(layer, weight, inputs, how)
     forms = dict(known or {})
-    for rounder, schemes in _by_rounder((*choices.schemes, *also)).items():
+    for rounder, schemes in _by_rounder((*choices.schemes, *choices.also)).items():
         missing = [scheme for scheme in schemes if scheme.weight_form not in forms]
         if missing:
             forms.update(rounder(missing, work))
@@ -146,13 +157,6 @@ def round_candidates(
         if matrix is not None:
             forms[scheme.weight_form] = matrix
     return LayerCandidates(layer, choices.schemes, choices.refused, weight, forms)
-
-
-def stored_forms(schemes: Iterable[Scheme]) -> frozenset[str]:
-    """Return the weight forms that are rounded and stored for ``schemes``."""
-    rounded = [one for s in schemes if s.quantized for one in s.branch.rounds_first(s)]
-    made = (s for s in schemes if s.quantized and not s.branch.promotes)
-    return frozenset(scheme.weight_form for scheme in (*rounded, *made))
 
 
 def _by_rounder(schemes: Iterable[Scheme]) -> dict[Rounder, list[Scheme]]:

@@ -23,7 +23,6 @@ from mpq_deploy.formats.candidates import (
     choices_for,
     round_candidates,
     save_candidates,
-    stored_forms,
     weight_matrix,
 )
 from mpq_deploy.formats.layer_rounding import InputMoments
@@ -104,16 +103,13 @@ class Rounder:
         return tuple(
             layer
             for layer in layers
-            if not known(self.base, layer, self.numbers[layer.name], self._wanted(layer)[1])
+            if not known(self.base, layer, self.numbers[layer.name], self._choices(layer).forms)
         )
 
-    def _wanted(self, layer: Layer) -> tuple[Choices, frozenset[str]]:
+    def _choices(self, layer: Layer) -> Choices:
         choices = choices_for(layer, wanted_schemes(self.recipe), self._refusal)
-        return choices, stored_forms((*choices.schemes, *self._also(layer)))
-
-    def _also(self, layer: Layer) -> tuple[Scheme, ...]:
-        """The controls are what they say whatever the recipe allows the plan."""
-        return tuple(plan[layer.name] for plan in self._controls.values())
+        # The controls are what they say whatever the recipe allows the plan.
+        return replace(choices, also=tuple(plan[layer.name] for plan in self._controls.values()))
 
     def into(self, folder: Path, moments: Hessian) -> Path:
         """Round the layer of ``moments`` for all its schemes; return its new file in ``folder``."""
@@ -146,7 +142,7 @@ class Rounder:
     def _rounded(self, moments: Hessian, how: Rounding) -> LayerCandidates:
         layer = moments.layer
         activations = self.stats.activations[layer.inputs[0]]
-        choices, wanted = self._wanted(layer)
+        choices = self._choices(layer)
         weight = weight_matrix(layer, weight_array(self.exported.graph.model, layer))
         number = self.numbers[layer.name]
         return round_candidates(
@@ -161,8 +157,7 @@ class Rounder:
                 amax=_column_amax(layer, self.stats) if layer.group == 1 else None,
             ),
             how,
-            self._also(layer),
-            self.earlier.of(self.base, layer, number, weight, wanted),
+            self.earlier.of(self.base, layer, number, weight, choices.forms),
         )
 
     def diagonal(self, layer: Layer) -> Hessian:

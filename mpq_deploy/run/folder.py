@@ -169,7 +169,7 @@ def base_of(path: Path) -> Path:
 
 def targets_in(path: Path) -> list[Path]:
     """Return the folders of a run of several targets, in the order in which they were added."""
-    found = [one.parent for one in (path / TARGETS).glob(f"*/{MARKER}")]
+    found = [one.parent for one in (path / TARGETS).glob("*/recipe.yaml")]
     return sorted(
         found, key=lambda one: (read_json_object(one / MARKER).get("number", 0), one.name)
     )

@@ -6,12 +6,26 @@ In: a recipe whose target is a list of names with commas. Out: a recipe and a ru
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from mpq_deploy.engine.target import load_target
 from mpq_deploy.errors import UsageError
 from mpq_deploy.recipe import Recipe, load_recipe, make_recipe
 from mpq_deploy.run.folder import TARGETS, base_of, several_in
 from mpq_deploy.run.view import RECIPE
+
+# Sections of a recipe that are a target's own, but for what ``_shared`` adds.
+OWN = {
+    "target",
+    "budget",
+    "compute",
+    "measure",
+    "allocate",
+    "quantize",
+    "recover",
+    "engine",
+    "evaluate",
+}
 
 
 def runs_of(recipe: Recipe, run: Path) -> list[tuple[Recipe, Path]]:
@@ -45,4 +59,24 @@ def runs_of(recipe: Recipe, run: Path) -> list[tuple[Recipe, Path]]:
         if name in found:
             raise UsageError(f"The target '{name}' is given twice.", "Name each target once.")
         found[name] = (make_recipe({**given, "target": text}), run / TARGETS / name)
+    for folder in present:
+        if folder.name not in found:
+            _check_shared(recipe, folder)
     return list(found.values())
+
+
+def _check_shared(recipe: Recipe, folder: Path) -> None:
+    """Raise UsageError where ``recipe`` would make again what the target in ``folder`` was built on."""
+    now, stored = _shared(recipe), _shared(load_recipe(folder / RECIPE))
+    changed = next((key for key in now if now[key] != stored[key]), None)
+    if changed is not None:
+        raise UsageError(
+            f"'{changed}' is not as {folder} was built, and targets of a run share their calls.",
+            f"Give the same model and recipe, or name '{folder.name}' too, to build it again.",
+        )
+
+
+def _shared(recipe: Recipe) -> dict[str, Any]:
+    """Return the settings that what targets share is made by."""
+    more = {"sampler": recipe.evaluate.sampler, "attention": recipe.allocate.attention}
+    return {**recipe.model_dump(mode="json", exclude=OWN), **more}

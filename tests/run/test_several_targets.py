@@ -149,6 +149,14 @@ def test_one_line_says_which_target_to_name(at_once: Path) -> None:
         runs_of(make_recipe({"target": ALL}), of(at_once, NANO))
 
 
+def test_a_target_is_added_with_the_calls_of_the_others(model: Path, at_once: Path) -> None:
+    other = runs.recipe_for(model, target="rtx-ada", calibrate__samples=5)
+    with pytest.raises(UsageError, match=f"'calibrate' is not as .*{NANO} was built"):
+        runs_of(other, at_once)
+    assert len(runs_of(runs.recipe_for(model, target=ALL, calibrate__samples=5), at_once)) == 3
+    assert len(runs_of(runs.recipe_for(model), at_once)) == 3
+
+
 def test_defaults_are_each_targets_own(tmp_path: Path) -> None:
     (first, _), (second, folder) = runs_of(make_recipe({"target": "rtx,rtx-ada"}), tmp_path)
     assert "f8a8" in second.allocate.schemes and "f8a8" not in first.allocate.schemes
