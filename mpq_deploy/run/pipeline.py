@@ -10,7 +10,7 @@ from pathlib import Path
 from mpq_deploy.errors import MpqError, RunFolderError, UsageError
 from mpq_deploy.recipe import Recipe
 from mpq_deploy.report.collect import Summary, summarise
-from mpq_deploy.run.folder import RunFolder, open_run
+from mpq_deploy.run.folder import RunFolder, check_one_run, open_run
 from mpq_deploy.run.recipe_check import check_recipe
 from mpq_deploy.run.stage import Stage, stages_in_order
 from mpq_deploy.run.stage_memory import saying_memory_ran_out
@@ -188,6 +188,8 @@ def open_pipeline(
     only stages run the model, so a compute device that is not here is refused by the first of
     those that must be made. Raises UsageError for a device that is not here.
     """
+    if run.is_dir():
+        check_one_run(run)
     check_recipe(recipe)
     place, no_device = Compute(), None
     try:

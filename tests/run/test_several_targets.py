@@ -143,6 +143,8 @@ def test_one_line_says_which_target_to_name(at_once: Path) -> None:
         read_report(of(at_once, f"{RTX}-ada"))
     with pytest.raises(MpqError, match="run holds several targets"):
         read_report(at_once)
+    with pytest.raises(UsageError, match="run holds several targets"):
+        runs.build(make_recipe({}), at_once)
     for arguments in (["report", str(at_once)], ["package", str(at_once), "-o", "one.tar"]):
         assert CliRunner().invoke(app, ["-q", *arguments]).exit_code != 0
     with pytest.raises(UsageError, match="which holds the others"):
