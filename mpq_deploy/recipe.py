@@ -431,7 +431,9 @@ class Recipe(Section):
     time: DurationEntry | None = Field(
         None, description="of a whole build on this machine: 30min; counts are lowered to fit it"
     )
-    target: str = Field("rtx", description="name of a target (mpq-deploy targets), or a YAML file")
+    target: str = Field(
+        "rtx", description="name of a target (mpq-deploy targets), or a YAML file; several: a,b"
+    )
     description: str | None = Field(
         None, description="YAML of an ONNX model, where it is not beside it"
     )
@@ -481,6 +483,13 @@ class Recipe(Section):
     def _of_the_user(cls, path: str | None) -> str | None:
         """Read a leading ~ as the home folder, as a shell does."""
         return None if path is None else _home(path)
+
+    @field_validator("target", mode="before")
+    @classmethod
+    def _of_a_list(cls, given: Any) -> Any:
+        """Take several targets as a list, too."""
+        several = isinstance(given, (list, tuple)) and all(isinstance(one, str) for one in given)
+        return ",".join(given) if several else given
 
     @field_validator("lora")
     @classmethod

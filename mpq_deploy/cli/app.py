@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -90,6 +91,9 @@ def recipe_for(recipe: str | Path | None, options: Mapping[str, Any]) -> Recipe:
 
 def recipe_of(run: Path, recipe: str | None, options: Mapping[str, Any] | None = None) -> Recipe:
     """Return the recipe of a run folder, or another one for it, with ``options`` over it."""
+    from mpq_deploy.run.folder import check_one_run
+
+    check_one_run(run)
     stored = run / "recipe.yaml"
     if recipe is None and not stored.is_file():
         raise UsageError(
@@ -115,19 +119,70 @@ def recipe_to_build(out: Path | None, recipe: str | None, options: Mapping[str, 
 
 def run_until(stage: str, settings: Recipe, out: Path | None, crew: Crew | None = None) -> None:
     """Run all stages up to ``stage`` and print what came of it."""
-    from mpq_deploy.run.pipeline import default_run, open_pipeline
+    from mpq_deploy.run.folder import open_targets
+    from mpq_deploy.run.pipeline import default_run
+    from mpq_deploy.run.recipe_check import check_recipe
+    from mpq_deploy.run.several_targets import runs_of
 
     run = out or default_run(settings)
+    runs = runs_of(settings, run)
+    if runs == [(settings, run)]:
+        print_summary(_run_one(stage, settings, run, crew))
+        return
+    for own, _ in runs:
+        check_recipe(own)
+    with open_targets(run):
+        _run_all(stage, runs, crew)
+
+
+def run_on(
+    stage: str, run: Path, recipe: str | None, options: Mapping[str, Any], crew: Crew | None = None
+) -> None:
+    """Run all stages up to ``stage`` on a run folder, or on those of all its targets."""
+    from mpq_deploy.run.folder import several_in
+
+    several = several_in(run)
+    if several:
+        _run_all(stage, [(recipe_of(one, recipe, options), one) for one in several], crew)
+    else:
+        print_summary(_run_one(stage, recipe_of(run, recipe, options), run, crew))
+
+
+def _run_one(stage: str, settings: Recipe, run: Path, crew: Crew | None) -> Summary:
+    from mpq_deploy.run.pipeline import open_pipeline
+
     with open_pipeline(settings, run, make_talk(), crew, computes=False) as pipeline:
-        summary = pipeline.run_until(stage)
-    print_summary(summary)
+        return pipeline.run_until(stage)
+
+
+def _run_all(stage: str, runs: list[tuple[Recipe, Path]], crew: Crew | None) -> None:
+    """Run the stages for one target after the other, and print what came of all."""
+    from mpq_deploy.recipe import load_recipe
+    from mpq_deploy.run.effort import with_counts_of
+
+    made, first = {}, runs[0][1] / "recipe.yaml"
+    for settings, run in runs:
+        make_talk().line(f"target {run.name}")
+        # Fitted once, by the first: what targets share is made by the same counts.
+        settings = with_counts_of(settings, load_recipe(first)) if made else settings
+        made[run.name] = _run_one(stage, settings, run, crew)
+    values = {name: summary.values for name, summary in made.items()}
+    text = "\n\n".join(f"target {name}\n{summary.text}" for name, summary in made.items())
+    print_result({"targets": values}, text)
 
 
 def print_forecast(settings: Recipe, out: Path | None, crew: Crew | None) -> None:
-    """Export the model, and print what a whole build would take."""
+    """Export the model, and print what a whole build would take; of several targets, for the first."""
+    from mpq_deploy.run.folder import open_targets
     from mpq_deploy.run.pipeline import default_run, open_pipeline
+    from mpq_deploy.run.several_targets import runs_of
 
-    with open_pipeline(settings, out or default_run(settings), make_talk(), crew) as pipeline:
+    run = out or default_run(settings)
+    own, folder = runs_of(settings, run)[0]
+    with (
+        open_targets(run) if folder != run else nullcontext(),
+        open_pipeline(own, folder, make_talk(), crew) as pipeline,
+    ):
         ahead = pipeline.dry_run()
     print_result(ahead.values(), "\n".join(ahead.lines))
 

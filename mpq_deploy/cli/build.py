@@ -17,6 +17,7 @@ from mpq_deploy.cli.app import (
     recipe_for,
     recipe_of,
     recipe_to_build,
+    run_on,
     run_until,
 )
 from mpq_deploy.cli.options import (
@@ -44,6 +45,7 @@ from mpq_deploy.cli.options import (
     SensitivityOption,
     SignOption,
     TargetOption,
+    TargetsOption,
     ThreadsOption,
     TimeOption,
     WorkersOption,
@@ -64,7 +66,7 @@ def build(
     model: ModelArgument = None,
     budget: BudgetOption = None,
     recipe: RecipeOption = None,
-    target: TargetOption = None,
+    target: TargetsOption = None,
     out: OutOption = None,
     sensitivity: SensitivityOption = None,
     conditions: ConditionsOption = None,
@@ -99,6 +101,8 @@ def build(
     A second call on the same run folder repeats only what changed: another budget takes seconds. Without a model and a
     recipe it goes on with those of the run.
     """
+    from mpq_deploy.run.folder import several_in
+
     given: dict[str, Any] = {"model": model, "budget": budget, "target": target}
     given |= {"measure.method": sensitivity, "conditions": conditions, "scheduler": scheduler}
     given |= {"prompts": prompts, "call": call, "calls": calls, "component": component}
@@ -106,6 +110,9 @@ def build(
     given |= latency_settings(max_latency, objective, latency_table)
     given |= {"effort": effort, "time": time}
     crew = crew_for(workers, ray, threads)
+    if out is not None and not (model or recipe or target or dry_run) and several_in(out):
+        run_on("report", out, None, given, crew)
+        return
     settings = recipe_to_build(out, recipe, given)
     settings = recovering(settings) if recover else settings
     if dry_run:
@@ -166,12 +173,7 @@ def calibrate(
     device: ComputeOption = None,
 ) -> None:
     """Record float trajectories and the statistics of every activation."""
-    run_until(
-        "calibrate",
-        recipe_of(run, recipe, {"compute.device": device}),
-        run,
-        crew_for(workers, ray, threads),
-    )
+    run_on("calibrate", run, recipe, {"compute.device": device}, crew_for(workers, ray, threads))
 
 
 @app.command(
@@ -187,8 +189,8 @@ def measure(
     device: ComputeOption = None,
 ) -> None:
     """Round every candidate weight and predict what each scheme of each layer costs."""
-    settings = recipe_of(run, recipe, {"measure.method": sensitivity, "compute.device": device})
-    run_until("measure", settings, run, crew_for(workers, ray, threads))
+    given = {"measure.method": sensitivity, "compute.device": device}
+    run_on("measure", run, recipe, given, crew_for(workers, ray, threads))
 
 
 @app.command(rich_help_panel=STAGES, epilog="Example: mpq-deploy allocate runs/mine --budget 0.3")
@@ -202,13 +204,13 @@ def allocate(
 ) -> None:
     """Choose a scheme for every layer within the budget, and within a latency where one is given."""
     latency = latency_settings(max_latency, objective, latency_table)
-    run_until("allocate", recipe_of(run, recipe, {"budget": budget, **latency}), run)
+    run_on("allocate", run, recipe, {"budget": budget, **latency})
 
 
 @app.command(rich_help_panel=STAGES, epilog="Example: mpq-deploy quantize runs/mine")
 def quantize(run: RunArgument, recipe: RecipeOption = None) -> None:
     """Write the quantized ONNX graphs of the plan."""
-    run_until("quantize", recipe_of(run, recipe), run)
+    run_on("quantize", run, recipe, {})
 
 
 @app.command(rich_help_panel=STAGES, epilog="Example: mpq-deploy recover runs/mine --steps 300")
@@ -250,7 +252,9 @@ def recover(
 @app.command(rich_help_panel=STAGES, epilog="Example: mpq-deploy engine runs/mine --target rtx")
 def engine(run: RunArgument, target: TargetOption = None, recipe: RecipeOption = None) -> None:
     """Build the TensorRT engine and verify it from its build log."""
-    run_until("engine", recipe_of(run, recipe, {"target": target}), run)
+    if target is not None:
+        recipe_of(run, recipe)
+    run_on("engine", run, recipe, {"target": target})
 
 
 @app.command(rich_help_panel=STAGES, epilog="Example: mpq-deploy evaluate runs/mine")
@@ -271,8 +275,8 @@ def evaluate(
     device: ComputeOption = None,
 ) -> None:
     """Compare the quantized model with the float one, beside everything-INT8 and everything-INT4."""
-    settings = recipe_of(run, recipe, {"evaluate.correction": correction, "compute.device": device})
-    run_until("evaluate", settings, run, crew_for(workers, ray, threads))
+    given = {"evaluate.correction": correction, "compute.device": device}
+    run_on("evaluate", run, recipe, given, crew_for(workers, ray, threads))
 
 
 @app.command(rich_help_panel=STAGES, epilog="Example: mpq-deploy report runs/mine")

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
 from mpq_deploy.cli.app import DEVICE, app, make_talk, print_result, recipe_of
 from mpq_deploy.cli.options import RunArgument, SignOption, TargetOption, output_file, signing_key
+from mpq_deploy.errors import UsageError
+
+if TYPE_CHECKING:
+    from mpq_deploy.device.signature import SecretKey
 
 
 @app.command(
@@ -31,6 +35,32 @@ def package(
     sign: SignOption = None,
 ) -> None:
     """Pack what a device needs into one archive: the graph, its checks, an installer."""
+    from mpq_deploy.run.folder import refuse_target, several_in
+
+    key, several = signing_key(sign), several_in(run)
+    if not several:
+        print_result(*_package(run, target, out or Path(f"{run.name}.mpq.tar"), key))
+        return
+    chosen = [one for one in several if target in (None, one.name)]
+    if not chosen:
+        refuse_target(run, target or "")
+    if out is not None and len(chosen) > 1:
+        names = ", ".join(one.name for one in chosen)
+        raise UsageError(
+            f"One file cannot hold {len(chosen)} packages.", f"Name a target of {names}."
+        )
+    made = {
+        one.name: _package(one, None, out or Path(f"{run.name}-{one.name}.mpq.tar"), key)
+        for one in chosen
+    }
+    values = {name: written for name, (written, _) in made.items()}
+    print_result({"targets": values}, "\n".join(text for _, text in made.values()))
+
+
+def _package(
+    run: Path, target: str | None, out: Path, key: SecretKey | None
+) -> tuple[dict[str, Any], str]:
+    """Pack one run; return what was written, and the text that says so."""
     from mpq_deploy.delivery.package import check_builder, make_package
     from mpq_deploy.engine.target import load_target
     from mpq_deploy.run.pipeline import open_pipeline
@@ -38,18 +68,15 @@ def package(
     recipe = recipe_of(run, None)
     device = load_target(target or recipe.target)
     check_builder(device)
-    key = signing_key(sign)
     with open_pipeline(recipe, run, make_talk(), computes=False) as pipeline:
-        written = make_package(
-            pipeline.deployed(corrected=True), device, out or Path(f"{run.name}.mpq.tar")
-        )
+        written = make_package(pipeline.deployed(corrected=True), device, out)
     text = f"{written['file']}  {written['bytes']:,} bytes\nsha256 {written['sha256']}"
     if key is not None:
         from mpq_deploy.device.signature import sign as sign_file
 
         written["signature"] = str(sign_file(Path(written["file"]), key))
         text += f"\nsignature {written['signature']}"
-    print_result(written, text)
+    return written, text
 
 
 @app.command(

@@ -145,6 +145,16 @@ TargetOption = Annotated[
         show_default="rtx",
     ),
 ]
+TargetsOption = Annotated[
+    Optional[str],
+    typer.Option(
+        "--target",
+        "-t",
+        metavar="NAME[,NAME...]",
+        help="Target of the engine: see 'mpq-deploy targets'. Several share one measurement.",
+        show_default="rtx",
+    ),
+]
 OutOption = Annotated[
     Optional[Path],
     typer.Option(

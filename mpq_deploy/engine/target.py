@@ -260,6 +260,8 @@ def load_target(name_or_path: str | Path) -> Target:
     if text.endswith(SUFFIXES) or "/" in text:
         path = Path(text).expanduser()
         return _validated(_extended(_read(path), (), str(path)), str(path))
+    if "," in text:
+        raise UsageError(f"One target is wanted here, not '{text}'.", "Several: mpq-deploy build.")
     if text not in known_targets():
         raise UsageError(
             f"Unknown target '{text}'.",

@@ -90,7 +90,7 @@ def evaluate_variants(
         variants[BEFORE] = Variant(before, size_bytes)
     variants |= read_controls(run.stage("controls"))
     evaluation = evaluate(
-        variants, model, settings, run.talk, cache=run.path / ".samples", crew=run.crew
+        variants, model, settings, run.talk, cache=run.base / ".samples", crew=run.crew
     )
     if model.pipeline is not None:
         from mpq_deploy.evaluate.pipeline_samples import forget_pipeline

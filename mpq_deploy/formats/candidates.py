@@ -35,10 +35,22 @@ BRANCH_BLOCK = 128
 
 @dataclass(frozen=True)
 class Choices:
-    """The schemes that a layer may take, and the reason for each that it may not."""
+    """The schemes that a layer may take, and the reason for each that it may not.
+
+    ``also``: schemes that are rounded whether the layer may take them or not.
+    """
 
     schemes: tuple[Scheme, ...]
     refused: dict[str, str]
+    also: tuple[Scheme, ...] = ()
+
+    @property
+    def forms(self) -> frozenset[str]:
+        """The weight forms that are rounded and stored."""
+        quantized = [s for s in (*self.schemes, *self.also) if s.quantized]
+        first = (one for s in quantized for one in s.branch.rounds_first(s))
+        made = (s for s in quantized if not s.branch.promotes)
+        return frozenset(scheme.weight_form for scheme in (*first, *made))
 
 
 def choices_for(layer: Layer, wanted: tuple[Scheme, ...], refusal: Refusal) -> Choices:
@@ -123,20 +135,22 @@ def round_candidates(
     weight: Array,
     inputs: InputMoments,
     how: Rounding,
-    also: tuple[Scheme, ...] = (),
+    known: Mapping[str, DeployedMatrix] | None = None,
 ) -> LayerCandidates:
-    """Round ``weight`` float32 [O, K] for the weight forms of ``choices`` and of ``also``.
+    """Round ``weight`` float32 [O, K] for the weight forms of ``choices``.
 
-    Raises ModelError when the weight holds NaN or Inf.
+    ``known``: forms that were rounded before. Raises ModelError when the weight holds NaN or Inf.
     """
     if not np.all(np.isfinite(weight)):
         raise ModelError(
             f"The weight '{layer.weight}' holds NaN or Inf.", "Mend the model before quantizing it."
         )
     work = LayerRounding(layer, weight, inputs, how)
-    forms: dict[str, DeployedMatrix] = {}
-    for rounder, schemes in _by_rounder((*choices.schemes, *also)).items():
-        forms.update(rounder(schemes, work))
+    forms = dict(known or {})
+    for rounder, schemes in _by_rounder((*choices.schemes, *choices.also)).items():
+        missing = [scheme for scheme in schemes if scheme.weight_form not in forms]
+        if missing:
+            forms.update(rounder(missing, work))
     for scheme in choices.schemes:
         # Ranges of the input share the weights.
         matrix = None if scheme.weight_form in forms else scheme.branch.round(scheme, work, forms)
@@ -187,6 +201,12 @@ def load_choices(path: Path) -> Choices:
     """Read only which schemes a layer may take, and why not the others."""
     with _opened(path) as file:
         return _choices(file.metadata())
+
+
+def form_names(path: Path) -> frozenset[str]:
+    """Read only which weight forms a file holds."""
+    with _opened(path) as file:
+        return frozenset(name.partition(".")[0] for name in sorted(file.keys()))
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from mpq_deploy.device.signature import PublicKey, verify
 from mpq_deploy.errors import UsageError
 from mpq_deploy.report.data import SCHEMA_VERSION, DeviceInfo, ReportData
 from mpq_deploy.report.seal import values_digest
+from mpq_deploy.run.folder import check_one_run
 from mpq_deploy.system.files import SEAL
 from mpq_deploy.system.inputs import as_object, parse_json, read_text
 
@@ -61,6 +62,7 @@ def read_report(path: Path) -> ReadReport:
     Raises UsageError for a missing, damaged, changed or foreign file, a schema that this release
     does not know, and a run folder whose plan was made again since it was reported.
     """
+    check_one_run(path)
     file = path / REPORT if path.is_dir() else path
     text, raw = _object(file)
     version = raw.get("schema_version")

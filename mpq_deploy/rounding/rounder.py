@@ -18,6 +18,7 @@ from mpq_deploy.calls.recorded import RecordedCalls
 from mpq_deploy.calls.trajectories import has_forward_process, renoised
 from mpq_deploy.engine.target import Target
 from mpq_deploy.formats.candidates import (
+    Choices,
     LayerCandidates,
     choices_for,
     round_candidates,
@@ -40,6 +41,7 @@ from mpq_deploy.rounding.control_schemes import (
     rank_refusal,
     tensor_ranks,
 )
+from mpq_deploy.rounding.earlier_forms import EarlierForms
 from mpq_deploy.rounding.hessian import Hessian, iterate_hessians
 from mpq_deploy.rounding.quantizers import Rounding
 from mpq_deploy.run.view import Exported
@@ -78,16 +80,35 @@ class Rounder:
     numbers: Mapping[str, int]
     blas: ThreadpoolController
     talk: Talk
+    base: Path
+    earlier: EarlierForms
 
     @classmethod
-    def of(cls, run: Run) -> Rounder:
+    def of(cls, run: Run, earlier: EarlierForms) -> Rounder:
         """Read what rounding depends on."""
         from threadpoolctl import ThreadpoolController
 
         numbers = {layer.name: number for number, layer in enumerate(run.exported.graph.layers)}
         stats = run.calibration.stats
         blas = ThreadpoolController()
-        return cls(run.exported, run.recipe, run.target, stats, numbers, blas, run.talk)
+        read = run.exported, run.recipe, run.target, stats
+        return cls(*read, numbers, blas, run.talk, run.base, earlier)
+
+    def unknown(self) -> tuple[Layer, ...]:
+        """Return the layers of which some form is not known from another target."""
+        layers, known = self.exported.graph.layers, self.earlier.cover
+        if not self.earlier.folders:
+            return layers
+        return tuple(
+            layer
+            for layer in layers
+            if not known(self.base, layer, self.numbers[layer.name], self._choices(layer).forms)
+        )
+
+    def _choices(self, layer: Layer) -> Choices:
+        choices = choices_for(layer, wanted_schemes(self.recipe), self._refusal)
+        # The controls are what they say whatever the recipe allows the plan.
+        return replace(choices, also=tuple(plan[layer.name] for plan in self._controls.values()))
 
     def into(self, folder: Path, moments: Hessian) -> Path:
         """Round the layer of ``moments`` for all its schemes; return its new file in ``folder``."""
@@ -120,10 +141,13 @@ class Rounder:
     def _rounded(self, moments: Hessian, how: Rounding) -> LayerCandidates:
         layer = moments.layer
         activations = self.stats.activations[layer.inputs[0]]
+        choices = self._choices(layer)
+        weight = weight_matrix(layer, weight_array(self.exported.graph.model, layer))
+        number = self.numbers[layer.name]
         return round_candidates(
             layer,
-            choices_for(layer, wanted_schemes(self.recipe), self._refusal),
-            weight_matrix(layer, weight_array(self.exported.graph.model, layer)),
+            choices,
+            weight,
             InputMoments(
                 moments.blocks,
                 moments.widths,
@@ -132,8 +156,7 @@ class Rounder:
                 amax=_column_amax(layer, self.stats) if layer.group == 1 else None,
             ),
             how,
-            # The controls are what they say whatever the recipe allows the plan.
-            also=tuple(plan[layer.name] for plan in self._controls.values()),
+            self.earlier.of(self.base, layer, number, weight, choices.forms),
         )
 
     def diagonal(self, layer: Layer) -> Hessian:
@@ -204,14 +227,18 @@ def rounding_calls(run: Run) -> RecordedCalls:
 
 
 def layer_moments(run: Run, rounder: Rounder) -> Iterator[Hessian]:
-    """Yield the second moments of every layer's input: Hessians for GPTQ, else only their diagonals."""
-    if run.recipe.quantize.rounding == "nearest":
-        yield from map(rounder.diagonal, run.exported.graph.layers)
-        return
-    calls, settings = rounding_calls(run), run.recipe.quantize
-    yield from iterate_hessians(
-        run.exported.graph, calls, settings, run.talk, scratch=run.scratch()
-    )
+    """Yield the second moments of every layer's input: Hessians for GPTQ, else only their diagonals.
+
+    Diagonals, too, for layers of which every form is known.
+    """
+    graph = run.exported.graph
+    unknown = () if run.recipe.quantize.rounding == "nearest" else rounder.unknown()
+    names = {layer.name for layer in unknown}
+    yield from map(rounder.diagonal, (one for one in graph.layers if one.name not in names))
+    if unknown:
+        calls, settings = rounding_calls(run), run.recipe.quantize
+        graph = replace(graph, layers=unknown)
+        yield from iterate_hessians(graph, calls, settings, run.talk, scratch=run.scratch())
 
 
 def _diagonal_moments(layer: Layer, stats: CalibrationStats) -> Array:

@@ -19,6 +19,7 @@ from mpq_deploy.formats.candidates import LayerCandidates
 from mpq_deploy.graph.layers import LayerGraph
 from mpq_deploy.models.spec import Array
 from mpq_deploy.rounding.candidate_store import StoredCandidates, with_rows
+from mpq_deploy.rounding.earlier_forms import EarlierForms
 from mpq_deploy.run.stage_memory import salience_worker_bytes
 from mpq_deploy.run.view import RECIPE, Run
 from mpq_deploy.system.parallel.work import Alone, Job, Result, Shard, Work, run_shards
@@ -28,11 +29,14 @@ from mpq_deploy.system.progress import Talk
 SALIENCE_TIMESTEPS, SALIENCE_SAMPLES = 8, 12
 
 
-def salient_first(run: Run, folder: Path) -> tuple[dict[str, Array], str]:
+def salient_first(run: Run, folder: Path, earlier: EarlierForms) -> tuple[dict[str, Array], str]:
     """Order the output channels of layers with a rows branch, most salient first: layer name -> int32 [O]."""
     chosen = with_rows(folder, run.exported.graph)
     if not chosen:
         return {}, ""
+    known = earlier.orders(run.base, folder, run.exported.graph)
+    if known is not None:
+        return known, ", salient rows as another target has them"
     stats = run.calibration.stats
     method = run.recipe.quantize.salience
     saliences = _probed_salience(run, chosen) if method == "probe" else None
@@ -94,9 +98,10 @@ def salience_over_workers(run: Run, chosen: StoredCandidates) -> dict[str, Array
     """Return what ``sensitivity.salience.channel_errors`` returns, a shard per timestep."""
     from mpq_deploy.sensitivity.measured_calls import Calls
 
-    root, folder = run.path, chosen.folder.relative_to(run.path)
-    files, size = (RECIPE, "export", "calibrate", folder.as_posix()), salience_worker_bytes(run)
-    job = Job("salient channels", partial(_open_salience, folder), root, files, size)
+    folder, size = chosen.folder.relative_to(run.path), salience_worker_bytes(run)
+    files = (RECIPE, "export", "calibrate", folder.as_posix())
+    place = run.for_workers(partial(_open_salience, folder), *files)
+    job = Job("salient channels", *place, size)
     graph, _, recorded, samples = salience_inputs(run, chosen)
     calls = Calls(graph, recorded, samples)
     steps = range(len(calls.timesteps))

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -19,6 +19,7 @@ import numpy as np
 
 from mpq_deploy.models.spec import Array
 from mpq_deploy.rounding.arrays import fetched
+from mpq_deploy.rounding.earlier_forms import EarlierForms
 from mpq_deploy.rounding.hessian import Gathering, Hessian, HessianPlan
 from mpq_deploy.rounding.rounder import Rounder, rounding_calls
 from mpq_deploy.run.stage_memory import rounding_worker_bytes
@@ -52,19 +53,23 @@ class _Gather:
     step: int
 
 
-def round_over_workers(run: Run, folder: Path) -> None:
+def round_over_workers(run: Run, folder: Path, earlier: EarlierForms) -> None:
     """Write the candidates of every layer into ``folder``, a folder below the run's."""
-    crew, root = run.crew, run.path
-    opener = partial(_Rounding.open, folder.relative_to(root), crew.shares_files)
-    job = Job("rounding", opener, root, FILES, rounding_worker_bytes(run))
+    crew = run.crew
+    opener = partial(_Rounding.open, folder.relative_to(run.path), crew.shares_files, earlier)
+    opened, root, files = run.for_workers(opener, *FILES)
+    files = (*files, *(name for name, _ in earlier.folders))
+    job = Job("rounding", opened, root, files, rounding_worker_bytes(run))
+    rounder = Rounder.of(run, earlier)
     # Before workers come: it links the weights for a session, which other readers of them refuse.
-    plan = _plan(run, run.talk) if run.recipe.quantize.rounding != "nearest" else None
+    plan = _plan(run, rounder, run.talk) if run.recipe.quantize.rounding != "nearest" else None
+    known = set(run.exported.graph.layers) - set(rounder.unknown() if plan else ())
     with crew.open(job, run.talk) as pool:
         dealing = _Dealing(run, pool, folder)
+        if known:
+            numbers = sorted(rounder.numbers[layer.name] for layer in known)
+            dealing.round([dealing.layer(_Layer(number)) for number in numbers])
         if plan is None:
-            dealing.round(
-                [dealing.layer(_Layer(number)) for number in range(len(run.exported.graph.layers))]
-            )
             return
         for number in range(len(plan)):
             which = f" {number + 1} of {len(plan)}"
@@ -74,8 +79,12 @@ def round_over_workers(run: Run, folder: Path) -> None:
                 dealing.round(shards, which if len(plan) > 1 else "")
 
 
-def _plan(run: Run, talk: Talk) -> HessianPlan:
-    graph, calls, settings = run.exported.graph, rounding_calls(run), run.recipe.quantize
+def _plan(run: Run, rounder: Rounder, talk: Talk) -> HessianPlan | None:
+    """Return how the Hessians are made; None where no layer needs one."""
+    graph = replace(run.exported.graph, layers=rounder.unknown())
+    if not graph.layers:
+        return None
+    calls, settings = rounding_calls(run), run.recipe.quantize
     return HessianPlan.of(graph, calls, settings, talk, scratch=run.scratch())
 
 
@@ -132,18 +141,22 @@ class _Dealing:
 class _Rounding:
     """A worker: the model opened once, and the plan of Hessians where it makes them itself."""
 
-    def __init__(self, root: Path, out: Path, shares_files: bool, talk: Talk) -> None:
+    def __init__(
+        self, root: Path, out: Path, shares_files: bool, earlier: EarlierForms, talk: Talk
+    ) -> None:
         self._root, self._out, self._shares = root, root / out, shares_files
         self._run = Run.opened(root, talk)
         self._layers = self._run.exported.graph.layers
-        self._rounder = Rounder.of(self._run)
+        self._rounder = Rounder.of(self._run, earlier)
         self._plan: HessianPlan | None = None
         self._open: tuple[int, Gathering] | None = None
 
     @classmethod
-    def open(cls, out: Path, shares_files: bool, root: Path, talk: Talk) -> Work:
+    def open(
+        cls, out: Path, shares_files: bool, earlier: EarlierForms, root: Path, talk: Talk
+    ) -> Work:
         """Return what does a ``_Gather``, or rounds a ``_Layer`` into a file of ``root / out`` or returns that file."""
-        worker = cls(root, out, shares_files, talk)
+        worker = cls(root, out, shares_files, earlier, talk)
 
         def work(task: _Layer | _Gather, inner: Talk) -> Result:
             return worker.gather(task, inner) if isinstance(task, _Gather) else worker.round(task)
@@ -153,7 +166,8 @@ class _Rounding:
     def gather(self, task: _Gather, talk: Talk) -> Result:
         """Return the rows by batch and Hessian."""
         if self._plan is None:
-            self._plan = _plan(self._run, Within.silent(talk))
+            self._plan = _plan(self._run, self._rounder, Within.silent(talk))
+            assert self._plan is not None
         if self._open is None or self._open[0] != task.group:
             # Two sessions would hold two copies of the weights.
             self._open = None

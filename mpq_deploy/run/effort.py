@@ -130,6 +130,18 @@ def reopened(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update=sections)
 
 
+def with_counts_of(recipe: Recipe, other: Recipe) -> Recipe:
+    """Return ``recipe`` with the counts that it leaves open as ``other`` has them: they share its calls."""
+    given: dict[str, dict[str, Any]] = {}
+    for count in open_counts(recipe):
+        section, name = count.setting.split(".")
+        given.setdefault(section, {})[name] = get(other, count.setting)
+    sections = {
+        section: getattr(recipe, section).model_copy(update=own) for section, own in given.items()
+    }
+    return recipe.model_copy(update={**sections, "effort": other.effort, "time": other.time})
+
+
 def get(recipe: Recipe, setting: str) -> Any:
     """Return the value of a setting by its dotted name."""
     section, name = setting.split(".")

@@ -14,8 +14,9 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import NoReturn
 
-from mpq_deploy.errors import InputError, RunFolderError
+from mpq_deploy.errors import InputError, RunFolderError, UsageError, nearest
 from mpq_deploy.system.files import (
     Fields,
     canonical_json,
@@ -37,6 +38,8 @@ RECORD = "stage.json"
 TIMINGS = "timings.json"
 # What makes a folder a run.
 MARKER = "run.json"
+# In a run of several targets: a run folder for each, which shares these stages with the others.
+TARGETS, SHARED = "targets", ("export", "calibrate")
 
 
 @dataclass(frozen=True)
@@ -55,14 +58,21 @@ class StageRecord:
 
 
 class RunFolder:
-    """One run: its lock, its stages, its timings. Create with ``open_run``."""
+    """One run: its lock, its stages, its timings. Create with ``open_run``.
+
+    ``base``: the run that its shared stages lie in, itself unless it is a target's of several.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.base = base_of(path)
 
     def stage(self, name: str) -> Path:
         """Folder of a finished stage."""
-        return self.path / name
+        return self._holder(name) / name
+
+    def _holder(self, name: str) -> Path:
+        return self.base if name in SHARED else self.path
 
     def scratch(self) -> Path:
         """A folder for a stage's temporary files; removed when the run folder is opened."""
@@ -73,7 +83,7 @@ class RunFolder:
     def record(self, name: str) -> StageRecord | None:
         """Return the record of a finished stage; None where there is none or it cannot be read."""
         try:
-            record = typed(StageRecord, read_json(self.path / name / RECORD))
+            record = typed(StageRecord, read_json(self.stage(name) / RECORD))
         except (InputError, ValueError):
             # Missing, cut short or altered: the stage is made again.
             return None
@@ -95,7 +105,7 @@ class RunFolder:
         if changed:
             return changed
         for file, digest in record.outputs.items() if outputs else ():
-            path = self.path / name / file
+            path = self.stage(name) / file
             if not path.is_file() or file_digest(path) != digest:
                 return [f"{name}/{file} (missing or altered)"]
         return []
@@ -107,7 +117,8 @@ class RunFolder:
         ``device``: what computes it, for the record. It makes no stage out of date: results of
         several devices differ by rounding.
         """
-        aside = self.path / f".{name}.partial"
+        holder = self._holder(name)
+        aside = holder / f".{name}.partial"
         _remove(aside)
         try:
             aside.mkdir()
@@ -116,32 +127,91 @@ class RunFolder:
             outputs = {file: file_digest(aside / file) for file in files}
             record = {"stage": name, "inputs": inputs, "outputs": outputs, "device": device}
             write_text(aside / RECORD, canonical_json(record))
-            final = self.path / name
-            old = self.path / f".{name}.old"
+            final = holder / name
+            old = holder / f".{name}.old"
             _remove(old)
             if final.exists():
                 final.replace(old)
             aside.replace(final)
             _remove(old)
         except OSError as error:
-            raise disk_error(error, self.path) from error
+            raise disk_error(error, holder) from error
         finally:
             _remove(aside)
 
     def timings(self) -> dict[str, dict[str, float]]:
         """Seconds and peak memory of each stage when it was last made."""
-        try:
-            timings = unsealed(read_text(self.path / TIMINGS))
-            return typed(dict[str, dict[str, float]], timings)
-        except (InputError, ValueError):
-            # Only figures of the report: damaged ones are left out until the stages are made again.
-            return {}
+        return {**_timings(self.base), **_timings(self.path)}
 
     def save_timing(self, name: str, seconds: float, peak_rss_bytes: int) -> None:
         """Record what making a stage took."""
-        timings = self.timings()
+        holder = self._holder(name)
+        timings = _timings(holder)
         timings[name] = {"seconds": round(seconds, 3), "peak_rss_bytes": peak_rss_bytes}
-        write_text(self.path / TIMINGS, sealed_json(timings))
+        write_text(holder / TIMINGS, sealed_json(timings))
+
+
+def _timings(path: Path) -> dict[str, dict[str, float]]:
+    try:
+        return typed(dict[str, dict[str, float]], unsealed(read_text(path / TIMINGS)))
+    except (InputError, ValueError):
+        # Only figures of the report: damaged ones are left out until the stages are made again.
+        return {}
+
+
+def base_of(path: Path) -> Path:
+    """Return the run of several targets that ``path`` is a target's folder of; else ``path`` itself."""
+    own = path if path.parent.name == TARGETS else path.absolute()
+    base = own.parent.parent
+    # A worker's copy has the stages and no marker.
+    shares = own.parent.name == TARGETS and any((base / n).exists() for n in (MARKER, *SHARED))
+    return base if shares else path
+
+
+def targets_in(path: Path) -> list[Path]:
+    """Return the folders of a run of several targets, in the order in which they were added."""
+    found = [one.parent for one in (path / TARGETS).glob("*/recipe.yaml")]
+    return sorted(
+        found, key=lambda one: (read_json_object(one / MARKER).get("number", 0), one.name)
+    )
+
+
+def several_in(path: Path) -> list[Path]:
+    """Return the folders of a run of several targets; none where ``path`` is a run itself."""
+    return [] if (path / "recipe.yaml").exists() else targets_in(path)
+
+
+def check_one_run(path: Path) -> None:
+    """Raise UsageError for a run of several targets, and for a target that such a run lacks."""
+    several = several_in(path)
+    if several:
+        names = ", ".join(map(str, several))
+        raise UsageError(f"{path} holds several targets.", f"Give one of them: {names}.")
+    if path.parent.name == TARGETS and not path.exists() and targets_in(path.parent.parent):
+        refuse_target(path.parent.parent, path.name)
+
+
+def refuse_target(run: Path, name: str) -> NoReturn:
+    """Say that a run of several targets has none of that ``name``."""
+    known = [one.name for one in targets_in(run)]
+    raise UsageError(
+        f"{run} has no target '{name}'; it has {', '.join(known)}.",
+        f"{nearest(name, known)}To add it: mpq-deploy build MODEL --target {name} -o {run}.",
+    )
+
+
+@contextmanager
+def open_targets(path: Path) -> Iterator[None]:
+    """Make ``path`` a run of several targets for the block; with nothing finished it is removed again."""
+    missing = [place for place in (path, *path.parents) if not place.exists()]
+    with open_run(path):
+        (path / TARGETS).mkdir(exist_ok=True)
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            (path / TARGETS).rmdir()
+        _remove_unused(path, missing)
 
 
 def refuse_altered(files: Iterable[Path]) -> None:
@@ -177,9 +247,10 @@ def open_run(path: Path) -> Iterator[RunFolder]:
         stack.callback(_remove_unused, path, missing)
         try:
             path.mkdir(parents=True, exist_ok=True)
-            refuse_links(path, RunFolderError)
-            stack.enter_context(hold_folder(path))
-            _check_format(path)
+            for place in dict.fromkeys((base_of(path), path)):
+                refuse_links(place, RunFolderError)
+                stack.enter_context(hold_folder(place))
+                _check_format(place)
             _remove(path / ".scratch")
         except HeldError as error:
             raise RunFolderError(
@@ -211,7 +282,9 @@ def _check_format(path: Path) -> None:
                 f"{path} is not a run folder: it holds {others[0]} and no run.json.",
                 "Give an empty or new folder.",
             )
-        write_text(marker, canonical_json({"format": FORMAT, "made_by": __version__}))
+        base = base_of(path)
+        number = {} if base == path else {"number": len(targets_in(base))}
+        write_text(marker, canonical_json({"format": FORMAT, "made_by": __version__, **number}))
         return
     again = "Give a new run folder with -o."
     made = read_json_object(marker, error=RunFolderError, hint=again)

@@ -27,6 +27,7 @@ from mpq_deploy.formats.branches.cols import SHARES
 from mpq_deploy.formats.branches.prescaled import TENTHS
 from mpq_deploy.models.spec import Array, FloatModel
 from mpq_deploy.onnx_torch.pass_memory import DISTINCT_SHARE, PASS_COPIES
+from mpq_deploy.rounding.earlier_forms import EarlierForms
 from mpq_deploy.rounding.hessian import Hessian
 from mpq_deploy.rounding.rounder import Rounder
 from mpq_deploy.run.stage_work import LayerWork, ModelWork, has_torch
@@ -196,7 +197,8 @@ def _time_rounding(
     layer, alone = layers[chosen], copy(exported)
     alone.graph = replace(exported.graph, layers=(layer,))
     stats, blas = CalibrationStats(_made_up_stats(layer)), ThreadpoolController()
-    rounder = Rounder(alone, run.recipe, run.target, stats, {layer.name: 0}, blas, run.talk)
+    read = alone, run.recipe, run.target, stats, {layer.name: 0}, blas
+    rounder = Rounder(*read, run.talk, run.base, EarlierForms())
     moments = rounder.diagonal(layer)
     if run.recipe.quantize.rounding != "nearest":
         moments = _made_up_moments(layer)

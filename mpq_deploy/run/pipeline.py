@@ -11,7 +11,7 @@ from mpq_deploy.errors import MpqError, RunFolderError, UsageError
 from mpq_deploy.recipe import Recipe
 from mpq_deploy.report.collect import Summary, summarise
 from mpq_deploy.run.effort import open_counts
-from mpq_deploy.run.folder import RunFolder, open_run
+from mpq_deploy.run.folder import RunFolder, check_one_run, open_run
 from mpq_deploy.run.forecast import LONG, Ahead, Outlook, look_ahead, to_make
 from mpq_deploy.run.recipe_check import check_recipe
 from mpq_deploy.run.stage import Stage, stages_in_order
@@ -246,6 +246,8 @@ def open_pipeline(
     only stages run the model, so a compute device that is not here is refused by the first of
     those that must be made. Raises UsageError for a device that is not here.
     """
+    if run.is_dir():
+        check_one_run(run)
     check_recipe(recipe)
     place, no_device = Compute(), None
     try:

@@ -7,12 +7,12 @@ on a run folder, or on a copy of some of its stages. Everything is opened once p
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from pydantic import PositiveInt
 
@@ -31,7 +31,8 @@ from mpq_deploy.models.export import load_exported
 from mpq_deploy.models.locate import locate
 from mpq_deploy.models.open import model_folder
 from mpq_deploy.models.spec import Array, FloatModel
-from mpq_deploy.run.folder import RunFolder
+from mpq_deploy.run.folder import SHARED, TARGETS, RunFolder, targets_in
+from mpq_deploy.system.files import Fields, canonical_json
 from mpq_deploy.system.inputs import read_json_object
 from mpq_deploy.system.parallel.work import Alone, Crew
 from mpq_deploy.system.progress import Talk
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from mpq_deploy.recipe import Recipe
     from mpq_deploy.run.memory_model import ModelSize
 
+Opened = TypeVar("Opened")
 # In the run folder: the recipe that its stages are made by, the finished shards of unfinished
 # stages, and sampled images by what they were made from.
 RECIPE, SHARDS, SAMPLES = "recipe.yaml", ".shards", ".samples"
@@ -105,6 +107,19 @@ class Calibration(NamedTuple):
     beyond_fp16: tuple[str, ...] = ()
 
 
+def _open_below(
+    place: Path, opener: Callable[[Path, Talk], Opened], root: Path, talk: Talk
+) -> Opened:
+    """Call a worker's ``opener`` on a folder below the job's root."""
+    return opener(root / place, talk)
+
+
+def _alike(one: Fields, other: Fields, aside: Set[str]) -> bool:
+    """Whether the inputs of two stages are the same but for the names in ``aside``."""
+    kept = ({k: v for k, v in fields.items() if k not in aside} for fields in (one, other))
+    return len({canonical_json(fields) for fields in kept}) == 1
+
+
 @dataclass(frozen=True)
 class Run:
     """A view of a run: ``folder`` of finished stages, ``talk`` for progress, ``crew`` for shards.
@@ -129,6 +144,40 @@ class Run:
     def path(self) -> Path:
         """The run folder."""
         return self.folder.path
+
+    @property
+    def base(self) -> Path:
+        """The folder of what several targets share: the run folder unless it is a target's."""
+        return self.folder.base
+
+    def for_workers(
+        self, opener: Callable[[Path, Talk], Opened], *files: str
+    ) -> tuple[Callable[[Path, Talk], Opened], Path, tuple[str, ...]]:
+        """Return opener, root and files of a job that reads ``files`` of the run (see ``Job``)."""
+        if self.base == self.path:
+            return opener, self.path, files
+        place = Path(TARGETS, self.path.absolute().name)
+        within = (
+            name if name in (*SHARED, SAMPLES) else (place / name).as_posix() for name in files
+        )
+        return partial(_open_below, place, opener), self.base, tuple(within)
+
+    def others(self, stage: str, now: Fields, aside: Set[str]) -> list[tuple[Path, Fields]]:
+        """Return the folders of ``stage`` of the base's other targets, and what they were made from.
+
+        Those that are whole, and whose inputs are ``now`` but for the names in ``aside``; in the
+        order in which the targets were added. What they hold need not be made again.
+        """
+        found = []
+        for path in (self.base, *targets_in(self.base)) if self.base != self.path else ():
+            folder = RunFolder(path)
+            same_run = path.absolute() == self.path.absolute()
+            record = None if same_run else folder.record(stage)
+            if record is None or not _alike(record.inputs, now, aside):
+                continue
+            if folder.changed_fields(stage, record.inputs) == []:
+                found.append((folder.stage(stage), record.inputs))
+        return found
 
     def stage(self, name: str) -> Path:
         """Folder of a finished stage."""
@@ -176,7 +225,7 @@ class Run:
     @cached_property
     def exported(self) -> Exported:
         """What the stage export left; layers as the target's engine will have them."""
-        found = Exported(self.stage("export"), self.recipe, self.path / CHECKPOINT)
+        found = Exported(self.stage("export"), self.recipe, self.base / CHECKPOINT)
         if wants_products(found.graph, self.target):
             engine = self.recipe.engine
             usual, largest = (

@@ -26,7 +26,7 @@ from mpq_deploy.graph.passes.first_token import SAME_TOKEN, token_distance
 from mpq_deploy.graph.writers.deployed_graphs import DEPLOYED, SIMULATED
 from mpq_deploy.models.export import SPEC
 from mpq_deploy.models.spec import DenoiserSpec, InputSpec
-from mpq_deploy.run.folder import refuse_altered
+from mpq_deploy.run.folder import RunFolder, check_one_run, refuse_altered
 from mpq_deploy.runtime.backends import Backend, EngineBackend, OrtBackend
 from mpq_deploy.system.files import file_digest
 
@@ -317,10 +317,14 @@ def _description(path: Path) -> DenoiserSpec:
 
 def _found(path: Path) -> tuple[Path, Path | None, dict[str, Path]]:
     """Return the specification's file, the engine if there is one, and the ONNX graphs by file name."""
+    check_one_run(path)
     if not path.exists():
         raise UsageError(f"There is no {path}.", "Give a run folder, an engine, or an ONNX file.")
     run = path if path.is_dir() else path.parent.parent
-    places = [run / "export" / SPEC, (path if path.is_dir() else path.parent) / SPEC]
+    places = [
+        RunFolder(run).stage("export") / SPEC,
+        (path if path.is_dir() else path.parent) / SPEC,
+    ]
     described = next((place for place in places if place.is_file()), None)
     if described is None:
         raise UsageError(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mpq_deploy.rounding.candidate_store import ROW_ORDERS, wanted_schemes
+from mpq_deploy.rounding.earlier_forms import EarlierForms
 from mpq_deploy.rounding.rounder import Rounder, layer_moments
 from mpq_deploy.rounding.salient_rows import salient_first
 from mpq_deploy.rounding.spread_rounding import round_over_workers
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 # Raised with every change of what the candidates' files hold.
 CANDIDATES_FORMAT = 11
+PRODUCTS = "layers.products"
 TAKEN = {"schemes", "branches", "rules", "conv_products"}
 
 
@@ -35,7 +37,7 @@ def inputs(run: Run) -> Fields:
         "recipe.measure.samples": run.recipe.measure.samples,
         "candidates.format": CANDIDATES_FORMAT,
         "target.schemes": target.model_dump(mode="json", include=TAKEN),
-        "layers.products": [n.name for n in run.exported.graph.layers if n.window is not None],
+        PRODUCTS: [n.name for n in run.exported.graph.layers if n.window is not None],
         **settings(run.recipe.quantize, "quantize"),
         **version_of("onnxruntime", "numpy", "torch"),
     }
@@ -45,17 +47,30 @@ def make(run: Run, folder: Path) -> str:
     """Make the stage in ``folder``; return a few words for the log."""
     exported = run.exported
     check_memory(run, STAGE)
+    earlier = _earlier(run)
     if isinstance(run.crew, Alone):
-        rounder = Rounder.of(run)
+        rounder = Rounder.of(run, earlier)
         for moments in layer_moments(run, rounder):
             rounder.into(folder, moments)
     else:
-        round_over_workers(run, folder)
-    orders, how = salient_first(run, folder)
+        round_over_workers(run, folder, earlier)
+    orders, how = salient_first(run, folder, earlier)
     numbers = {layer.name: number for number, layer in enumerate(exported.graph.layers)}
     np.savez(folder / ROW_ORDERS, **{str(numbers[name]): order for name, order in orders.items()})  # type: ignore[arg-type]
     return (
         f"{len(wanted_schemes(run.recipe))} schemes, rounding {run.recipe.quantize.rounding}{how}"
+    )
+
+
+def _earlier(run: Run) -> EarlierForms:
+    """Return what was rounded for other targets: forms depend on none of what is left aside."""
+    lists = (f"recipe.allocate.{name}" for name in ("schemes", "branches", "ranges"))
+    aside = {*lists, "target.schemes", PRODUCTS}
+    return EarlierForms(
+        tuple(
+            (folder.relative_to(run.base).as_posix(), frozenset(made_from[PRODUCTS]))
+            for folder, made_from in run.others("candidates", STAGE.fields(run), aside)
+        )
     )
 
 

@@ -57,7 +57,7 @@ def make(run: Run, folder: Path) -> str:
     """Make the stage in ``folder``; return a few words for the log."""
     recipe = run.recipe
     check_memory(run, STAGE)
-    denoiser = source_denoiser(recipe, run.talk, run.path / CHECKPOINT)
+    denoiser = source_denoiser(recipe, run.talk, run.base / CHECKPOINT)
     check_declared(denoiser.spec)
     steps = (recipe.calibrate.steps, recipe.evaluate.steps)
     check_timesteps(denoiser.spec, steps, recipe.evaluate.sampler)

@@ -13,14 +13,24 @@ from mpq_deploy.calls.timesteps import sampled_steps, stride_shares
 from mpq_deploy.graph.attention import separate_operands
 from mpq_deploy.models.spec import Array
 from mpq_deploy.recipe import MeasureSettings
-from mpq_deploy.rounding.candidate_store import candidates_of
+from mpq_deploy.rounding.candidate_store import StoredCandidates, candidates_of
+from mpq_deploy.run.folder import RunFolder
 from mpq_deploy.run.stage import Stage, settings, version_of
 from mpq_deploy.run.stage_memory import check_memory
 from mpq_deploy.run.view import RECIPE, Run
+from mpq_deploy.sensitivity.earlier_pairs import (
+    Candidates,
+    Names,
+    Part,
+    joined,
+    known_pairs,
+    unknown_pairs,
+)
 from mpq_deploy.sensitivity.measure import measure
 from mpq_deploy.sensitivity.methods import METHODS, ORM_CONTROLS
 from mpq_deploy.sensitivity.orm import adapted_steps
 from mpq_deploy.sensitivity.subject import Spread, Subject
+from mpq_deploy.sensitivity.table import SensitivityTable
 from mpq_deploy.system.files import Fields
 from mpq_deploy.system.progress import Talk
 
@@ -44,16 +54,47 @@ def make(run: Run, folder: Path) -> str:
     check_memory(run, STAGE)
     section = run.recipe.measure
     subject, notes = stage_subject(run)
-    table = measure(section.method, subject)
+    table = _measured(run, subject)
     if _held_out(run) is run.calibration.inputs and section.method not in ORM_CONTROLS:
         optimistic = "losses are measured on the samples that the weights were rounded on"
         notes = (*notes, f"{optimistic}, so they are optimistic")
-    replace(table, notes=(*table.notes, *notes)).save(folder)
+    replace(table, notes=tuple(dict.fromkeys((*table.notes, *notes)))).save(folder)
     for control in ORM_CONTROLS if section.method == "orm" else ():
         (folder / control).mkdir()
         measure(control, subject).save(folder / control)
     run.remove_shards("measure")
     return f"{table.metric}, {sum(map(len, table.losses.values()))} layer-scheme pairs"
+
+
+def _measured(run: Run, subject: Subject) -> SensitivityTable:
+    """Measure, but for what was measured by probes for another target of the same run."""
+    method, every = run.recipe.measure.method, candidates_of(run, run.exported.graph)
+    known = None
+    if method == "probe" and subject.shares is None:
+        known = known_pairs(every, _tables(run))
+    left = unknown_pairs(every, known)
+    if known is None or left is None:
+        return measure(method, subject)
+    new = tuple(one for one in subject.attentions if one.name not in known.losses)
+    if not left and not new:
+        return joined(known, None, every, subject.attentions)
+    chosen = tuple(int(step) for step in _measured_steps(run)[0])
+    part = replace(subject, candidates=Part(every, left), attentions=new)
+    table = measure(method, replace(part, spread=_spread(run, chosen, (left, bool(new)))))
+    if table.metric != method:
+        return measure(method, subject)
+    return joined(known, table, every, subject.attentions)
+
+
+def _tables(run: Run) -> list[tuple[SensitivityTable, Candidates]]:
+    """Return what was measured for other targets, with the candidates behind it."""
+    found: list[tuple[SensitivityTable, Candidates]] = []
+    for folder, made_from in run.others("measure", STAGE.fields(run), {"candidates"}):
+        record = RunFolder(folder.parent).record("candidates")
+        if record is not None and record.digest == made_from["candidates"]:
+            of = StoredCandidates.of(folder.parent / "candidates", run.exported.graph, limit=0)
+            found.append((SensitivityTable.load(folder), of))
+    return found
 
 
 def stage_subject(run: Run) -> tuple[Subject, tuple[str, ...]]:
@@ -64,12 +105,18 @@ def stage_subject(run: Run) -> tuple[Subject, tuple[str, ...]]:
     return replace(subject, spread=_spread(run, chosen), shares=shares), notes
 
 
-def measured_subject(chosen: tuple[int, ...], run: Run) -> Subject:
-    """Return the run's candidates at positions ``chosen`` of the calibrated timesteps."""
+# What is left to measure: schemes by layer, and whether attentions are.
+_Left = tuple[Names, bool]
+
+
+def measured_subject(chosen: tuple[int, ...], run: Run, left: _Left | None = None) -> Subject:
+    """Return the run's candidates at positions ``chosen`` of the calibrated timesteps; None: all pairs."""
     exported = run.exported
     calls = _held_out(run).at(np.array(chosen)), exported.spec
-    of = (exported.graph, candidates_of(run, exported.graph), run.calibration.stats)
-    attention = run.recipe.allocate.attention != "fp16"
+    every: Candidates = candidates_of(run, exported.graph)
+    every = every if left is None else Part(every, left[0])
+    of = (exported.graph, every, run.calibration.stats)
+    attention = run.recipe.allocate.attention != "fp16" and (left is None or left[1])
     attentions = separate_operands(exported.graph.model) if attention else ()
     return Subject(*of, *calls, _settings(run), run.talk, rotate=True, attentions=attentions)
 
@@ -79,19 +126,15 @@ def _held_out(run: Run) -> CallSet:
     return run.calibration.inputs.split(run.recipe.measure.samples)[1]
 
 
-def _spread(run: Run, chosen: tuple[int, ...]) -> Spread:
-    return Spread(
-        run.crew,
-        run.path,
-        (RECIPE, "export", "calibrate", "candidates"),
-        partial(_opened_subject, chosen),
-        run.shard_cache("measure"),
-        STAGE.fields(run),
-    )
+def _spread(run: Run, chosen: tuple[int, ...], left: _Left | None = None) -> Spread:
+    opener = partial(_opened_subject, chosen, left)
+    opened, root, files = run.for_workers(opener, RECIPE, "export", "calibrate", "candidates")
+    key = {**STAGE.fields(run), **({} if left is None else {"left": left})}
+    return Spread(run.crew, root, files, opened, run.shard_cache("measure"), key)
 
 
-def _opened_subject(chosen: tuple[int, ...], root: Path, talk: Talk) -> Subject:
-    return measured_subject(chosen, Run.opened(root, talk))
+def _opened_subject(chosen: tuple[int, ...], left: _Left | None, root: Path, talk: Talk) -> Subject:
+    return measured_subject(chosen, Run.opened(root, talk), left)
 
 
 def _settings(run: Run) -> MeasureSettings:

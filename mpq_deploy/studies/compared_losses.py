@@ -39,6 +39,8 @@ TRUTH = "exhaustive"
 # Pairs of the truth that are measured between two writes: what a kill may lose.
 SHARD = 48
 Pair = tuple[str, str]
+# What workers read.
+FILES = (RECIPE, "export", "calibrate", "candidates")
 
 
 @dataclass(frozen=True)
@@ -155,11 +157,8 @@ class Losses:
         if isinstance(crew, Alone) or len(missing) < 2 or not evaluates_in_torch(self.graph):
             return
         subject = self.subject()
-        assert subject.spread is not None
-        opener = partial(_open_truth, self.samples)
-        job = Job(
-            "exhaustive", opener, subject.spread.root, subject.spread.files, subject.memory_bytes()
-        )
+        place = self._run.for_workers(partial(_open_truth, self.samples), *FILES)
+        job = Job("exhaustive", *place, subject.memory_bytes())
         shards = [Shard(name, parts[name], len(parts[name])) for name in missing]
         with crew.open(job, self._run.talk) as pool:
             results = run_shards(pool, "single layers", shards, self._run.talk)
@@ -185,8 +184,9 @@ class Losses:
         settings = section.replace(calls=self.samples)
         exported = self.exported
         calls = (self.calls, exported.spec, settings, self._run.talk)
-        files = (RECIPE, "export", "calibrate", "candidates")
-        spread = Spread(self._run.crew, self._run.path, files, partial(_open_subject, self.samples))
+        own = partial(_open_subject, self.samples)
+        opener, root, files = self._run.for_workers(own, *FILES)
+        spread = Spread(self._run.crew, root, files, opener)
         return Subject(self.graph, self.candidates, self._stats, *calls, spread)
 
     def _fields(self) -> Fields:

@@ -77,7 +77,7 @@ class PlanQuality:
             return
         files = (RECIPE, "export", "calibrate", "candidates", SAMPLES)
         size = sum(file.stat().st_size for file in run.stage("export").iterdir())
-        job = Job("measuring plans", _open_plans, run.path, files, 4 * size)
+        job = Job("measuring plans", *run.for_workers(_open_plans, *files), 4 * size)
         shards = [Shard(f"plan {key[:8]}", schemes) for key, schemes in missing.items()]
         with run.crew.open(job, run.talk) as pool:
             results = run_shards(pool, "measure plans", shards, run.talk)
@@ -93,7 +93,7 @@ class PlanQuality:
             write_plan(self.run, schemes, Path(folder))
             graph = Path(folder) / SIMULATED
             errors = self._calls.errors(graph)
-            cache = self.run.path / ".samples"
+            cache = self.run.base / ".samples"
             sampled = evaluate({"plan": Variant(graph)}, model, self.settings, cache=cache)
         psnr = sampled.variants["plan"].psnr_db
         return {

@@ -260,7 +260,7 @@ def _measured_plans(
     yield _figures(_measure_plan(run, tasks[0]))
     files = (RECIPE, "export", "calibrate", "candidates", "controls", SAMPLES)
     size = sum(file.stat().st_size for file in run.stage("export").iterdir())
-    job = Job("measuring plans", _open_plans, run.path, files, 4 * size)
+    job = Job("measuring plans", *run.for_workers(_open_plans, *files), 4 * size)
     with run.crew.open(job, run.talk) as pool:
         for result in run_shards(pool, "measure plans", shards[1:], run.talk, store):
             yield _figures(result)

@@ -114,7 +114,7 @@ def measure_metrics(run: Run, options: MetricsOptions) -> ImageMetrics:
     settings = run.recipe.evaluate.replace(samples=options.images)
     if options.seed is not None:
         settings = settings.replace(seed=options.seed)
-    cache = run.path / ".samples"
+    cache = run.base / ".samples"
     shape = image_shape(exported.model)
     scores = open_scores(options.scores, network_options, exported.spec, shape)
     reals = {

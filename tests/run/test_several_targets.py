@@ -1,0 +1,171 @@
+"""Several targets in one run: the same results as alone, what they share measured once, added later or at once."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from mpq_deploy.cli import app
+from mpq_deploy.cli.app import run_until
+from mpq_deploy.errors import MpqError, UsageError
+from mpq_deploy.recipe import load_recipe, make_recipe
+from mpq_deploy.report.read import read_report
+from mpq_deploy.run.folder import RunFolder, base_of, targets_in
+from mpq_deploy.run.several_targets import runs_of
+from mpq_deploy.sensitivity.table import SensitivityTable
+from mpq_deploy.stages import measure
+from tests.pipeline import runs
+
+# The first two take the same schemes, the last one more; convolutions are other products there.
+NANO, AGX, RTX = "jetson-orin-nano", "jetson-agx-orin", "rtx"
+ALL = f"{NANO},{AGX},{RTX}"
+MADE = ("candidates", "measure", "allocate", "quantize")
+Pairs = set[tuple[str, str]]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return runs.save_denoiser(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def at_once(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("at-once") / "run"
+    run_until("quantize", runs.recipe_for(model, target=ALL), run)
+    return run
+
+
+def of(run: Path, target: str) -> Path:
+    return run / "targets" / target
+
+
+def content(run: Path, *stages: str) -> dict[str, bytes]:
+    files = [path for stage in stages for path in sorted((run / stage).rglob("*"))]
+    return {str(path.relative_to(run)): path.read_bytes() for path in files if path.is_file()}
+
+
+def pairs(run: Path) -> Pairs:
+    losses = SensitivityTable.load(run / "measure").losses
+    return {(layer, scheme) for layer, row in losses.items() for scheme in row}
+
+
+def test_each_target_has_the_plan_and_the_graphs_that_it_has_alone(
+    model: Path, at_once: Path, tmp_path: Path
+) -> None:
+    for target in (NANO, AGX, RTX):
+        runs.build(runs.recipe_for(model, target=target), tmp_path / target, "quantize")
+    for target in (NANO, AGX):
+        assert content(of(at_once, target), *MADE) == content(tmp_path / target, *MADE)
+    # Where more is measured side by side, sums of the projections round otherwise.
+    assert content(of(at_once, RTX), "candidates") == content(tmp_path / RTX, "candidates")
+    tables = [SensitivityTable.load(run / "measure") for run in (of(at_once, RTX), tmp_path / RTX)]
+    ours, alone = (np.array([v for row in t.losses.values() for v in row.values()]) for t in tables)
+    assert pairs(of(at_once, RTX)) == pairs(tmp_path / RTX)
+    np.testing.assert_allclose(ours, alone, rtol=1e-4, atol=1e-12)
+
+
+def test_export_and_calibration_lie_in_the_run_alone(at_once: Path) -> None:
+    assert [one.name for one in targets_in(at_once)] == [NANO, AGX, RTX]
+    for name in ("export", "calibrate"):
+        assert (at_once / name).is_dir()
+        assert not any(of(at_once, target).joinpath(name).exists() for target in (NANO, AGX, RTX))
+    assert not (at_once / "candidates").exists()
+    assert RunFolder(of(at_once, RTX)).timings().keys() >= {"export", "measure"}
+
+
+def test_a_target_added_later_measures_its_new_pairs_and_ends_with_the_same_bytes(
+    model: Path, at_once: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    run_until("quantize", runs.recipe_for(model, target=f"{NANO},{AGX}"), run)
+    measured: Pairs = set()
+    original = measure.measure
+
+    def watched(method: str, subject: Any) -> Any:
+        found = subject.candidates.items()
+        measured.update((layer, s.name) for layer, c in found for s in c.schemes)
+        return original(method, subject)
+
+    monkeypatch.setattr(measure, "measure", watched)
+    run_until("quantize", runs.recipe_for(model, target=RTX), run)
+    for target in (NANO, AGX, RTX):
+        assert content(of(run, target), *MADE) == content(of(at_once, target), *MADE)
+    # Again are weights whose blocks run another way in a product, and bodies beside a new branch.
+    again = {scheme.partition("-")[0] for _, scheme in measured & pairs(of(run, NANO))}
+    assert measured < pairs(of(run, RTX)) and again <= {"w4a16"}
+    measured.clear()
+    run_until("quantize", runs.recipe_for(model, target="jetson-orin-nx"), run)
+    assert not measured
+
+
+def test_a_targets_folder_works_as_a_run_and_the_run_works_on_all(
+    at_once: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    run = CliRunner().invoke
+    result = run(app, ["-q", "allocate", str(of(at_once, NANO)), "--budget", "0.5"])
+    assert result.exit_code == 0 and load_recipe(of(at_once, NANO) / "recipe.yaml").target == NANO
+    assert base_of(of(at_once, NANO)) == at_once
+    monkeypatch.chdir(of(at_once, NANO))
+    assert RunFolder(Path()).stage("export") == at_once / "export"
+    monkeypatch.chdir(tmp_path)
+    result = run(app, ["-q", "--json", "package", str(at_once)])
+    written = json.loads(result.stdout)["targets"]
+    assert {Path(one["file"]).name for one in written.values()} == {
+        f"run-{target}.mpq.tar" for target in (NANO, AGX, RTX, *written)
+    }
+    assert run(app, ["-q", "quantize", str(at_once)]).exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("target", "said"),
+    [
+        ("rtx,rtx-blackwel", "Unknown target 'rtx-blackwel'.*Did you mean 'rtx-blackwell'"),
+        ("rtx,rtx", "'rtx' is given twice"),
+        ("rtx,", "An empty name in the list of targets 'rtx,'"),
+        (["rtx", "rtx"], "given twice"),
+    ],
+)
+def test_a_wrong_list_is_refused_before_any_work(target: Any, said: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError) as caught:
+        run_until("export", make_recipe({"target": target}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(UsageError, match=f"(?s){said}"):
+        raise UsageError(f"{caught.value.message} {caught.value.hint}")
+
+
+def test_one_line_says_which_target_to_name(at_once: Path) -> None:
+    with pytest.raises(MpqError, match=f"run has no target '{RTX}-ada'"):
+        read_report(of(at_once, f"{RTX}-ada"))
+    with pytest.raises(MpqError, match="run holds several targets"):
+        read_report(at_once)
+    with pytest.raises(UsageError, match="run holds several targets"):
+        runs.build(make_recipe({}), at_once)
+    for arguments in (["report", str(at_once)], ["package", str(at_once), "-o", "one.tar"]):
+        assert CliRunner().invoke(app, ["-q", *arguments]).exit_code != 0
+    with pytest.raises(UsageError, match="which holds the others"):
+        runs_of(make_recipe({"target": ALL}), of(at_once, NANO))
+
+
+def test_a_target_is_added_with_the_calls_of_the_others(model: Path, at_once: Path) -> None:
+    other = runs.recipe_for(model, target="rtx-ada", calibrate__samples=5)
+    with pytest.raises(UsageError, match=f"'calibrate' is not as .*{NANO} was built"):
+        runs_of(other, at_once)
+    assert len(runs_of(runs.recipe_for(model, target=ALL, calibrate__samples=5), at_once)) == 3
+    assert len(runs_of(runs.recipe_for(model), at_once)) == 3
+
+
+def test_defaults_are_each_targets_own(tmp_path: Path) -> None:
+    (first, _), (second, folder) = runs_of(make_recipe({"target": "rtx,rtx-ada"}), tmp_path)
+    assert "f8a8" in second.allocate.schemes and "f8a8" not in first.allocate.schemes
+    assert folder == tmp_path / "targets" / "rtx-ada"
+
+
+def test_a_build_that_ends_early_leaves_no_folder(tmp_path: Path) -> None:
+    with pytest.raises(UsageError):
+        run_until("export", make_recipe({"target": ALL, "model": "missing.onnx"}), tmp_path / "run")
+    assert not list(tmp_path.iterdir())
