@@ -117,6 +117,39 @@ def recipe_to_build(out: Path | None, recipe: str | None, options: Mapping[str, 
     return reopened(stored) if options["effort"] or options["time"] else stored
 
 
+def recovering(settings: Recipe) -> Recipe:
+    """Return the recipe with recovery on: its own number of steps, or the default."""
+    from mpq_deploy.recipe import RECOVER_STEPS
+
+    steps = settings.recover.steps or RECOVER_STEPS
+    return settings.model_copy(
+        update={"recover": settings.recover.model_copy(update={"steps": steps})}
+    )
+
+
+def run_build(
+    out: Path | None,
+    recipe: str | None,
+    options: Mapping[str, Any],
+    crew: Crew | None,
+    recover: bool,
+    dry_run: bool,
+) -> None:
+    """Run all stages, or forecast them; with nothing named on a run of several targets, of all these."""
+    from mpq_deploy.run.folder import several_in
+
+    named = recipe or options["model"] or options["target"]
+    if out is not None and not (named or recover or dry_run) and several_in(out):
+        run_on("report", out, None, options, crew)
+        return
+    settings = recipe_to_build(out, recipe, options)
+    settings = recovering(settings) if recover else settings
+    if dry_run:
+        print_forecast(settings, out, crew)
+    else:
+        run_until("report", settings, out, crew)
+
+
 def run_until(stage: str, settings: Recipe, out: Path | None, crew: Crew | None = None) -> None:
     """Run all stages up to ``stage`` and print what came of it."""
     from mpq_deploy.run.folder import open_targets
@@ -160,7 +193,8 @@ def _run_all(stage: str, runs: list[tuple[Recipe, Path]], crew: Crew | None) -> 
     from mpq_deploy.recipe import load_recipe
     from mpq_deploy.run.effort import with_counts_of
 
-    made, first = {}, runs[0][1] / "recipe.yaml"
+    made: dict[str, Summary] = {}
+    first = runs[0][1] / "recipe.yaml"
     for settings, run in runs:
         make_talk().line(f"target {run.name}")
         # Fitted once, by the first: what targets share is made by the same counts.

@@ -11,12 +11,12 @@ from mpq_deploy.cli.app import (
     STAGES,
     app,
     make_talk,
-    print_forecast,
     print_result,
     print_summary,
     recipe_for,
     recipe_of,
-    recipe_to_build,
+    recovering,
+    run_build,
     run_on,
     run_until,
 )
@@ -56,7 +56,7 @@ from mpq_deploy.cli.options import (
 from mpq_deploy.errors import UsageError, nearest
 
 if TYPE_CHECKING:
-    from mpq_deploy.recipe import Recipe
+    pass
 
 
 @app.command(
@@ -101,24 +101,13 @@ def build(
     A second call on the same run folder repeats only what changed: another budget takes seconds. Without a model and a
     recipe it goes on with those of the run.
     """
-    from mpq_deploy.run.folder import several_in
-
     given: dict[str, Any] = {"model": model, "budget": budget, "target": target}
     given |= {"measure.method": sensitivity, "conditions": conditions, "scheduler": scheduler}
     given |= {"prompts": prompts, "call": call, "calls": calls, "component": component}
     given |= {"lora": lora or None, "config": config, "compute.device": device}
     given |= latency_settings(max_latency, objective, latency_table)
     given |= {"effort": effort, "time": time}
-    crew = crew_for(workers, ray, threads)
-    if out is not None and not (model or recipe or target or dry_run) and several_in(out):
-        run_on("report", out, None, given, crew)
-        return
-    settings = recipe_to_build(out, recipe, given)
-    settings = recovering(settings) if recover else settings
-    if dry_run:
-        print_forecast(settings, out, crew)
-    else:
-        run_until("report", settings, out, crew)
+    run_build(out, recipe, given, crew_for(workers, ray, threads), recover, dry_run)
 
 
 @app.command(epilog="Example: mpq-deploy recipe sdxl-rtx > mine.yaml")
@@ -313,16 +302,6 @@ def report(
         from mpq_deploy.device.signature import sign as sign_file
 
         make_talk().line(f"signed: {sign_file(run / 'report.json', key)}")
-
-
-def recovering(settings: Recipe) -> Recipe:
-    """Return the recipe with recovery on: its own number of steps, or the default."""
-    from mpq_deploy.recipe import RECOVER_STEPS
-
-    steps = settings.recover.steps or RECOVER_STEPS
-    return settings.model_copy(
-        update={"recover": settings.recover.model_copy(update={"steps": steps})}
-    )
 
 
 def losses_of(given: list[str] | None) -> dict[str, float] | None:
