@@ -80,8 +80,8 @@ class Rounder:
     numbers: Mapping[str, int]
     blas: ThreadpoolController
     talk: Talk
-    base: Path
-    earlier: EarlierForms
+    base: Path = Path()
+    earlier: EarlierForms = EarlierForms()
 
     @classmethod
     def of(cls, run: Run, earlier: EarlierForms) -> Rounder:
