@@ -6,7 +6,7 @@ In: a run that is calibrated. Out: a file of candidates per layer, the same byte
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -81,7 +81,7 @@ class Rounder:
     blas: ThreadpoolController
     talk: Talk
     base: Path = Path()
-    earlier: EarlierForms = EarlierForms()
+    earlier: EarlierForms = field(default_factory=EarlierForms)
 
     @classmethod
     def of(cls, run: Run, earlier: EarlierForms) -> Rounder:
