@@ -29,6 +29,7 @@ from table import Page, bench_parser, bench_recipe, markdown, verdict
 
 from mpq_deploy.allocate.plan import PrecisionPlan
 from mpq_deploy.engine.target import load_target
+from mpq_deploy.errors import UsageError
 from mpq_deploy.evaluate.evaluation_result import Evaluation
 from mpq_deploy.graph.writers.deployed_graphs import SIMULATED
 from mpq_deploy.recipe import Recipe
@@ -63,8 +64,8 @@ def machine(work: Path, gpu: str) -> Result:
     """Say what the machine has, and whether each library can use the GPU."""
     try:
         place = str(find_compute(gpu))
-    except Exception as error:
-        place = str(error)
+    except UsageError as error:
+        place = error.message
     found = [f"{f.name}: {f.value}" for f in inspect_machine() if f.group in ("machine", "gpu")]
     rtx = why_not_run(load_target("rtx"), find_gpus())
     return {"place": place, "found": found, "rtx": rtx}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import itertools
+import re
 import textwrap
 from collections.abc import Iterator
 from contextlib import suppress
@@ -408,10 +409,15 @@ class ComputeSettings(Section):
     """What computes the stages."""
 
     device: str = Field(
-        "auto",
-        pattern=r"^(auto|cpu|cuda(:[0-9]+)?)$",
-        description="auto: an NVIDIA GPU where there is one; cpu, cuda, cuda:N",
+        "auto", description="auto: an NVIDIA GPU where there is one; cpu, cuda, cuda:N"
     )
+
+    @field_validator("device")
+    @classmethod
+    def _known(cls, device: str) -> str:
+        if not re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,3})?", device):
+            raise ValueError(f"'{device}' is none of auto, cpu, cuda, cuda:N")
+        return device
 
 
 class Recipe(Section):

@@ -198,6 +198,7 @@ def why_no_cuda_runtime(number: int = 0) -> str:
         session = ort.InferenceSession(_one_conv(), options, providers=providers, enable_fallback=0)
         session.run(None, {"x": np.zeros((1, 1, 3, 3), np.float32)})
     except Exception as error:
+        # Whatever its libraries lack or refuse is the answer.
         return f"ONNX Runtime cannot compute there: {_first_line(error)}"
     finally:
         ort.set_default_logger_severity(_log_level(LOG_ERRORS))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -23,6 +24,14 @@ SIZE_UNITS = {
 TIME_UNITS_NS = {"us": 1e3, "µs": 1e3, "μs": 1e3, "ms": 1e6, "s": 1e9}
 TIME_UNITS_S = {"s": 1, "sec": 1, "min": 60, "h": 3600}
 _NUMBER_AND_UNIT = re.compile(r"([0-9]*\.?[0-9]+(?:e[-+]?[0-9]+)?|[0-9]+\.)([a-zµμ%]*)")
+
+
+def _in_units(text: str, units: Mapping[str, float], wrong: str, examples: str) -> float:
+    """Return a positive quantity in the unit that is 1 in ``units``. Raises UsageError for anything else."""
+    number, unit = _number_and_unit(text)
+    if not number > 0 or unit not in units:
+        raise UsageError(wrong, f"Give a number with its unit: {examples}.")
+    return float(number * units[unit])
 
 
 def _number_and_unit(text: str) -> tuple[float, str]:
@@ -91,14 +100,11 @@ class Latency:
         if isinstance(value, Latency):
             return value
         text = str(value).strip()
-        number, unit = _number_and_unit(text)
-        if not number > 0 or unit not in TIME_UNITS_NS:
-            raise UsageError(
-                f"Invalid latency '{str(text)[:80]}'.",
-                "Give a number with its unit: 120ms, 0.12s or 850us.",
-            )
+        found = _in_units(
+            text, TIME_UNITS_NS, f"Invalid latency '{text[:80]}'.", "120ms, 0.12s or 850us"
+        )
         # Rounded first: 0.12 s are 120,000,000 ns, not one less.
-        return cls(text, int(round(number * TIME_UNITS_NS[unit], 3)))
+        return cls(text, int(round(found, 3)))
 
     @property
     def milliseconds(self) -> float:
@@ -122,13 +128,10 @@ class Duration:
         if isinstance(value, Duration):
             return value
         text = str(value).strip()
-        number, unit = _number_and_unit(text)
-        if not number > 0 or unit not in TIME_UNITS_S:
-            raise UsageError(
-                f"Invalid duration '{str(text)[:80]}'.",
-                "Give a number with its unit: 90s, 30min or 2h.",
-            )
-        return cls(text, number * TIME_UNITS_S[unit])
+        return cls(
+            text,
+            _in_units(text, TIME_UNITS_S, f"Invalid duration '{text[:80]}'.", "90s, 30min or 2h"),
+        )
 
     def __str__(self) -> str:
         return self.text
