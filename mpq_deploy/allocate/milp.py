@@ -309,10 +309,7 @@ class _Model:
     def solve(self, gap: float, time_limit: float) -> Solution:
         """Run HiGHS, and take for each layer the scheme whose variable is largest."""
         started = time.monotonic()
-        outcome, scale = self._run(gap, time_limit, "choose")
-        if outcome.status == "Infeasible":
-            # Presolve of HiGHS 1.15.1 says so of problems that have a solution.
-            outcome, scale = self._run(gap, time_limit, "off")
+        outcome, scale = self._run(gap, time_limit)
         if not len(outcome.values) or outcome.status not in ("Optimal", "Time limit reached"):
             raise MpqError(
                 f"HiGHS ended with '{outcome.status}' after {time.monotonic() - started:.1f} s.",
@@ -328,7 +325,7 @@ class _Model:
         value = self.objective.of(schemes, self.problem.layers)
         return Solution(schemes, outcome.status, value, min(value, outcome.bound * scale))
 
-    def _run(self, gap: float, time_limit: float, presolve: str) -> tuple[Outcome, float]:
+    def _run(self, gap: float, time_limit: float) -> tuple[Outcome, float]:
         """Return how HiGHS ended, and by what its objective is divided."""
         # HiGHS compares costs with absolute tolerances: the largest saving is brought to about 1e3.
         scale = (float(np.abs(self.cost).max()) or 1.0) / 1e3
@@ -342,9 +339,8 @@ class _Model:
             rows=self._rows(),
             integer=True,
         )
-        options = {"mip_rel_gap": gap, "time_limit": time_limit, "presolve": presolve}
-        start = self._start()
-        return solve_program(program, start, mip_feasibility_tolerance=1e-9, **options), scale
+        options = {"mip_rel_gap": gap, "time_limit": time_limit, "mip_feasibility_tolerance": 1e-9}
+        return solve_program(program, self._start(), **options), scale
 
     def _start(self) -> Array | None:
         """Return the known plan as values of the columns; None where its schemes are not all left."""

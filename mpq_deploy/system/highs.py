@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import highspy
 import numpy as np
+
+from mpq_deploy.errors import MpqError
 
 Array = np.ndarray[Any, Any]
 
@@ -66,7 +69,35 @@ class Outcome:
 
 
 def solve_program(program: LinearProgram, start: Array | None = None, **options: Any) -> Outcome:
-    """Solve ``program`` with HiGHS' ``options``, from a feasible ``start`` [N] where one is known."""
+    """Solve ``program`` with HiGHS' ``options``, from a feasible ``start`` [N] where one is known.
+
+    HiGHS' presolve errs on a few small programs in a thousand: 1.15.1 calls a program infeasible
+    that has a solution, 1.16.0 claims another objective than its solution has, from a start that is
+    not the optimum. Both are seen here, and solved again without presolve.
+    """
+    outcome, claimed = _run(program, start, options)
+    if outcome.status == "Infeasible" or not _consistent(program, outcome, claimed):
+        outcome, claimed = _run(program, start, {**options, "presolve": "off"})
+    if not _consistent(program, outcome, claimed):
+        raise MpqError(
+            f"HiGHS claims an objective of {claimed:.6g} for a solution of "
+            f"{float(program.cost @ outcome.values):.6g}.",
+            "This is a defect of the solver: please report the run's folder.",
+        )
+    return outcome
+
+
+def _consistent(program: LinearProgram, outcome: Outcome, claimed: float) -> bool:
+    """Return whether the solution, if there is one, has the objective that HiGHS ``claimed``."""
+    if not len(outcome.values):
+        return True
+    return math.isclose(program.cost @ outcome.values, claimed, rel_tol=1e-6, abs_tol=1e-6)
+
+
+def _run(
+    program: LinearProgram, start: Array | None, options: dict[str, Any]
+) -> tuple[Outcome, float]:
+    """Return how one run of HiGHS ended, and the objective that it claims."""
     lp = highspy.HighsLp()
     lp.num_col_, lp.num_row_ = len(program.cost), len(program.rows)
     lp.sense_ = highspy.ObjSense.kMaximize if program.maximize else highspy.ObjSense.kMinimize
@@ -89,8 +120,6 @@ def solve_program(program: LinearProgram, start: Array | None = None, **options:
     # Out of time before any solution, HiGHS gives zeros.
     found = highs.getInfo().primal_solution_status == highspy.SolutionStatus.kSolutionStatusFeasible
     values = np.asarray(highs.getSolution().col_value if found else (), np.float64)
-    return Outcome(
-        highs.modelStatusToString(highs.getModelStatus()),
-        values,
-        float(highs.getInfo().mip_dual_bound),
-    )
+    status = highs.modelStatusToString(highs.getModelStatus())
+    info = highs.getInfo()
+    return Outcome(status, values, info.mip_dual_bound), info.objective_function_value
