@@ -71,6 +71,62 @@ class Operands:
     probabilities: str
 
 
+@dataclass(frozen=True)
+class PlainAttention:
+    """softmax(scale Q K^T) V without a mask, of three nodes whose results nothing else reads.
+
+    ``keys``: transposed, as the product takes them; ``dropped``: the nodes before the last product.
+    """
+
+    queries: ir.Value
+    keys: ir.Value
+    values: ir.Value
+    scale: float
+    dropped: tuple[ir.Node, ...]
+
+
+def plain_attention(node: ir.Node) -> PlainAttention | None:
+    """Return the attention that ends with the MatMul ``node``; None where it is none, or a mask is added."""
+    if node.op_type != "MatMul" or node.domain not in STANDARD_DOMAINS:
+        return None
+    softmax = sole_source(node.inputs[0], "Softmax")
+    if softmax is None or softmax.attributes.get_int("axis", -1) != -1:
+        return None
+    scaled, scale, value = None, 1.0, softmax.inputs[0]
+    for op in ("Mul", "Div"):
+        found = sole_source(value, op)
+        factor = None if found is None else found.inputs[1]
+        if found is not None and factor is not None and factor.is_initializer():
+            constant = factor.const_value
+            if constant is None or constant.size != 1:
+                return None
+            number = float(constant.numpy().reshape(()))
+            scaled, value = found, found.inputs[0]
+            scale = number if op == "Mul" else 1 / number
+    scores = sole_source(value, "MatMul")
+    if scores is None:
+        return None
+    operands = (scores.inputs[0], scores.inputs[1], node.inputs[1])
+    # Products with constants are layers, whose inputs and outputs are looked at.
+    queries, keys, values = operands
+    if queries is None or keys is None or values is None:
+        return None
+    if any(value.is_initializer() for value in (queries, keys, values)):
+        return None
+    dropped = (scores, softmax) if scaled is None else (scores, scaled, softmax)
+    return PlainAttention(queries, keys, values, scale, dropped)
+
+
+def sole_source(value: ir.Value | None, op_type: str) -> ir.Node | None:
+    """Return the node of ``op_type`` that makes ``value``, where one node alone reads it."""
+    made = None if value is None else value.producer()
+    if value is None or made is None:
+        return None
+    if made.op_type != op_type or made.domain not in STANDARD_DOMAINS:
+        return None
+    return made if len(list(value.uses())) == 1 and not value.is_graph_output() else None
+
+
 def separate_operands(model: ir.Model) -> tuple[Operands, ...]:
     """Return the attentions whose operands may be rounded: nothing else would see it."""
     found = []

@@ -17,6 +17,7 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from mpq_deploy.errors import ModelError, MpqError
 from mpq_deploy.graph.known_values import Sizes
+from mpq_deploy.graph.mapped_tensor import map_apart
 from mpq_deploy.graph.passes.attention_products import AttentionProductsPass
 from mpq_deploy.graph.passes.base import run_passes
 from mpq_deploy.graph.passes.finite_masks import FiniteMasksPass
@@ -59,6 +60,7 @@ def load_model(path: Path) -> ir.Model:
             "Check it with onnx.checker, and save sparse tensors as dense ones.",
         ) from error
     ir.external_data.set_base_dir(model.graph, path.resolve().parent)
+    map_apart(model)
     return model
 
 

@@ -12,6 +12,8 @@ from pathlib import Path
 import onnx
 import onnx_ir as ir
 
+from mpq_deploy.graph.mapped_tensor import MappedTensor
+
 # Constants below this stay inside the graph file: shapes must be readable by shape inference.
 EXTERNAL_FROM_BYTES = 1024
 ALIGNMENT = 64
@@ -47,7 +49,7 @@ def _read_as(written: ir.ExternalTensor, tensor: ir.TensorProtocol) -> ir.Extern
     """Return ``written`` as of the type of ``tensor``, whose bytes are the same; None where they are not."""
     if written.tobytes() != tensor.tobytes():
         return None
-    return ir.ExternalTensor(
+    return MappedTensor(
         written.location,
         written.offset,
         written.length,
@@ -75,7 +77,7 @@ def _write_data(model: ir.Model, path: Path) -> dict[str, ir.ExternalTensor]:
                 file.write(tensor.tobytes())
                 places[id(tensor)] = (start, file.tell() - start)
             shape, name = ir.Shape(tensor.shape.numpy()), value.name or ""
-            written[name] = ir.ExternalTensor(
+            written[name] = MappedTensor(
                 path.name,
                 *places[id(tensor)],
                 tensor.dtype,

@@ -169,7 +169,7 @@ def load_pretrained(model_class: Any, folder: Path, variant: str | None) -> torc
                 use_safetensors=True,
                 torch_dtype=torch.float32,
                 local_files_only=True,
-                low_cpu_mem_usage=False,
+                low_cpu_mem_usage=True,
                 output_loading_info=True,
             )
     except MpqError:

@@ -8,6 +8,7 @@ from typing import Literal
 
 import onnx_ir as ir
 
+from mpq_deploy.graph.attention import plain_attention, sole_source
 from mpq_deploy.graph.layers import STANDARD_DOMAINS
 
 
@@ -32,7 +33,7 @@ def _gate(node: ir.Node) -> Merged | None:
     if node.op_type != "Mul" or node.domain not in STANDARD_DOMAINS:
         return None
     for factor, other in (node.inputs, reversed(node.inputs)):
-        made = _sole_source(factor, "Sigmoid")
+        made = sole_source(factor, "Sigmoid")
         if made is not None and other is not None and made.inputs[0] is other:
             return Merged("silu", (other,), (made,))
     return None
@@ -40,35 +41,10 @@ def _gate(node: ir.Node) -> Merged | None:
 
 def _attention(node: ir.Node) -> Merged | None:
     """Find the MatMul and Softmax that the MatMul ``node`` reads: the three are one attention."""
-    if node.op_type != "MatMul" or node.domain not in STANDARD_DOMAINS:
+    found = plain_attention(node)
+    if found is None or found.scale != 1.0:
         return None
-    softmax = _sole_source(node.inputs[0], "Softmax")
-    scores = _sole_source(softmax.inputs[0], "MatMul") if softmax is not None else None
-    if softmax is None or scores is None:
-        return None
-    axis = softmax.attributes.get("axis")
-    inputs = (scores.inputs[0], scores.inputs[1], node.inputs[1])
-    # Products with constants are layers, whose inputs and outputs are looked at.
-    if (axis is not None and axis.as_int() != -1) or any(
-        value is None or value.is_initializer() for value in inputs
-    ):
-        return None
-    return Merged(
-        "attention", tuple(value for value in inputs if value is not None), (scores, softmax)
-    )
-
-
-def _sole_source(value: ir.Value | None, op_type: str) -> ir.Node | None:
-    """Return the node of ``op_type`` that makes ``value``, where one node alone reads it."""
-    made = None if value is None else value.producer()
-    if (
-        value is None
-        or made is None
-        or made.op_type != op_type
-        or made.domain not in STANDARD_DOMAINS
-    ):
-        return None
-    return made if len(list(value.uses())) == 1 and not value.is_graph_output() else None
+    return Merged("attention", (found.queries, found.keys, found.values), found.dropped)
 
 
 __all__ = ["Merged", "merged_nodes"]

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from mpq_deploy.engine.engine_memory import BUILDER_BYTES, BUILDER_COPIES, BUILDER_NODE_BYTES
 from mpq_deploy.errors import ModelError
 from mpq_deploy.formats.scheme import BRANCH_KINDS
+from mpq_deploy.graph.attention import plain_attention
 from mpq_deploy.graph.layers import LayerGraph
 from mpq_deploy.graph.shapes import known_shapes
 from mpq_deploy.onnx_torch.merged_nodes import merged_nodes
@@ -31,18 +32,25 @@ from mpq_deploy.rounding.candidate_store import HELD_BYTES
 from mpq_deploy.rounding.hessian import BATCH_SIZE as HESSIAN_BATCH
 from mpq_deploy.rounding.hessian import ROWS_PER_COLUMN, WAITING_SHARE
 from mpq_deploy.rounding.quantizers import NEAREST_ARRAYS, rounding_bytes
+from mpq_deploy.runtime.fused_attention import LEAST_SCORES
 from mpq_deploy.runtime.ort import (
     ARENA_SHARE,
     HESSIAN_ARENA_SHARE,
     LARGE_WEIGHTS_BYTES,
     SESSION_COPIES,
 )
-from mpq_deploy.sensitivity.measured_calls import HELD_SHARE, SALIENCE_BATCH, STACK_ARRAYS
+from mpq_deploy.sensitivity.measured_calls import (
+    HELD_SHARE,
+    SALIENCE_BATCH,
+    STACK_ARRAYS,
+    STACK_BYTES,
+)
 from mpq_deploy.sensitivity.measured_calls import MEMORY_BYTES as MEASURE_BYTES
 from mpq_deploy.system.memory import Room, refuse_too_large
 
 if TYPE_CHECKING:
     import onnx
+    import onnx_ir as ir
 
     from mpq_deploy.recipe import Recipe
 
@@ -140,11 +148,19 @@ def model_size(path: Path, graph: LayerGraph, inputs: Mapping[str, tuple[int, ..
         weights,
         max((layer.weights for layer in graph.layers), default=0),
         sum(size for name, size in made.items() if name not in apart),
-        _most_alive(proto.node, made),
+        _most_alive(proto.node, made | dict.fromkeys(_in_blocks(model, made), 0)),
         sum(made.get(use.output, 0) for layer in graph.layers for use in layer.uses),
         len(proto.node),
         tuple(patches.values()),
     )
+
+
+def _in_blocks(nodes: Iterable[ir.Node], sizes: Mapping[str, int]) -> list[str]:
+    """Return the scores and probabilities that a session on the CPU never holds (``runtime.fused_attention``)."""
+    found = [one for node in nodes if (one := plain_attention(node)) is not None]
+    names = [[value.name or "" for node in one.dropped for value in node.outputs] for one in found]
+    least = FLOAT32_BYTES * LEAST_SCORES
+    return [name for each in names for name in each if sizes.get(name, 0) >= least]
 
 
 def _most_alive(nodes: Collection[onnx.NodeProto], sizes: Mapping[str, int]) -> int:
@@ -208,6 +224,10 @@ class StageMemory:
         """All of it."""
         return self.weights + self.values + self.work + self.code
 
+    def fits(self, room: Room, held: int) -> bool:
+        """Whether the ``room`` holds this; ``code`` may be among the bytes ``held`` already."""
+        return room.holds(self.total - min(held, self.code))
+
     def refuse_too_large(self, room: Room | None, hint: str, held: int = 0) -> None:
         """Raise UsageError when this exceeds the ``room``; ``code`` may be among the bytes ``held`` already."""
         parts = {"weights": self.weights, "values": self.values, "its work": self.work + self.code}
@@ -258,14 +278,20 @@ def estimate_engine(weights: int, nodes: int) -> StageMemory:
 
 
 def estimate_stage(
-    stage: str, size: ModelSize, recipe: Recipe, forms: int, workers: int = 0
+    stage: str,
+    size: ModelSize,
+    recipe: Recipe,
+    forms: int,
+    workers: int = 0,
+    batch: int | None = None,
 ) -> StageMemory:
     """Estimate the peak of a stage; ``forms``: weight forms per layer, at most.
 
     ``workers``: processes of this machine that round layers; what they hold counts as work.
+    ``batch``: samples that calibrate gives at once, None: as many as the recipe says.
     """
     if stage == "calibrate":
-        values = int(ARENA_SHARE * recipe.calibrate.batch_size * size.alive)
+        values = int(ARENA_SHARE * (batch or recipe.calibrate.batch_size) * size.alive)
         return StageMemory(
             stage, _session(size.weights), values, 0, SESSION_BYTES + NODE_BYTES * size.nodes
         )
@@ -442,5 +468,6 @@ def _measure(size: ModelSize, recipe: Recipe, forms: int) -> StageMemory:
     stacks = size.weights * (1 + forms)
     kept = min(stacks, MEASURE_BYTES) if stacks < HELD_SHARE * MEASURE_BYTES else 0
     kept += min(HELD_BYTES, size.weights * (FLOAT32_BYTES + forms) // FLOAT32_BYTES)
-    work = FLOAT32_BYTES * size.largest * (STACK_ARRAYS + forms) + kept
+    largest = FLOAT32_BYTES * size.largest
+    work = largest * STACK_ARRAYS + min(largest * forms, max(STACK_BYTES, largest)) + kept
     return StageMemory("measure", size.weights, values, work, TORCH_BYTES)

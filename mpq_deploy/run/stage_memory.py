@@ -19,13 +19,34 @@ MORE = "use a machine with more memory, or set MPQ_DEPLOY_MEMORY to what may be 
 
 
 def check_memory(run: Run, stage: Stage) -> StageMemory:
-    """Estimate what ``stage`` takes; raises UsageError when there is less."""
-    estimate = stage_memory(run, stage.name)
+    """Estimate what ``stage`` takes, in batches that fit; raises UsageError when there is less."""
+    estimate = stage_memory(run, stage.name, _fitting(run, stage.name))
     fewer = "Give fewer --workers. " if _rounding_workers(run, stage.name) else ""
     estimate.refuse_too_large(
         memory.memory_room(), f"{fewer}{stage.hint} {MORE}", memory.held_memory()
     )
     return estimate
+
+
+def batch_within_memory(run: Run, stage: Stage) -> int:
+    """Return how many samples ``stage`` takes at once: as the recipe says, or fewer where memory is short."""
+    size, batch = _batch_size(run, stage.name), _fitting(run, stage.name)
+    if batch < size:
+        run.talk.line(f"  {batch} instead of {size} samples at once: {memory.memory_room()}")
+    return batch
+
+
+def _fitting(run: Run, stage: str) -> int:
+    """Return the recipe's batch of ``stage``, halved until it fits; one is returned unseen."""
+    room, held, batch = memory.memory_room(), memory.held_memory(), _batch_size(run, stage)
+    while batch > 1 and room is not None and not stage_memory(run, stage, batch).fits(room, held):
+        batch //= 2
+    return batch
+
+
+def _batch_size(run: Run, stage: str) -> int:
+    """Return the batch that the recipe sets for ``stage``; 1 where none follows memory."""
+    return run.recipe.calibrate.batch_size if stage == "calibrate" else 1
 
 
 def saying_memory_ran_out(stage: Stage) -> AbstractContextManager[None]:
@@ -36,8 +57,11 @@ def saying_memory_ran_out(stage: Stage) -> AbstractContextManager[None]:
     )
 
 
-def stage_memory(run: Run, stage: str) -> StageMemory:
-    """Estimate what ``stage`` takes, workers on this machine included; those before it are current."""
+def stage_memory(run: Run, stage: str, batch: int | None = None) -> StageMemory:
+    """Estimate what ``stage`` takes, workers on this machine included; those before it are current.
+
+    ``batch``: samples that calibrate gives at once, None: as many as the recipe says.
+    """
     from mpq_deploy.run.memory_model import estimate_stage
 
     if stage == "export":
@@ -47,7 +71,7 @@ def stage_memory(run: Run, stage: str) -> StageMemory:
     size, forms = _sizes(run)
     if stage == "measure":
         forms += _rescaled_forms(run)
-    return estimate_stage(stage, size, run.recipe, forms, _rounding_workers(run, stage))
+    return estimate_stage(stage, size, run.recipe, forms, _rounding_workers(run, stage), batch)
 
 
 def _rounding_workers(run: Run, stage: str) -> int:

@@ -16,6 +16,7 @@ from mpq_deploy.graph.load import (
     read_proto,
 )
 from mpq_deploy.models.spec import Array, DenoiserSpec, InputSpec
+from mpq_deploy.runtime.fused_attention import fused_proto
 from mpq_deploy.system.compute import (
     CPU_PROVIDER,
     CUDA,
@@ -109,7 +110,8 @@ def make_session_with(
     names = [provider if isinstance(provider, str) else provider[0] for provider in chosen]
     source: str | bytes = model if isinstance(model, bytes) else str(model.resolve())
     if isinstance(model, bytes):
-        parse_proto(model, "The model in memory")
+        proto = parse_proto(model, "The model in memory")
+        source = (fused_proto(proto) if names == [CPU_PROVIDER] else None) or model
     else:
         proto = read_proto(model)
         files = external_files(proto, model)
@@ -119,10 +121,12 @@ def make_session_with(
             # other names than the model's own text says.
             source = proto.SerializeToString()
             options.add_session_config_entry(WEIGHTS_FOLDER, str(model.resolve().parent))
-        if (
-            names == [CPU_PROVIDER]
-            and sum(file.stat().st_size for file in files) >= LARGE_WEIGHTS_BYTES
-        ):
+        on_cpu = names == [CPU_PROVIDER]
+        fused = fused_proto(proto) if on_cpu else None
+        if fused is not None:
+            source = fused
+            options.add_session_config_entry(WEIGHTS_FOLDER, str(model.resolve().parent))
+        if on_cpu and sum(file.stat().st_size for file in files) >= LARGE_WEIGHTS_BYTES:
             spare_memory(options)
     available = ort.get_available_providers()
     for provider in names:

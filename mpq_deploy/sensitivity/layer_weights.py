@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar, overload
 
 import numpy as np
 
@@ -15,6 +15,7 @@ from mpq_deploy.formats.ranges import STATIC, ActivationRange
 from mpq_deploy.formats.scheme import Scheme
 from mpq_deploy.graph.layers import Layer, LayerGraph, LayerUse
 from mpq_deploy.models.spec import Array
+from mpq_deploy.sensitivity.measured_calls import STACK_BYTES
 
 
 class CandidateWeights(Protocol):
@@ -54,17 +55,45 @@ class Promotion:
 
 
 @dataclass(frozen=True)
+class FormsInTurn(Sequence[Array]):
+    """The weight errors of a layer's ``forms``, float32 [out_channels, reduction] each, made when asked for."""
+
+    weight: Array
+    candidate: CandidateWeights
+    forms: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.forms)
+
+    @overload
+    def __getitem__(self, row: int) -> Array: ...
+
+    @overload
+    def __getitem__(self, row: slice) -> Sequence[Array]: ...
+
+    def __getitem__(self, row: int | slice) -> Array | Sequence[Array]:
+        if isinstance(row, slice):
+            return replace(self, forms=self.forms[row])
+        return np.subtract(self.candidate.weight_matrix(self.forms[row]), self.weight)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are held: none."""
+        return 0
+
+
+@dataclass(frozen=True)
 class FormStack:
     """The weight errors of a layer's candidates, ready for one product with all of them.
 
     ``differences`` float32 [F, out_channels, reduction]: dequantized minus float weight, one per
-    distinct form. ``rows``: scheme -> its row of ``differences``; ``inputs``: scheme -> the
-    activation form that its input is rounded to, None where it stays float. Schemes with a ``rows``
-    branch are in ``promotions`` instead.
+    distinct form, one by one where all take more than ``STACK_BYTES``. ``rows``: scheme -> its row
+    of ``differences``; ``inputs``: scheme -> the activation form that its input is rounded to, None
+    where it stays float. Schemes with a ``rows`` branch are in ``promotions`` instead.
     """
 
     weight: Array
-    differences: Array
+    differences: Array | FormsInTurn
     rows: dict[str, int]
     inputs: dict[str, str | None]
     promotions: tuple[Promotion, ...] = ()
@@ -108,9 +137,12 @@ def form_stack(weight: Array, candidate: CandidateWeights) -> FormStack:
     """Stack the weight forms of ``candidate``."""
     stacked = [s for s in candidate.schemes if not s.branch.promotes]
     forms = {form: row for row, form in enumerate(dict.fromkeys(s.weight_form for s in stacked))}
-    differences = np.empty((len(forms), *weight.shape), np.float32)
-    for form, row in forms.items():
-        np.subtract(candidate.weight_matrix(form), weight, out=differences[row])
+    made = FormsInTurn(weight, candidate, tuple(forms))
+    differences: Array | FormsInTurn = made
+    if len(forms) * weight.nbytes <= STACK_BYTES:
+        differences = np.empty((len(forms), *weight.shape), np.float32)
+        for row, difference in enumerate(made):
+            differences[row] = difference
     return FormStack(
         weight,
         differences,

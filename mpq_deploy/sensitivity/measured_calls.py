@@ -19,6 +19,9 @@ MEMORY_BYTES = 1 << 30
 HELD_SHARE = 4
 # Arrays of a layer's size that stacking its errors holds, beside those of each form.
 STACK_ARRAYS = 2
+# A layer whose stacked errors would take more has them made one by one: again for each sample, which
+# large layers are measured on alone.
+STACK_BYTES = 1 << 30
 # Samples evaluated at once for the order of salient channels.
 SALIENCE_BATCH = 4
 

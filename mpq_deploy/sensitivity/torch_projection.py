@@ -28,7 +28,7 @@ from mpq_deploy.graph.layers import Layer
 from mpq_deploy.onnx_torch.operators import convolve
 from mpq_deploy.onnx_torch.pass_memory import piece_bytes
 from mpq_deploy.onnx_torch.window_pads import window_pads
-from mpq_deploy.sensitivity.layer_weights import FormStack, InputRounding, Promotion
+from mpq_deploy.sensitivity.layer_weights import FormsInTurn, FormStack, InputRounding, Promotion
 
 Tensor = torch.Tensor
 # Pieces of work on the CPU (see ``piece_bytes``).
@@ -96,13 +96,22 @@ class TorchStack(FormStack):
     def of(cls, stack: FormStack, device: Any = "cpu") -> TorchStack:
         """Return tensors on ``device``: those on the CPU share the arrays' memory."""
         values = {item.name: getattr(stack, item.name) for item in fields(stack)}
-        for name in ("weight", "differences"):
-            values[name] = torch.from_numpy(values[name]).to(device)
+        values["weight"] = torch.from_numpy(stack.weight).to(device)
+        if not isinstance(stack.differences, FormsInTurn):
+            values["differences"] = torch.from_numpy(stack.differences).to(device)
         differences, channels = (
             tuple(torch.from_numpy(getattr(p, name)).to(device) for p in stack.promotions)
             for name in ("differences", "channels")
         )
         return cls(**values, promoted_differences=differences, promoted_channels=channels)
+
+    def pieces(self) -> Iterator[Any]:
+        """Yield the weight errors of all forms, [F, out_channels, reduction], or of one after the other."""
+        if not isinstance(self.differences, FormsInTurn):
+            yield self.differences
+            return
+        for difference in self.differences:
+            yield torch.from_numpy(difference)[None].to(self.weight.device)
 
     def promoted(self) -> Iterator[tuple[Promotion, Any, Any]]:
         """Yield each promotion with its differences and channels as tensors."""
@@ -273,7 +282,8 @@ def _project_forward(use: ProjectedUse, x: Any, g: Any, samples: int) -> tuple[A
         more = use.channels(x, differences, channels, g, samples)
         for name, count in promotion.counts.items():
             promoted[name] = more[..., :count].sum(-1)
-    return use.forward(x, use.stack.differences, g, samples), promoted
+    rows = [use.forward(x, piece, g, samples) for piece in use.stack.pieces()]
+    return torch.cat(rows), promoted
 
 
 def _project_by_weights(
@@ -289,7 +299,8 @@ def _project_by_weights(
     for start in range(0, samples, piece):
         chunk = slice(start, min(start + piece, samples))
         gradients = _weight_gradients(use.layer, use.attributes, x[chunk], g[chunk])
-        found = {"": (gradients @ stack.differences.flatten(1).T).float().T}
+        rows = [(gradients @ piece.flatten(1).T).float().T for piece in stack.pieces()]
+        found = {"": torch.cat(rows)}
         for promotion, differences, channels in stack.promoted():
             by_channel = gradients.reshape(len(gradients), stack.weight.shape[0], -1)
             chosen = by_channel[:, channels]

@@ -10,7 +10,7 @@ import numpy as np
 from mpq_deploy.check.check import OPERATOR_RULES, check_dialect
 from mpq_deploy.graph.attention import operand_names
 from mpq_deploy.run.stage import Stage, settings, version_of
-from mpq_deploy.run.stage_memory import check_memory
+from mpq_deploy.run.stage_memory import batch_within_memory, check_memory
 from mpq_deploy.run.view import CALLS
 from mpq_deploy.system.files import Fields
 
@@ -44,6 +44,7 @@ def make(run: Run, folder: Path) -> str:
     section = run.recipe.calibrate
     exported = run.exported
     check_memory(run, STAGE)
+    section = section.replace(batch_size=batch_within_memory(run, STAGE))
     check_dialect(run, exported.path, OPERATOR_RULES)
     # A component without timesteps has so many inputs and no more.
     rows = exported.spec.calibration_rows

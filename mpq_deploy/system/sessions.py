@@ -19,6 +19,7 @@ import onnxruntime as ort
 
 from mpq_deploy.errors import ModelError
 from mpq_deploy.models.spec import Array
+from mpq_deploy.runtime.fused_attention import fuse_attention
 from mpq_deploy.runtime.ort import (
     LARGE_WEIGHTS_BYTES,
     ORT_ERRORS,
@@ -27,6 +28,7 @@ from mpq_deploy.runtime.ort import (
     spare_memory,
 )
 from mpq_deploy.system.compute import (
+    CPU_PROVIDER,
     CUDA_PROVIDER,
     Compute,
     compute_on,
@@ -62,6 +64,8 @@ def open_session(
     runs slowly. Raises ModelError when ONNX Runtime refuses the graph.
     """
     options = _options(threads, optimize)
+    if optimize and computing_on().providers == [CPU_PROVIDER]:
+        fuse_attention(model)
     tensors = [
         v.const_value for g in model.graphs() for v in g.initializers.values() if v.const_value
     ]

@@ -16,6 +16,7 @@ from mpq_deploy.errors import ModelError, UsageError  # noqa: E402
 from mpq_deploy.onnx_torch.adjoint import parts_within  # noqa: E402
 from mpq_deploy.onnx_torch.torch_graph import TorchGraph  # noqa: E402
 from mpq_deploy.recipe import MeasureSettings, make_recipe  # noqa: E402
+from mpq_deploy.sensitivity import layer_weights  # noqa: E402
 from mpq_deploy.sensitivity import probe as probe_module  # noqa: E402
 from mpq_deploy.sensitivity.exhaustive import measure_exhaustive  # noqa: E402
 from mpq_deploy.sensitivity.measure import measure  # noqa: E402
@@ -135,6 +136,22 @@ def test_projections_are_the_inner_products(
         for scheme, vector in row.items():
             error = np.linalg.norm(table.projections[layer][scheme] - vector)
             assert error <= 2e-4 * np.linalg.norm(vector) + 1e-9, (layer, scheme)
+
+
+@pytest.mark.parametrize("way", ["forward", "weights"])
+def test_errors_of_large_layers_one_by_one_give_the_same_products(
+    mixed: Setting, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = probe_module.project_layer
+    monkeypatch.setattr(probe_module, "project_layer", lambda *a: original(*a, way=way))
+    options = MeasureSettings(probes=2, calls=2, batch_size=2)
+    together = measure_probe(Subject(*mixed, options, Talk())).projections
+    monkeypatch.setattr(layer_weights, "STACK_BYTES", 0)
+    in_turn = measure_probe(Subject(*mixed, options, Talk())).projections
+    assert together is not None and in_turn is not None
+    for layer, row in together.items():
+        for scheme, vector in row.items():
+            np.testing.assert_allclose(in_turn[layer][scheme], vector, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("memory_bytes", [5_000, 1])
