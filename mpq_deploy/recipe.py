@@ -97,7 +97,7 @@ class CalibrateSettings(Section):
     samples: int = Field(128, ge=1, description="trajectories")
     observed: int = Field(48, ge=1, description="recorded calls that activations are observed on")
     steps: int = Field(20, ge=1, description="sampler steps per trajectory")
-    batch_size: int = Field(16, ge=1, description="samples per call")
+    batch_size: int = Field(16, ge=1, description="samples per call, fewer where memory is short")
     seed: int = Field(1, ge=0, le=LARGEST_SEED, description="seed of the initial noise")
     scale: Literal["mse", "percentile", "absmax"] = Field(
         "mse", description="how INT8 scales are chosen"
