@@ -76,8 +76,8 @@ def cycled_rows(spec: DenoiserSpec, conditions: dict[str, Array], samples: int, 
 
 
 def cycled(rows: Array, samples: int, seed: int) -> Array:
-    """Return ``samples`` of ``rows``, int64, dealt out in shuffled rounds."""
-    rng = np.random.default_rng((seed, samples))
+    """Return ``samples`` of ``rows``, int64, dealt out in shuffled rounds: more begin like fewer."""
+    rng = np.random.default_rng((seed, 0))
     rounds = [rng.permutation(rows) for _ in range(-(-samples // len(rows)))]
     return np.concatenate(rounds)[:samples].astype(np.int64)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Set
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -109,6 +109,15 @@ class RunFolder:
             if not path.is_file() or file_digest(path) != digest:
                 return [f"{name}/{file} (missing or altered)"]
         return []
+
+    def made_before(self, name: str, now: Fields, aside: Set[str]) -> StageRecord | None:
+        """Return the record of a finished stage, whole, of the inputs ``now`` but for those in ``aside``."""
+        record = self.record(name)
+        if record is None:
+            return None
+        kept = ({k: v for k, v in one.items() if k not in aside} for one in (record.inputs, now))
+        alike = len({canonical_json(fields) for fields in kept}) == 1
+        return record if alike and self.changed_fields(name, record.inputs) == [] else None
 
     @contextmanager
     def writing(self, name: str, inputs: Fields, device: str = "cpu") -> Iterator[Path]:
