@@ -200,9 +200,11 @@ def _run_all(stage: str, runs: list[tuple[Recipe, Path]], crew: Crew | None) -> 
         # Fitted once, by the first: what targets share is made by the same counts.
         settings = with_counts_of(settings, load_recipe(first)) if made else settings
         made[run.name] = _run_one(stage, settings, run, crew)
-    values = {name: summary.values for name, summary in made.items()}
-    text = "\n\n".join(f"target {name}\n{summary.text}" for name, summary in made.items())
-    print_result({"targets": values}, text)
+    if stage == "report":
+        from mpq_deploy.report.targets_page import write_targets
+
+        write_targets(runs[0][1].parent.parent)
+    print_each({name: (summary.values, summary.text) for name, summary in made.items()})
 
 
 def print_forecast(settings: Recipe, out: Path | None, crew: Crew | None) -> None:
@@ -243,6 +245,25 @@ def print_result(values: Any, text: str, json: bool = False) -> None:
     from json import dumps
 
     print(dumps(values, indent=1, sort_keys=True))
+
+
+def print_each(made: Mapping[str, tuple[Any, str]], json: bool = False) -> None:
+    """Print values and text of one run (by no name), or of several targets' by name."""
+    if "" in made:
+        print_result(*made[""], json)
+        return
+    values = {name: values for name, (values, _) in made.items()}
+    text = "\n\n".join(f"target {name}\n{text}" for name, (_, text) in made.items())
+    print_result({"targets": values}, text, json)
+
+
+def check_one_file(out: Path | None, runs: Mapping[str, Path]) -> None:
+    """Raise UsageError where results of several targets would go into one file."""
+    if out is not None and len(runs) > 1:
+        raise UsageError(
+            f"{out} cannot hold the results of {len(runs)} targets.",
+            f"Name one with --target: {', '.join(runs)}.",
+        )
 
 
 def print_text(text: str) -> None:

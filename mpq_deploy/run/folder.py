@@ -190,6 +190,21 @@ def several_in(path: Path) -> list[Path]:
     return [] if (path / "recipe.yaml").exists() else targets_in(path)
 
 
+def runs_at(path: Path, target: str | None = None) -> dict[str, Path]:
+    """Return the runs that ``path`` stands for: of several targets each by name, else itself by no name.
+
+    ``target``: of several this one alone. Raises UsageError for one that there is not.
+    """
+    several = {one.name: one for one in several_in(path)}
+    if target is None:
+        return several or {"": path}
+    if not several:
+        raise UsageError(f"{path} does not hold several targets.", "Leave --target out.")
+    if target not in several:
+        refuse_target(path, target)
+    return {target: several[target]}
+
+
 def check_one_run(path: Path) -> None:
     """Raise UsageError for a run of several targets, and for a target that such a run lacks."""
     several = several_in(path)
