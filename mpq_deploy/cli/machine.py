@@ -38,6 +38,9 @@ from mpq_deploy.cli.options import (
 from mpq_deploy.errors import UsageError
 
 if TYPE_CHECKING:
+    from mpq_deploy.bench.bench import Origin
+    from mpq_deploy.bench.sources import Wish
+    from mpq_deploy.bench.timed_subject import Subject
     from mpq_deploy.system.doctor import Finding
 
 
@@ -120,27 +123,17 @@ def bench(
 
     Without a GPU that is ONNX Runtime on the CPU, which says nothing about an engine.
     """
-    from mpq_deploy.bench.bench import Schedule, bench_text, measure, origin_of, results
+    from mpq_deploy.bench.bench import Schedule, bench_text, measure, results
     from mpq_deploy.bench.sources import Wish, parse_shapes, subject_of
     from mpq_deploy.run.folder import runs_at
     from mpq_deploy.system.files import canonical_json, write_text
 
     schedule = Schedule(calls, rounds, warm_up)
     wish = Wish(backend, device, batch, threads, cuda_graphs, parse_shapes(shape or []))
-    chosen = runs_at(source, target)
+    chosen, made = runs_at(source, target), {}
     check_one_file(out, chosen)
-    made = {}
     for name, one in chosen.items():
-        if one.is_dir():
-            from mpq_deploy.bench.from_run import subjects_of
-            from mpq_deploy.run.pipeline import open_pipeline
-
-            settings = recipe_of(one, None)
-            with open_pipeline(settings, one, make_talk(), computes=False) as pipeline:
-                subjects, origin = subjects_of(pipeline.deployed(), wish)
-        else:
-            subjects = [subject_of(one, "ours", wish)]
-            origin = origin_of(one, subjects[0].backend, subjects[0].device)
+        subjects, origin = _subjects(one, wish)
         if against is not None:
             subjects = [subjects[0], subject_of(against, "other", wish)]
         result = results(measure(subjects, schedule, make_talk()), origin)
@@ -148,6 +141,21 @@ def bench(
             write_text(out, canonical_json(result))
         made[name] = (result, bench_text(result))
     print_each(made, json)
+
+
+def _subjects(source: Path, wish: Wish) -> tuple[list[Subject], Origin]:
+    """Return what of a run, an engine or an ONNX file is timed, and its origin."""
+    from mpq_deploy.bench.bench import origin_of
+    from mpq_deploy.bench.from_run import subjects_of
+    from mpq_deploy.bench.sources import subject_of
+    from mpq_deploy.run.pipeline import open_pipeline
+
+    if source.is_dir():
+        settings = recipe_of(source, None)
+        with open_pipeline(settings, source, make_talk(), computes=False) as pipeline:
+            return subjects_of(pipeline.deployed(), wish)
+    subject = subject_of(source, "ours", wish)
+    return [subject], origin_of(source, subject.backend, subject.device)
 
 
 @app.command(rich_help_panel=MACHINE, epilog="Example: mpq-deploy targets rtx")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
@@ -68,6 +68,9 @@ from mpq_deploy.cli.options import (
 )
 from mpq_deploy.errors import MpqError, UsageError
 from mpq_deploy.system.files import write_text
+
+if TYPE_CHECKING:
+    from mpq_deploy.report.gate import GateResult
 
 
 @app.command(
@@ -331,14 +334,7 @@ def gate(
     Of a run of several targets all are held, in a line each. Exit code 0: every limit is kept; 1:
     one is not; 2: bad input.
     """
-    from mpq_deploy.report.gate import (
-        Limits,
-        check_gate,
-        gate_junit,
-        gate_line,
-        gate_markdown,
-        gate_text,
-    )
+    from mpq_deploy.report.gate import Limits, check_gate, gate_junit, gate_markdown
     from mpq_deploy.report.read import read_report
     from mpq_deploy.run.folder import runs_at
     from mpq_deploy.system.quantities import Budget, Latency
@@ -357,25 +353,35 @@ def gate(
     results = {}
     for name, one in runs_at(run, target).items():
         former = None if baseline is None else _of_target(baseline, name)
-        if trust is not None:
-            from mpq_deploy.device.signature import read_public_key
-            from mpq_deploy.report.read import check_signed
-
-            check_signed((one, former), read_public_key(trust))
+        _check_trust(trust, one, former)
         held_against = None if former is None else read_report(former)
         results[name] = check_gate(read_report(one), limits, held_against, allow_estimate)
-    outcomes = results.values()
-    pages = "\n".join(map(gate_markdown, outcomes))
-    for path, text in ((junit, gate_junit(*outcomes)), (markdown, pages)):
+    for path, text_of in ((junit, gate_junit), (markdown, gate_markdown)):
         if path is not None:
-            write_text(path, text)
+            write_text(path, text_of(*results.values()))
+    _print_gate(results, json)
+
+
+def _check_trust(trust: str | None, *reports: Path | None) -> None:
+    """Raise SignatureError unless the reports are signed by the key ``trust``, where one is given."""
+    if trust is not None:
+        from mpq_deploy.device.signature import read_public_key
+        from mpq_deploy.report.read import check_signed
+
+        check_signed(reports, read_public_key(trust))
+
+
+def _print_gate(results: dict[str, GateResult], json: bool) -> None:
+    """Print the outcome of one run, or a line for each target; exit with 1 where a limit is not kept."""
+    from mpq_deploy.report.gate import gate_line, gate_text
+
     if "" in results:
         print_result(results[""].as_json(), gate_text(results[""]), json)
     else:
         values = {name: result.as_json() for name, result in results.items()}
         lines = [gate_line(name, result) for name, result in results.items()]
         print_result({"targets": values}, "\n".join(lines), json)
-    if not all(result.passed for result in outcomes):
+    if not all(result.passed for result in results.values()):
         raise typer.Exit(1)
 
 

@@ -102,9 +102,7 @@ def report_data(run: Run) -> ReportData:
         size_bytes=plan.size_bytes,
         fp16_size_bytes=plan.fp16_size_bytes,
         fixed_bytes=plan.fixed_bytes,
-        predicted_nmse=plan.predicted_loss,
-        predicted_interval=_ends(plan.predicted_interval),
-        prediction_note=plan.prediction_note,
+        **_prediction(plan),
         **evaluated.fields,
         curve=_curve(run),
         engine=engine,
@@ -257,6 +255,14 @@ def _engine(run: Run) -> tuple[EngineInfo | None, str]:
         notes=slow,
     )
     return info, ""
+
+
+def _prediction(plan: PrecisionPlan) -> dict[str, Any]:
+    return {
+        "predicted_nmse": plan.predicted_loss,
+        "predicted_interval": _ends(plan.predicted_interval),
+        "prediction_note": plan.prediction_note,
+    }
 
 
 def _control(name: str, variant: VariantResult, plan: PrecisionPlan) -> Control:

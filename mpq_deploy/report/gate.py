@@ -463,8 +463,12 @@ def headline(result: GateResult) -> str:
     return f"{'Passed' if result.passed else 'FAILED'}: {kept} of {words.count(len(result.outcomes), 'limit')} kept."
 
 
-def gate_markdown(result: GateResult) -> str:
+def gate_markdown(*results: GateResult) -> str:
     """Return a summary for a pull request or a job's page."""
+    return "\n".join(map(_markdown, results))
+
+
+def _markdown(result: GateResult) -> str:
     rows = [[o.name, o.limit, o.measured, _MARKS[o.status]] for o in result.outcomes]
     details = [f"- {plain(o.name)}: {plain(o.detail)}" for o in result.outcomes if o.detail]
     baseline = f", against the baseline {plain(result.baseline)}" if result.baseline else ""
