@@ -13,9 +13,10 @@ from typer.testing import CliRunner
 from mpq_deploy.cli import app
 from mpq_deploy.cli.app import run_until
 from mpq_deploy.errors import MpqError, UsageError
-from mpq_deploy.recipe import load_recipe, make_recipe
+from mpq_deploy.recipe import Recipe, load_recipe, make_recipe
 from mpq_deploy.report import words
 from mpq_deploy.report.read import read_report
+from mpq_deploy.run.effort import open_counts
 from mpq_deploy.run.folder import RunFolder, base_of, targets_in
 from mpq_deploy.run.several_targets import runs_of
 from mpq_deploy.sensitivity.table import SensitivityTable
@@ -235,6 +236,22 @@ def test_a_target_is_added_with_the_calls_of_the_others(model: Path, at_once: Pa
         runs_of(other, at_once)
     assert len(runs_of(runs.recipe_for(model, target=ALL, calibrate__samples=5), at_once)) == 3
     assert len(runs_of(runs.recipe_for(model), at_once)) == 3
+
+
+def test_another_effort_goes_on_for_all_targets(
+    at_once: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[Recipe] = []
+    monkeypatch.setattr(
+        "mpq_deploy.cli.app._run_all", lambda stage, all, crew: begun.extend(r for r, _ in all)
+    )
+    assert CliRunner().invoke(app, ["build", "-o", str(at_once)]).exit_code == 0
+    assert (
+        CliRunner().invoke(app, ["build", "-o", str(at_once), "--effort", "quick"]).exit_code == 0
+    )
+    kept, opened = begun[:3], begun[3:]
+    assert not any(map(open_counts, kept)) and all(map(open_counts, opened))
+    assert {one.effort for one in opened} == {"quick"}
 
 
 def test_defaults_are_each_targets_own(tmp_path: Path) -> None:
