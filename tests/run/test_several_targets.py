@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -242,8 +243,9 @@ def test_another_effort_goes_on_for_all_targets(
     at_once: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     begun: list[Recipe] = []
+    commands = sys.modules["mpq_deploy.cli.app"]
     monkeypatch.setattr(
-        "mpq_deploy.cli.app._run_all", lambda stage, all, crew: begun.extend(r for r, _ in all)
+        commands, "_run_all", lambda stage, all, crew: begun.extend(r for r, _ in all)
     )
     assert CliRunner().invoke(app, ["build", "-o", str(at_once)]).exit_code == 0
     assert (
