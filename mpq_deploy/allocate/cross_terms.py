@@ -21,6 +21,7 @@ import numpy as np
 
 from mpq_deploy.allocate.milp import Allocation, Nearby, solve
 from mpq_deploy.allocate.problem import Objective, Problem
+from mpq_deploy.evaluate.interval import error_interval
 from mpq_deploy.formats.sizes import ACTIVATION_SCALE_BYTES
 from mpq_deploy.models.spec import Array
 from mpq_deploy.sensitivity.table import SensitivityTable
@@ -275,7 +276,8 @@ class CrossTerms:
 
     Losses are full quadratics: ``..._seen`` of the plan itself, on the calls that it was chosen on;
     ``..._held_back`` of plans chosen in the same way on all but a part of the calls, on that part,
-    mean over ``folds`` parts (None where the calls cannot be split).
+    mean over ``folds`` parts (None where the calls cannot be split). ``interval``: 95 %, of the
+    prediction for the resulting plan; None where a timestep has one call alone.
     """
 
     rho: float
@@ -286,6 +288,7 @@ class CrossTerms:
     milp_held_back: float | None
     refined_seen: float
     refined_held_back: float | None
+    interval: tuple[float, float] | None = None
 
     @property
     def predicted_loss(self) -> float:
@@ -313,25 +316,43 @@ def allocate_with_cross_terms(
     refined, rho = _refined(problem, table, milp, improve and bool(parts))
     old, new = problem.spread(milp.schemes), problem.spread(refined)
     moves = sum(new[name] != scheme for name, scheme in old.items())
-    before, after = [], []
+    before: list[Array] = []
+    after: list[Array] = []
     for seen, apart in parts:
         part = problem.with_losses(seen.losses)
         plan = allocate(part, kernel_penalty=milp.kernel_penalty)
         better, _ = _refined(part, seen, plan, moves > 0)
-        before.append(apart.plan_loss(problem.spread(plan.schemes)))
-        after.append(apart.plan_loss(problem.spread(better)))
-    kept = moves > 0 and sum(after) < sum(before)
+        before.append(apart.plan_entries(problem.spread(plan.schemes)))
+        after.append(apart.plan_entries(problem.spread(better)))
+    held_back = [
+        sum(float(e.sum()) for e in rows) / len(parts) for rows in (before, after) if parts
+    ]
+    kept = moves > 0 and bool(parts) and held_back[1] < held_back[0]
+    entries = [table.plan_entries(new if kept else old)]
+    if parts:
+        entries = after if kept else before
     result = CrossTerms(
         rho=rho,
         moves=moves,
         kept=kept,
         folds=len(parts),
         milp_seen=table.plan_loss(old),
-        milp_held_back=sum(before) / len(parts) if parts else None,
+        milp_held_back=held_back[0] if parts else None,
         refined_seen=table.plan_loss(new),
-        refined_held_back=sum(after) / len(parts) if parts else None,
+        refined_held_back=held_back[1] if parts else None,
+        interval=_interval(entries, table),
     )
     return (replace(milp, schemes=refined) if kept else milp), result
+
+
+def _interval(entries: list[Array], table: SensitivityTable) -> tuple[float, float] | None:
+    """Return the interval of the mean over the folds' ``entries`` [P], each its own calls' and else 0."""
+    if table.calls is None or table.calls.min() < 0:
+        return None
+    rows, steps = np.sum(entries, axis=0) / len(entries), len(table.timesteps)
+    # The loss is the entries' sum.
+    values = rows.reshape(steps, -1) * rows.size
+    return error_interval(values, table.calls.reshape(steps, -1))
 
 
 def _refined(

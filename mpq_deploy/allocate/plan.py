@@ -52,7 +52,8 @@ class PrecisionPlan:
     ``bit_program``: of metrics that weigh bits; ``cross_terms``: of metrics with probes;
     ``latency``: where something is known of the target's speed. ``simulated``: some layers have
     schemes that no engine can hold, and bytes are nominal. ``tied``: layers that had to take one
-    scheme (``allocate.tie_qkv``).
+    scheme (``allocate.tie_qkv``). ``predicted_interval``: 95 %, of ``predicted_loss``;
+    ``prediction_note``: what it leaves out, or why there is none.
     """
 
     budget_bytes: int
@@ -70,6 +71,8 @@ class PrecisionPlan:
     simulated: bool = False
     latency: PlanLatency | None = None
     tied: tuple[tuple[str, ...], ...] = ()
+    predicted_interval: tuple[float, float] | None = None
+    prediction_note: str = ""
 
     def save(self, path: Path) -> None:
         """Write the plan as JSON with sorted keys."""

@@ -276,6 +276,25 @@ class PlanSolver:
             simulated=any(SCHEMES[name].simulated for name in schemes.values()),
             latency=latency,
             tied=ties,
+            predicted_interval=cross_terms.interval if cross_terms else None,
+            prediction_note=self._prediction_note(cross_terms),
+        )
+
+    def _prediction_note(self, cross_terms: CrossTerms | None) -> str:
+        if not self.table.predicts_nmse:
+            return ""
+        if cross_terms is None:
+            return f"The prediction has no interval: {self.table.metric} keeps no errors by call."
+        if cross_terms.interval is None:
+            return "The prediction has no interval: it takes two measured calls at each timestep."
+        if cross_terms.folds:
+            return (
+                "The prediction and its 95 % interval are those of plans chosen in the same way on other calls, "
+                "so what noise flatters is not in them; the interval is over the measured calls alone."
+            )
+        return (
+            "The prediction's 95 % interval is over the measured calls, on which the plan was chosen: "
+            "the solver picks what noise flatters, and neither knows of that."
         )
 
     def _latency(self, problem: Problem, schemes: dict[str, str]) -> PlanLatency | None:

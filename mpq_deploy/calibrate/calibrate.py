@@ -13,13 +13,19 @@ from mpq_deploy.calibrate.observers import Observation, observe
 from mpq_deploy.calibrate.scales import SMALLEST_SCALE, activation_scale
 from mpq_deploy.calibrate.spread_calibration import (
     CalibrationSetup,
+    KeptCalls,
     calibration_job,
+    kept_samples,
     observe_in_shards,
     record_in_shards,
+    recorded_after,
+    with_kept_timesteps,
 )
 from mpq_deploy.calibrate.stats import ActivationStats, CalibrationStats
-from mpq_deploy.calls.recorded import CallSet, RecordedCalls, dealt
+from mpq_deploy.calls.recorded import CallSet, RecordedCalls, dealt, joined
+from mpq_deploy.calls.recorder import with_strata
 from mpq_deploy.calls.script_calls import ScriptCalls, check_recorded_model
+from mpq_deploy.calls.timesteps import KEPT_TIMESTEPS
 from mpq_deploy.calls.trajectories import cycled, record_trajectories
 from mpq_deploy.formats.branches.cols import SHARES
 from mpq_deploy.formats.branches.prescaled import TENTHS, exponent_order, scale_factors
@@ -42,35 +48,38 @@ def calibrate(
     *,
     scratch: Path | None = None,
     crew: Crew | None = None,
+    kept: KeptCalls | None = None,
 ) -> tuple[CallSet, CalibrationStats]:
     """Return the recorded calls and the statistics of every activation that a layer reads.
 
-    ``graph``: the layers of the setup's model. ``scratch``: an existing folder, best on the disk of
-    the weights, for a graph file that is removed at the end (None: the system's). ``crew``: who
-    computes (None: this process). Raises UsageError for more timesteps than steps, ModelError for
-    an activation that is not finite.
+    Calls are recorded at more timesteps than ``settings.timesteps`` where those are few
+    (``kept_timesteps``). ``graph``: the layers of the setup's model. ``scratch``: an existing
+    folder, best on the disk of the weights, for a graph file that is removed at the end (None: the
+    system's). ``crew``: who computes (None: this process). ``kept``: calls that need not be
+    recorded again. Raises UsageError for more timesteps than steps, ModelError for an activation
+    that is not finite.
     """
     settings = setup.settings
     graph = replace(graph, watched=setup.watched)
-    if setup.source.spec.pipeline is not None or setup.source.spec.recorded:
-        recorded = _recorded_runs(setup, talk, scratch)
-        calls = setup.calls(_observed(recorded, settings.observed))
-        seen = observe(graph, calls, settings, talk, scratch=scratch)
-    elif crew is None or isinstance(crew, Alone):
-        sampler = setup.make_sampler()
-        recorded = record_trajectories(setup.denoiser(setup.source.path), sampler, settings, talk)
-        calls = setup.calls(_observed(recorded, settings.observed))
+    alone = crew is None or isinstance(crew, Alone)
+    if setup.source.spec.pipeline is not None or setup.source.spec.recorded or alone:
+        recorded = _recorded(setup, talk, scratch, kept)
+        calls = setup.calls(_observed(recorded.used(settings.timesteps), settings.observed))
         seen = observe(graph, calls, settings, talk, scratch=scratch)
     else:
-        with crew.open(calibration_job(setup, scratch), talk) as pool:
-            recorded = record_in_shards(pool, setup, talk)
-            calls = setup.calls(_observed(recorded, settings.observed))
+        assert crew is not None
+        wide = with_kept_timesteps(setup)
+        with crew.open(calibration_job(wide, scratch), talk) as pool:
+            recorded = record_in_shards(pool, wide, talk, kept)
+            calls = setup.calls(_observed(recorded.used(settings.timesteps), settings.observed))
             seen = observe_in_shards(pool, graph, calls, settings, talk, scratch)
     return recorded, summarise(seen, weight_ranges(graph), settings, timestep_values(calls))
 
 
-def _recorded_runs(setup: CalibrationSetup, talk: Talk, scratch: Path | None) -> CallSet:
-    """Return the calls of a script, or of the model's pipeline, each of its calls equally often."""
+def _recorded(
+    setup: CalibrationSetup, talk: Talk, scratch: Path | None, kept: KeptCalls | None
+) -> CallSet:
+    """Return the calls of our sampler, a script, or the model's pipeline, each of its calls equally often."""
     from mpq_deploy.calls.record_pipeline import Runs, record_pipeline
 
     source, settings = setup.source, setup.settings
@@ -78,15 +87,27 @@ def _recorded_runs(setup: CalibrationSetup, talk: Talk, scratch: Path | None) ->
         calls = ScriptCalls.open(source.calls).parts(settings.timesteps)[0].only(source.spec)
         check_recorded_model(OrtDenoiser(source.path, source.spec).run, calls, source)
         return calls.take(np.arange(min(settings.samples, calls.count)))
-    assert source.spec.pipeline is not None
-    count = len(source.spec.pipeline.calls)
-    numbers = cycled(np.arange(count), settings.samples, settings.seed)
-    folder = Path(tempfile.mkdtemp(dir=scratch, prefix="calls-"))
-    float_model = CheckedDenoiser(source.path, OrtDenoiser(source.path, source.spec))
-    runs = Runs([int(number) for number in numbers], settings.steps, settings.seed)
-    recorded = record_pipeline(
-        source, runs, settings.timesteps, folder, talk, float_model.run
-    ).calls
+    if source.spec.pipeline is None:
+        wide = with_kept_timesteps(setup)
+        return recorded_after(
+            kept,
+            wide,
+            lambda part: record_trajectories(
+                wide.denoiser(source.path), wide.make_sampler(), wide.settings, talk, part
+            ),
+        )
+    numbers = cycled(
+        np.arange(len(source.spec.pipeline.calls)), settings.samples, settings.seed
+    ).tolist()
+    timesteps = max(settings.timesteps, KEPT_TIMESTEPS)
+    first = kept_samples(kept, setup)
+    parts = [kept.calls] if kept is not None and first else []
+    if first < settings.samples:
+        folder = Path(tempfile.mkdtemp(dir=scratch, prefix="calls-"))
+        float_model = CheckedDenoiser(source.path, OrtDenoiser(source.path, source.spec))
+        runs = Runs(numbers[first:], settings.steps, settings.seed, first)
+        parts.append(record_pipeline(source, runs, timesteps, folder, talk, float_model.run).calls)
+    recorded = with_strata(joined(parts), [item.name for item in source.spec.conditions])
     if len(recorded.timesteps) < settings.timesteps:
         talk.line(f"  the pipeline takes {len(recorded.timesteps)} steps: all are recorded")
     return recorded

@@ -6,6 +6,7 @@ So they are those of one process to the bit, whatever number of workers there is
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,7 @@ from mpq_deploy.calibrate.observers import Observation, ObservedGraph, Totals, d
 from mpq_deploy.calls.loop import GuidedDenoiser
 from mpq_deploy.calls.recorded import CallSet, RecordedCalls, joined
 from mpq_deploy.calls.sampler import Sampler, keeps_samples_apart, make_sampler
+from mpq_deploy.calls.timesteps import kept_timesteps
 from mpq_deploy.calls.trajectories import record_trajectories
 from mpq_deploy.evaluate.cache import model_files
 from mpq_deploy.graph.layers import LayerGraph, layer_graph
@@ -88,18 +90,68 @@ def calibration_job(setup: CalibrationSetup, scratch: Path | None) -> Job:
     return Job("calibration", partial(_open, setup, below), files.root, names, 2 * size)
 
 
-def record_in_shards(pool: Pool, setup: CalibrationSetup, talk: Talk) -> CallSet:
+@dataclass(frozen=True)
+class KeptCalls:
+    """The ``calls`` of the first ``samples`` trajectories of the same seed, model, sampler and batches."""
+
+    calls: CallSet
+    samples: int
+
+
+def with_kept_timesteps(setup: CalibrationSetup) -> CalibrationSetup:
+    """Return ``setup`` with as many timesteps as are recorded."""
+    timestepped, steps = setup.source.spec.timestep is not None, len(setup.make_sampler().timesteps)
+    wanted = setup.settings.timesteps
+    count = kept_timesteps(steps, wanted) if timestepped else wanted
+    return replace(setup, settings=setup.settings.replace(timesteps=count))
+
+
+def recorded_after(
+    kept: KeptCalls | None, setup: CalibrationSetup, record: Callable[[slice | None], CallSet]
+) -> CallSet:
+    """Return the calls of all trajectories: those of ``kept`` in whole batches, and what ``record`` makes."""
+    first = kept_samples(kept, setup)
+    if kept is None or not first:
+        return record(None)
+    each = kept.calls.count // kept.samples
+    known = kept.calls.take(np.arange(first * each))
+    count = setup.settings.samples
+    return joined([known] if first == count else [known, record(slice(first, count))])
+
+
+def kept_samples(kept: KeptCalls | None, setup: CalibrationSetup) -> int:
+    """Return how many trajectories need not be run again: of batches whole ones, by which kernels may round."""
+    size, count = setup.settings.batch_size, setup.settings.samples
+    if kept is None:
+        return 0
+    if setup.source.spec.pipeline is not None:
+        # Image by image, of which each has its own number of calls.
+        return kept.samples if kept.samples <= count else 0
+    if not keeps_samples_apart(setup.make_sampler()):
+        return 0
+    return count if kept.samples == count else min(kept.samples, count) // size * size
+
+
+def record_in_shards(
+    pool: Pool, setup: CalibrationSetup, talk: Talk, kept: KeptCalls | None = None
+) -> CallSet:
     """Record like ``record_trajectories``, batch by batch where samples are independent."""
     sampler = setup.make_sampler()
     if not keeps_samples_apart(sampler):
         return record_trajectories(setup.denoiser(setup.source.path), sampler, setup.settings, talk)
     size, count = setup.settings.batch_size, setup.settings.samples
-    tasks = [_Record(start, min(start + size, count)) for start in range(0, count, size)]
-    shards = [
-        Shard(f"trajectories {t.start} to {t.stop - 1}", t, len(sampler.timesteps)) for t in tasks
-    ]
-    parts = run_shards(pool, "record trajectories", shards, talk)
-    return joined([CallSet.of_arrays(part) for part in parts])
+
+    def record(part: slice | None) -> CallSet:
+        starts = range(part.start if part else 0, count, size)
+        tasks = [_Record(start, min(start + size, count)) for start in starts]
+        shards = [
+            Shard(f"trajectories {t.start} to {t.stop - 1}", t, len(sampler.timesteps))
+            for t in tasks
+        ]
+        parts = run_shards(pool, "record trajectories", shards, talk)
+        return joined([CallSet.of_arrays(part) for part in parts])
+
+    return recorded_after(kept, setup, record)
 
 
 def observe_in_shards(

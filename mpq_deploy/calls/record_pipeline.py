@@ -26,11 +26,15 @@ OUTPUT = "recorded output"
 
 @dataclass(frozen=True)
 class Runs:
-    """Which images a pipeline makes: ``numbers`` of its calls, ``steps`` each, noise by ``seed``."""
+    """Which images a pipeline makes: ``numbers`` of its calls, ``steps`` each, noise by ``seed``.
+
+    ``first``: the place of the first image among those of the seed.
+    """
 
     numbers: Sequence[int]
     steps: int
     seed: int
+    first: int = 0
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,7 @@ def record_pipeline(
     pipeline.compute = watch
     images = []
     with talk.bar(f"run {pipeline.short_name}", len(runs.numbers)) as advance:
-        for place, number in enumerate(runs.numbers):
+        for place, number in enumerate(runs.numbers, runs.first):
             watch.begin(place)
             images.append(
                 pipeline.image(number, runs.steps, image_seed(runs.seed, place), watch.step)

@@ -9,7 +9,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from mpq_deploy.calls.shards import ShardWriter, read_shards
+from mpq_deploy.calls.shards import ShardRows, ShardWriter, read_shards
+from mpq_deploy.calls.timesteps import sampled_steps
 from mpq_deploy.errors import InputError, ModelError
 from mpq_deploy.models.spec import Array, DenoiserSpec
 
@@ -109,6 +110,11 @@ class CallSet:
     def at(self, steps: Array) -> CallSet:
         """Return the set at only the given positions of its timesteps, int64 [M]."""
         return self._indexed(self.timesteps[steps], self.rows, steps)
+
+    def used(self, timesteps: int) -> CallSet:
+        """Return the set at ``timesteps`` of those that were recorded, evenly spread."""
+        count = len(self.timesteps)
+        return self if timesteps >= count else self.at(sampled_steps(count, timesteps))
 
     def turns(self, chosen: Array) -> CallSet:
         """Return the set with other calls at each timestep: positions ``chosen``, int64 [K, M]."""
@@ -222,10 +228,10 @@ def joined(parts: Sequence[CallSet]) -> CallSet:
         return parts[0]
     inputs = {}
     for name in parts[0].inputs:
-        given = [part.inputs[name].compact() for part in parts]
-        starts = np.cumsum([0, *(len(np.asarray(one.values)) for one in given)])
+        given = [part.inputs[name] for part in parts]
+        starts = np.cumsum([0, *(one.values.shape[0] for one in given)])
         inputs[name] = InputCalls(
-            np.concatenate([np.asarray(one.values) for one in given]),
+            ShardRows([one.values for one in given]),
             np.concatenate([one.index + start for one, start in zip(given, starts)], axis=1),
         )
     outputs = {

@@ -7,7 +7,7 @@ that ``recorded_grid`` makes a set of K timesteps by N calls of.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -152,12 +152,13 @@ def recorded_grid(
     calls = np.concatenate(chosen, axis=1)
     index = {name: columns[f"{INDEX}{name}"][calls].astype(np.int64) for name in rows}
     inputs = {name: InputCalls(values, index[name]) for name, values in rows.items()}
-    return CallSet(
+    found = CallSet(
         columns[TIMESTEP][calls].mean(axis=1).astype(np.float32),
-        _strata([index[name][0] for name in conditions if name in index], calls.shape[1]),
+        np.zeros(calls.shape[1], np.int64),
         inputs,
         {name: columns[name][calls] for name in (OUTPUT_MEAN, OUTPUT_RMS)},
     )
+    return with_strata(found, conditions)
 
 
 def _by_step(columns: Mapping[str, Array], run: int) -> list[Array]:
@@ -166,9 +167,14 @@ def _by_step(columns: Mapping[str, Array], run: int) -> list[Array]:
     return [here[columns[STEP][here] == step] for step in np.unique(columns[STEP][here])]
 
 
-def _strata(columns: list[Array], count: int) -> Array:
-    """Return a number for each call, equal where all ``columns`` [N] are, int64 [N]."""
-    if not columns:
-        return np.zeros(count, np.int64)
-    _, strata = np.unique(np.stack(columns, axis=1), axis=0, return_inverse=True)
-    return np.asarray(strata.reshape(-1), np.int64)
+def with_strata(calls: CallSet, conditions: Sequence[str]) -> CallSet:
+    """Return ``calls`` with equal ``rows`` for equal ``conditions``, numbered in the order of the calls."""
+    known: dict[bytes, int] = {}
+    rows = []
+    for call in range(calls.count):
+        digest = blake2b(digest_size=DIGEST_BYTES)
+        for name in conditions:
+            if name in calls.inputs:
+                digest.update(calls.values(name, 0, call).tobytes())
+        rows.append(known.setdefault(digest.digest(), len(known)))
+    return replace(calls, rows=np.array(rows, np.int64))

@@ -9,7 +9,7 @@ come and read where they lie, so memory holds neither all of the one nor of the 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -83,11 +83,11 @@ class ShardWriter:
 class ShardRows:
     """The rows of one input over all shards, mapped: NumPy arrays by position."""
 
-    def __init__(self, parts: list[Array]) -> None:
+    def __init__(self, parts: Sequence[Any]) -> None:
         self._parts = parts
-        self._starts = np.cumsum([0, *(len(part) for part in parts)])
+        self._starts = np.cumsum([0, *(part.shape[0] for part in parts)])
         self.shape: tuple[int, ...] = (int(self._starts[-1]), *parts[0].shape[1:])
-        self.dtype = parts[0].dtype
+        self.dtype: np.dtype[Any] = parts[0].dtype
 
     def __len__(self) -> int:
         return self.shape[0]

@@ -7,6 +7,15 @@ import numpy as np
 from mpq_deploy.errors import UsageError
 from mpq_deploy.models.spec import Array
 
+# So many timesteps of each trajectory are recorded at least, of which fewer may be used: more of them
+# later need no other trajectories (our choice, the default of calibrate.timesteps).
+KEPT_TIMESTEPS = 20
+
+
+def kept_timesteps(steps: int, wanted: int) -> int:
+    """Return how many of ``steps`` timesteps are recorded where ``wanted`` are used."""
+    return max(wanted, min(KEPT_TIMESTEPS, steps))
+
 
 def sampled_steps(steps: int, count: int) -> Array:
     """Return ``count`` ascending step indices, int64: midpoints of equal strides of ``steps``.

@@ -21,6 +21,10 @@ from mpq_deploy.models.spec import Array, DenoiserSpec
 from mpq_deploy.recipe import CalibrateSettings
 from mpq_deploy.system.progress import Talk
 
+# Beside the seed of the rounds in which conditions are dealt out (our choice: the default number of
+# samples).
+ROUNDS = 128
+
 
 def record_trajectories(
     model: GuidedDenoiser,
@@ -76,8 +80,8 @@ def cycled_rows(spec: DenoiserSpec, conditions: dict[str, Array], samples: int, 
 
 
 def cycled(rows: Array, samples: int, seed: int) -> Array:
-    """Return ``samples`` of ``rows``, int64, dealt out in shuffled rounds."""
-    rng = np.random.default_rng((seed, samples))
+    """Return ``samples`` of ``rows``, int64, dealt out in shuffled rounds: more begin like fewer."""
+    rng = np.random.default_rng((seed, ROUNDS))
     rounds = [rng.permutation(rows) for _ in range(-(-samples // len(rows)))]
     return np.concatenate(rounds)[:samples].astype(np.int64)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from contextlib import nullcontext
 from enum import Enum
@@ -13,7 +14,7 @@ import typer
 from mpq_deploy.errors import UsageError
 from mpq_deploy.system.libraries import quiet_libraries, show_libraries
 from mpq_deploy.system.names import printable
-from mpq_deploy.system.progress import LINE_ENDS
+from mpq_deploy.system.progress import LINE_ENDS, QUIET
 from mpq_deploy.system.release import __version__
 
 if TYPE_CHECKING:
@@ -71,6 +72,7 @@ def _main(
     ] = False,
 ) -> None:
     State.quiet, State.json, State.debug = quiet, json, debug
+    os.environ[QUIET] = "1" if quiet else "0"
     if debug:
         show_libraries()
     else:
@@ -108,13 +110,17 @@ def recipe_to_build(out: Path | None, recipe: str | None, options: Mapping[str, 
 
     Else another budget for a run would put the bundled model into its folder.
     """
-    from mpq_deploy.run.effort import reopened
-
     named = recipe is not None or options["model"] is not None
     if named or out is None or not (out / "recipe.yaml").is_file():
         return recipe_for(recipe, options)
-    stored = recipe_of(out, None, options)
-    return reopened(stored) if options["effort"] or options["time"] else stored
+    return _going_on(recipe_of(out, None, options), options)
+
+
+def _going_on(stored: Recipe, options: Mapping[str, Any]) -> Recipe:
+    """Return a run's recipe, with its counts left open where an effort or a time is given."""
+    from mpq_deploy.run.effort import reopened
+
+    return reopened(stored) if options.get("effort") or options.get("time") else stored
 
 
 def recovering(settings: Recipe) -> Recipe:
@@ -176,7 +182,8 @@ def run_on(
 
     several = several_in(run)
     if several:
-        _run_all(stage, [(recipe_of(one, recipe, options), one) for one in several], crew)
+        runs = [(_going_on(recipe_of(one, recipe, options), options), one) for one in several]
+        _run_all(stage, runs, crew)
     else:
         print_summary(_run_one(stage, recipe_of(run, recipe, options), run, crew))
 
@@ -200,9 +207,11 @@ def _run_all(stage: str, runs: list[tuple[Recipe, Path]], crew: Crew | None) -> 
         # Fitted once, by the first: what targets share is made by the same counts.
         settings = with_counts_of(settings, load_recipe(first)) if made else settings
         made[run.name] = _run_one(stage, settings, run, crew)
-    values = {name: summary.values for name, summary in made.items()}
-    text = "\n\n".join(f"target {name}\n{summary.text}" for name, summary in made.items())
-    print_result({"targets": values}, text)
+    if stage == "report":
+        from mpq_deploy.report.targets_page import write_targets
+
+        write_targets(runs[0][1].parent.parent)
+    print_each({name: (summary.values, summary.text) for name, summary in made.items()})
 
 
 def print_forecast(settings: Recipe, out: Path | None, crew: Crew | None) -> None:
@@ -243,6 +252,25 @@ def print_result(values: Any, text: str, json: bool = False) -> None:
     from json import dumps
 
     print(dumps(values, indent=1, sort_keys=True))
+
+
+def print_each(made: Mapping[str, tuple[Any, str]], json: bool = False) -> None:
+    """Print values and text of one run (by no name), or of several targets' by name."""
+    if "" in made:
+        print_result(*made[""], json)
+        return
+    values = {name: values for name, (values, _) in made.items()}
+    text = "\n\n".join(f"target {name}\n{text}" for name, (_, text) in made.items())
+    print_result({"targets": values}, text, json)
+
+
+def check_one_file(out: Path | None, runs: Mapping[str, Path]) -> None:
+    """Raise UsageError where results of several targets would go into one file."""
+    if out is not None and len(runs) > 1:
+        raise UsageError(
+            f"{out} cannot hold the results of {len(runs)} targets.",
+            f"Name one with --target: {', '.join(runs)}.",
+        )
 
 
 def print_text(text: str) -> None:

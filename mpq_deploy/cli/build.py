@@ -10,9 +10,10 @@ import typer
 from mpq_deploy.cli.app import (
     STAGES,
     app,
+    check_one_file,
     make_talk,
+    print_each,
     print_result,
-    print_summary,
     recipe_for,
     recipe_of,
     recovering,
@@ -35,6 +36,7 @@ from mpq_deploy.cli.options import (
     MaxLatencyOption,
     ModelArgument,
     ObjectiveOption,
+    OneTargetOption,
     OutOption,
     PromptsOption,
     RayOption,
@@ -281,27 +283,35 @@ def report(
     as_is: Annotated[
         bool, typer.Option("--as-is", help="Report existing stages only; run none.")
     ] = False,
+    target: OneTargetOption = None,
     sign: SignOption = None,
 ) -> None:
-    """Write report.html, report.md and report.json."""
+    """Write report.html, report.md and report.json; of several targets also a page that lists them."""
+    from mpq_deploy.run.folder import runs_at
     from mpq_deploy.run.pipeline import open_pipeline
 
-    settings, key = recipe_of(run, recipe), signing_key(sign)
+    key, chosen, made = signing_key(sign), runs_at(run, target), {}
     if device:
-        from mpq_deploy.delivery.device_results import take_in
+        check_one_file(device[0], chosen)
+    for name, one in chosen.items():
+        settings = recipe_of(one, recipe)
+        with open_pipeline(settings, one, make_talk(), computes=False) as pipeline:
+            if device:
+                from mpq_deploy.delivery.device_results import take_in
 
-        with open_pipeline(settings, run, make_talk(), computes=False) as pipeline:
-            for path in device:
-                take_in(pipeline.deployed(), path)
-    if as_is:
-        with open_pipeline(settings, run, make_talk(), computes=False) as pipeline:
-            print_summary(pipeline.report_as_is())
-    else:
-        run_until("report", settings, run)
-    if key is not None:
-        from mpq_deploy.device.signature import sign as sign_file
+                for path in device:
+                    take_in(pipeline.deployed(), path)
+            summary = pipeline.report_as_is() if as_is else pipeline.run_until("report")
+        made[name] = (summary.values, summary.text)
+        if key is not None:
+            from mpq_deploy.device.signature import sign as sign_file
 
-        make_talk().line(f"signed: {sign_file(run / 'report.json', key)}")
+            make_talk().line(f"signed: {sign_file(one / 'report.json', key)}")
+    if "" not in made:
+        from mpq_deploy.report.targets_page import write_targets
+
+        make_talk().line(f"all targets: {write_targets(run)}")
+    print_each(made)
 
 
 def losses_of(given: list[str] | None) -> dict[str, float] | None:

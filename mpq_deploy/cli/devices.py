@@ -7,9 +7,16 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
-from mpq_deploy.cli.app import DEVICE, app, make_talk, print_result, recipe_of
+from mpq_deploy.cli.app import (
+    DEVICE,
+    app,
+    check_one_file,
+    make_talk,
+    print_each,
+    print_result,
+    recipe_of,
+)
 from mpq_deploy.cli.options import RunArgument, SignOption, TargetOption, output_file, signing_key
-from mpq_deploy.errors import UsageError
 
 if TYPE_CHECKING:
     from mpq_deploy.device.signature import SecretKey
@@ -35,26 +42,20 @@ def package(
     sign: SignOption = None,
 ) -> None:
     """Pack what a device needs into one archive: the graph, its checks, an installer."""
-    from mpq_deploy.run.folder import refuse_target, several_in
+    from mpq_deploy.run.folder import runs_at, several_in
 
-    key, several = signing_key(sign), several_in(run)
-    if not several:
+    key = signing_key(sign)
+    if not several_in(run):
         print_result(*_package(run, target, out or Path(f"{run.name}.mpq.tar"), key))
         return
-    chosen = [one for one in several if target in (None, one.name)]
-    if not chosen:
-        refuse_target(run, target or "")
-    if out is not None and len(chosen) > 1:
-        names = ", ".join(one.name for one in chosen)
-        raise UsageError(
-            f"One file cannot hold {len(chosen)} packages.", f"Name a target of {names}."
-        )
-    made = {
-        one.name: _package(one, None, out or Path(f"{run.name}-{one.name}.mpq.tar"), key)
-        for one in chosen
-    }
-    values = {name: written for name, (written, _) in made.items()}
-    print_result({"targets": values}, "\n".join(text for _, text in made.values()))
+    chosen = runs_at(run, target)
+    check_one_file(out, chosen)
+    print_each(
+        {
+            name: _package(one, None, out or Path(f"{run.name}-{name}.mpq.tar"), key)
+            for name, one in chosen.items()
+        }
+    )
 
 
 def _package(

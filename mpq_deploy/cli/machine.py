@@ -11,7 +11,9 @@ from mpq_deploy.cli.app import (
     MACHINE,
     State,
     app,
+    check_one_file,
     make_talk,
+    print_each,
     print_json,
     print_result,
     print_text,
@@ -26,6 +28,7 @@ from mpq_deploy.cli.options import (
     CpuThreadsOption,
     DeviceOption,
     JsonOption,
+    OneTargetOption,
     RoundsOption,
     ShapeOption,
     TargetOption,
@@ -35,6 +38,9 @@ from mpq_deploy.cli.options import (
 from mpq_deploy.errors import UsageError
 
 if TYPE_CHECKING:
+    from mpq_deploy.bench.bench import Origin
+    from mpq_deploy.bench.sources import Wish
+    from mpq_deploy.bench.timed_subject import Subject
     from mpq_deploy.system.doctor import Finding
 
 
@@ -110,35 +116,46 @@ def bench(
     shape: ShapeOption = None,
     cuda_graphs: Annotated[bool, typer.Option(help="Launch engines by CUDA graphs.")] = True,
     out: BenchOutOption = None,
+    target: OneTargetOption = None,
     json: JsonOption = False,
 ) -> None:
     """Time a model on this machine, in turns with the float one: latency, throughput, memory.
 
     Without a GPU that is ONNX Runtime on the CPU, which says nothing about an engine.
     """
-    from mpq_deploy.bench.bench import Schedule, bench_text, measure, origin_of, results
+    from mpq_deploy.bench.bench import Schedule, bench_text, measure, results
     from mpq_deploy.bench.sources import Wish, parse_shapes, subject_of
+    from mpq_deploy.run.folder import runs_at
     from mpq_deploy.system.files import canonical_json, write_text
 
     schedule = Schedule(calls, rounds, warm_up)
     wish = Wish(backend, device, batch, threads, cuda_graphs, parse_shapes(shape or []))
-    if source.is_dir():
-        from mpq_deploy.bench.from_run import subjects_of
-        from mpq_deploy.run.pipeline import open_pipeline
+    chosen, made = runs_at(source, target), {}
+    check_one_file(out, chosen)
+    for name, one in chosen.items():
+        subjects, origin = _subjects(one, wish)
+        if against is not None:
+            subjects = [subjects[0], subject_of(against, "other", wish)]
+        result = results(measure(subjects, schedule, make_talk()), origin)
+        if out is not None:
+            write_text(out, canonical_json(result))
+        made[name] = (result, bench_text(result))
+    print_each(made, json)
 
-        with open_pipeline(
-            recipe_of(source, None), source, make_talk(), computes=False
-        ) as pipeline:
-            subjects, origin = subjects_of(pipeline.deployed(), wish)
-    else:
-        subjects = [subject_of(source, "ours", wish)]
-        origin = origin_of(source, subjects[0].backend, subjects[0].device)
-    if against is not None:
-        subjects = [subjects[0], subject_of(against, "other", wish)]
-    result = results(measure(subjects, schedule, make_talk()), origin)
-    if out is not None:
-        write_text(out, canonical_json(result))
-    print_result(result, bench_text(result), json)
+
+def _subjects(source: Path, wish: Wish) -> tuple[list[Subject], Origin]:
+    """Return what of a run, an engine or an ONNX file is timed, and its origin."""
+    from mpq_deploy.bench.bench import origin_of
+    from mpq_deploy.bench.from_run import subjects_of
+    from mpq_deploy.bench.sources import subject_of
+    from mpq_deploy.run.pipeline import open_pipeline
+
+    if source.is_dir():
+        settings = recipe_of(source, None)
+        with open_pipeline(settings, source, make_talk(), computes=False) as pipeline:
+            return subjects_of(pipeline.deployed(), wish)
+    subject = subject_of(source, "ours", wish)
+    return [subject], origin_of(source, subject.backend, subject.device)
 
 
 @app.command(rich_help_panel=MACHINE, epilog="Example: mpq-deploy targets rtx")

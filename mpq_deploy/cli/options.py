@@ -145,6 +145,16 @@ TargetOption = Annotated[
         show_default="rtx",
     ),
 ]
+OneTargetOption = Annotated[
+    Optional[str],
+    typer.Option(
+        "--target",
+        "-t",
+        metavar="NAME",
+        help="Of a run of several targets, this one alone.",
+        show_default="all of them",
+    ),
+]
 TargetsOption = Annotated[
     Optional[str],
     typer.Option(

@@ -5,11 +5,20 @@ from __future__ import annotations
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
-from mpq_deploy.cli.app import LOOK, app, make_talk, print_result, print_text, recipe_of
+from mpq_deploy.cli.app import (
+    LOOK,
+    app,
+    check_one_file,
+    make_talk,
+    print_each,
+    print_result,
+    print_text,
+    recipe_of,
+)
 from mpq_deploy.cli.options import (
     LARGEST_SEED,
     AllowEstimateOption,
@@ -39,6 +48,7 @@ from mpq_deploy.cli.options import (
     MinSsimOption,
     ModelArgument,
     NetworkOption,
+    OneTargetOption,
     PairsOption,
     RayOption,
     RealOption,
@@ -58,6 +68,9 @@ from mpq_deploy.cli.options import (
 )
 from mpq_deploy.errors import MpqError, UsageError
 from mpq_deploy.system.files import write_text
+
+if TYPE_CHECKING:
+    from mpq_deploy.report.gate import GateResult
 
 
 @app.command(
@@ -82,27 +95,31 @@ def sweep(
         ),
     ] = None,
     recipe: RecipeOption = None,
+    target: OneTargetOption = None,
     workers: WorkersOption = None,
     ray: RayOption = None,
     threads: ThreadsOption = None,
     device: ComputeOption = None,
 ) -> None:
     """Draw quality against size: measured once, each budget solved in seconds."""
+    from mpq_deploy.run.folder import runs_at
     from mpq_deploy.run.pipeline import open_pipeline
     from mpq_deploy.studies.sweep import parse_budgets, run_sweep, sweep_table
 
     chosen = parse_budgets(budgets)
     crew = crew_for(workers, ray, threads)
-    settings = recipe_of(run, recipe, {"compute.device": device})
-    with open_pipeline(settings, run, make_talk(), crew) as pipeline:
-        current = pipeline.current(
-            "measure", *(["controls"] if evaluate or points is not None else [])
-        )
-        result = run_sweep(
-            current, chosen, evaluate, points, shlex.join(["mpq-deploy", *sys.argv[1:]])
-        )
-    text = f"{sweep_table(result)}\n\ncurve: {run / 'sweep.svg'}\npage:  {run / 'sweep.html'}"
-    print_result(result, text)
+    command = shlex.join(["mpq-deploy", *sys.argv[1:]])
+    made = {}
+    for name, one in runs_at(run, target).items():
+        settings = recipe_of(one, recipe, {"compute.device": device})
+        with open_pipeline(settings, one, make_talk(), crew) as pipeline:
+            current = pipeline.current(
+                "measure", *(["controls"] if evaluate or points is not None else [])
+            )
+            result = run_sweep(current, chosen, evaluate, points, command)
+        files = f"curve: {one / 'sweep.svg'}\npage:  {one / 'sweep.html'}"
+        made[name] = (result, f"{sweep_table(result)}\n\n{files}")
+    print_each(made)
 
 
 @app.command(
@@ -206,18 +223,37 @@ def compare(
             callback=output_file,
         ),
     ] = None,
+    target: OneTargetOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Compare the first run with the others: size, quality, latency, and what changed in the plan."""
+    """Compare the first run with the others: size, quality, latency, and what changed in the plan.
+
+    Runs of several targets are compared target by target.
+    """
     from mpq_deploy.report.compare import compare_reports
     from mpq_deploy.report.comparison import comparison_markdown, comparison_page, comparison_text
     from mpq_deploy.report.read import read_report
+    from mpq_deploy.run.folder import runs_at
 
-    comparison = compare_reports([read_report(path) for path in runs])
-    if html is not None:
-        write_text(html, comparison_page(comparison))
-    text = comparison_markdown(comparison) if markdown else comparison_text(comparison)
-    print_result(comparison.as_json(), text, json)
+    first, *others = runs
+    chosen = runs_at(first, target)
+    check_one_file(html, chosen)
+    made = {}
+    for name, one in chosen.items():
+        paths = [one, *(_of_target(other, name) for other in others)]
+        comparison = compare_reports([read_report(path) for path in paths])
+        if html is not None:
+            write_text(html, comparison_page(comparison))
+        text = comparison_markdown(comparison) if markdown else comparison_text(comparison)
+        made[name] = (comparison.as_json(), text)
+    print_each(made, json)
+
+
+def _of_target(path: Path, name: str) -> Path:
+    """Return what stands beside the target ``name``: of a run of several its own, else the run itself."""
+    from mpq_deploy.run.folder import runs_at, several_in
+
+    return runs_at(path, name)[name] if name and several_in(path) else path
 
 
 @app.command(
@@ -290,14 +326,17 @@ def gate(
     trust: TrustOption = None,
     junit: JunitOption = None,
     markdown: MarkdownFileOption = None,
+    target: OneTargetOption = None,
     json: JsonOption = False,
 ) -> None:
     """Hold a run against limits, for CI. What was not measured fails its limit.
 
-    Exit code 0: every limit is kept; 1: one is not; 2: bad input.
+    Of a run of several targets all are held, in a line each. Exit code 0: every limit is kept; 1:
+    one is not; 2: bad input.
     """
-    from mpq_deploy.report.gate import Limits, check_gate, gate_junit, gate_markdown, gate_text
+    from mpq_deploy.report.gate import Limits, check_gate, gate_junit, gate_markdown
     from mpq_deploy.report.read import read_report
+    from mpq_deploy.run.folder import runs_at
     from mpq_deploy.system.quantities import Budget, Latency
 
     limits = Limits(
@@ -311,18 +350,38 @@ def gate(
         max_lpips,
         max_clip_drop,
     )
+    results = {}
+    for name, one in runs_at(run, target).items():
+        former = None if baseline is None else _of_target(baseline, name)
+        _check_trust(trust, one, former)
+        held_against = None if former is None else read_report(former)
+        results[name] = check_gate(read_report(one), limits, held_against, allow_estimate)
+    for path, text_of in ((junit, gate_junit), (markdown, gate_markdown)):
+        if path is not None:
+            write_text(path, text_of(*results.values()))
+    _print_gate(results, json)
+
+
+def _check_trust(trust: str | None, *reports: Path | None) -> None:
+    """Raise SignatureError unless the reports are signed by the key ``trust``, where one is given."""
     if trust is not None:
         from mpq_deploy.device.signature import read_public_key
         from mpq_deploy.report.read import check_signed
 
-        check_signed((run, baseline), read_public_key(trust))
-    former = None if baseline is None else read_report(baseline)
-    result = check_gate(read_report(run), limits, former, allow_estimate)
-    for path, text in ((junit, gate_junit(result)), (markdown, gate_markdown(result))):
-        if path is not None:
-            write_text(path, text)
-    print_result(result.as_json(), gate_text(result), json)
-    if not result.passed:
+        check_signed(reports, read_public_key(trust))
+
+
+def _print_gate(results: dict[str, GateResult], json: bool) -> None:
+    """Print the outcome of one run, or a line for each target; exit with 1 where a limit is not kept."""
+    from mpq_deploy.report.gate import gate_line, gate_text
+
+    if "" in results:
+        print_result(results[""].as_json(), gate_text(results[""]), json)
+    else:
+        values = {name: result.as_json() for name, result in results.items()}
+        lines = [gate_line(name, result) for name, result in results.items()]
+        print_result({"targets": values}, "\n".join(lines), json)
+    if not all(result.passed for result in results.values()):
         raise typer.Exit(1)
 
 

@@ -41,9 +41,10 @@ from mpq_deploy.evaluate.images import (
     to_uint8,
     to_unit,
 )
-from mpq_deploy.evaluate.output_error import nmse, stride_midpoints
+from mpq_deploy.evaluate.interval import error_interval
+from mpq_deploy.evaluate.output_error import nmse, nmse_each, stride_midpoints
 from mpq_deploy.evaluate.recorded_outputs import recorded_images, recorded_reference
-from mpq_deploy.evaluate.setup import Part, Setup, finite_output, in_turn
+from mpq_deploy.evaluate.setup import OWNERS, Part, Setup, finite_output, in_turn
 from mpq_deploy.models.spec import Array, DenoiserSpec, FloatModel
 from mpq_deploy.recipe import EvaluateSettings
 from mpq_deploy.runtime.correction import Correction
@@ -54,7 +55,7 @@ from mpq_deploy.system.parallel.work import Alone, Crew, Job, Result, Shard, Wor
 from mpq_deploy.system.progress import Talk
 
 # A change here makes every cache entry stale.
-CACHE_FORMAT = 3
+CACHE_FORMAT = 4
 FLOAT = "float"
 # What pipelines return as pictures.
 PICTURES = (0.0, 1.0)
@@ -194,9 +195,16 @@ def _reference(setup: Setup, path: Path) -> dict[str, Array]:
     calls = CallSet.of_samples(setup.spec, inputs, timesteps, rows, setup.conditions)
     return {
         "images": _decoded(setup, samples),
-        **in_turn(calls, outputs, settings.calls),
+        **in_turn(calls, outputs, settings.calls, _images_of(setup, calls.count)),
         "sampler": np.array(sampler.name),
     }
+
+
+def _images_of(setup: Setup, calls: int) -> Array:
+    """Return the image that each of our sampler's ``calls`` is of: with guidance a batch has each twice."""
+    count, size = len(setup.rows), setup.settings.batch_size
+    batches = (np.arange(start, min(start + size, count)) for start in range(0, count, size))
+    return np.concatenate([np.tile(batch, calls // count) for batch in batches])
 
 
 def _variant(setup: Setup, part: Part, path: Path) -> dict[str, Array]:
@@ -204,21 +212,24 @@ def _variant(setup: Setup, part: Part, path: Path) -> dict[str, Array]:
     # Q/DQ pairs stay as written: integer kernels of some CPUs saturate, which no target does.
     denoiser = OrtDenoiser(path, setup.spec, fake_quant_only=True)
     assert part.reference is not None
-    errors = _errors(setup, part, denoiser, part.reference)
+    errors, each = _errors(setup, part, denoiser, part.reference)
+    found = {"nmse": errors, "nmse_each": each}
     if setup.pipeline is not None:
         from mpq_deploy.evaluate.pipeline_samples import pipeline_images
 
-        return {"nmse": errors, "images": pipeline_images(setup, part, denoiser)}
+        return {**found, "images": pipeline_images(setup, part, denoiser)}
     if setup.calls is not None:
-        return {"nmse": errors, "images": recorded_images(setup, part, denoiser)}
+        return {**found, "images": recorded_images(setup, part, denoiser)}
     samples = _sample(setup, _Watched(denoiser, part.name), correction=part.correction)
-    return {"nmse": errors, "images": _decoded(setup, samples)}
+    return {**found, "images": _decoded(setup, samples)}
 
 
-def _errors(setup: Setup, part: Part, denoiser: OrtDenoiser, reference: dict[str, Array]) -> Array:
-    """Return the error of the variant's output at each timestep, on the float model's calls."""
+def _errors(
+    setup: Setup, part: Part, denoiser: OrtDenoiser, reference: dict[str, Array]
+) -> tuple[Array, Array]:
+    """Return the error of the variant's output at each timestep [K], and each call's part [K, M]."""
     calls, outputs = RecordedCalls(CallSet.of_arrays(reference), setup.spec), reference["outputs"]
-    errors = []
+    errors, each = [], []
     with setup.talk.bar(f"output error of {part.name}", len(outputs)) as advance:
         for step, expected in enumerate(outputs):
             given = []
@@ -227,9 +238,11 @@ def _errors(setup: Setup, part: Part, denoiser: OrtDenoiser, reference: dict[str
                 if part.correction is not None:
                     output = part.correction.apply(output, batch.timestep)
                 given.append(output)
-            errors.append(nmse(expected, np.concatenate(given)))
+            output = np.concatenate(given)
+            errors.append(nmse(expected, output))
+            each.append(nmse_each(expected, output))
             advance(1)
-    return np.array(errors)
+    return np.array(errors), np.stack(each)
 
 
 def _sampler(setup: Setup, correction: Correction | None = None) -> tuple[Sampler, str]:
@@ -336,6 +349,7 @@ def _scored(
         psnr_db_each=tuple(float(value) for value in psnr_db_each(expected, images)),
         ssim_each=tuple(float(value) for value in alike),
         layers=dict(variant.layers),
+        nmse_interval=error_interval(arrays["nmse_each"], reference[OWNERS]),
     )
 
 

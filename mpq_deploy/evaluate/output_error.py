@@ -34,6 +34,13 @@ def nmse(reference: Array, output: Array) -> float:
     return float(np.sum(np.square(np.asarray(output, np.float64) - expected)) / energy)
 
 
+def nmse_each(reference: Array, output: Array) -> Array:
+    """Return each sample's part of ``nmse``, whose mean that is, float64 [N]."""
+    expected = np.asarray(reference, np.float64).reshape(len(reference), -1)
+    errors = np.square(np.asarray(output, np.float64).reshape(expected.shape) - expected)
+    return np.asarray(errors.sum(axis=1) * (len(expected) / np.sum(np.square(expected))))
+
+
 def sqnr_db(error: float) -> float:
     """Return the signal-to-quantization-noise ratio of an NMSE, in dB; ``inf`` for no error."""
     return math.inf if error == 0.0 else -10.0 * math.log10(error)

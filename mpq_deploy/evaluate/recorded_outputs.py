@@ -37,7 +37,7 @@ def recorded_reference(setup: Setup, denoiser: OrtDenoiser) -> dict[str, Array]:
     outputs = np.stack([outputs_at(setup, denoiser, calls, step, "float") for step in steps])
     return {
         "images": as_maps(outputs[-1]),
-        **in_turn(calls, outputs, settings.calls),
+        **in_turn(calls, outputs, settings.calls, np.arange(calls.count)),
         "sampler": np.array("recorded calls"),
     }
 

@@ -17,6 +17,9 @@ from mpq_deploy.recipe import EvaluateSettings
 from mpq_deploy.runtime.correction import Correction
 from mpq_deploy.system.progress import Talk
 
+# The image that each compared call is of.
+OWNERS = "owners"
+
 
 @dataclass(frozen=True)
 class Setup:
@@ -90,11 +93,14 @@ def condition_count(conditions: Mapping[str, Array]) -> int:
     return next(iter(counts.values()), 0)
 
 
-def in_turn(calls: CallSet, outputs: Array, count: int) -> dict[str, Array]:
-    """Return the calls whose turn it is at each timestep (``taken_turns``), and their outputs."""
+def in_turn(calls: CallSet, outputs: Array, count: int, images: Array) -> dict[str, Array]:
+    """Return the calls whose turn it is at each timestep (``taken_turns``), and their outputs.
+
+    ``images`` int [N]: the image that each call is of, which are returned as ``owners``.
+    """
     turns = taken_turns(calls.count, len(calls.timesteps), count)
     taken = outputs[np.arange(len(turns))[:, None], turns]
-    return {**calls.turns(turns).arrays(), "outputs": taken}
+    return {**calls.turns(turns).arrays(), "outputs": taken, OWNERS: images[turns]}
 
 
 def finite_output(output: Array, name: str, timestep: float) -> Array:

@@ -102,7 +102,7 @@ def report_data(run: Run) -> ReportData:
         size_bytes=plan.size_bytes,
         fp16_size_bytes=plan.fp16_size_bytes,
         fixed_bytes=plan.fixed_bytes,
-        predicted_nmse=plan.predicted_loss,
+        **_prediction(plan),
         **evaluated.fields,
         curve=_curve(run),
         engine=engine,
@@ -257,6 +257,14 @@ def _engine(run: Run) -> tuple[EngineInfo | None, str]:
     return info, ""
 
 
+def _prediction(plan: PrecisionPlan) -> dict[str, Any]:
+    return {
+        "predicted_nmse": plan.predicted_loss,
+        "predicted_interval": _ends(plan.predicted_interval),
+        "prediction_note": plan.prediction_note,
+    }
+
+
 def _control(name: str, variant: VariantResult, plan: PrecisionPlan) -> Control:
     size = variant.size_bytes or 0
     return Control(
@@ -269,6 +277,7 @@ def _control(name: str, variant: VariantResult, plan: PrecisionPlan) -> Control:
         ssim=_finite(variant.ssim),
         psnr_db_interval=_psnr_interval(variant),
         ssim_interval=_interval(variant.ssim_each),
+        nmse_interval=_ends(variant.nmse_interval),
         psnr_db_each=_all_finite(variant.psnr_db_each),
         ssim_each=_all_finite(variant.ssim_each),
         nmse_by_timestep=_all_finite(variant.nmse_by_timestep),
@@ -294,7 +303,10 @@ def _recovery(run: Run) -> RecoveryInfo | None:
 
 
 def _interval(values: tuple[float, ...]) -> Interval | None:
-    ends = mean_interval(_all_finite(values))
+    return _ends(mean_interval(_all_finite(values)))
+
+
+def _ends(ends: tuple[float, float] | None) -> Interval | None:
     return None if ends is None else Interval(low=ends[0], high=ends[1])
 
 
@@ -468,6 +480,11 @@ def _headline(run: Path, report: dict[str, Any]) -> str:
     if report["simulated"]:
         lines = [lines[0], *(f"{line}  simulated, nominal bytes" for line in lines[1:])]
     lines += [f"layers of {name}: {counted(layers)}" for name, layers in mixed.items()]
+    lines += [
+        f"{name} NMSE of ours: {report[f'{name}_nmse']:.2e}{_between(report[interval])}"
+        for name, interval in (("measured", "nmse_interval"), ("predicted", "predicted_interval"))
+        if report[f"{name}_nmse"]
+    ]
     engine = report["engine"]
     built = f"{run / engine['file']}" if engine else f"none ({report['engine_note']})"
     model = run / ("recover" if report["recovery"] else "quantize") / DEPLOYED
@@ -483,6 +500,12 @@ def _headline(run: Path, report: dict[str, Any]) -> str:
     if expected and (slower := ExpectedLatency(**expected).slower):
         lines += ["", slower]
     return "\n".join(lines)
+
+
+def _between(interval: dict[str, float] | None) -> str:
+    if interval is None:
+        return " (no interval)"
+    return f" (95 % interval {interval['low']:.2e} to {interval['high']:.2e})"
 
 
 def _row(name: str, row: dict[str, Any]) -> str:

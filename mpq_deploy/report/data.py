@@ -64,7 +64,7 @@ class TargetInfo(Part):
 
 
 class Interval(Part):
-    """The 95 % interval of a mean over images, by a bootstrap over them (``evaluate.interval``)."""
+    """The 95 % interval of a mean over images or calls (``evaluate.interval``)."""
 
     low: float
     high: float
@@ -82,6 +82,7 @@ class Quality(Part):
     ssim: float | None = None
     psnr_db_interval: Interval | None = None
     ssim_interval: Interval | None = None
+    nmse_interval: Interval | None = None
     psnr_db_each: tuple[float, ...] = Field(
         (), description="of each image, in the order of the noise"
     )
@@ -556,6 +557,10 @@ class ReportData(Quality):
     fixed_bytes: int = Field(0, ge=0, description="constants that are no layers")
     predicted_nmse: float | None = Field(
         ge=0, description="None: the metric ranks layers and predicts no error"
+    )
+    predicted_interval: Interval | None = None
+    prediction_note: str = Field(
+        "", description="what the interval leaves out, or why there is none"
     )
     timesteps: tuple[float, ...] = ()
     evaluation: EvaluationInfo | None = None

@@ -218,7 +218,10 @@ def _nmse(report: ReadReport, limit: float) -> Outcome:
     name, required, value = "output error (NMSE)", f"at most {limit:g}", report.measured_nmse
     if value is None:
         return _missing(name, required, limit, EVALUATE)
-    return Outcome(name, required, f"{value:.2e}", _status(value <= limit), value, limit)
+    interval = _ends(report.nmse_interval)
+    text = _about(limit, interval, "", _images(report))
+    shown, status = f"{value:.2e}", _status(value <= limit)
+    return Outcome(name, required, shown, status, value, limit, interval, text)
 
 
 def _frechet(report: ReadReport, limit: float, baseline: ReadReport | None) -> Outcome:
@@ -448,14 +451,24 @@ def gate_text(result: GateResult) -> str:
 _MARKS: dict[Status, str] = {"passed": "passed", "failed": "FAILED", "not measured": "NOT MEASURED"}
 
 
+def gate_line(target: str, result: GateResult) -> str:
+    """Return the outcome in one line, with the limits that are not kept."""
+    wrong = ", ".join(outcome.name for outcome in result.outcomes if not outcome.passed)
+    return f"{target}: {headline(result).removesuffix('.')}{f' (not {wrong})' if wrong else ''}"
+
+
 def headline(result: GateResult) -> str:
     """Return one sentence: whether the gate is passed, and by how many limits."""
     kept = sum(outcome.passed for outcome in result.outcomes)
     return f"{'Passed' if result.passed else 'FAILED'}: {kept} of {words.count(len(result.outcomes), 'limit')} kept."
 
 
-def gate_markdown(result: GateResult) -> str:
+def gate_markdown(*results: GateResult) -> str:
     """Return a summary for a pull request or a job's page."""
+    return "\n".join(map(_markdown, results))
+
+
+def _markdown(result: GateResult) -> str:
     rows = [[o.name, o.limit, o.measured, _MARKS[o.status]] for o in result.outcomes]
     details = [f"- {plain(o.name)}: {plain(o.detail)}" for o in result.outcomes if o.detail]
     baseline = f", against the baseline {plain(result.baseline)}" if result.baseline else ""
@@ -468,20 +481,32 @@ def gate_markdown(result: GateResult) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def gate_junit(result: GateResult) -> str:
+def gate_junit(*results: GateResult) -> str:
     """Return JUnit XML: a test case per limit, as Jenkins, GitLab and GitHub Actions read it.
 
-    A limit without a measurement is a failure of type ``not-measured``, never skipped.
+    A suite for each result. A limit without a measurement is a failure of type ``not-measured``,
+    never skipped.
     """
-    counts = {
+    root = ET.Element("testsuites", _counts(*results))
+    for result in results:
+        _add_suite(root, result)
+    ET.indent(root)
+    return '<?xml version="1.0" encoding="UTF-8"?>\n' + ET.tostring(root, encoding="unicode") + "\n"
+
+
+def _counts(*results: GateResult) -> dict[str, str]:
+    outcomes = [outcome for result in results for outcome in result.outcomes]
+    return {
         "name": SUITE,
-        "tests": str(len(result.outcomes)),
-        "failures": str(sum(not outcome.passed for outcome in result.outcomes)),
+        "tests": str(len(outcomes)),
+        "failures": str(sum(not outcome.passed for outcome in outcomes)),
         "errors": "0",
         "time": "0",
     }
-    root = ET.Element("testsuites", counts)
-    suite = ET.SubElement(root, "testsuite", {**counts, "skipped": "0"})
+
+
+def _add_suite(root: ET.Element, result: GateResult) -> None:
+    suite = ET.SubElement(root, "testsuite", {**_counts(result), "skipped": "0"})
     properties = ET.SubElement(suite, "properties")
     stated = {
         "run": result.run,
@@ -503,8 +528,6 @@ def gate_junit(result: GateResult) -> str:
             failure = ET.SubElement(case, "failure", {"message": _xml(text), "type": kind})
             failure.text = _xml(outcome.detail or text)
         ET.SubElement(case, "system-out").text = _xml(f"{text}. {outcome.detail}".strip())
-    ET.indent(root)
-    return '<?xml version="1.0" encoding="UTF-8"?>\n' + ET.tostring(root, encoding="unicode") + "\n"
 
 
 def _xml(text: str) -> str:

@@ -14,7 +14,6 @@ from mpq_deploy.report.words import (
     device_row,
     duration,
     engine_state,
-    error,
     expected_latency,
     frechet_groups,
     headline,
@@ -24,6 +23,7 @@ from mpq_deploy.report.words import (
     percent,
     prediction,
     psnr,
+    ranged_error,
     score_groups,
     similarity,
     size,
@@ -43,7 +43,9 @@ def markdown_report(data: ReportData) -> str:
         table(("", "size", "of FP16", "PSNR", "SSIM", "output error (NMSE)"), _variants(data)),
         plain(control_layers(data)),
         intervals_note(data),
-        f"Output error: {prediction(data)}. {_engine_line(data)}",
+        f"Output error: {prediction(data)}. {plain(data.prediction_note)} {_engine_line(data)}".replace(
+            "  ", " "
+        ),
         *_frechet(data),
         *_scores(data),
         *_importance(data),
@@ -108,7 +110,13 @@ def _scores(data: ReportData) -> list[str]:
 def _variants(data: ReportData) -> list[list[str]]:
     def row(title: str, of: ReportData | Control) -> list[str]:
         bytes_ = [size(of.size_bytes), percent(of.size_ratio)]
-        return [title, *bytes_, psnr(of), similarity(of), error(of.measured_nmse)]
+        return [
+            title,
+            *bytes_,
+            psnr(of),
+            similarity(of),
+            ranged_error(of.measured_nmse, of.nmse_interval),
+        ]
 
     controls = [row(control.title, control) for control in data.compared.values()]
     return [row(title_of("ours", data), data), *controls]

@@ -76,20 +76,42 @@ def similarity(row: Quality) -> str:
     return NOT_MEASURED if row.ssim is None else f"{row.ssim:.4f}" + _between(row.ssim_interval, 4)
 
 
+def ranged_error(value: float | None, interval: Interval | None) -> str:
+    """Return an NMSE with its interval where it has one: ``1.7 (1.5 to 2.0) × 10⁻⁶``."""
+    if not value or interval is None:
+        return error(value)
+    mantissa, power = error(value).split(" ", 1)
+    exponent = int(f"{value:.1e}".split("e")[1])
+    low, high = (end / 10.0**exponent for end in (interval.low, interval.high))
+    return f"{mantissa} ({low:.1f} to {high:.1f}) {power}"
+
+
+def error_ends(data: ReportData) -> str:
+    """Return the ends of the measured error's interval, behind a comma; empty without one."""
+    if not data.measured_nmse or data.nmse_interval is None:
+        return ""
+    between = ranged_error(data.measured_nmse, data.nmse_interval).split("(")[1].replace(")", "")
+    return f", 95 % interval {between}"
+
+
 def _between(interval: Interval | None, places: int) -> str:
     return "" if interval is None else f" ({interval.low:.{places}f} to {interval.high:.{places}f})"
 
 
 def intervals_note(data: ReportData) -> str:
-    """Say what stands in brackets behind a quality figure; empty where nothing does."""
+    """Say what stands in brackets behind a quality figure, and why nothing does behind an error."""
+    none = ""
+    if data.measured_nmse and data.nmse_interval is None and data.evaluation is not None:
+        none = "The error of the output has no interval: it takes two images at each timestep."
     if data.psnr_db_interval is None and data.ssim_interval is None:
-        return ""
+        return none
     number = (
         f" over {count(data.evaluation.samples, 'image')}"
         if data.evaluation is not None
         else " over the images"
     )
-    return f"In brackets: the 95 % interval of the mean, by a bootstrap{number}."
+    errors = "" if none else "; that of the error by a t interval of its logarithm"
+    return f"In brackets: the 95 % interval of the mean, by a bootstrap{number}{errors}. {none}".strip()
 
 
 FRECHET_COLUMNS = (
@@ -346,9 +368,10 @@ def prediction(data: ReportData) -> str:
     if data.predicted_nmse is None:
         return f"not predicted by the metric {data.sensitivity}".rstrip()
     ratio = data.prediction_ratio
+    predicted = ranged_error(data.predicted_nmse, data.predicted_interval)
     if ratio is None:
-        return f"predicted {error(data.predicted_nmse)}"
-    return f"predicted {error(data.predicted_nmse)}, that is {ratio:.2f} times the measured error"
+        return f"predicted {predicted}"
+    return f"predicted {predicted}, that is {ratio:.2f} times the measured error"
 
 
 def curve_note(data: ReportData) -> str:

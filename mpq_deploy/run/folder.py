@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Set
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -110,6 +110,15 @@ class RunFolder:
                 return [f"{name}/{file} (missing or altered)"]
         return []
 
+    def made_before(self, name: str, now: Fields, aside: Set[str]) -> StageRecord | None:
+        """Return the record of a finished stage, whole, of the inputs ``now`` but for those in ``aside``."""
+        record = self.record(name)
+        if record is None:
+            return None
+        kept = ({k: v for k, v in one.items() if k not in aside} for one in (record.inputs, now))
+        alike = len({canonical_json(fields) for fields in kept}) == 1
+        return record if alike and self.changed_fields(name, record.inputs) == [] else None
+
     @contextmanager
     def writing(self, name: str, inputs: Fields, device: str = "cpu") -> Iterator[Path]:
         """Yield an empty folder; on success it takes the stage's place, on failure it is removed.
@@ -179,6 +188,21 @@ def targets_in(path: Path) -> list[Path]:
 def several_in(path: Path) -> list[Path]:
     """Return the folders of a run of several targets; none where ``path`` is a run itself."""
     return [] if (path / "recipe.yaml").exists() else targets_in(path)
+
+
+def runs_at(path: Path, target: str | None = None) -> dict[str, Path]:
+    """Return the runs that ``path`` stands for: of several targets each by name, else itself by no name.
+
+    ``target``: of several this one alone. Raises UsageError for one that there is not.
+    """
+    several = {one.name: one for one in several_in(path)}
+    if target is None:
+        return several or {"": path}
+    if not several:
+        raise UsageError(f"{path} does not hold several targets.", "Leave --target out.")
+    if target not in several:
+        refuse_target(path, target)
+    return {target: several[target]}
 
 
 def check_one_run(path: Path) -> None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from mpq_deploy.calls.sampler import make_sampler
 from mpq_deploy.calls.script_calls import ScriptCalls
-from mpq_deploy.calls.timesteps import sampled_steps
+from mpq_deploy.calls.timesteps import kept_timesteps, sampled_steps
 from mpq_deploy.calls.trajectories import has_forward_process
 from mpq_deploy.engine.target import builder_present
 from mpq_deploy.errors import UsageError
@@ -210,7 +210,8 @@ def _calibrate(recipe: Recipe, model: ModelWork) -> Work:
     if not model.spec.recorded:
         total = model.steps(recipe, section.steps)
         # Trajectories end with the last step that is recorded; pipelines go to their end.
-        last = int(sampled_steps(total, steps)[-1]) + 1 if model.spec.sampled else total
+        kept = kept_timesteps(total, steps)
+        last = int(sampled_steps(total, kept)[-1]) + 1 if model.spec.sampled else total
         sampled = recorded * last
     # One call of each timestep is looked at for values beyond FP16, and compared with a script's.
     looked = steps * (1 + model.spec.recorded)

@@ -32,7 +32,7 @@ from mpq_deploy.models.locate import locate
 from mpq_deploy.models.open import model_folder
 from mpq_deploy.models.spec import Array, FloatModel
 from mpq_deploy.run.folder import SHARED, TARGETS, RunFolder, targets_in
-from mpq_deploy.system.files import Fields, canonical_json
+from mpq_deploy.system.files import Fields
 from mpq_deploy.system.inputs import read_json_object
 from mpq_deploy.system.parallel.work import Alone, Crew
 from mpq_deploy.system.progress import Talk
@@ -114,12 +114,6 @@ def _open_below(
     return opener(root / place, talk)
 
 
-def _alike(one: Fields, other: Fields, aside: Set[str]) -> bool:
-    """Whether the inputs of two stages are the same but for the names in ``aside``."""
-    kept = ({k: v for k, v in fields.items() if k not in aside} for fields in (one, other))
-    return len({canonical_json(fields) for fields in kept}) == 1
-
-
 @dataclass(frozen=True)
 class Run:
     """A view of a run: ``folder`` of finished stages, ``talk`` for progress, ``crew`` for shards.
@@ -172,10 +166,8 @@ class Run:
         for path in (self.base, *targets_in(self.base)) if self.base != self.path else ():
             folder = RunFolder(path)
             same_run = path.absolute() == self.path.absolute()
-            record = None if same_run else folder.record(stage)
-            if record is None or not _alike(record.inputs, now, aside):
-                continue
-            if folder.changed_fields(stage, record.inputs) == []:
+            record = None if same_run else folder.made_before(stage, now, aside)
+            if record is not None:
                 found.append((folder.stage(stage), record.inputs))
         return found
 
@@ -250,6 +242,7 @@ class Run:
                     "Calibrate again.",
                 )
         stats = CalibrationStats.load(folder / "stats.npz")
+        inputs = inputs.used(self.recipe.calibrate.timesteps)
         return Calibration(inputs, stats, read_beyond(folder))
 
     @cached_property

@@ -117,8 +117,13 @@ class SensitivityTable:
         """Predict a plan's loss (layer -> scheme), with cross terms where there are projections."""
         if self.projections is None:
             return float(sum(self.losses[layer][scheme] for layer, scheme in schemes.items()))
+        return float(np.sum(self.plan_entries(schemes)))
+
+    def plan_entries(self, schemes: dict[str, str]) -> Array:
+        """Return what each entry of the projections adds to a plan's loss, float64 [P]."""
+        assert self.projections is not None
         total = sum(self.projections[n][s].astype(np.float64) for n, s in schemes.items())
-        return float(np.sum(np.square(total)))
+        return np.asarray(np.square(total))
 
     def folds(self, count: int) -> list[tuple[SensitivityTable, SensitivityTable]]:
         """Split the calls into ``count`` parts; for each, return the tables without and of it.

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mpq_deploy.allocate.plan_solver import PlanSolver
+from mpq_deploy.evaluate.interval import ends_text
 from mpq_deploy.latency.costs import int8_warning
 from mpq_deploy.latency.plan_latency import latency_inputs
 from mpq_deploy.run.stage import Stage, settings, version_of
@@ -17,9 +18,14 @@ if TYPE_CHECKING:
     from mpq_deploy.run.view import Run
 
 
+# Raised with every change of what plan.json holds.
+PLAN_FORMAT = 2
+
+
 def inputs(run: Run) -> Fields:
     """Return the settings and versions that the stage depends on, beside the stages it reads."""
     return {
+        "plan.format": PLAN_FORMAT,
         "recipe.budget": str(run.recipe.budget),
         "target.protected": list(run.target.protected),
         **settings(run.recipe.allocate, "allocate"),
@@ -35,7 +41,9 @@ def make(run: Run, folder: Path) -> str:
     plan.save(folder / "plan.json")
     ratio = plan.size_bytes / plan.fp16_size_bytes
     loss = plan.predicted_loss
-    predicted = "not predicted" if loss is None else f"predicted NMSE {loss:.2e}"
+    predicted = "not predicted"
+    if loss is not None:
+        predicted = f"predicted NMSE {loss:.2e}{ends_text(plan.predicted_interval)}"
     kind = "nominal bytes, simulated" if plan.simulated else "bytes"
     warning = int8_warning(plan.latency, len(plan.layers)) if plan.latency else ""
     if warning:

@@ -7,19 +7,29 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from mpq_deploy.calls.recorded import CallSet
+from mpq_deploy.calls.timesteps import KEPT_TIMESTEPS
 from mpq_deploy.check.check import OPERATOR_RULES, check_dialect
 from mpq_deploy.graph.attention import operand_names
 from mpq_deploy.run.stage import Stage, settings, version_of
 from mpq_deploy.run.stage_memory import batch_within_memory, check_memory
 from mpq_deploy.run.view import CALLS
+from mpq_deploy.system.compute import computing_on
 from mpq_deploy.system.files import Fields
 
 if TYPE_CHECKING:
+    from mpq_deploy.calibrate.spread_calibration import KeptCalls
     from mpq_deploy.run.view import Run
 
 
 # Raised with every change of what calibration leaves behind.
-CALIBRATION_FORMAT = 6
+CALIBRATION_FORMAT = 7
+# Settings that recorded calls do not depend on, beside how many and at how many timesteps.
+NOT_RECORDED = {
+    "recipe.allocate.attention",
+    *(f"recipe.calibrate.{name}" for name in ("observed", "scale", "percentile", "reservoir")),
+}
+SAMPLES, TIMESTEPS = "recipe.calibrate.samples", "recipe.calibrate.timesteps"
 
 
 def inputs(run: Run) -> Fields:
@@ -39,7 +49,7 @@ def make(run: Run, folder: Path) -> str:
     """Make the stage in ``folder``; return a few words for the log."""
     from mpq_deploy.calibrate.calibrate import calibrate
     from mpq_deploy.calibrate.fp16_range import WIDE_FROM, large_values, named, save_beyond
-    from mpq_deploy.calibrate.spread_calibration import CalibrationSetup
+    from mpq_deploy.calibrate.spread_calibration import CalibrationSetup, kept_samples
 
     section = run.recipe.calibrate
     exported = run.exported
@@ -54,10 +64,12 @@ def make(run: Run, folder: Path) -> str:
     attention = run.recipe.allocate.attention != "fp16"
     operands = operand_names(exported.graph.model) if attention else ()
     setup = CalibrationSetup(exported.model, section, sampler, operands)
+    kept = _kept(run)
     recorded, stats = calibrate(
-        setup, exported.graph, run.talk, scratch=run.scratch(), crew=run.crew
+        setup, exported.graph, run.talk, scratch=run.scratch(), crew=run.crew, kept=kept
     )
     recorded.save(folder / CALLS)
+    recorded = recorded.used(section.timesteps)
     stats.save(folder / "stats.npz")
     # One call at each timestep.
     watched = setup.calls(recorded.take(np.zeros(1, np.int64)))
@@ -67,7 +79,24 @@ def make(run: Run, folder: Path) -> str:
             f"  {len(beyond)} nodes stay in FP32, near FP16's limit or beyond: {named(beyond)}"
         )
     save_beyond(beyond, folder)
-    return f"{len(recorded.timesteps)} timesteps x {recorded.count} calls, {len(stats.activations)} activations"
+    count, same = recorded.count, kept_samples(kept, setup)
+    known = f" (kept {same * count // section.samples} of them)" if same else ""
+    return f"{len(recorded.timesteps)} timesteps x {count} calls{known}, {len(stats.activations)} activations"
+
+
+def _kept(run: Run) -> KeptCalls | None:
+    """Return what the stage recorded before, from the same noise by the same sampler; None for nothing."""
+    now, spec = STAGE.fields(run), run.exported.spec
+    before = run.folder.made_before("calibrate", now, NOT_RECORDED | {SAMPLES, TIMESTEPS})
+    if before is None or spec.recorded or before.device != str(computing_on()):
+        return None
+    timesteps, samples = before.inputs[TIMESTEPS], before.inputs[SAMPLES]
+    if max(timesteps, KEPT_TIMESTEPS) != max(now[TIMESTEPS], KEPT_TIMESTEPS):
+        return None
+    from mpq_deploy.calibrate.spread_calibration import KeptCalls
+
+    calls = CallSet.load(run.stage("calibrate") / CALLS)
+    return KeptCalls(calls, min(samples, spec.calibration_rows or samples))
 
 
 STAGE = Stage(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from mpq_deploy.calls.recorded import RecordedCalls
 from mpq_deploy.evaluate.half import ComparedFiles, half_precision
+from mpq_deploy.evaluate.interval import ends_text
 from mpq_deploy.evaluate.variants import BEFORE, CORRECTED, LATENCY, evaluate_variants
 from mpq_deploy.formats.scheme import SCHEMES
 from mpq_deploy.graph.writers.deployed_graphs import DEPLOYED, SIMULATED
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 
 # Raised with every change of what evaluation.json holds.
-EVALUATION_FORMAT = 6
+EVALUATION_FORMAT = 7
 
 
 def inputs(run: Run) -> Fields:
@@ -79,7 +80,10 @@ def make(run: Run, folder: Path) -> str:
         for name in ("ours", CORRECTED, BEFORE)
         if name in result.variants
     ]
-    figures = [f"{n}: NMSE {v.measured_nmse:.2e}, PSNR {v.psnr_db:.1f} dB" for n, v in measured]
+    figures = [
+        f"{n}: NMSE {v.measured_nmse:.2e}{ends_text(v.nmse_interval)}, PSNR {v.psnr_db:.1f} dB"
+        for n, v in measured
+    ]
     return "; ".join(figures).removeprefix("ours: ")
 
 

@@ -25,7 +25,7 @@ import onnxruntime as ort
 from mpq_deploy.device.cuda import count_gpus
 from mpq_deploy.errors import EngineError, UsageError, nearest
 from mpq_deploy.system.libraries import libraries_shown, silenced
-from mpq_deploy.system.progress import PlainTalk
+from mpq_deploy.system.progress import QUIET, PlainTalk
 
 # Set for worker processes: the device of the process that started them.
 VARIABLE = "MPQ_DEPLOY_DEVICE"
@@ -271,8 +271,12 @@ def free_cached_memory() -> None:
 
 @cache
 def say_once(text: str) -> None:
-    """Warn on stderr, the first time in this process: computing moves to where nobody asked for it."""
-    PlainTalk().warn(text)
+    """Warn on stderr, the first time in this process: computing moves to where nobody asked for it.
+
+    Not under ``--quiet``.
+    """
+    if os.environ.get(QUIET) != "1":
+        PlainTalk().warn(text)
 
 
 @cache

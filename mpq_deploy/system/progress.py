@@ -12,6 +12,8 @@ from mpq_deploy.system.names import printable
 
 Advance = Callable[[int], None]
 
+# Set to 1 by --quiet, for what is said where no talk is at hand, workers included.
+QUIET = "MPQ_DEPLOY_QUIET"
 # Control characters that texts of ours hold; those of names are shown as escapes.
 LINE_ENDS = "\n\t"
 

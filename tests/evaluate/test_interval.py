@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from mpq_deploy.evaluate.images import EQUAL_IMAGE_DB, psnr_db, psnr_db_each, ssim, ssim_each
-from mpq_deploy.evaluate.interval import mean_interval, paired_interval
+from mpq_deploy.evaluate.interval import error_interval, mean_interval, paired_interval, student
 
 
 def test_the_interval_repeats_and_holds_the_mean():
@@ -65,3 +65,51 @@ def test_the_figures_of_each_image_are_those_of_the_image_alone():
     assert dbs[2] == pytest.approx(EQUAL_IMAGE_DB)
     assert psnr_db(x, y) == pytest.approx(dbs.mean())
     assert ssim(x, y) == pytest.approx(alike.mean())
+
+
+def drawn_errors(rng, count, available=48, steps=10, probes=4):
+    """Squared probes of ``count`` calls at each timestep in turn: skewed, and alike for one call at all timesteps."""
+    owners = np.arange(steps * count).reshape(steps, count) % available
+    hard = np.exp(rng.normal(0, 0.5, available) - 0.125)
+    scale = np.geomspace(1, 20, steps)[:, None, None]
+    values = scale * hard[owners][..., None] * rng.standard_normal((steps, count, probes)) ** 2
+    truth = np.geomspace(1, 20, steps).mean()
+    return values.reshape(steps, -1), np.repeat(owners, probes, axis=1), truth
+
+
+@pytest.mark.parametrize("count", [3, 12, 24])
+def test_an_error_s_interval_covers_it_as_often_as_it_says(count):
+    rng, inside = np.random.default_rng(count), []
+    for _ in range(400):
+        values, owners, truth = drawn_errors(rng, count)
+        low, high = error_interval(values, owners)
+        inside.append(low <= truth <= high)
+    assert {3: 0.86, 12: 0.91, 24: 0.91}[count] <= np.mean(inside) <= 0.99
+
+
+def test_entries_of_one_call_are_not_taken_for_independent():
+    """Copies of each call's values say nothing new: the interval stays as it is."""
+    values, owners, _ = drawn_errors(np.random.default_rng(0), 12)
+    again = [np.tile(one, (1, 3)) for one in (values, owners)]
+    assert error_interval(*again) == pytest.approx(error_interval(values, owners))
+
+
+def test_fewer_calls_make_an_error_s_interval_wider():
+    rng, widths = np.random.default_rng(1), {3: [], 12: [], 48: []}
+    for count, found in widths.items():
+        for _ in range(20):
+            found.append(np.ptp(np.log(error_interval(*drawn_errors(rng, count)[:2]))))
+    means = [np.mean(found) for found in widths.values()]
+    assert means[0] > 1.5 * means[1] > 1.5 * means[2]
+
+
+def test_one_call_at_a_timestep_and_no_error_have_no_interval():
+    values, owners, _ = drawn_errors(np.random.default_rng(2), 1)
+    assert error_interval(values, owners) is None
+    assert error_interval(np.zeros((2, 4)), np.arange(8).reshape(2, 4)) is None
+
+
+def test_the_quantile_is_student_s():
+    stats = pytest.importorskip("scipy.stats")
+    for freedom in (1, 2, 3, 5, 30, 1000):
+        assert student(freedom) == pytest.approx(stats.t.ppf(0.975, freedom), rel=0.01)

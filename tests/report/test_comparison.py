@@ -276,7 +276,15 @@ def test_a_report_shows_its_intervals(tmp_path):
         assert "42.2 dB (55.3 to 57.9)" in text
         assert "0.9991 (0.9000 to 1.0000)" in text
         assert intervals_note(data) in text
-    assert intervals_note(make_report()) == ""
+    assert intervals_note(make_report(measured_nmse=None)) == ""
+    assert "no interval" in intervals_note(make_report())
+    ends = Interval(low=1.5e-6, high=2.04e-6)
+    one = make_report(nmse_interval=ends, predicted_interval=ends, prediction_note="Of 96 calls.")
+    _, markdown, page = write_reports(one, tmp_path)
+    for path in (markdown, page):
+        text = path.read_text(encoding="utf-8")
+        assert "1.7 (1.5 to 2.0) × 10⁻⁶" in text and "no interval" not in text
+        assert "Of 96 calls." in text
 
 
 def distance(value, **changes):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ from typer.testing import CliRunner
 from mpq_deploy.cli import app
 from mpq_deploy.cli.app import run_until
 from mpq_deploy.errors import MpqError, UsageError
-from mpq_deploy.recipe import load_recipe, make_recipe
+from mpq_deploy.recipe import Recipe, load_recipe, make_recipe
+from mpq_deploy.report import words
 from mpq_deploy.report.read import read_report
+from mpq_deploy.run.effort import open_counts
 from mpq_deploy.run.folder import RunFolder, base_of, targets_in
 from mpq_deploy.run.several_targets import runs_of
 from mpq_deploy.sensitivity.table import SensitivityTable
@@ -121,6 +124,83 @@ def test_a_targets_folder_works_as_a_run_and_the_run_works_on_all(
     assert run(app, ["-q", "quantize", str(at_once)]).exit_code == 0
 
 
+@pytest.fixture(scope="module")
+def reported(at_once: Path) -> Path:
+    assert CliRunner().invoke(app, ["-q", "report", str(at_once), "--as-is"]).exit_code == 0
+    return at_once
+
+
+def test_the_run_has_a_page_with_a_row_for_each_target(reported: Path) -> None:
+    page = (reported / "report.html").read_text(encoding="utf-8")
+    for target in (NANO, AGX, RTX):
+        assert page.count(f'<a href="targets/{target}/report.html">{target}</a>') == 1
+        assert (reported / "targets" / target / "report.html").is_file()
+        assert digits_of(reported, target) in page
+
+
+def digits_of(run: Path, target: str) -> str:
+    return words.size(read_report(of(run, target)).size_bytes)
+
+
+def test_gate_holds_all_targets_in_a_line_each(reported: Path, tmp_path: Path) -> None:
+    run = CliRunner().invoke
+    kept = run(app, ["gate", str(reported), "--max-size", "0.55"])
+    assert kept.exit_code == 0
+    assert [line.partition(":")[0] for line in kept.stdout.splitlines()] == [NANO, AGX, RTX]
+    sizes = {t: read_report(of(reported, t)).size_bytes for t in (NANO, AGX, RTX)}
+    limit, junit = min(sizes.values()), tmp_path / "junit.xml"
+    options = ["--max-size", f"{limit}B", "--max-nmse", "1", "--junit", str(junit)]
+    missed = run(app, ["gate", str(reported), *options, "--json"])
+    results = json.loads(missed.stdout)["targets"]
+    assert missed.exit_code == 1 and set(results) == set(sizes)
+    for target, result in results.items():
+        size, error = result["outcomes"]
+        assert (size["status"] == "passed") == (sizes[target] <= limit)
+        assert error["status"] == "not measured"
+    assert junit.read_text(encoding="utf-8").count("<testsuite ") == 3
+    line = run(app, ["gate", str(reported), *options, "--target", RTX]).stdout
+    assert line.startswith(f"{RTX}: FAILED: ") and "output error (NMSE))" in line
+    same = run(app, ["gate", str(reported), "--max-size", "1", "--target", AGX])
+    assert same.exit_code == 0 and same.stdout.count("\n") == 1
+
+
+def test_compare_takes_targets_by_name(reported: Path, tmp_path: Path) -> None:
+    run, page = CliRunner().invoke, str(tmp_path / "page.html")
+    twice = ["compare", str(reported), str(reported)]
+    found = json.loads(run(app, [*twice, "--json"]).stdout)["targets"]
+    for target, comparison in found.items():
+        assert {one["target"] for one in comparison["runs"]} == {target}
+        assert comparison["against_first"][0]["plan"]["changed"] == 0
+    assert set(found) == {NANO, AGX, RTX}
+    refused = run(app, [*twice, "--html", page])
+    assert isinstance(refused.exception, UsageError) or refused.exit_code == 2
+    assert run(app, [*twice, "--html", page, "--target", RTX]).exit_code == 0
+    one = ["compare", str(reported), str(of(reported, NANO)), "--target", RTX]
+    assert run(app, one).exit_code == 0
+
+
+def test_sweep_and_bench_take_each_target(reported: Path) -> None:
+    run = CliRunner().invoke
+    swept = run(app, ["-q", "--json", "sweep", str(reported), "--budgets", "0.5,0.6"])
+    assert set(json.loads(swept.stdout)["targets"]) == {NANO, AGX, RTX}
+    assert all((of(reported, target) / "sweep.html").is_file() for target in (NANO, AGX, RTX))
+    few = ["--calls", "2", "--rounds", "2", "--warm-up", "1", "--device", "cpu", "--target", RTX]
+    timed = run(app, ["-q", "--json", "bench", str(reported), *few])
+    assert timed.exit_code == 0, timed.exception
+    assert set(json.loads(timed.stdout)["targets"]) == {RTX}
+
+
+@pytest.mark.parametrize("command", ["gate", "compare", "sweep", "bench", "report", "package"])
+def test_a_target_that_the_run_lacks_is_answered_with_those_it_has(
+    reported: Path, command: str
+) -> None:
+    limits = ["--max-size", "1"] if command == "gate" else []
+    result = CliRunner().invoke(app, [command, str(reported), "--target", "rtx-ada", *limits])
+    assert isinstance(result.exception, UsageError)
+    said = f"{result.exception.message} {result.exception.hint}"
+    assert all(part in said for part in ("no target 'rtx-ada'", NANO, AGX, RTX))
+
+
 @pytest.mark.parametrize(
     ("target", "said"),
     [
@@ -145,7 +225,7 @@ def test_one_line_says_which_target_to_name(at_once: Path) -> None:
         read_report(at_once)
     with pytest.raises(UsageError, match="run holds several targets"):
         runs.build(make_recipe({}), at_once)
-    for arguments in (["report", str(at_once)], ["package", str(at_once), "-o", "one.tar"]):
+    for arguments in (["sample", str(at_once)], ["package", str(at_once), "-o", "one.tar"]):
         assert CliRunner().invoke(app, ["-q", *arguments]).exit_code != 0
     with pytest.raises(UsageError, match="which holds the others"):
         runs_of(make_recipe({"target": ALL}), of(at_once, NANO))
@@ -157,6 +237,23 @@ def test_a_target_is_added_with_the_calls_of_the_others(model: Path, at_once: Pa
         runs_of(other, at_once)
     assert len(runs_of(runs.recipe_for(model, target=ALL, calibrate__samples=5), at_once)) == 3
     assert len(runs_of(runs.recipe_for(model), at_once)) == 3
+
+
+def test_another_effort_goes_on_for_all_targets(
+    at_once: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[Recipe] = []
+    commands = sys.modules["mpq_deploy.cli.app"]
+    monkeypatch.setattr(
+        commands, "_run_all", lambda stage, all, crew: begun.extend(r for r, _ in all)
+    )
+    assert CliRunner().invoke(app, ["build", "-o", str(at_once)]).exit_code == 0
+    assert (
+        CliRunner().invoke(app, ["build", "-o", str(at_once), "--effort", "quick"]).exit_code == 0
+    )
+    kept, opened = begun[:3], begun[3:]
+    assert not any(map(open_counts, kept)) and all(map(open_counts, opened))
+    assert {one.effort for one in opened} == {"quick"}
 
 
 def test_defaults_are_each_targets_own(tmp_path: Path) -> None:
