@@ -9,12 +9,14 @@ from pathlib import Path
 
 import numpy as np
 
+from mpq_deploy.calibrate.kept_observation import observe_parts
 from mpq_deploy.calibrate.observers import Observation, observe
 from mpq_deploy.calibrate.scales import SMALLEST_SCALE, activation_scale
 from mpq_deploy.calibrate.spread_calibration import (
     CalibrationSetup,
     KeptCalls,
     calibration_job,
+    kept_observed,
     kept_samples,
     observe_in_shards,
     record_in_shards,
@@ -49,31 +51,47 @@ def calibrate(
     scratch: Path | None = None,
     crew: Crew | None = None,
     kept: KeptCalls | None = None,
+    keep: Path | None = None,
 ) -> tuple[CallSet, CalibrationStats]:
     """Return the recorded calls and the statistics of every activation that a layer reads.
 
     Calls are recorded at more timesteps than ``settings.timesteps`` where those are few
     (``kept_timesteps``). ``graph``: the layers of the setup's model. ``scratch``: an existing
     folder, best on the disk of the weights, for a graph file that is removed at the end (None: the
-    system's). ``crew``: who computes (None: this process). ``kept``: calls that need not be
-    recorded again. Raises UsageError for more timesteps than steps, ModelError for an activation
-    that is not finite.
+    system's). ``crew``: who computes (None: this process). ``kept``: what need not be recorded and
+    observed again; ``keep``: the file for what a calibration on more calls need not observe.
+    Raises UsageError for more timesteps than steps, ModelError for an activation that is not
+    finite.
     """
     settings = setup.settings
     graph = replace(graph, watched=setup.watched)
     alone = crew is None or isinstance(crew, Alone)
     if setup.source.spec.pipeline is not None or setup.source.spec.recorded or alone:
         recorded = _recorded(setup, talk, scratch, kept)
-        calls = setup.calls(_observed(recorded.used(settings.timesteps), settings.observed))
-        seen = observe(graph, calls, settings, talk, scratch=scratch)
+        calls, order = setup.calls(recorded.used(settings.timesteps)), _order(recorded, settings)
+        seen, known = observe_parts(
+            order,
+            kept_observed(kept, setup),
+            lambda part: observe(graph, calls, settings, talk, scratch=scratch, which=part),
+        )
     else:
         assert crew is not None
         wide = with_kept_timesteps(setup)
         with crew.open(calibration_job(wide, scratch), talk) as pool:
             recorded = record_in_shards(pool, wide, talk, kept)
-            calls = setup.calls(_observed(recorded.used(settings.timesteps), settings.observed))
-            seen = observe_in_shards(pool, graph, calls, settings, talk, scratch)
-    return recorded, summarise(seen, weight_ranges(graph), settings, timestep_values(calls))
+            calls, order = (
+                setup.calls(recorded.used(settings.timesteps)),
+                _order(recorded, settings),
+            )
+            seen, known = observe_parts(
+                order,
+                kept_observed(kept, setup),
+                lambda part: observe_in_shards(pool, graph, calls, settings, talk, scratch, part),
+            )
+    if keep is not None and known is not None:
+        known.save(keep)
+    timesteps = timestep_values(setup.calls(calls.recorded.take(order)))
+    return recorded, summarise(seen, weight_ranges(graph), settings, timesteps)
 
 
 def _recorded(
@@ -113,11 +131,9 @@ def _recorded(
     return recorded
 
 
-def _observed(recorded: CallSet, count: int) -> CallSet:
-    """Return ``count`` of the calls, conditions evenly: scales need fewer calls than measuring."""
-    if count >= recorded.count:
-        return recorded
-    return recorded.take(np.sort(dealt(recorded.rows, np.arange(recorded.count))[:count]))
+def _order(recorded: CallSet, settings: CalibrateSettings) -> Array:
+    """Return the calls to observe, int64, conditions evenly: scales need fewer calls than measuring."""
+    return dealt(recorded.rows, np.arange(recorded.count))[: settings.observed]
 
 
 def timestep_values(calls: RecordedCalls) -> Array:
