@@ -9,16 +9,16 @@ from pathlib import Path
 
 import numpy as np
 
-from mpq_deploy.calibrate.kept_observation import observe_parts
+from mpq_deploy.calibrate.kept_observation import KeptObservation, observe_parts
 from mpq_deploy.calibrate.observers import Observation, observe
 from mpq_deploy.calibrate.scales import SMALLEST_SCALE, activation_scale
 from mpq_deploy.calibrate.spread_calibration import (
     CalibrationSetup,
     KeptCalls,
+    ObservingInShards,
     calibration_job,
     kept_observed,
     kept_samples,
-    observe_in_shards,
     record_in_shards,
     recorded_after,
     with_kept_timesteps,
@@ -51,47 +51,40 @@ def calibrate(
     scratch: Path | None = None,
     crew: Crew | None = None,
     kept: KeptCalls | None = None,
-    keep: Path | None = None,
-) -> tuple[CallSet, CalibrationStats]:
+) -> tuple[CallSet, CalibrationStats, KeptObservation | None]:
     """Return the recorded calls and the statistics of every activation that a layer reads.
+
+    And what a calibration on more calls need not observe.
 
     Calls are recorded at more timesteps than ``settings.timesteps`` where those are few
     (``kept_timesteps``). ``graph``: the layers of the setup's model. ``scratch``: an existing
     folder, best on the disk of the weights, for a graph file that is removed at the end (None: the
     system's). ``crew``: who computes (None: this process). ``kept``: what need not be recorded and
-    observed again; ``keep``: the file for what a calibration on more calls need not observe.
-    Raises UsageError for more timesteps than steps, ModelError for an activation that is not
-    finite.
+    observed again. Raises UsageError for more timesteps than steps, ModelError for an activation
+    that is not finite.
     """
-    settings = setup.settings
+    settings, before = setup.settings, kept_observed(kept, setup)
     graph = replace(graph, watched=setup.watched)
     alone = crew is None or isinstance(crew, Alone)
     if setup.source.spec.pipeline is not None or setup.source.spec.recorded or alone:
         recorded = _recorded(setup, talk, scratch, kept)
-        calls, order = setup.calls(recorded.used(settings.timesteps)), _order(recorded, settings)
+        order, calls = _order(recorded, settings), setup.calls(recorded.used(settings.timesteps))
         seen, known = observe_parts(
             order,
-            kept_observed(kept, setup),
-            lambda part: observe(graph, calls, settings, talk, scratch=scratch, which=part),
+            before,
+            lambda part: observe(graph, calls, settings, talk, scratch=scratch, chosen=part),
         )
     else:
         assert crew is not None
         wide = with_kept_timesteps(setup)
         with crew.open(calibration_job(wide, scratch), talk) as pool:
             recorded = record_in_shards(pool, wide, talk, kept)
-            calls, order = (
-                setup.calls(recorded.used(settings.timesteps)),
-                _order(recorded, settings),
-            )
-            seen, known = observe_parts(
-                order,
-                kept_observed(kept, setup),
-                lambda part: observe_in_shards(pool, graph, calls, settings, talk, scratch, part),
-            )
-    if keep is not None and known is not None:
-        known.save(keep)
+            order = _order(recorded, settings)
+            calls = setup.calls(recorded.used(settings.timesteps))
+            shards = ObservingInShards(pool, graph, calls, settings, talk, scratch)
+            seen, known = observe_parts(order, before, shards.observe)
     timesteps = timestep_values(setup.calls(calls.recorded.take(order)))
-    return recorded, summarise(seen, weight_ranges(graph), settings, timesteps)
+    return recorded, summarise(seen, weight_ranges(graph), settings, timesteps), known
 
 
 def _recorded(

@@ -101,15 +101,15 @@ def observe(
     talk: Talk,
     *,
     scratch: Path | None = None,
-    chosen: Iterable[Batch] | None = None,
-    which: Array | None = None,
+    chosen: Iterable[Batch] | Array | None = None,
 ) -> Observation:
-    """Run the recorded calls through the observed graph: ``which`` of them, or the batches ``chosen``.
+    """Run the recorded calls (or those ``chosen``, by number or in batches) through the observed graph.
 
     Raises ModelError, naming tensor, layer and timestep, when an activation is not finite.
     """
     shapes = activation_shapes(graph, calls, talk, scratch)
-    batches = None if chosen is None else list(chosen)
+    which = chosen if isinstance(chosen, np.ndarray) else None
+    batches = list(chosen) if chosen is not None and which is None else None
 
     def observed_in(size: int) -> Observation:
         observed = ObservedGraph.of(graph, shapes)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -170,33 +170,40 @@ def record_in_shards(
     return recorded_after(kept, setup, record)
 
 
-def observe_in_shards(
-    pool: Pool,
-    graph: LayerGraph,
-    calls: RecordedCalls,
-    settings: CalibrateSettings,
-    talk: Talk,
-    scratch: Path | None,
-    which: Array,
-) -> Observation:
-    """Observe as ``observe`` does. Raises as that does."""
-    recorded = calls.recorded
-    observed = ObservedGraph.of(graph, activation_shapes(graph, calls, talk, scratch))
-    total = Totals(graph, observed, len(recorded.timesteps), settings)
-    shards = [
-        Shard(
-            f"timestep {timestep:g}",
-            _Observe(step, recorded.take(which).at(np.array([step])).compact(), which),
-            len(which),
-        )
-        for step, timestep in enumerate(recorded.timesteps)
-    ]
-    for step, result in enumerate(run_shards(pool, "observe activations", shards, talk)):
-        parts = calls.batches(settings.batch_size, range(step, step + 1), which)
-        for number, batch in enumerate(parts):
-            results = [result[_name(number, place)] for place in range(len(observed.outputs))]
-            total.add(batch, results, *draws_of(settings, batch))
-    return total.finish()
+@dataclass(frozen=True)
+class ObservingInShards:
+    """Observes calls as ``observe`` does, a shard per timestep; ``scratch`` as there."""
+
+    pool: Pool
+    graph: LayerGraph
+    calls: RecordedCalls
+    settings: CalibrateSettings
+    talk: Talk
+    scratch: Path | None
+
+    @cached_property
+    def _observed(self) -> ObservedGraph:
+        shapes = activation_shapes(self.graph, self.calls, self.talk, self.scratch)
+        return ObservedGraph.of(self.graph, shapes)
+
+    def observe(self, which: Array) -> Observation:
+        """Observe the calls ``which``. Raises as ``observe`` does."""
+        recorded, size = self.calls.recorded, self.settings.batch_size
+        total = Totals(self.graph, self._observed, len(recorded.timesteps), self.settings)
+        shards = [
+            Shard(
+                f"timestep {timestep:g}",
+                _Observe(step, recorded.take(which).at(np.array([step])).compact(), which),
+                len(which),
+            )
+            for step, timestep in enumerate(recorded.timesteps)
+        ]
+        results = run_shards(self.pool, "observe activations", shards, self.talk)
+        for step, result in enumerate(results):
+            for number, batch in enumerate(self.calls.batches(size, range(step, step + 1), which)):
+                outputs = [result[_name(number, n)] for n in range(len(self._observed.outputs))]
+                total.add(batch, outputs, *draws_of(self.settings, batch))
+        return total.finish()
 
 
 def _name(batch: int, output: int) -> str:

@@ -72,15 +72,11 @@ def make(run: Run, folder: Path) -> str:
     operands = operand_names(exported.graph.model) if attention else ()
     setup = CalibrationSetup(exported.model, section, sampler, operands)
     kept = _kept(run)
-    recorded, stats = calibrate(
-        setup,
-        exported.graph,
-        run.talk,
-        scratch=run.scratch(),
-        crew=run.crew,
-        kept=kept,
-        keep=folder / OBSERVED,
+    recorded, stats, seen = calibrate(
+        setup, exported.graph, run.talk, scratch=run.scratch(), crew=run.crew, kept=kept
     )
+    if seen is not None:
+        seen.save(folder / OBSERVED)
     recorded.save(folder / CALLS)
     recorded = recorded.used(section.timesteps)
     stats.save(folder / "stats.npz")
@@ -94,8 +90,8 @@ def make(run: Run, folder: Path) -> str:
     save_beyond(beyond, folder)
     count, same = recorded.count, kept_samples(kept, setup)
     known = f" (kept {same * count // section.samples} of them)" if same else ""
-    seen = kept_observed(kept, setup)
-    known += f", {len(seen.calls)} of them observed before" if seen else ""
+    before = kept_observed(kept, setup)
+    known += f", {len(before.calls)} of them observed before" if before else ""
     return f"{len(recorded.timesteps)} timesteps x {count} calls{known}, {len(stats.activations)} activations"
 
 
