@@ -9,14 +9,16 @@ from pathlib import Path
 
 import numpy as np
 
+from mpq_deploy.calibrate.kept_observation import KeptObservation, observe_parts
 from mpq_deploy.calibrate.observers import Observation, observe
 from mpq_deploy.calibrate.scales import SMALLEST_SCALE, activation_scale
 from mpq_deploy.calibrate.spread_calibration import (
     CalibrationSetup,
     KeptCalls,
+    ObservingInShards,
     calibration_job,
+    kept_observed,
     kept_samples,
-    observe_in_shards,
     record_in_shards,
     recorded_after,
     with_kept_timesteps,
@@ -49,31 +51,40 @@ def calibrate(
     scratch: Path | None = None,
     crew: Crew | None = None,
     kept: KeptCalls | None = None,
-) -> tuple[CallSet, CalibrationStats]:
+) -> tuple[CallSet, CalibrationStats, KeptObservation | None]:
     """Return the recorded calls and the statistics of every activation that a layer reads.
+
+    And what a calibration on more calls need not observe.
 
     Calls are recorded at more timesteps than ``settings.timesteps`` where those are few
     (``kept_timesteps``). ``graph``: the layers of the setup's model. ``scratch``: an existing
     folder, best on the disk of the weights, for a graph file that is removed at the end (None: the
-    system's). ``crew``: who computes (None: this process). ``kept``: calls that need not be
-    recorded again. Raises UsageError for more timesteps than steps, ModelError for an activation
+    system's). ``crew``: who computes (None: this process). ``kept``: what need not be recorded and
+    observed again. Raises UsageError for more timesteps than steps, ModelError for an activation
     that is not finite.
     """
-    settings = setup.settings
+    settings, before = setup.settings, kept_observed(kept, setup)
     graph = replace(graph, watched=setup.watched)
     alone = crew is None or isinstance(crew, Alone)
     if setup.source.spec.pipeline is not None or setup.source.spec.recorded or alone:
         recorded = _recorded(setup, talk, scratch, kept)
-        calls = setup.calls(_observed(recorded.used(settings.timesteps), settings.observed))
-        seen = observe(graph, calls, settings, talk, scratch=scratch)
+        order, calls = _order(recorded, settings), setup.calls(recorded.used(settings.timesteps))
+        seen, known = observe_parts(
+            order,
+            before,
+            lambda part: observe(graph, calls, settings, talk, scratch=scratch, chosen=part),
+        )
     else:
         assert crew is not None
         wide = with_kept_timesteps(setup)
         with crew.open(calibration_job(wide, scratch), talk) as pool:
             recorded = record_in_shards(pool, wide, talk, kept)
-            calls = setup.calls(_observed(recorded.used(settings.timesteps), settings.observed))
-            seen = observe_in_shards(pool, graph, calls, settings, talk, scratch)
-    return recorded, summarise(seen, weight_ranges(graph), settings, timestep_values(calls))
+            order = _order(recorded, settings)
+            calls = setup.calls(recorded.used(settings.timesteps))
+            shards = ObservingInShards(pool, graph, calls, settings, talk, scratch)
+            seen, known = observe_parts(order, before, shards.observe)
+    timesteps = timestep_values(setup.calls(calls.recorded.take(order)))
+    return recorded, summarise(seen, weight_ranges(graph), settings, timesteps), known
 
 
 def _recorded(
@@ -113,11 +124,9 @@ def _recorded(
     return recorded
 
 
-def _observed(recorded: CallSet, count: int) -> CallSet:
-    """Return ``count`` of the calls, conditions evenly: scales need fewer calls than measuring."""
-    if count >= recorded.count:
-        return recorded
-    return recorded.take(np.sort(dealt(recorded.rows, np.arange(recorded.count))[:count]))
+def _order(recorded: CallSet, settings: CalibrateSettings) -> Array:
+    """Return the calls to observe, int64, conditions evenly: scales need fewer calls than measuring."""
+    return dealt(recorded.rows, np.arange(recorded.count))[: settings.observed]
 
 
 def timestep_values(calls: RecordedCalls) -> Array:

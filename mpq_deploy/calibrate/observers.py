@@ -101,26 +101,28 @@ def observe(
     talk: Talk,
     *,
     scratch: Path | None = None,
-    chosen: Iterable[Batch] | None = None,
+    chosen: Iterable[Batch] | Array | None = None,
 ) -> Observation:
-    """Run the recorded calls (or the batches ``chosen`` of them) through the observed graph.
+    """Run the recorded calls (or those ``chosen``, by number or in batches) through the observed graph.
 
     Raises ModelError, naming tensor, layer and timestep, when an activation is not finite.
     """
     shapes = activation_shapes(graph, calls, talk, scratch)
-    batches = None if chosen is None else list(chosen)
+    which = chosen if isinstance(chosen, np.ndarray) else None
+    batches = list(chosen) if chosen is not None and which is None else None
 
     def observed_in(size: int) -> Observation:
         observed = ObservedGraph.of(graph, shapes)
-        parts = list(calls.batches(size)) if batches is None else batches
+        parts = list(calls.batches(size, calls=which)) if batches is None else batches
         total = Totals(graph, observed, len(calls.recorded.timesteps), settings)
         with (
             open_session(observed.model, talk, scratch=scratch) as session,
             talk.bar("observe activations", sum(len(batch.calls) for batch in parts)) as advance,
         ):
             for batch in parts:
-                results = observed.run(session, batch, settings)
-                total.add(batch, results, *draws_of(settings, batch))
+                priorities, draws = draws_of(settings, batch)
+                results = observed.run(session, batch.feed, draws)
+                total.add(batch, results, priorities, draws)
                 advance(len(batch.calls))
         return total.finish()
 
@@ -160,11 +162,10 @@ class ObservedGraph:
         return cls(model, shapes, tuple(channels), outputs)
 
     def run(
-        self, session: ort.InferenceSession, batch: Batch, settings: CalibrateSettings
+        self, session: ort.InferenceSession, feed: dict[str, Array], draws: Array
     ) -> list[Array]:
-        """Run a batch on the graph, opened as ``session``; return its outputs in order."""
-        _, draws = draws_of(settings, batch)
-        feed = {**batch.feed, **self.positions(draws)}
+        """Run a batch's ``feed`` on the graph, opened as ``session``; return its outputs in order."""
+        feed = {**feed, **self.positions(draws)}
         inputs = {entry.name for entry in session.get_inputs()}
         return list(session.run(self.outputs, {k: v for k, v in feed.items() if k in inputs}))
 

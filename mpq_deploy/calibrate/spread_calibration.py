@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort
 
 from mpq_deploy.calibrate.activation_shapes import activation_shapes
+from mpq_deploy.calibrate.kept_observation import KeptObservation
 from mpq_deploy.calibrate.observers import Observation, ObservedGraph, Totals, draws_of
 from mpq_deploy.calls.loop import GuidedDenoiser
 from mpq_deploy.calls.recorded import CallSet, RecordedCalls, joined
@@ -24,7 +25,7 @@ from mpq_deploy.calls.trajectories import record_trajectories
 from mpq_deploy.evaluate.cache import model_files
 from mpq_deploy.graph.layers import LayerGraph, layer_graph
 from mpq_deploy.graph.load import load_model
-from mpq_deploy.models.spec import FloatModel
+from mpq_deploy.models.spec import Array, FloatModel
 from mpq_deploy.recipe import CalibrateSettings, SamplerKind
 from mpq_deploy.runtime.not_finite import CheckedDenoiser
 from mpq_deploy.runtime.ort import OrtDenoiser
@@ -73,10 +74,11 @@ class _Record:
 
 @dataclass(frozen=True)
 class _Observe:
-    """Position ``step`` of the recorded timesteps; ``recorded`` holds it alone."""
+    """Position ``step`` of the recorded timesteps; ``recorded`` holds it alone, of the ``calls`` [N]."""
 
     step: int
     recorded: CallSet
+    calls: Array
 
 
 def calibration_job(setup: CalibrationSetup, scratch: Path | None) -> Job:
@@ -92,10 +94,14 @@ def calibration_job(setup: CalibrationSetup, scratch: Path | None) -> Job:
 
 @dataclass(frozen=True)
 class KeptCalls:
-    """The ``calls`` of the first ``samples`` trajectories of the same seed, model, sampler and batches."""
+    """The ``calls`` of the first ``samples`` trajectories of the same seed, model, sampler and batches.
+
+    ``observed``: what was seen of some of them at the same timesteps; None: nothing that is valid.
+    """
 
     calls: CallSet
     samples: int
+    observed: KeptObservation | None = None
 
 
 def with_kept_timesteps(setup: CalibrationSetup) -> CalibrationSetup:
@@ -132,6 +138,16 @@ def kept_samples(kept: KeptCalls | None, setup: CalibrationSetup) -> int:
     return count if kept.samples == count else min(kept.samples, count) // size * size
 
 
+def kept_observed(kept: KeptCalls | None, setup: CalibrationSetup) -> KeptObservation | None:
+    """Return what was observed, where all of its calls are kept; else None."""
+    first = kept_samples(kept, setup)
+    if kept is None or kept.observed is None or not first:
+        return None
+    each = kept.calls.count // kept.samples
+    count = kept.calls.count if first == kept.samples else first * each
+    return kept.observed if kept.observed.calls.max() < count else None
+
+
 def record_in_shards(
     pool: Pool, setup: CalibrationSetup, talk: Talk, kept: KeptCalls | None = None
 ) -> CallSet:
@@ -154,32 +170,40 @@ def record_in_shards(
     return recorded_after(kept, setup, record)
 
 
-def observe_in_shards(
-    pool: Pool,
-    graph: LayerGraph,
-    calls: RecordedCalls,
-    settings: CalibrateSettings,
-    talk: Talk,
-    scratch: Path | None,
-) -> Observation:
-    """Observe as ``observe`` does. Raises as that does."""
-    recorded = calls.recorded
-    observed = ObservedGraph.of(graph, activation_shapes(graph, calls, talk, scratch))
-    total = Totals(graph, observed, len(recorded.timesteps), settings)
-    shards = [
-        Shard(
-            f"timestep {timestep:g}",
-            _Observe(step, recorded.at(np.array([step])).compact()),
-            recorded.count,
-        )
-        for step, timestep in enumerate(recorded.timesteps)
-    ]
-    for step, result in enumerate(run_shards(pool, "observe activations", shards, talk)):
-        parts = calls.batches(settings.batch_size, range(step, step + 1))
-        for number, batch in enumerate(parts):
-            results = [result[_name(number, place)] for place in range(len(observed.outputs))]
-            total.add(batch, results, *draws_of(settings, batch))
-    return total.finish()
+@dataclass(frozen=True)
+class ObservingInShards:
+    """Observes calls as ``observe`` does, a shard per timestep; ``scratch`` as there."""
+
+    pool: Pool
+    graph: LayerGraph
+    calls: RecordedCalls
+    settings: CalibrateSettings
+    talk: Talk
+    scratch: Path | None
+
+    @cached_property
+    def _observed(self) -> ObservedGraph:
+        shapes = activation_shapes(self.graph, self.calls, self.talk, self.scratch)
+        return ObservedGraph.of(self.graph, shapes)
+
+    def observe(self, which: Array) -> Observation:
+        """Observe the calls ``which``. Raises as ``observe`` does."""
+        recorded, size = self.calls.recorded, self.settings.batch_size
+        total = Totals(self.graph, self._observed, len(recorded.timesteps), self.settings)
+        shards = [
+            Shard(
+                f"timestep {timestep:g}",
+                _Observe(step, recorded.take(which).at(np.array([step])).compact(), which),
+                len(which),
+            )
+            for step, timestep in enumerate(recorded.timesteps)
+        ]
+        results = run_shards(self.pool, "observe activations", shards, self.talk)
+        for step, result in enumerate(results):
+            for number, batch in enumerate(self.calls.batches(size, range(step, step + 1), which)):
+                outputs = [result[_name(number, n)] for n in range(len(self._observed.outputs))]
+                total.add(batch, outputs, *draws_of(self.settings, batch))
+        return total.finish()
 
 
 def _name(batch: int, output: int) -> str:
@@ -224,8 +248,10 @@ class _Calibrating:
         outputs = {}
         parts = setup.calls(task.recorded).batches(setup.settings.batch_size)
         with talk.bar("observe", task.recorded.count) as advance:
-            for number, batch in enumerate(replace(part, step=task.step) for part in parts):
-                for place, array in enumerate(observed.run(session, batch, setup.settings)):
+            for number, batch in enumerate(parts):
+                named = replace(batch, step=task.step, calls=task.calls[batch.calls])
+                _, draws = draws_of(setup.settings, named)
+                for place, array in enumerate(observed.run(session, batch.feed, draws)):
                     outputs[_name(number, place)] = array
                 advance(len(batch.calls))
         return outputs

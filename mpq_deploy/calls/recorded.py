@@ -310,7 +310,7 @@ class RecordedCalls:
         return feeds
 
     def batches(
-        self, size: int, steps: range | None = None, calls: range | None = None
+        self, size: int, steps: range | None = None, calls: range | Array | None = None
     ) -> Iterator[Batch]:
         """Yield the calls, ``size`` of one timestep at a time, or a part of them."""
         if not self.together:

@@ -115,9 +115,8 @@ class RunFolder:
         record = self.record(name)
         if record is None:
             return None
-        kept = ({k: v for k, v in one.items() if k not in aside} for one in (record.inputs, now))
-        alike = len({canonical_json(fields) for fields in kept}) == 1
-        return record if alike and self.changed_fields(name, record.inputs) == [] else None
+        same = alike(record.inputs, now, aside)
+        return record if same and self.changed_fields(name, record.inputs) == [] else None
 
     @contextmanager
     def writing(self, name: str, inputs: Fields, device: str = "cpu") -> Iterator[Path]:
@@ -158,6 +157,12 @@ class RunFolder:
         timings = _timings(holder)
         timings[name] = {"seconds": round(seconds, 3), "peak_rss_bytes": peak_rss_bytes}
         write_text(holder / TIMINGS, sealed_json(timings))
+
+
+def alike(one: Fields, other: Fields, aside: Set[str]) -> bool:
+    """Whether the inputs of two stages are the same but for the names in ``aside``."""
+    kept = ({k: v for k, v in fields.items() if k not in aside} for fields in (one, other))
+    return len({canonical_json(fields) for fields in kept}) == 1
 
 
 def _timings(path: Path) -> dict[str, dict[str, float]]:

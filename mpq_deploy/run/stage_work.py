@@ -13,6 +13,7 @@ from functools import cached_property
 from math import prod
 from typing import TYPE_CHECKING, Any
 
+from mpq_deploy.calibrate.kept_observation import FIRST_PART
 from mpq_deploy.calls.sampler import make_sampler
 from mpq_deploy.calls.script_calls import ScriptCalls
 from mpq_deploy.calls.timesteps import kept_timesteps, sampled_steps
@@ -205,7 +206,8 @@ def split_calls(recipe: Recipe, model: ModelWork) -> tuple[int, int]:
 def _calibrate(recipe: Recipe, model: ModelWork) -> Work:
     section, steps = recipe.calibrate, timesteps(recipe, model)
     recorded = recorded_calls(recipe, model)
-    observed = min(section.observed, recorded) * steps
+    seen = min(section.observed, recorded)
+    observed, parts = seen * steps, 1 + ((seen - 1) // FIRST_PART).bit_length()
     sampled = 0
     if not model.spec.recorded:
         total = model.steps(recipe, section.steps)
@@ -216,7 +218,7 @@ def _calibrate(recipe: Recipe, model: ModelWork) -> Work:
     # One call of each timestep is looked at for values beyond FP16, and compared with a script's.
     looked = steps * (1 + model.spec.recorded)
     floats = sampled + looked
-    return Work(floats=floats, observed=observed, batch=section.batch_size, sessions=3)
+    return Work(floats=floats, observed=observed, batch=section.batch_size, sessions=2 + parts)
 
 
 def _candidates(recipe: Recipe, model: ModelWork) -> Work:

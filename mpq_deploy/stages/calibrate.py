@@ -11,6 +11,7 @@ from mpq_deploy.calls.recorded import CallSet
 from mpq_deploy.calls.timesteps import KEPT_TIMESTEPS
 from mpq_deploy.check.check import OPERATOR_RULES, check_dialect
 from mpq_deploy.graph.attention import operand_names
+from mpq_deploy.run.folder import alike
 from mpq_deploy.run.stage import Stage, settings, version_of
 from mpq_deploy.run.stage_memory import batch_within_memory, check_memory
 from mpq_deploy.run.view import CALLS
@@ -30,6 +31,9 @@ NOT_RECORDED = {
     *(f"recipe.calibrate.{name}" for name in ("observed", "scale", "percentile", "reservoir")),
 }
 SAMPLES, TIMESTEPS = "recipe.calibrate.samples", "recipe.calibrate.timesteps"
+# And those that what was observed of them does not depend on.
+NOT_OBSERVED = {SAMPLES, *(f"recipe.calibrate.{n}" for n in ("observed", "scale", "percentile"))}
+OBSERVED = "observed.npz"
 
 
 def inputs(run: Run) -> Fields:
@@ -49,7 +53,11 @@ def make(run: Run, folder: Path) -> str:
     """Make the stage in ``folder``; return a few words for the log."""
     from mpq_deploy.calibrate.calibrate import calibrate
     from mpq_deploy.calibrate.fp16_range import WIDE_FROM, large_values, named, save_beyond
-    from mpq_deploy.calibrate.spread_calibration import CalibrationSetup, kept_samples
+    from mpq_deploy.calibrate.spread_calibration import (
+        CalibrationSetup,
+        kept_observed,
+        kept_samples,
+    )
 
     section = run.recipe.calibrate
     exported = run.exported
@@ -65,9 +73,11 @@ def make(run: Run, folder: Path) -> str:
     operands = operand_names(exported.graph.model) if attention else ()
     setup = CalibrationSetup(exported.model, section, sampler, operands)
     kept = _kept(run)
-    recorded, stats = calibrate(
+    recorded, stats, seen = calibrate(
         setup, exported.graph, run.talk, scratch=run.scratch(), crew=run.crew, kept=kept
     )
+    if seen is not None:
+        seen.save(folder / OBSERVED)
     recorded.save(folder / CALLS)
     recorded = recorded.used(section.timesteps)
     stats.save(folder / "stats.npz")
@@ -81,6 +91,8 @@ def make(run: Run, folder: Path) -> str:
     save_beyond(beyond, folder)
     count, same = recorded.count, kept_samples(kept, setup)
     known = f" (kept {same * count // section.samples} of them)" if same else ""
+    before = kept_observed(kept, setup)
+    known += f", {len(before.calls)} of them observed before" if before else ""
     return f"{len(recorded.timesteps)} timesteps x {count} calls{known}, {len(stats.activations)} activations"
 
 
@@ -93,10 +105,14 @@ def _kept(run: Run) -> KeptCalls | None:
     timesteps, samples = before.inputs[TIMESTEPS], before.inputs[SAMPLES]
     if max(timesteps, KEPT_TIMESTEPS) != max(now[TIMESTEPS], KEPT_TIMESTEPS):
         return None
+    from mpq_deploy.calibrate.kept_observation import KeptObservation
     from mpq_deploy.calibrate.spread_calibration import KeptCalls
 
-    calls = CallSet.load(run.stage("calibrate") / CALLS)
-    return KeptCalls(calls, min(samples, spec.calibration_rows or samples))
+    folder, observed = run.stage("calibrate"), None
+    if alike(before.inputs, now, NOT_OBSERVED) and OBSERVED in before.outputs:
+        observed = KeptObservation.load(folder / OBSERVED)
+    samples = min(samples, spec.calibration_rows or samples)
+    return KeptCalls(CallSet.load(folder / CALLS), samples, observed)
 
 
 STAGE = Stage(

@@ -125,7 +125,7 @@ def test_calibrate_end_to_end_is_deterministic_and_survives_the_disk(tiny, tmp_p
     path, spec = tiny
     graph = layer_graph(load_model(path))
     options = CalibrateSettings(timesteps=3, samples=4, steps=6, batch_size=3)
-    recorded, stats = calibrate(
+    recorded, stats, _ = calibrate(
         CalibrationSetup(FloatModel(path, spec, {}), options), graph, Talk(), scratch=tmp_path
     )
     again = calibrate(CalibrationSetup(FloatModel(path, spec, {}), options), graph, Talk())

@@ -11,7 +11,7 @@ import onnxruntime as ort
 import pytest
 
 from mpq_deploy.calibrate.activation_shapes import activation_shapes
-from mpq_deploy.calibrate.observers import ObservedGraph, observe
+from mpq_deploy.calibrate.observers import ObservedGraph, draws_of, observe
 from mpq_deploy.calls.recorded import RecordedCalls
 from mpq_deploy.formats.candidates import Choices, LayerCandidates, round_candidates
 from mpq_deploy.formats.scheme import FP16, SCHEMES
@@ -149,7 +149,8 @@ def test_no_large_tensor_is_observed_on_the_cpu(run: Run, profiled: Path) -> Non
     with compute_on(GPU):
         observed = ObservedGraph.of(graph, activation_shapes(graph, calls, Talk()))
         with sessions.open_session(observed.model, Talk()) as session:
-            observed.run(session, next(iter(calls.batches(settings.batch_size))), settings)
+            batch = next(iter(calls.batches(settings.batch_size)))
+            observed.run(session, batch.feed, draws_of(settings, batch)[1])
             events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
     nodes = [e["args"] for e in events if e.get("cat") == "Node" and "provider" in e["args"]]
     assert any(node["provider"] == "CUDAExecutionProvider" for node in nodes)

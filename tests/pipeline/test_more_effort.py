@@ -65,6 +65,40 @@ def test_more_calls_extend_those_recorded(tmp_path: Path, rows: list[int]) -> No
     assert stage_bytes(tmp_path / "on", STAGES) == stage_bytes(tmp_path / "fresh", STAGES)
 
 
+STANDARD: dict[str, Any] = {"calibrate__samples": 16, "calibrate__observed": 14}
+MORE: dict[str, Any] = {"calibrate__samples": 30, "calibrate__observed": 30}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_what_was_observed_is_added_to(tmp_path: Path, rows: list[int], workers: int) -> None:
+    """Of 14 calls the first 12 are kept: sums over parts are the same, in one process and in several."""
+    from mpq_deploy.system.parallel.processes import Processes
+
+    model = save_denoiser(tmp_path, denoiser_graph(channels=8, size=4))
+    calibrated(model, tmp_path / "on", rows, **STANDARD)
+    crew = Processes(workers) if workers else None
+    more, said = calibrated(model, tmp_path / "on", rows, crew, **MORE)
+    fresh, _ = calibrated(model, tmp_path / "fresh", rows, **MORE)
+    assert "(kept 16 of them), 12 of them observed before" in said
+    # Trajectories of four steps, and two timesteps that are observed.
+    assert workers or fresh - more == 16 * 4 + 12 * 2
+    assert stage_bytes(tmp_path / "on") == stage_bytes(tmp_path / "fresh")
+    for changes in ({"calibrate__timesteps": 3}, {"calibrate__reservoir": 300}):
+        _, said = calibrated(model, tmp_path / "on", rows, **MORE, **changes)
+        assert "kept" in said and "observed before" not in said
+
+
+def test_what_was_observed_of_calls_that_are_run_again_is_not_kept(
+    tmp_path: Path, rows: list[int]
+) -> None:
+    """The last of 14 samples are half a batch, which a larger batch may round otherwise."""
+    model = save_denoiser(tmp_path, denoiser_graph(channels=8, size=4))
+    options = {"calibrate__batch_size": 8, "calibrate__observed": 12}
+    calibrated(model, tmp_path / "on", rows, calibrate__samples=14, **options)
+    _, said = calibrated(model, tmp_path / "on", rows, calibrate__samples=30, **options)
+    assert "(kept 8 of them), 3" not in said and "observed before" not in said
+
+
 def test_workers_extend_the_calls_likewise(tmp_path: Path, rows: list[int]) -> None:
     from mpq_deploy.system.parallel.processes import Processes
 
