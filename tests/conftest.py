@@ -7,6 +7,7 @@ thread is also what two busy cores can give.
 import gc
 import hashlib
 import importlib.util
+import json
 import os
 import re
 from collections.abc import Iterator
@@ -27,6 +28,20 @@ SECOND_EXPORT = "test_a_second_export"
 CONFIGURED = ("diffusers.", "transformers.")
 
 
+# Whole builds and exports.
+HEAVY_ROOMS = ("pipeline", "oracle", "models", "recover")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the files that take long: workers take whole files in this order, and short ones even out the end."""
+    long = {
+        item.path
+        for item in items
+        if item.get_closest_marker("slow") or item.path.parent.name in HEAVY_ROOMS
+    }
+    items.sort(key=lambda item: item.path not in long)
+
+
 def pytest_collection_finish() -> None:
     """Let the garbage collector pass over what was imported: torch alone has a million objects."""
     gc.collect()
@@ -44,6 +59,7 @@ def shared_exports(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
         return
     import onnx_ir as ir
+    from filelock import FileLock
 
     from mpq_deploy.models.torch_export import TorchNetwork
 
@@ -57,18 +73,31 @@ def shared_exports(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         if second or not type(self.module).__module__.startswith(CONFIGURED):
             return original(self)
         path = folder / f"{_export_key(self)}.onnx"
-        if not path.is_file():
-            made = original(self)
-            aside = path.with_suffix(f".{os.getpid()}")
-            ir.save(made, aside, format="protobuf")
-            aside.replace(path)
-            return made
-        return ir.load(path)
+        # The other worker waits for what this one is exporting.
+        with FileLock(path.with_suffix(".lock")):
+            if not path.is_file():
+                made = original(self)
+                aside = path.with_suffix(".partial")
+                counters = json.dumps(_counters(made.graph))
+                path.with_suffix(".json").write_text(counters, encoding="utf-8")
+                ir.save(made, aside, format="protobuf")
+                aside.replace(path)
+                return made
+        model = ir.load(path)
+        # Passes name what they add by these: a graph that was read gets the names of a new one.
+        counters = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+        vars(model.graph._name_authority).update(counters)
+        return model
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(TorchNetwork, "_exported", exported)
         _register_operators_once(patch)
         yield
+
+
+def _counters(graph: Any) -> dict[str, int]:
+    """How many values and nodes without a name the graph has named."""
+    return {name: n for name, n in vars(graph._name_authority).items() if isinstance(n, int)}
 
 
 def _register_operators_once(patch: pytest.MonkeyPatch) -> None:

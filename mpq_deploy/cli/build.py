@@ -22,9 +22,11 @@ from mpq_deploy.cli.app import (
     run_until,
 )
 from mpq_deploy.cli.options import (
+    HERE,
     BudgetOption,
     CallOption,
     ComponentOption,
+    Compute,
     ComputeOption,
     ConditionsOption,
     ConfigOption,
@@ -39,7 +41,6 @@ from mpq_deploy.cli.options import (
     OneTargetOption,
     OutOption,
     PromptsOption,
-    RayOption,
     RecipeOption,
     RecordedOption,
     RunArgument,
@@ -48,12 +49,10 @@ from mpq_deploy.cli.options import (
     SignOption,
     TargetOption,
     TargetsOption,
-    ThreadsOption,
     TimeOption,
-    WorkersOption,
-    crew_for,
     latency_settings,
     signing_key,
+    with_compute,
 )
 from mpq_deploy.errors import UsageError, nearest
 
@@ -64,6 +63,7 @@ if TYPE_CHECKING:
 @app.command(
     epilog="Example: mpq-deploy build ./my-pipeline --budget 0.35 --target rtx -o runs/mine"
 )
+@with_compute
 def build(
     model: ModelArgument = None,
     budget: BudgetOption = None,
@@ -90,10 +90,7 @@ def build(
     max_latency: MaxLatencyOption = None,
     objective: ObjectiveOption = None,
     latency_table: LatencyTableOption = None,
-    workers: WorkersOption = None,
-    ray: RayOption = None,
-    threads: ThreadsOption = None,
-    device: ComputeOption = None,
+    compute: Compute = HERE,
     effort: EffortOption = None,
     time: TimeOption = None,
     dry_run: DryRunOption = False,
@@ -106,10 +103,10 @@ def build(
     given: dict[str, Any] = {"model": model, "budget": budget, "target": target}
     given |= {"measure.method": sensitivity, "conditions": conditions, "scheduler": scheduler}
     given |= {"prompts": prompts, "call": call, "calls": calls, "component": component}
-    given |= {"lora": lora or None, "config": config, "compute.device": device}
+    given |= {"lora": lora or None, "config": config, "compute.device": compute.device}
     given |= latency_settings(max_latency, objective, latency_table)
     given |= {"effort": effort, "time": time}
-    run_build(out, recipe, given, crew_for(workers, ray, threads), recover, dry_run)
+    run_build(out, recipe, given, compute.crew(), recover, dry_run)
 
 
 @app.command(epilog="Example: mpq-deploy recipe sdxl-rtx > mine.yaml")
@@ -155,33 +152,29 @@ def export(
 
 
 @app.command(rich_help_panel=STAGES, epilog="Example: mpq-deploy calibrate runs/mine")
+@with_compute
 def calibrate(
     run: RunArgument,
     recipe: RecipeOption = None,
-    workers: WorkersOption = None,
-    ray: RayOption = None,
-    threads: ThreadsOption = None,
-    device: ComputeOption = None,
+    compute: Compute = HERE,
 ) -> None:
     """Record float trajectories and the statistics of every activation."""
-    run_on("calibrate", run, recipe, {"compute.device": device}, crew_for(workers, ray, threads))
+    run_on("calibrate", run, recipe, {"compute.device": compute.device}, compute.crew())
 
 
 @app.command(
     rich_help_panel=STAGES, epilog="Example: mpq-deploy measure runs/mine --sensitivity probe"
 )
+@with_compute
 def measure(
     run: RunArgument,
     recipe: RecipeOption = None,
     sensitivity: SensitivityOption = None,
-    workers: WorkersOption = None,
-    ray: RayOption = None,
-    threads: ThreadsOption = None,
-    device: ComputeOption = None,
+    compute: Compute = HERE,
 ) -> None:
     """Round every candidate weight and predict what each scheme of each layer costs."""
-    given = {"measure.method": sensitivity, "compute.device": device}
-    run_on("measure", run, recipe, given, crew_for(workers, ray, threads))
+    given = {"measure.method": sensitivity, "compute.device": compute.device}
+    run_on("measure", run, recipe, given, compute.crew())
 
 
 @app.command(rich_help_panel=STAGES, epilog="Example: mpq-deploy allocate runs/mine --budget 0.3")
@@ -249,6 +242,7 @@ def engine(run: RunArgument, target: TargetOption = None, recipe: RecipeOption =
 
 
 @app.command(rich_help_panel=STAGES, epilog="Example: mpq-deploy evaluate runs/mine")
+@with_compute
 def evaluate(
     run: RunArgument,
     recipe: RecipeOption = None,
@@ -260,14 +254,11 @@ def evaluate(
             show_default=False,
         ),
     ] = None,
-    workers: WorkersOption = None,
-    ray: RayOption = None,
-    threads: ThreadsOption = None,
-    device: ComputeOption = None,
+    compute: Compute = HERE,
 ) -> None:
     """Compare the quantized model with the float one, beside everything-INT8 and everything-INT4."""
-    given = {"evaluate.correction": correction, "compute.device": device}
-    run_on("evaluate", run, recipe, given, crew_for(workers, ray, threads))
+    given = {"evaluate.correction": correction, "compute.device": compute.device}
+    run_on("evaluate", run, recipe, given, compute.crew())
 
 
 @app.command(rich_help_panel=STAGES, epilog="Example: mpq-deploy report runs/mine")

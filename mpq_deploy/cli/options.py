@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
 from enum import Enum
+from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
@@ -594,6 +598,40 @@ SetOption = Annotated[
         show_default=False,
     ),
 ]
+
+
+@dataclass(frozen=True)
+class Compute:
+    """The options that say who computes; a command of ``with_compute`` takes them as one."""
+
+    workers: WorkersOption = None
+    ray: RayOption = None
+    threads: ThreadsOption = None
+    device: ComputeOption = None
+
+    def crew(self) -> Crew | None:
+        """Return who computes what can be spread over workers; None: this process."""
+        return crew_for(self.workers, self.ray, self.threads)
+
+
+HERE = Compute()
+
+
+def with_compute(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options of ``Compute`` in the place of its parameter ``compute``."""
+    options = inspect.signature(Compute, eval_str=True).parameters
+
+    @wraps(command)
+    def call(**given: Any) -> None:
+        compute = Compute(**{name: given.pop(name) for name in options})
+        command(**given, compute=compute)
+
+    own = inspect.signature(command, eval_str=True)
+    parameters: list[inspect.Parameter] = []
+    for name, parameter in own.parameters.items():
+        parameters += options.values() if name == "compute" else [parameter]
+    call.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
+    return call
 
 
 def crew_for(workers: int | None, ray: str | None, threads: int | None) -> Crew | None:

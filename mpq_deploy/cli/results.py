@@ -20,6 +20,7 @@ from mpq_deploy.cli.app import (
     recipe_of,
 )
 from mpq_deploy.cli.options import (
+    HERE,
     LARGEST_SEED,
     AllowEstimateOption,
     AuditOutOption,
@@ -27,6 +28,7 @@ from mpq_deploy.cli.options import (
     BudgetListOption,
     CallsPerTimestepOption,
     ClipScoreOption,
+    Compute,
     ComputeOption,
     ConfigOption,
     ControlsOption,
@@ -62,9 +64,9 @@ from mpq_deploy.cli.options import (
     ThreadsOption,
     TrustOption,
     WeightsOption,
-    WorkersOption,
     crew_for,
     output_file,
+    with_compute,
 )
 from mpq_deploy.errors import MpqError, UsageError
 from mpq_deploy.system.files import write_text
@@ -77,6 +79,7 @@ if TYPE_CHECKING:
     rich_help_panel=LOOK,
     epilog="Example: mpq-deploy sweep runs/emoji --budgets 0.26:0.5 --evaluate",
 )
+@with_compute
 def sweep(
     run: RunArgument,
     budgets: BudgetListOption = "0.26:0.5",
@@ -96,10 +99,7 @@ def sweep(
     ] = None,
     recipe: RecipeOption = None,
     target: OneTargetOption = None,
-    workers: WorkersOption = None,
-    ray: RayOption = None,
-    threads: ThreadsOption = None,
-    device: ComputeOption = None,
+    compute: Compute = HERE,
 ) -> None:
     """Draw quality against size: measured once, each budget solved in seconds."""
     from mpq_deploy.run.folder import runs_at
@@ -107,11 +107,11 @@ def sweep(
     from mpq_deploy.studies.sweep import parse_budgets, run_sweep, sweep_table
 
     chosen = parse_budgets(budgets)
-    crew = crew_for(workers, ray, threads)
+    crew = compute.crew()
     command = shlex.join(["mpq-deploy", *sys.argv[1:]])
     made = {}
     for name, one in runs_at(run, target).items():
-        settings = recipe_of(one, recipe, {"compute.device": device})
+        settings = recipe_of(one, recipe, {"compute.device": compute.device})
         with open_pipeline(settings, one, make_talk(), crew) as pipeline:
             current = pipeline.current(
                 "measure", *(["controls"] if evaluate or points is not None else [])
@@ -126,6 +126,7 @@ def sweep(
     rich_help_panel=LOOK,
     epilog="Example: mpq-deploy audit ./my-pipeline --budgets 0.28,0.35 --pairs 200",
 )
+@with_compute
 def audit(
     model: ModelArgument = None,
     out: AuditOutOption = None,
@@ -138,10 +139,7 @@ def audit(
     lora: LoraOption = None,
     recipe: RecipeOption = None,
     json: JsonOption = False,
-    workers: WorkersOption = None,
-    ray: RayOption = None,
-    threads: ThreadsOption = None,
-    device: ComputeOption = None,
+    compute: Compute = HERE,
 ) -> None:
     """Compare every sensitivity with exhaustive measurement, and by the plans it leads to.
 
@@ -156,11 +154,11 @@ def audit(
     chosen = study.AUDITED if methods is None else study.parse_methods(methods)
     options = study.AuditOptions(tuple(parse_budgets(budgets)), chosen, pairs, samples)
     given = {"model": model, "config": config and str(config), "lora": lora or None}
-    given |= {"compute.device": device}
+    given |= {"compute.device": compute.device}
     settings = study.audit_recipe(recipe, given, changes or [])
     run = study.audit_run(settings, out)
     study.check_audit(settings)
-    with open_pipeline(settings, run, make_talk(), crew_for(workers, ray, threads)) as pipeline:
+    with open_pipeline(settings, run, make_talk(), compute.crew()) as pipeline:
         result = study.run_audit(
             pipeline.current("candidates"), options, shlex.join(["mpq-deploy", *sys.argv[1:]])
         )

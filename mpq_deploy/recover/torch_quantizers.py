@@ -101,11 +101,10 @@ class LearnedScale(torch.nn.Module):  # type: ignore[misc]
 class Grid(torch.nn.Module):  # type: ignore[misc]
     """A weight matrix [O, K]: scale * clip(round(start + delta / first scale)).
 
-    ``codes`` int [O, K] and ``scale`` float16 [O, B] are what training starts from: for a ``delta``
-    of zero the result is exactly theirs. ``multiples`` float [O, B], for 4-bit storage with INT8
-    compute: then ``scale`` is [O, 1] and each block's scale is that many of it. ``limits`` of the
-    codes: numbers, or arrays [O, 1] for grids of different widths per channel. ``taps``: how blocks
-    run over columns, as ``QuantizedMatrix.taps`` says.
+    ``matrix`` is what training starts from: for a ``delta`` of zero the result is exactly it. Its
+    channels' scales are learned where it has them (4-bit storage with INT8 compute), and each
+    block's scale stays as many of them as it is; else its blocks' scales. ``limits`` of the codes:
+    numbers, or arrays [O, 1] for grids of different widths per channel.
 
     The latent weight starts where ``target`` float [O, K] (the float weight) lies, but within
     ``margin`` steps of the code's middle, so that rounding that compensated errors (GPTQ) is kept.
@@ -115,17 +114,18 @@ class Grid(torch.nn.Module):  # type: ignore[misc]
 
     def __init__(
         self,
-        codes: Array,
-        scale: Array,
+        matrix: QuantizedMatrix,
         target: Array,
         limits: tuple[int | Array, int | Array],
         margin: float,
-        multiples: Array | None = None,
-        taps: int = 1,
     ) -> None:
         super().__init__()
-        self.taps = taps
-        blocks = scale.astype(np.float32) * (1 if multiples is None else multiples)
+        codes, scale, multiples = matrix.codes, matrix.scale, None
+        self.taps = taps = matrix.taps
+        blocks = matrix.effective_scale()
+        if matrix.channel_scale is not None:
+            scale = matrix.channel_scale[:, None]
+            multiples = np.rint(blocks / scale.astype(np.float32))
         step = channel_first(np.repeat(blocks, codes.shape[1] // blocks.shape[1], axis=1), taps)
         beyond = np.clip(target / step - codes, -margin, margin)
         self.register_buffer("start", torch.from_numpy((codes + beyond).astype(np.float32)))

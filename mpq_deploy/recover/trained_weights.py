@@ -64,13 +64,7 @@ class TwinKit:
 
     def grid(self, matrix: QuantizedMatrix, weight: Array, precision: Precision) -> Grid:
         """Return the grid that starts from a deployed ``matrix`` of ``weight`` float [O, K]."""
-        limits = precision.quant_min, precision.quant_max
-        if matrix.channel_scale is None:
-            scale, taps = matrix.scale, matrix.taps
-            return Grid(matrix.codes, scale, weight, limits, self.margin, None, taps)
-        channel = matrix.channel_scale[:, None]
-        multiples = np.rint(matrix.scale.astype(np.float32) / channel.astype(np.float32))
-        return Grid(matrix.codes, channel, weight, limits, self.margin, multiples, matrix.taps)
+        return Grid(matrix, weight, (precision.quant_min, precision.quant_max), self.margin)
 
     def levels(self, matrix: SimulatedMatrix, weight: Array) -> Levels:
         """Return the levels of each row that start from ``matrix`` of ``weight`` float [O, K]."""

@@ -38,7 +38,7 @@ from mpq_deploy.stages.export import inputs as export_inputs  # noqa: E402
 from tests.compvis_names import unet_name  # noqa: E402
 from tests.lora_files import diffusers_file, factors, kohya_file, layers_of  # noqa: E402
 from tests.tiny_models import (  # noqa: E402
-    ONE_LEVEL,
+    WHOLE_LEVEL,
     tiny_conditional_folder,
     tiny_scheduler,
     tiny_text_pipeline_folder,
@@ -63,11 +63,13 @@ def prompts(tmp_path: Path) -> Path:
 
 
 def sd(folder: Path) -> tuple[Path, dict[str, Any]]:
-    return parts_of(tiny_text_pipeline_folder(folder, **ONE_LEVEL), te="text_encoder", unet="unet")
+    return parts_of(
+        tiny_text_pipeline_folder(folder, **WHOLE_LEVEL), te="text_encoder", unet="unet"
+    )
 
 
 def sdxl(folder: Path) -> tuple[Path, dict[str, Any]]:
-    whole = tiny_text_pipeline_folder(folder, xl=True, **ONE_LEVEL)
+    whole = tiny_text_pipeline_folder(folder, xl=True, **WHOLE_LEVEL)
     return parts_of(whole, unet="unet", te1="text_encoder", te2="text_encoder_2")
 
 
@@ -386,7 +388,7 @@ def test_what_cannot_be_fused_is_refused_in_one_line(tmp_path: Path, kind: str) 
 
 def test_a_lora_of_another_model_is_refused_by_its_shapes(tmp_path: Path) -> None:
     folder, _ = sd(tmp_path / "one")
-    wide = tiny_conditional_folder(tmp_path / "two", cross_attention_dim=24, **ONE_LEVEL)
+    wide = tiny_conditional_folder(tmp_path / "two", cross_attention_dim=24, **WHOLE_LEVEL)
     other = diffusers.UNet2DConditionModel.from_pretrained(wide)
     file = kohya_file(tmp_path / "wide.safetensors", {"unet": other}, ATTENTION)
     with pytest.raises(
@@ -398,7 +400,7 @@ def test_a_lora_of_another_model_is_refused_by_its_shapes(tmp_path: Path) -> Non
 
 
 def test_files_that_are_not_there_or_no_safetensors_are_refused(tmp_path: Path) -> None:
-    folder = tiny_text_pipeline_folder(tmp_path, **ONE_LEVEL)
+    folder = tiny_text_pipeline_folder(tmp_path, **WHOLE_LEVEL)
     for name, content, message in (
         ("a.bin", b"x", "is pickled, which is refused: loading it can run any code"),
         ("a.gguf", b"x", r"is no \.safetensors file"),

@@ -26,10 +26,11 @@ pytestmark = pytest.mark.torch
 # What the level of the tiny UNet hands to the way up.
 RESIDUALS = ((16, 8, 8), (16, 8, 8))
 MIDDLE = (16, 8, 8)
+MIDDLE_BLOCK = {**ONE_LEVEL, "mid_block_type": "UNetMidBlock2DCrossAttn"}
 
 
 def test_residuals_of_a_controlnet_are_inputs(tmp_path: Path) -> None:
-    folder = tiny_conditional_folder(tmp_path, **ONE_LEVEL)
+    folder = tiny_conditional_folder(tmp_path, **MIDDLE_BLOCK)
     rng = np.random.default_rng(0)
     arrays = {
         f"down_block_additional_residuals.{i}": rng.standard_normal((2, *s), np.float32)

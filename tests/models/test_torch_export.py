@@ -22,6 +22,7 @@ from mpq_deploy.system.progress import Talk
 from tests.tiny_models import (
     ONE_LEVEL,
     ONE_LEVEL_CLASSES,
+    WHOLE_LEVEL,
     tiny_conditional_folder,
     tiny_scheduler,
     tiny_text_pipeline_folder,
@@ -151,9 +152,9 @@ def test_normalising_an_export_changes_nothing(class_conditional: Any) -> None:
 @pytest.mark.parametrize(
     ("unet", "size"),
     [
-        pytest.param({"use_linear_projection": True}, 9, id="linear-odd"),
+        pytest.param({**ONE_LEVEL, "use_linear_projection": True}, 9, id="linear-odd"),
         pytest.param(
-            {"use_linear_projection": False, "num_class_embeds": 3},
+            {**WHOLE_LEVEL, "use_linear_projection": False, "num_class_embeds": 3},
             8,
             id="conv-classes",
             marks=pytest.mark.slow,
@@ -161,7 +162,7 @@ def test_normalising_an_export_changes_nothing(class_conditional: Any) -> None:
     ],
 )
 def test_cross_attention_exports_equal(tmp_path: Path, unet: dict[str, Any], size: int) -> None:
-    folder = tiny_conditional_folder(tmp_path, sample_size=size, **unet, **ONE_LEVEL)
+    folder = tiny_conditional_folder(tmp_path, sample_size=size, **unet)
     arrays: dict[str, Any] = {
         "encoder_hidden_states": np.random.default_rng(0).normal(size=(3, 7, 12))
     }

@@ -21,7 +21,7 @@ from tests.oracle.parts import (
     tiny_unet,
     tiny_vae,
 )
-from tests.tiny_models import CLASSES, TEXT_WIDTH, UNET_CHANNELS
+from tests.tiny_models import CLASSES, ONE_LEVEL_CLASSES, TEXT_WIDTH, UNET_CHANNELS
 
 TEXT = {"prompt": "a red fox", "negative_prompt": "blurred"}
 # A pipeline with the keyword arguments that it is to be called with.
@@ -221,7 +221,7 @@ def ddpm() -> Built:
 
 def ddim_pixels() -> Built:
     """Pixels by DDIM."""
-    unet = tiny_unet(num_class_embeds=None)
+    unet = tiny_unet(num_class_embeds=None, **ONE_LEVEL_CLASSES)
     return diffusers.DDIMPipeline(unet=unet, scheduler=ddim()), {"eta": 0.5}
 
 

@@ -27,7 +27,7 @@ def test_codes_far_from_the_nearest_are_kept(margin: float) -> None:
     weight = rng.standard_normal((6, 32)).astype(np.float32)
     scale = np.full((6, 4), 0.13, np.float16)
     codes = rng.integers(-8, 8, weight.shape)
-    grid = Grid(codes, scale, weight, (-8, 7), margin)
+    grid = Grid(QuantizedMatrix(codes, scale), weight, (-8, 7), margin)
     zero = torch.zeros(6, 32)
     np.testing.assert_array_equal(grid.codes(zero).detach().numpy(), codes)
     expected = codes * np.repeat(scale.astype(np.float32), 8, axis=1)
@@ -38,7 +38,8 @@ def test_channels_may_have_grids_of_their_own() -> None:
     """Two, three and four bits side by side, as mixed precision within a layer has them."""
     codes = np.zeros((3, 8), np.int8)
     low, high = np.array([[-2], [-4], [-8]]), np.array([[1], [3], [7]])
-    grid = Grid(codes, np.ones((3, 1), np.float16), np.zeros((3, 8), np.float32), (low, high), 0.0)
+    start = QuantizedMatrix(codes, np.ones((3, 1), np.float16))
+    grid = Grid(start, np.zeros((3, 8), np.float32), (low, high), 0.0)
     up, down = (grid.codes(torch.full((3, 8), far)).detach().numpy() for far in (100.0, -100.0))
     np.testing.assert_array_equal(up[:, :1], high)
     np.testing.assert_array_equal(down[:, :1], low)
@@ -54,7 +55,7 @@ def test_blocks_along_positions_learn_as_they_are_stored(taps: int) -> None:
     codes = rng.integers(-8, 8, (4, 24)).astype(np.int8)
     scale = rng.uniform(0.1, 0.4, (4, 6)).astype(np.float16)
     matrix = QuantizedMatrix(codes, scale, None, taps)
-    grid = Grid(codes, scale, matrix.dequantize(), (-8, 7), 0.0, None, taps)
+    grid = Grid(matrix, matrix.dequantize(), (-8, 7), 0.0)
     zero = torch.zeros(4, 24)
     np.testing.assert_array_equal(grid(zero).detach(), matrix.dequantize())
     np.testing.assert_array_equal(grid.merged(zero).dequantize(), matrix.dequantize())
@@ -125,8 +126,7 @@ def test_learned_sizes_of_levels_move_the_weight_and_no_code() -> None:
 
 def test_a_learned_scale_moves_the_weight_and_no_code() -> None:
     grid = Grid(
-        np.full((2, 4), 3),
-        np.full((2, 1), 0.5, np.float16),
+        QuantizedMatrix(np.full((2, 4), 3), np.full((2, 1), 0.5, np.float16)),
         np.full((2, 4), 1.7, np.float32),
         (-8, 7),
         0.499,

@@ -31,6 +31,9 @@ from tests.rounding.layers_to_round import hessian_error, layer_to_round
 
 torch = pytest.importorskip("torch")
 gpu_columns = pytest.importorskip("mpq_deploy.rounding.gpu_columns")
+
+from tests.fake_gpu import FakeGpu  # noqa: E402
+
 LAYERS = {
     "conv": layer_to_round(Layer("conv", "Conv", "w", (24, 16, 3, 3), 0, 1, ()), (144,), 1),
     "product": layer_to_round(Layer("fc", "Gemm", "w", (40, 320), 0, 1, ()), (256, 64), 2),
@@ -93,17 +96,6 @@ def test_tensors_are_encoded_as_arrays_are(kind: Minifloat) -> None:
     np.testing.assert_array_equal(nearest.numpy(), kind.nearest(x, np))
 
 
-class OneDevice(torch.utils._python_dispatch.TorchDispatchMode):
-    """Refuses operators that read tensors of two devices; tensors without data refuse to be looked at."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        tensors = [a for a in torch.utils._pytree.tree_leaves((args, kwargs)) if torch.is_tensor(a)]
-        devices = {t.device.type for t in tensors if t.ndim}
-        copied = func in (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
-        assert len(devices) < 2 or copied, (func, devices)
-        return func(*args, **(kwargs or {}))
-
-
 def placeless(*shape: int, dtype: Any = None) -> Any:
     """Return a tensor that has a shape, a type and a device, and no numbers."""
     return torch.empty(shape, dtype=dtype or torch.float32, device="meta")
@@ -113,7 +105,7 @@ def test_nothing_is_fetched_from_the_gpu_and_no_devices_are_mixed() -> None:
     weight, block, rest = placeless(20, 160), placeless(128, 128), placeless(32, 32)
     xp = TorchNames(weight.device)
     importance = placeless(160)
-    with OneDevice():
+    with FakeGpu() as gpu:
         scale = choose_scale(weight, importance, 5, INT4)
         multiples, channel = choose_multiple_scale(weight, importance, scale)
         columns = xp.arange(160) // 32
@@ -137,6 +129,7 @@ def test_nothing_is_fetched_from_the_gpu_and_no_devices_are_mixed() -> None:
         forms = (RowForm(2), RowForm(0, 1), RowForm(8))
         simulated = round_forms(weight, forms, [block, rest], HOW)
         assert {m.codes.shape for m in simulated.values()} == {(20, 160)}
+    assert gpu.fetched == 0
 
 
 def test_replaying_a_pass_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

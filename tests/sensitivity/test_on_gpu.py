@@ -27,7 +27,7 @@ from tests.sensitivity.cases import Setting, setting  # noqa: E402
 from tests.sensitivity.kinds import kinds  # noqa: E402
 
 pytestmark = pytest.mark.torch
-STEPS, CALLS = 2, 3
+STEPS, CALLS = 2, 2
 
 
 @pytest.fixture(scope="module")

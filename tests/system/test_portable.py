@@ -83,13 +83,15 @@ def test_a_model_is_checked(elsewhere: dict[str, str], tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_bundled_digits_are_built(elsewhere: dict[str, str], tmp_path: Path) -> None:
+def test_a_model_is_exported_built_and_packed(elsewhere: dict[str, str], tmp_path: Path) -> None:
     pytest.importorskip("torch")
-    run = tmp_path / "run"
+    from tests.tiny_models import ONE_LEVEL_CLASSES, tiny_unet_folder
+
+    model, run = tiny_unet_folder(tmp_path, **ONE_LEVEL_CLASSES), tmp_path / "run"
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(TINY, encoding="utf-8")
-    build = ("build", "digits", "-r", recipe, "--budget", "0.35", "-o", run, "--workers", "2")
-    for arguments in (build, ("package", run, "-o", tmp_path / "digits.mpq.tar")):
+    build = ("build", model, "-r", recipe, "--budget", "0.35", "-o", run, "--workers", "2")
+    for arguments in (build, ("package", run, "-o", tmp_path / "model.mpq.tar")):
         done = call(*arguments, **elsewhere)
         assert done.returncode == 0, done.stderr
     assert (run / "report.html").is_file() and not (run / ".owner").exists()

@@ -53,6 +53,12 @@ BRANCHES = (
     "w8a8+scale5",
     "w4a8+scale5",
 )
+# What a plan here chooses among, and the bodies that these branches lie beside.
+CHOICES = tuple(
+    s
+    for s in SCHEMES.values()
+    if not s.simulated and (not s.branch or f"{s.family}{s.branch.suffix}" in BRANCHES)
+)
 SCALE, SCALE_WITHOUT, SCALE_RESCALED = 0.03, 0.02, 0.025
 
 
@@ -78,7 +84,18 @@ def network() -> GraphBuilder:
     return g
 
 
+ROUNDED: dict[bytes, dict[str, LayerCandidates]] = {}
+
+
 def candidates_of(graph: LayerGraph) -> dict[str, LayerCandidates]:
+    """Round the weights of a graph, once for all tests."""
+    key = ir.to_proto(graph.model).SerializeToString(deterministic=True)
+    if key not in ROUNDED:
+        ROUNDED[key] = rounded_candidates(graph)
+    return ROUNDED[key]
+
+
+def rounded_candidates(graph: LayerGraph) -> dict[str, LayerCandidates]:
     refusals = bias_refusals(graph.model, graph.layers)
 
     def refusal(layer: Layer, scheme: Scheme) -> str:
@@ -89,7 +106,7 @@ def candidates_of(graph: LayerGraph) -> dict[str, LayerCandidates]:
         rng = np.random.default_rng(number)
         made = round_candidates(
             layer,
-            choices_for(layer, tuple(s for s in SCHEMES.values() if not s.simulated), refusal),
+            choices_for(layer, CHOICES, refusal),
             weight_matrix(layer, weight_array(graph.model, layer)),
             InputMoments(
                 np.eye(layer.reduction, dtype=np.float32)[None],
