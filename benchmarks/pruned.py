@@ -5,8 +5,7 @@
 Of a build that rounds and measures everything, with few calls: dit and unet2dcondition are tiny models of random
 weights, unet has 21 M. A scheme of a layer is within reach when at some price of a byte and of a nanosecond it would be
 the layer's choice, were its loss MARGIN times smaller: so wrong may the estimate be that decides before rounding. Given
-are the rounded weights within reach, of all, by their number of elements; and, with only those (and what controls
-take), the predicted errors of plans over those of the plans from all schemes.
+are the rounded weights within reach, of all, by their number of elements; what the controls take is always rounded.
 
 Beside it stands how far off an estimate without rounding is: the observers rank the exponents of each activation's
 factors. Given is the loss of the best of the first ones over that of the best of all.
@@ -20,7 +19,6 @@ import argparse
 import sys
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,10 +40,6 @@ from mpq_deploy.system.progress import PlainTalk
 TINY = ("dit", "unet2dcondition")
 MODELS = ("emoji", "digits", *TINY, UNET)
 MARGINS = (1.0, 1.25, 1.5, 2.0, 3.0)
-PLANNED = (1.5,)
-# Of the solver: plans within that of the optimum, in so many seconds.
-GAP, SECONDS = 1e-2, 5.0
-BUDGETS = ("0.28", "0.35", "0.5")
 Kept = dict[str, tuple[Scheme, ...]]
 
 
@@ -91,26 +85,6 @@ class Reach:
     def rounded(self, kept: Kept) -> int:
         """Count the elements of the weight forms that ``kept`` needs."""
         return sum(n.weights * len(_forms(kept[n.name])) for n in self.layers)
-
-    def errors(self, kept: Kept, objective: str) -> list[float]:
-        """Return the predicted errors of plans from ``kept`` alone, by budget."""
-        table = self.solver.table
-
-        def some(rows: Any) -> Any:
-            return {
-                n: {s.name: rows[n][s.name] for s in kept[n]} if n in kept else row
-                for n, row in rows.items()
-            }
-
-        fewer = replace(
-            table,
-            losses=some(table.losses),
-            losses_by_timestep=some(table.losses_by_timestep),
-            projections=some(table.projections),
-        )
-        solver = PlanSolver(self.run, table=fewer)
-        solver.section = solver.section.replace(objective=objective, gap=GAP, time_limit=SECONDS)
-        return [float(solver.solve(budget).predicted_loss or 0.0) for budget in BUDGETS]
 
     def ranked(self) -> dict[int, Array]:
         """Return the loss of the best of the first 1, 2, 3 exponents over that of the best, by activation and body."""
@@ -172,14 +146,6 @@ def judge(model: str, chosen: argparse.Namespace, page: Page) -> None:
         rows.append([f"{margin:g}", *(f"{share:.0%}" for share in shares)])
     page.say(f"## {model}\n\n{len(reach.layers)} layers, {pairs} pairs of a layer and a scheme.")
     page.say(markdown(("margin", "within reach, bytes and time", "bytes alone"), rows))
-    plans = []
-    for objective, timed in (("balanced", True), ("quality", False)):
-        before = reach.errors(reach.choices, objective)
-        for margin in PLANNED:
-            after = reach.errors(reach.kept(margin, timed), objective)
-            ratios = (f"{a / b:.2f}" for a, b in zip(after, before, strict=True))
-            plans.append([f"{objective}, margin {margin:g}", *ratios])
-    page.say(markdown(("predicted error over that of all schemes", *BUDGETS), plans))
     ranked = [
         [str(n), f"{v.mean():.2f}", f"{np.quantile(v, 0.9):.2f}", f"{v.max():.2f}"]
         for n, v in reach.ranked().items()

@@ -256,6 +256,9 @@ def round_layers(run: Run, rounder: Rounder, folder: Path) -> None:
             for first in group:
                 with rounder.blas.limit(limits=1, user_api="blas"):
                     for one in chain([first], group):
+                        if threads == 1:
+                            rounder.into(folder, one)
+                            continue
                         layer, width = one.layer, one.blocks.shape[-1]
                         needed = rounding_bytes(layer.weights, width, forms, gptq)
                         finish(needed)
