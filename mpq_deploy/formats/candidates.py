@@ -61,10 +61,13 @@ def choices_for(layer: Layer, wanted: tuple[Scheme, ...], refusal: Refusal) -> C
     the one of blocks nearest to ``BRANCH_BLOCK`` has them.
     """
     allowed: list[Scheme] = [FP16]
+    bodies: list[Scheme] | None = None
     refused: dict[str, str] = {}
     seen: dict[tuple[str, str, int | None], str] = {}
     for scheme in wanted:
-        if not scheme.quantized or (scheme.branch and scheme.body not in _branch_bodies(allowed)):
+        if scheme.branch and bodies is None:
+            bodies = _branch_bodies(allowed)
+        if not scheme.quantized or (scheme.branch and scheme.body not in (bodies or ())):
             continue
         reason = refusal(layer, scheme) or scheme.refusal(layer)
         blocks = scheme.series, scheme.range.kind, scheme.weight.block(layer)

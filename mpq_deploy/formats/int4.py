@@ -15,7 +15,6 @@ from mpq_deploy.formats.sizes import FP16_BYTES, INT64_BYTES, matrix_shape, near
 from mpq_deploy.rounding.quantizers import (
     QuantizedMatrix,
     choose_multiple_scale,
-    choose_scale,
     position_first,
 )
 
@@ -94,11 +93,6 @@ class Int4Weight(IntegerWeight):
         even = layer.reduction % 2 == 0 and layer.out_channels % 2 == 0
         return layer.op != "Conv" and even and layer.blocks >= 2
 
-    def scales(self, layer: Layer, weight: Array, importance: Array) -> tuple[Array, Array | None]:
-        block = self.block(layer)
-        assert block is not None, "choices_for admits only schemes with a block size"
-        return choose_scale(weight, importance, layer.reduction // block, self.precision), None
-
     def write(self, to: LayerWriter, matrix: QuantizedMatrix) -> ir.Value:
         return self.write_blocks(to, matrix.codes, matrix.scale, matrix.taps)
 
@@ -152,10 +146,8 @@ class RequantizedInt4(Int4Weight):
     def fuses(self, layer: ExpectedLayer) -> bool:
         return False
 
-    def scales(self, layer: Layer, weight: Array, importance: Array) -> tuple[Array, Array | None]:
-        return choose_multiple_scale(
-            weight, importance, super().scales(layer, weight, importance)[0]
-        )
+    def scales(self, weight: Array, importance: Array, best: Array) -> tuple[Array, Array | None]:
+        return choose_multiple_scale(weight, importance, best)
 
     def write(self, to: LayerWriter, matrix: QuantizedMatrix) -> ir.Value:
         assert matrix.channel_scale is not None

@@ -10,7 +10,7 @@ import numpy as np
 from mpq_deploy.formats.integers import IntegerWeight
 from mpq_deploy.formats.interfaces import INT8, ActivationFormat, ActivationGrid, Scheme
 from mpq_deploy.formats.sizes import FP16_BYTES
-from mpq_deploy.rounding.quantizers import QuantizedMatrix, choose_scale, position_first
+from mpq_deploy.rounding.quantizers import QuantizedMatrix, position_first
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -52,9 +52,6 @@ class Int8Weight(IntegerWeight):
 
     def joins(self, alone: bool) -> bool:
         return not alone
-
-    def scales(self, layer: Layer, weight: Array, importance: Array) -> tuple[Array, Array | None]:
-        return choose_scale(weight, importance, 1, self.precision), None
 
     def write(self, to: LayerWriter, matrix: QuantizedMatrix) -> ir.Value:
         product = self.multiplies(to.layer, to.scheme.activation is None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -15,6 +15,7 @@ from mpq_deploy.rounding.quantizers import (
     Grid,
     QuantizedMatrix,
     Rounding,
+    choose_scale,
     gptq_codes,
     position_first,
     refine_rounding,
@@ -43,12 +44,13 @@ class IntegerWeight(WeightFormat):
     def form(self) -> str:
         return self.precision.name + (f"-b{self.block_size}" if self.block_size else "")
 
-    def scales(self, layer: Layer, weight: Array, importance: Array) -> tuple[Array, Array | None]:
+    def scales(self, weight: Array, importance: Array, best: Array) -> tuple[Array, Array | None]:
         """Choose the scales of ``weight`` [O, K]: float16 [O, B], and channel scales [O] or None.
 
-        ``importance`` [K]: the mean square of the input's columns.
+        ``importance`` [K]: the mean square of the input's columns; ``best``: what ``choose_scale``
+        gives.
         """
-        raise NotImplementedError
+        return best, None
 
     @property
     def rounder(self) -> Rounder:
@@ -92,6 +94,34 @@ def round_alone(
     return _round_group(layer.layer, weight, moments, formats, how, {})[body.weight_form]
 
 
+def _with_scales(
+    layer: Layer,
+    weight: Array,
+    importance: Array,
+    formats: Mapping[str, IntegerWeight],
+    by: Mapping[str, Array],
+) -> dict[str, QuantizedMatrix]:
+    """Return matrices of ``weight`` [O, K] whose codes are still zeros; ``by`` [K] as ``columns`` below.
+
+    Formats that differ in what they make of a block's scale share the search for it.
+    """
+    xp, matrices = names_of(weight), {}
+    best: dict[Any, Array] = {}
+    for form, own in formats.items():
+        seen, scaled, taps = cast(importance, np.float32), weight, own.taps(layer)
+        if form in by:
+            seen, scaled = cast(importance * xp.square(by[form]), np.float32), weight / by[form]
+        scaled, seen = (position_first(one, taps) for one in (scaled, seen[None]))
+        block = own.block(layer)
+        assert block is not None, "choices_for admits only schemes with a block size"
+        alike = own.precision, block, taps, form if form in by else ""
+        if alike not in best:
+            best[alike] = choose_scale(scaled, seen[0], layer.reduction // block, own.precision)
+        scale, channel = own.scales(scaled, seen[0], best[alike])
+        matrices[form] = QuantizedMatrix(xp.zeros(weight.shape, np.int8), scale, channel, taps)
+    return matrices
+
+
 def _round_group(
     layer: Layer,
     weight: Array,
@@ -102,21 +132,9 @@ def _round_group(
 ) -> dict[str, QuantizedMatrix]:
     """Round ``weight`` [O, K]; ``columns`` [K]: by what the input is multiplied for some forms."""
     weight, blocks = placed(weight), [placed(block) for block in blocks]
-    xp, importance = names_of(weight), importance_of(blocks)
-    matrices, taps = {}, {form: own.taps(layer) for form, own in formats.items()}
     by = {form: placed(factors) for form, factors in columns.items()}
-    for form, own in formats.items():
-        seen, scaled = cast(importance, np.float32), weight
-        if form in by:
-            seen, scaled = cast(importance * xp.square(by[form]), np.float32), weight / by[form]
-        scale, channel = own.scales(
-            layer,
-            position_first(scaled, taps[form]),
-            position_first(seen[None], taps[form])[0],
-        )
-        matrices[form] = QuantizedMatrix(
-            xp.zeros(weight.shape, np.int8), scale, channel, taps[form]
-        )
+    matrices = _with_scales(layer, weight, importance_of(blocks), formats, by)
+    xp, taps = names_of(weight), {form: matrix.taps for form, matrix in matrices.items()}
     grids = {}
     for form, matrix in matrices.items():
         limits = formats[form].precision

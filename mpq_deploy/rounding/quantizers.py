@@ -52,6 +52,9 @@ NEAREST_ARRAYS, NEAREST_FORM_ARRAYS = 3, 1
 # product); then the factor, arrays [O, K], and those of each form, whose rows are rounded and
 # refined side by side.
 FACTOR_MATRICES, GPTQ_ARRAYS, GPTQ_FORM_ARRAYS = 3, 6, 2.6
+# Layers are rounded side by side as far as they take no more together; a larger one alone. Beyond
+# so many, threads wait for Python's lock (our choice).
+TOGETHER_BYTES, MOST_THREADS = 2 << 30, 8
 
 
 def rounding_bytes(weights: int, width: int, forms: int, gptq: bool) -> int:
@@ -63,6 +66,11 @@ def rounding_bytes(weights: int, width: int, forms: int, gptq: bool) -> int:
         return 4 * weights * (NEAREST_ARRAYS + NEAREST_FORM_ARRAYS * forms)
     rows_of_forms = 4 * weights * (GPTQ_ARRAYS + GPTQ_FORM_ARRAYS * forms)
     return int(max(4 * FACTOR_MATRICES * width**2, 4 * width**2 + rows_of_forms))
+
+
+def rounding_threads(cores: int) -> int:
+    """Return how many layers are rounded side by side, at most."""
+    return min(cores, MOST_THREADS)
 
 
 @dataclass(frozen=True)
@@ -96,7 +104,11 @@ class QuantizedMatrix:
 
     def dequantize(self) -> Array:
         """Return the deployed weight, float32 [O, K]."""
-        return np.asarray(self.codes * self.effective_scale()[:, self.columns()], np.float32)
+        scale = self.effective_scale()
+        if self.taps > 1:
+            return np.asarray(self.codes * scale[:, self.columns()], np.float32)
+        blocked = self.codes.reshape(*scale.shape, -1) * scale[:, :, None]
+        return np.asarray(blocked.reshape(self.codes.shape), np.float32)
 
     def columns(self) -> Array:
         """Return which of the B scales each column has, int [K]."""
@@ -184,19 +196,50 @@ def _chosen_scale(weight: Array, share: Array, precision: Precision) -> Array:
     xp = names_of(weight)
     blocked = weight.reshape(len(weight), *share.shape[1:])
     amax = xp.amax(xp.abs(blocked), axis=2, keepdims=True)
-    best_error = xp.full_like(amax, np.inf)
+    best_error = xp.full_like(amax, np.finfo(np.float32).max)
     best = round_scale(xp.where(amax > 0, amax, precision.quant_max) / precision.quant_max)
     # Rounded once, from double precision to FP16.
     exact = cast(amax, np.float64)
-    for ratio in CLIP_RATIOS.tolist():
+    # By one scale per channel fine codes lose little: what a small ratio clips of the largest
+    # weight alone is then more. Of equal errors the smallest ratio wins.
+    ends = _ends(blocked, share, precision) if xp is np and share.shape[1] == 1 else None
+    for ratio in CLIP_RATIOS[::-1].tolist():
         scale = round_scale(ratio * exact / precision.quant_max)
         step = cast(scale, np.float32)
-        error = _clipped_error(blocked, step, precision.quant_min, precision.quant_max)
+        some: Any = slice(None)
+        if ends is not None:
+            some = np.flatnonzero(ends.clipped(step[:, 0, 0]) <= best_error[:, 0, 0])
+        error = _clipped_error(blocked[some], step[some], precision.quant_min, precision.quant_max)
         error = xp.sum(share * xp.square(error, out=error), axis=2, keepdims=True)
-        better = (error < best_error) & (amax > 0)
-        best = xp.where(better, scale, best)
-        best_error = xp.where(better, error, best_error)
+        better = (error <= best_error[some]) & (amax[some] > 0)
+        best[some] = xp.where(better, scale[some], best[some])
+        best_error[some] = xp.where(better, error, best_error[some])
     return best[:, :, 0]
+
+
+@dataclass(frozen=True)
+class _Ends:
+    """The largest weight of each row on either side of zero [2, O], its shares, and the largest codes [2, 1]."""
+
+    size: Array
+    share: Array
+    codes: Array
+
+    def clipped(self, step: Array) -> Array:
+        """Return the larger of both weights' errors for steps float32 [O]: no more than the row's error."""
+        missed = self.size - self.codes * step
+        return (self.share * np.square(np.maximum(missed, 0))).max(axis=0)
+
+
+def _ends(blocked: Array, share: Array, precision: Precision) -> _Ends:
+    rows, places = blocked[:, 0], np.arange(len(blocked))
+    at = np.stack([rows.argmax(axis=1), rows.argmin(axis=1)])
+    size = np.abs(rows[places, at])
+    # A row of one sign has no weight on the other side.
+    size[0] *= rows.max(axis=1) > 0
+    size[1] *= rows.min(axis=1) < 0
+    codes = np.array([[precision.quant_max], [-precision.quant_min]], np.float32)
+    return _Ends(size, share[0, 0, at], codes)
 
 
 def choose_multiple_scale(
@@ -396,7 +439,7 @@ def _visited(
         part = slice(number * rows, (number + 1) * rows)
         own, steps = codes[:, part], step[:, part]
         plain = xp.clip(xp.rint(ordered / steps), grid.quant_min, grid.quant_max)
-        worse = error[part] > seen_error(ordered - plain * steps, factor, pivots)
+        worse = error[part] > seen_error(ordered - plain * steps, factor, pivots, error[part])
         own[:] = xp.where(worse, cast(plain, np.int8), own)
         yield own
 
@@ -456,11 +499,19 @@ def compensate(
     return error
 
 
-def seen_error(errors: Array, factor: Array, pivots: Array, chunk: int = 512) -> Array:
-    """Return e H e^T of every column of ``errors`` [K, R], float64 [R]; the others as for ``compensate``."""
+def seen_error(
+    errors: Array, factor: Array, pivots: Array, enough: Array | None = None, chunk: int = 512
+) -> Array:
+    """Return e H e^T of every column of ``errors`` [K, R], float64 [R]; the others as for ``compensate``.
+
+    Or of the first rows of the factor alone, where that is ``enough`` [R] for every column already:
+    more only adds to it.
+    """
     xp = names_of(errors)
     error = xp.zeros(errors.shape[1], np.float64)
     for start in range(0, len(factor), chunk):
+        if enough is not None and xp is np and (error >= enough).all():
+            break
         stop = min(start + chunk, len(factor))
         missed = errors[start:stop] + factor[:stop, start:stop].T @ errors[:stop]
         error += pivots[start:stop] @ cast(xp.square(missed, out=missed), np.float64)

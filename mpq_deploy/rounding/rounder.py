@@ -6,8 +6,10 @@ In: a run that is calibrated. Out: a file of candidates per layer, the same byte
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -42,12 +44,18 @@ from mpq_deploy.rounding.control_schemes import (
     tensor_ranks,
 )
 from mpq_deploy.rounding.earlier_forms import EarlierForms
-from mpq_deploy.rounding.hessian import Hessian, iterate_hessians
-from mpq_deploy.rounding.quantizers import Rounding
+from mpq_deploy.rounding.hessian import Hessian, HessianPlan
+from mpq_deploy.rounding.quantizers import (
+    TOGETHER_BYTES,
+    Rounding,
+    rounding_bytes,
+    rounding_threads,
+)
 from mpq_deploy.run.view import Exported
 from mpq_deploy.system.compute import compute_on, computing_on, free_cached_memory, out_of_memory
 from mpq_deploy.system.mapped import drop_pages
 from mpq_deploy.system.progress import Talk
+from mpq_deploy.system.threads import threads_here
 
 if TYPE_CHECKING:
     from threadpoolctl import ThreadpoolController
@@ -68,9 +76,9 @@ FEWER = 8
 class Rounder:
     """Rounds the layers of ``exported`` one by one, with the same bytes in any process.
 
-    With other threads some products round otherwise. Nor do more help where another process uses
-    the cores: threads that wait for each other thousands of times in a layer then take many times
-    as long as one.
+    Each by one thread of BLAS: with others some products round otherwise, and threads that wait for
+    each other thousands of times in a layer take many times as long as one where another process
+    uses the cores. So threads round a layer each.
     """
 
     exported: Exported
@@ -226,19 +234,53 @@ def rounding_calls(run: Run) -> RecordedCalls:
     return RecordedCalls(rounded_on, exported.spec)
 
 
-def layer_moments(run: Run, rounder: Rounder) -> Iterator[Hessian]:
+def round_layers(run: Run, rounder: Rounder, folder: Path) -> None:
+    """Write the candidates of every layer into ``folder``: a layer per core, as far as memory goes."""
+    gptq, recipe = run.recipe.quantize.rounding == "gptq", run.recipe
+    forms = len({s.weight_form for s in wanted_schemes(recipe) if not s.branch})
+    threads = 1 if computing_on().torch is not None else rounding_threads(threads_here().blas)
+    pending: dict[Future[Path], int] = {}
+
+    def finish(needed: int) -> None:
+        """Wait until so many bytes more fit beside what is being rounded."""
+        while pending and (
+            len(pending) >= threads or sum(pending.values()) + needed > TOGETHER_BYTES
+        ):
+            for done in wait(pending, return_when=FIRST_COMPLETED).done:
+                del pending[done]
+                done.result()
+
+    with ThreadPoolExecutor(threads) as pool:
+        for group in layer_moments(run, rounder):
+            # What is behind the first is made by all threads of BLAS.
+            for first in group:
+                with rounder.blas.limit(limits=1, user_api="blas"):
+                    for one in chain([first], group):
+                        if threads == 1:
+                            rounder.into(folder, one)
+                            continue
+                        layer, width = one.layer, one.blocks.shape[-1]
+                        needed = rounding_bytes(layer.weights, width, forms, gptq)
+                        finish(needed)
+                        pending[pool.submit(rounder.into, folder, one)] = needed
+                        del one
+                    finish(TOGETHER_BYTES)
+
+
+def layer_moments(run: Run, rounder: Rounder) -> Iterator[Iterator[Hessian]]:
     """Yield the second moments of every layer's input: Hessians for GPTQ, else only their diagonals.
 
-    Diagonals, too, for layers of which every form is known.
+    In the groups that are made together. Diagonals, too, for layers of which every form is known.
     """
     graph = run.exported.graph
     unknown = () if run.recipe.quantize.rounding == "nearest" else rounder.unknown()
     names = {layer.name for layer in unknown}
-    yield from map(rounder.diagonal, (one for one in graph.layers if one.name not in names))
+    yield map(rounder.diagonal, (one for one in graph.layers if one.name not in names))
     if unknown:
         calls, settings = rounding_calls(run), run.recipe.quantize
         graph = replace(graph, layers=unknown)
-        yield from iterate_hessians(graph, calls, settings, run.talk, scratch=run.scratch())
+        plan = HessianPlan.of(graph, calls, settings, run.talk, scratch=run.scratch())
+        yield from map(plan.hessians, range(len(plan)))
 
 
 def _diagonal_moments(layer: Layer, stats: CalibrationStats) -> Array:

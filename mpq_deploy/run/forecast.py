@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from mpq_deploy.rounding.quantizers import TOGETHER_BYTES, rounding_bytes, rounding_threads
 from mpq_deploy.run.effort import COUNTS, fitted, get, least
 from mpq_deploy.run.machine_speed import FILE, Speed, probe_batch, speed_of
 from mpq_deploy.run.memory_model import StageMemory, estimate_engine, estimate_stage
@@ -27,10 +28,11 @@ from mpq_deploy.run.stage_work import (
     works,
 )
 from mpq_deploy.system import memory
+from mpq_deploy.system.compute import computing_on
 from mpq_deploy.system.parallel.processes import Processes
 from mpq_deploy.system.parallel.work import Alone
 from mpq_deploy.system.quantities import duration_text
-from mpq_deploy.system.threads import physical_cores
+from mpq_deploy.system.threads import physical_cores, threads_here
 
 if TYPE_CHECKING:
     from mpq_deploy.recipe import Recipe
@@ -114,9 +116,9 @@ class StageForecast:
 
 
 def stage_seconds(
-    recipe: Recipe, model: ModelWork, speed: Speed, rounders: int = 1
+    recipe: Recipe, model: ModelWork, speed: Speed, rounders: int = 0
 ) -> dict[str, float]:
-    """Return the seconds of every stage after export; ``rounders``: processes that round at once."""
+    """Return the seconds of every stage after export; ``rounders``: processes that round at once; 0: this one alone."""
     work, pace, layers = works(recipe, model), speed.pace, len(model.layers)
     written = pace * (
         WRITTEN_LAYER * layers + WRITTEN_WEIGHT * sum(layer.weights for layer in model.layers)
@@ -167,7 +169,10 @@ def _adjoints(work: Work, model: ModelWork, speed: Speed) -> float:
 
 def _candidates(recipe: Recipe, model: ModelWork, speed: Speed, rounders: int) -> float:
     work, pace = works(recipe, model)["candidates"], speed.pace
-    found = pace / rounders * sum(rounding_seconds(layer, recipe) for layer in model.layers)
+    found = pace * sum(
+        rounding_seconds(layer, recipe) / (rounders or _side_by_side(layer, recipe))
+        for layer in model.layers
+    )
     found += work.sessions * speed.opening
     if work.gathered:
         jobs, batches = len(model.size.patches), work.gathered / work.batch
@@ -257,6 +262,16 @@ class Forecast:
         }
 
 
+def _side_by_side(layer: LayerWork, recipe: Recipe) -> int:
+    """Return how many layers like ``layer`` this process rounds at once."""
+    if computing_on().torch is not None:
+        return 1
+    width = min(layer.columns, recipe.quantize.hessian_width)
+    size = rounding_bytes(layer.weights, width, layer.forms, recipe.quantize.rounding != "nearest")
+    threads = rounding_threads(threads_here().blas)
+    return max(1, min(threads, TOGETHER_BYTES // max(size, 1)))
+
+
 def _row(name: str, seconds: float, size: int, rest: str) -> str:
     memory = f"{size / 1e9:.1f} GB" if size else "-"
     return f"{name:<10} {duration_text(seconds):>8} {memory:>9}  {rest}"
@@ -265,7 +280,7 @@ def _row(name: str, seconds: float, size: int, rest: str) -> str:
 def forecast(run: Run, model: ModelWork, speed: Speed, stages: Iterable[str]) -> Forecast:
     """Return what making ``stages`` will take, by the recipe of ``run``."""
     crew = run.crew
-    rounders = min(crew.workers, physical_cores()) if isinstance(crew, Processes) else 1
+    rounders = min(crew.workers, physical_cores()) if isinstance(crew, Processes) else 0
     seconds = stage_seconds(run.recipe, model, speed, rounders)
     # Libraries that earlier stages have loaded stay.
     held = memory.held_memory()

@@ -31,7 +31,12 @@ from mpq_deploy.onnx_torch.pass_memory import (
 from mpq_deploy.rounding.candidate_store import HELD_BYTES
 from mpq_deploy.rounding.hessian import BATCH_SIZE as HESSIAN_BATCH
 from mpq_deploy.rounding.hessian import ROWS_PER_COLUMN, WAITING_SHARE
-from mpq_deploy.rounding.quantizers import NEAREST_ARRAYS, rounding_bytes
+from mpq_deploy.rounding.quantizers import (
+    NEAREST_ARRAYS,
+    TOGETHER_BYTES,
+    rounding_bytes,
+    rounding_threads,
+)
 from mpq_deploy.runtime.fused_attention import LEAST_SCORES
 from mpq_deploy.runtime.ort import (
     ARENA_SHARE,
@@ -41,12 +46,14 @@ from mpq_deploy.runtime.ort import (
 )
 from mpq_deploy.sensitivity.measured_calls import (
     HELD_SHARE,
+    LARGE_STACK_BYTES,
     SALIENCE_BATCH,
     STACK_ARRAYS,
     STACK_BYTES,
 )
 from mpq_deploy.sensitivity.measured_calls import MEMORY_BYTES as MEASURE_BYTES
 from mpq_deploy.system.memory import Room, refuse_too_large
+from mpq_deploy.system.threads import threads_here
 
 if TYPE_CHECKING:
     import onnx
@@ -323,7 +330,8 @@ def _candidates(size: ModelSize, recipe: Recipe, forms: int, workers: int) -> St
         hessian_bytes(size, recipe) if gptq else (0, 0),
         code if gptq else _bare(size.nodes),
     )
-    rounding = _rounding(size, recipe, forms) + held[0]
+    largest, threads = _rounding(size, recipe, forms), rounding_threads(threads_here().blas)
+    rounding = max(largest, min(threads * largest, TOGETHER_BYTES)) + held[0]
     if workers:
         # Hessians lie in files then.
         rounding = workers * _rounder_bytes(size, recipe, forms)
@@ -466,8 +474,9 @@ def _measure(size: ModelSize, recipe: Recipe, forms: int) -> StageMemory:
     )
     values = _adjoint(size, probes, max(1, min(batch, most)))
     stacks = size.weights * (1 + forms)
-    kept = min(stacks, MEASURE_BYTES) if stacks < HELD_SHARE * MEASURE_BYTES else 0
+    kept = min(stacks, STACK_BYTES) if stacks < HELD_SHARE * STACK_BYTES else 0
     kept += min(HELD_BYTES, size.weights * (FLOAT32_BYTES + forms) // FLOAT32_BYTES)
     largest = FLOAT32_BYTES * size.largest
-    work = largest * STACK_ARRAYS + min(largest * forms, max(STACK_BYTES, largest)) + kept
+    at_once = min(largest * forms, max(LARGE_STACK_BYTES, largest))
+    work = largest * STACK_ARRAYS + at_once + kept
     return StageMemory("measure", size.weights, values, work, TORCH_BYTES)

@@ -15,7 +15,7 @@ from mpq_deploy.formats.ranges import STATIC, ActivationRange
 from mpq_deploy.formats.scheme import Scheme
 from mpq_deploy.graph.layers import Layer, LayerGraph, LayerUse
 from mpq_deploy.models.spec import Array
-from mpq_deploy.sensitivity.measured_calls import STACK_BYTES
+from mpq_deploy.sensitivity.measured_calls import LARGE_STACK_BYTES
 
 
 class CandidateWeights(Protocol):
@@ -87,7 +87,7 @@ class FormStack:
     """The weight errors of a layer's candidates, ready for one product with all of them.
 
     ``differences`` float32 [F, out_channels, reduction]: dequantized minus float weight, one per
-    distinct form, one by one where all take more than ``STACK_BYTES``. ``rows``: scheme -> its row
+    distinct form, one by one where all take more than ``LARGE_STACK_BYTES``. ``rows``: scheme -> its row
     of ``differences``; ``inputs``: scheme -> the activation form that its input is rounded to, None
     where it stays float. Schemes with a ``rows`` branch are in ``promotions`` instead.
     """
@@ -139,7 +139,7 @@ def form_stack(weight: Array, candidate: CandidateWeights) -> FormStack:
     forms = {form: row for row, form in enumerate(dict.fromkeys(s.weight_form for s in stacked))}
     made = FormsInTurn(weight, candidate, tuple(forms))
     differences: Array | FormsInTurn = made
-    if len(forms) * weight.nbytes <= STACK_BYTES:
+    if len(forms) * weight.nbytes <= LARGE_STACK_BYTES:
         differences = np.empty((len(forms), *weight.shape), np.float32)
         for row, difference in enumerate(made):
             differences[row] = difference

@@ -11,17 +11,16 @@ from mpq_deploy.errors import ModelError
 from mpq_deploy.graph.layers import LayerGraph
 from mpq_deploy.models.spec import Array
 
-# Memory for the values of a pass through the graph, and as much for what is kept of the layers'
-# errors.
-MEMORY_BYTES = 1 << 30
+# Memory for the values of a pass through the graph, and for what probes keep of the layers' errors.
+MEMORY_BYTES, STACK_BYTES = 1 << 30, 2 << 30
 # Where so many times the memory for stacks would be needed, keeping that part of them saves hardly
 # any time.
-HELD_SHARE = 4
+HELD_SHARE = 2
 # Arrays of a layer's size that stacking its errors holds, beside those of each form.
 STACK_ARRAYS = 2
 # A layer whose stacked errors would take more has them made one by one: again for each sample, which
 # large layers are measured on alone.
-STACK_BYTES = 1 << 30
+LARGE_STACK_BYTES = 1 << 30
 # Samples evaluated at once for the order of salient channels.
 SALIENCE_BATCH = 4
 

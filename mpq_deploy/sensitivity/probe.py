@@ -34,7 +34,7 @@ from mpq_deploy.sensitivity.layer_weights import (
     input_roundings,
     node_attributes,
 )
-from mpq_deploy.sensitivity.measured_calls import HELD_SHARE, MEMORY_BYTES, Calls
+from mpq_deploy.sensitivity.measured_calls import HELD_SHARE, MEMORY_BYTES, STACK_BYTES, Calls
 from mpq_deploy.sensitivity.subject import Subject, timestep_of
 from mpq_deploy.sensitivity.table import Nested, SensitivityTable, table_from_projections
 from mpq_deploy.sensitivity.torch_projection import ProjectedUse, TorchStack, project_layer
@@ -179,7 +179,7 @@ class _Probing:
         self._graph = TorchGraph(subject.graph.model, apart=apart)
         self._device = self._graph.device
         self._attributes = node_attributes(subject.graph)
-        held = pass_bytes(self._device, MEMORY_BYTES)
+        held = pass_bytes(self._device, STACK_BYTES)
         self._stacks = StackStore(
             subject.graph,
             subject.candidates,

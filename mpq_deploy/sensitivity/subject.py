@@ -15,7 +15,7 @@ from mpq_deploy.graph.layers import Layer, LayerGraph
 from mpq_deploy.models.spec import DenoiserSpec
 from mpq_deploy.recipe import MeasureSettings
 from mpq_deploy.sensitivity.layer_weights import CandidateWeights, measured_layers
-from mpq_deploy.sensitivity.measured_calls import MEMORY_BYTES, Calls
+from mpq_deploy.sensitivity.measured_calls import MEMORY_BYTES, STACK_BYTES, Calls
 from mpq_deploy.system.compute import computing_on
 from mpq_deploy.system.parallel.work import Alone, Crew, Job, Shard, Work
 from mpq_deploy.system.progress import Talk
@@ -102,7 +102,7 @@ class Subject:
         weights = 4 * sum(layer.weights for layer in self.layers)
         counts = (len({s.weight_form for s in c.schemes}) for c in self.candidates.values())
         forms = max(counts, default=0)
-        return 2 * weights + min(forms * weights, MEMORY_BYTES) + MEMORY_BYTES
+        return 2 * weights + min(forms * weights, STACK_BYTES) + MEMORY_BYTES
 
     @property
     def recorded(self) -> RecordedCalls:

@@ -9,7 +9,7 @@ import numpy as np
 
 from mpq_deploy.rounding.candidate_store import ROW_ORDERS, wanted_schemes
 from mpq_deploy.rounding.earlier_forms import EarlierForms
-from mpq_deploy.rounding.rounder import Rounder, layer_moments
+from mpq_deploy.rounding.rounder import Rounder, round_layers
 from mpq_deploy.rounding.salient_rows import salient_first
 from mpq_deploy.rounding.spread_rounding import round_over_workers
 from mpq_deploy.run.stage import Stage, settings, version_of
@@ -49,9 +49,7 @@ def make(run: Run, folder: Path) -> str:
     check_memory(run, STAGE)
     earlier = _earlier(run)
     if isinstance(run.crew, Alone):
-        rounder = Rounder.of(run, earlier)
-        for moments in layer_moments(run, rounder):
-            rounder.into(folder, moments)
+        round_layers(run, Rounder.of(run, earlier), folder)
     else:
         round_over_workers(run, folder, earlier)
     orders, how = salient_first(run, folder, earlier)

@@ -25,17 +25,17 @@ def test_rounding_sees_fresh_noise_of_calls_that_are_not_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: dict[str, CallSet] = {}
-    iterate, measure = rounder.iterate_hessians, stage.measure
+    plan, measure = rounder.HessianPlan.of, stage.measure
 
     def rounding(graph: object, calls: RecordedCalls, *rest: object, **named: object) -> object:
         seen["rounded"] = calls.recorded
-        return iterate(graph, calls, *rest, **named)  # type: ignore[arg-type]
+        return plan(graph, calls, *rest, **named)  # type: ignore[arg-type]
 
     def measured(method: str, subject: Subject) -> object:
         seen["measured"] = subject.calibration
         return measure(method, subject)
 
-    monkeypatch.setattr(rounder, "iterate_hessians", rounding)
+    monkeypatch.setattr(rounder.HessianPlan, "of", rounding)
     monkeypatch.setattr(stage, "measure", measured)
     changes = {"calibrate__samples": 8, "measure__samples": 4, "quantize__noise_draws": 3}
     build(recipe_for(save_denoiser(tmp_path / "model"), **changes), tmp_path / "run", "measure")

@@ -74,6 +74,33 @@ def plain(model: Path, finished: Built, tmp_path_factory: pytest.TempPathFactory
     return run
 
 
+@pytest.mark.parametrize("room", [1 << 30, 1], ids=["side by side", "one at a time"])
+def test_layers_rounded_side_by_side_have_the_same_bytes(
+    model: Path, finished: Built, tmp_path: Path, room: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    busy, most, into = set[str](), [0], rounder.Rounder.into
+
+    def counted(self: rounder.Rounder, folder: Path, moments: Any) -> Path:
+        busy.add(moments.layer.name)
+        most[0] = max(most[0], len(busy))
+        if room > 1 and most[0] == 1:
+            # Wait for another layer.
+            limit = time.monotonic() + 20
+            while len(busy) == 1 and time.monotonic() < limit:
+                time.sleep(0.01)
+        path = into(self, folder, moments)
+        busy.remove(moments.layer.name)
+        return path
+
+    monkeypatch.setattr(rounder.Rounder, "into", counted)
+    monkeypatch.setattr(rounder, "rounding_threads", lambda cores: 3)
+    monkeypatch.setattr(rounder, "TOGETHER_BYTES", room)
+    run = remade(Path(shutil.copytree(finished.run, tmp_path / "run")), "candidates")
+    over(None, model, run, lambda pipeline: pipeline.run_until("candidates"))
+    assert most[0] == 1 if room == 1 else most[0] in (2, 3)
+    assert stage_bytes(run, ("candidates",)) == stage_bytes(finished.run, ("candidates",))
+
+
 def test_a_build_has_the_same_bytes_over_workers(
     model: Path, finished: Built, tmp_path: Path
 ) -> None:

@@ -69,6 +69,35 @@ def test_the_chosen_scale_is_never_worse_than_the_plain_ones(
         assert np.sum(error(scale)) <= np.sum(error(plain)) * 1.02
 
 
+def best_of_all_ratios(weight: np.ndarray, importance: np.ndarray, quant_max: int) -> np.ndarray:
+    """One scale per row, of errors that are all computed: of equal ones the smallest ratio's."""
+    found = []
+    for row in weight:
+        ratios = quantizers.CLIP_RATIOS * float(np.abs(row).max()) / quant_max
+        scales = np.clip(ratios, 2.0**-17, 65504).astype(np.float16)
+        low = -8 if quant_max == 7 else -quant_max
+        fake = [clip_and_round(row, s.astype(np.float32), low, quant_max) for s in scales]
+        errors = [(importance * np.square(row - one)).sum(dtype=np.float32) for one in fake]
+        found.append(scales[np.argmin(errors)])
+    return np.array(found)[:, None]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10_000), st.sampled_from([7, 127]), st.sampled_from([0.5, 4.0, 100.0]))
+def test_ratios_that_are_left_out_could_not_have_won(
+    seed: int, quant_max: int, spread: float
+) -> None:
+    """Rows of outliers, of one sign, of few values and of levels that a scale hits exactly."""
+    weight = random_weight(seed, rows=8, columns=64, spread=spread)
+    weight[1], weight[2] = np.abs(weight[1]), -np.abs(weight[2])
+    weight[3, 2:], weight[4] = 0, np.rint(weight[4] / spread)
+    weight[5, 0], weight[6, :2] = 40 * spread, (30 * spread, -31 * spread)
+    weight[:, -1] += 1e-3
+    importance = np.random.default_rng(seed).lognormal(0, 1.5, 64).astype(np.float32)
+    found = choose_scale(weight, importance, 1, INT8 if quant_max == 127 else INT4)
+    np.testing.assert_array_equal(found, best_of_all_ratios(weight, importance, quant_max))
+
+
 @pytest.mark.parametrize(
     "piece_bytes", [1, 3 * 4 * 32, 1 << 30], ids=["a row", "three rows", "all rows"]
 )
@@ -240,6 +269,16 @@ def test_errors_are_summed_as_the_damped_hessian_sees_them() -> None:
         remaining, factor, pivots, lambda i, wanted: np.rint(4 * wanted) / 4, chunk=10
     )
     np.testing.assert_allclose(found, seen_error(remaining, factor, pivots), rtol=1e-4)
+
+
+def test_an_error_that_is_large_enough_early_is_not_summed_on() -> None:
+    errors = np.random.default_rng(4).standard_normal((32, 5)).astype(np.float32)
+    factor, pivots = gptq_factor(random_hessian(3), 0.02)
+    whole = seen_error(errors, factor, pivots, chunk=8)
+    for share in (0.01, 0.5, 0.99, 1.0, 1.5):
+        found = seen_error(errors, factor, pivots, share * whole, chunk=8)
+        assert np.all(found <= whole) and np.any(found < whole) == (share < 0.5)
+        np.testing.assert_array_equal(share * whole > found, share * whole > whole)
 
 
 def test_dequantize_repeats_each_scale_over_its_block() -> None:

@@ -16,6 +16,7 @@ from mpq_deploy.errors import ModelError, UsageError
 from mpq_deploy.graph.layers import layer_graph
 from mpq_deploy.graph.load import load_model
 from mpq_deploy.recipe import make_recipe
+from mpq_deploy.rounding.quantizers import TOGETHER_BYTES, rounding_bytes
 from mpq_deploy.run.memory_model import (
     ModelSize,
     Patches,
@@ -79,6 +80,20 @@ def test_every_worker_that_rounds_takes_its_own() -> None:
     assert (ordered[1] - ordered[0]) / 2 <= salience_worker_bytes(wide) + torch
     nearest = make_recipe({"quantize": {"rounding": "nearest"}})
     assert candidates_worker_bytes(wide, nearest, 4) < each
+
+
+def test_layers_side_by_side_count_up_to_their_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    def total(largest: int, threads: int) -> int:
+        monkeypatch.setenv("OPENBLAS_NUM_THREADS", str(threads))
+        size = replace(SMALL, weights=largest, largest=largest, nodes=1)
+        recipe = make_recipe({"quantize": {"rounding": "nearest", "salience": "kurtosis"}})
+        return estimate_stage("candidates", size, recipe, 4).work
+
+    small, large = 10**6, 10**8
+    assert total(small, 1) == rounding_bytes(small, 0, 4, gptq=False)
+    assert total(small, 3) == 3 * total(small, 1)
+    assert total(large, 1) > TOGETHER_BYTES and total(large, 3) == total(large, 1)
+    assert total(3 * 10**7, 4) == TOGETHER_BYTES
 
 
 @pytest.mark.parametrize("stage", ("calibrate", "measure"))

@@ -146,7 +146,7 @@ def test_errors_of_large_layers_one_by_one_give_the_same_products(
     monkeypatch.setattr(probe_module, "project_layer", lambda *a: original(*a, way=way))
     options = MeasureSettings(probes=2, calls=2, batch_size=2)
     together = measure_probe(Subject(*mixed, options, Talk())).projections
-    monkeypatch.setattr(layer_weights, "STACK_BYTES", 0)
+    monkeypatch.setattr(layer_weights, "LARGE_STACK_BYTES", 0)
     in_turn = measure_probe(Subject(*mixed, options, Talk())).projections
     assert together is not None and in_turn is not None
     for layer, row in together.items():
