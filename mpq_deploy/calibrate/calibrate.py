@@ -82,10 +82,11 @@ def _recorded_runs(setup: CalibrationSetup, talk: Talk, scratch: Path | None) ->
     count = len(source.spec.pipeline.calls)
     numbers = cycled(np.arange(count), settings.samples, settings.seed)
     folder = Path(tempfile.mkdtemp(dir=scratch, prefix="calls-"))
-    float_model = CheckedDenoiser(source.path, OrtDenoiser(source.path, source.spec))
+    denoiser = OrtDenoiser.in_lanes(source.path, source.spec)
+    compute = CheckedDenoiser(source.path, denoiser).run
     runs = Runs([int(number) for number in numbers], settings.steps, settings.seed)
     recorded = record_pipeline(
-        source, runs, settings.timesteps, folder, talk, float_model.run
+        source, runs, settings.timesteps, folder, talk, compute, lanes=denoiser.lanes
     ).calls
     if len(recorded.timesteps) < settings.timesteps:
         talk.line(f"  the pipeline takes {len(recorded.timesteps)} steps: all are recorded")

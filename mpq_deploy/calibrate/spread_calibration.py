@@ -57,8 +57,9 @@ class CalibrationSetup:
     def denoiser(self, model: Path) -> GuidedDenoiser:
         """Return the float model in the file ``model``; it refuses outputs that are not finite."""
         source = self.source
-        denoiser = CheckedDenoiser(model, OrtDenoiser(model, source.spec))
-        return GuidedDenoiser(denoiser, source.spec, source.conditions)
+        denoiser = OrtDenoiser.in_lanes(model, source.spec)
+        checked = CheckedDenoiser(model, denoiser)
+        return GuidedDenoiser(checked, source.spec, source.conditions, lanes=denoiser.lanes)
 
 
 @dataclass(frozen=True)
@@ -173,7 +174,7 @@ class _Calibrating:
         parts = setup.calls(task.recorded).batches(setup.settings.batch_size)
         with talk.bar("observe", task.recorded.count) as advance:
             for number, batch in enumerate(replace(part, step=task.step) for part in parts):
-                for place, array in enumerate(observed.run(session, batch, setup.settings)):
+                for place, array in enumerate(observed.run(session, setup.settings, batch)):
                     outputs[_name(number, place)] = array
                 advance(len(batch.calls))
         return outputs

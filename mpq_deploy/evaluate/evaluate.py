@@ -7,7 +7,7 @@ calibration's.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -17,7 +17,7 @@ import numpy as np
 import onnxruntime as ort
 
 from mpq_deploy.calls.corrected import corrected_sampler
-from mpq_deploy.calls.loop import DenoiserCall, GuidedDenoiser, denoise, first_samples
+from mpq_deploy.calls.loop import GuidedDenoiser, denoise, first_samples
 from mpq_deploy.calls.recorded import CallSet, RecordedCalls
 from mpq_deploy.calls.sampler import Sampler, make_sampler
 from mpq_deploy.errors import UsageError
@@ -49,6 +49,7 @@ from mpq_deploy.recipe import EvaluateSettings
 from mpq_deploy.runtime.correction import Correction
 from mpq_deploy.runtime.ort import OrtDenoiser
 from mpq_deploy.system.compute import Compute, computing_on
+from mpq_deploy.system.lanes import in_lanes
 from mpq_deploy.system.parallel.job_files import Files
 from mpq_deploy.system.parallel.work import Alone, Crew, Job, Result, Shard, Work, run_shards
 from mpq_deploy.system.progress import Talk
@@ -187,8 +188,8 @@ def _reference(setup: Setup, path: Path) -> dict[str, Array]:
         return recorded_reference(setup, OrtDenoiser(path, setup.spec))
     sampler = make_sampler(setup.spec.scheduler, settings.steps, settings.seed, settings.sampler)
     chosen = stride_midpoints(len(sampler.timesteps), settings.timesteps)
-    watched = _Watched(OrtDenoiser(path, setup.spec), FLOAT, {int(index) for index in chosen})
-    samples = _sample(setup, watched, watched)
+    watched = _Watched(FLOAT, {int(index) for index in chosen})
+    samples = _sample(setup, OrtDenoiser.in_lanes(path, setup.spec), watched)
     inputs, outputs, rows = watched.recorded()
     timesteps = np.asarray(sampler.timesteps, np.float64)[chosen]
     calls = CallSet.of_samples(setup.spec, inputs, timesteps, rows, setup.conditions)
@@ -202,7 +203,7 @@ def _reference(setup: Setup, path: Path) -> dict[str, Array]:
 def _variant(setup: Setup, part: Part, path: Path) -> dict[str, Array]:
     """Run a variant on the float model's calls, and sample it from the same noise."""
     # Q/DQ pairs stay as written: integer kernels of some CPUs saturate, which no target does.
-    denoiser = OrtDenoiser(path, setup.spec, fake_quant_only=True)
+    denoiser = OrtDenoiser.in_lanes(path, setup.spec, fake_quant_only=True)
     assert part.reference is not None
     errors = _errors(setup, part, denoiser, part.reference)
     if setup.pipeline is not None:
@@ -211,7 +212,7 @@ def _variant(setup: Setup, part: Part, path: Path) -> dict[str, Array]:
         return {"nmse": errors, "images": pipeline_images(setup, part, denoiser)}
     if setup.calls is not None:
         return {"nmse": errors, "images": recorded_images(setup, part, denoiser)}
-    samples = _sample(setup, _Watched(denoiser, part.name), correction=part.correction)
+    samples = _sample(setup, denoiser, _Watched(part.name), part.correction)
     return {"nmse": errors, "images": _decoded(setup, samples)}
 
 
@@ -220,15 +221,18 @@ def _errors(setup: Setup, part: Part, denoiser: OrtDenoiser, reference: dict[str
     calls, outputs = RecordedCalls(CallSet.of_arrays(reference), setup.spec), reference["outputs"]
     errors = []
     with setup.talk.bar(f"output error of {part.name}", len(outputs)) as advance:
-        for step, expected in enumerate(outputs):
-            given = []
-            for batch in calls.batches(setup.settings.batch_size, range(step, step + 1)):
-                output = finite_output(denoiser.run(batch.feed), part.name, batch.timestep)
-                if part.correction is not None:
-                    output = part.correction.apply(output, batch.timestep)
-                given.append(output)
-            errors.append(nmse(expected, np.concatenate(given)))
-            advance(1)
+        given: list[Array] = []
+        fed = ((batch, batch.feed) for batch in calls.batches(setup.settings.batch_size))
+        made = in_lanes(lambda one: (one[0], denoiser.run(one[1])), fed, denoiser.lanes)
+        for batch, output in made:
+            finite_output(output, part.name, batch.timestep)
+            if part.correction is not None:
+                output = part.correction.apply(output, batch.timestep)
+            given.append(output)
+            if sum(map(len, given)) == len(outputs[batch.step]):
+                errors.append(nmse(outputs[batch.step], np.concatenate(given)))
+                given.clear()
+                advance(1)
     return np.array(errors)
 
 
@@ -243,44 +247,31 @@ def _sampler(setup: Setup, correction: Correction | None = None) -> tuple[Sample
 
 def _sample(
     setup: Setup,
-    denoiser: DenoiserCall,
-    watched: _Watched | None = None,
+    denoiser: OrtDenoiser,
+    watched: _Watched,
     correction: Correction | None = None,
 ) -> Array:
     settings = setup.settings
     sampler, _ = _sampler(setup, correction)
     noise = first_samples(setup.spec, setup.rows, setup.conditions, settings.seed)
-    model = GuidedDenoiser(
-        denoiser, setup.spec, setup.conditions, watched.on_call if watched else None
-    )
+    model = GuidedDenoiser(denoiser, setup.spec, setup.conditions, watched, denoiser.lanes)
     return denoise(model, sampler, noise, setup.rows, settings.batch_size, setup.talk)
 
 
 class _Watched:
-    """A denoiser whose output is checked, and recorded at the chosen steps."""
+    """Checks a denoiser's outputs, and records its calls at the chosen steps."""
 
-    def __init__(self, denoiser: DenoiserCall, name: str, steps: set[int] | None = None) -> None:
-        self._denoiser, self._name, self._steps = denoiser, name, steps or set()
-        self._step = -1
+    def __init__(self, name: str, steps: Collection[int] = ()) -> None:
+        self._name, self._steps = name, steps
         self._calls: dict[int, list[tuple[Array, Array, Array]]] = {}
-        self._pending: tuple[Array, Array] | None = None
-
-    def on_call(self, step_index: int, timestep: float, sample: Array, rows: Array) -> None:
-        """Note what the next call is for (the loop calls this first)."""
-        self._step, self._pending = step_index, (sample, rows)
 
     def __call__(
-        self, sample: Array, timestep: float | Array, conditions: dict[str, Array]
-    ) -> Array:
-        """Return the denoiser's output; ModelError when it is not finite."""
-        output = self._denoiser(sample, timestep, conditions)
-        finite_output(output, self._name, float(np.ravel(timestep)[0]))
-        if self._step in self._steps and self._pending is not None:
-            self._calls.setdefault(self._step, []).append(
-                (self._pending[0], output, self._pending[1])
-            )
-            self._pending = None
-        return output
+        self, step_index: int, timestep: float, sample: Array, rows: Array, output: Array
+    ) -> None:
+        """Take a call. Raises ModelError where the output is not finite."""
+        finite_output(output, self._name, timestep)
+        if step_index in self._steps:
+            self._calls.setdefault(step_index, []).append((sample, output, rows))
 
     def recorded(self) -> tuple[Array, Array, Array]:
         """Return inputs and outputs [K, N, ...] of the chosen steps, and condition rows [N]."""

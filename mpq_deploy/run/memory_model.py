@@ -39,6 +39,7 @@ from mpq_deploy.runtime.ort import (
 )
 from mpq_deploy.sensitivity.measured_calls import HELD_SHARE, SALIENCE_BATCH, STACK_ARRAYS
 from mpq_deploy.sensitivity.measured_calls import MEMORY_BYTES as MEASURE_BYTES
+from mpq_deploy.system.lanes import lanes_for
 from mpq_deploy.system.memory import Room, refuse_too_large
 
 if TYPE_CHECKING:
@@ -265,7 +266,8 @@ def estimate_stage(
     ``workers``: processes of this machine that round layers; what they hold counts as work.
     """
     if stage == "calibrate":
-        values = int(ARENA_SHARE * recipe.calibrate.batch_size * size.alive)
+        calls = lanes_for(size.weights).count * recipe.calibrate.batch_size
+        values = int(ARENA_SHARE * calls * size.alive)
         return StageMemory(
             stage, _session(size.weights), values, 0, SESSION_BYTES + NODE_BYTES * size.nodes
         )

@@ -149,7 +149,7 @@ def test_no_large_tensor_is_observed_on_the_cpu(run: Run, profiled: Path) -> Non
     with compute_on(GPU):
         observed = ObservedGraph.of(graph, activation_shapes(graph, calls, Talk()))
         with sessions.open_session(observed.model, Talk()) as session:
-            observed.run(session, next(iter(calls.batches(settings.batch_size))), settings)
+            observed.run(session, settings, next(iter(calls.batches(settings.batch_size))))
             events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
     nodes = [e["args"] for e in events if e.get("cat") == "Node" and "provider" in e["args"]]
     assert any(node["provider"] == "CUDAExecutionProvider" for node in nodes)
