@@ -19,7 +19,7 @@ import onnxruntime as ort
 from mpq_deploy.calls.corrected import corrected_sampler
 from mpq_deploy.calls.loop import GuidedDenoiser, denoise, first_samples
 from mpq_deploy.calls.recorded import CallSet, RecordedCalls
-from mpq_deploy.calls.sampler import Sampler, make_sampler
+from mpq_deploy.calls.sampler import Sampler, keeps_samples_apart, make_sampler
 from mpq_deploy.errors import UsageError
 from mpq_deploy.evaluate.cache import (
     SampleCache,
@@ -43,7 +43,8 @@ from mpq_deploy.evaluate.images import (
 )
 from mpq_deploy.evaluate.output_error import nmse, stride_midpoints
 from mpq_deploy.evaluate.recorded_outputs import recorded_images, recorded_reference
-from mpq_deploy.evaluate.setup import Part, Setup, finite_output, in_turn
+from mpq_deploy.evaluate.sequential import groups_of, paired_difference
+from mpq_deploy.evaluate.setup import Part, Setup, finite_output, in_turn, joined_parts
 from mpq_deploy.models.spec import Array, DenoiserSpec, FloatModel
 from mpq_deploy.recipe import EvaluateSettings
 from mpq_deploy.runtime.correction import Correction
@@ -51,11 +52,11 @@ from mpq_deploy.runtime.ort import OrtDenoiser
 from mpq_deploy.system.compute import Compute, computing_on
 from mpq_deploy.system.lanes import in_lanes
 from mpq_deploy.system.parallel.job_files import Files
-from mpq_deploy.system.parallel.work import Alone, Crew, Job, Result, Shard, Work, run_shards
+from mpq_deploy.system.parallel.work import Alone, Crew, Job, Pool, Result, Shard, Work, run_shards
 from mpq_deploy.system.progress import Talk
 
 # A change here makes every cache entry stale.
-CACHE_FORMAT = 3
+CACHE_FORMAT = 4
 FLOAT = "float"
 # What pipelines return as pictures.
 PICTURES = (0.0, 1.0)
@@ -68,13 +69,14 @@ class Variant:
     """A quantized graph: its file, its deployed bytes, a correction of its output, its layers by family.
 
     Size and layers are passed through; the correction applies to the error and before every step of
-    the sampler.
+    the sampler. A control is compared with the first of the variants.
     """
 
     path: Path
     size_bytes: int | None = None
     correction: Correction | None = None
     layers: Mapping[str, int] = field(default_factory=dict)
+    is_control: bool = False
 
     @cached_property
     def digest(self) -> str:
@@ -111,14 +113,10 @@ def evaluate(
         (reference,) = run_shards(pool, "sample the float model", [part], talk, store)
         kind, value_range = _pixels(setup, reference["images"])
         images = {FLOAT: to_uint8(reference["images"], value_range)}
-        shards = [
-            _shard(name, files, variants[name], reference, common, settings.steps)
-            for name in variants
-        ]
-        sampled = run_shards(pool, "evaluate", shards, talk, store)
-        for name, arrays in zip(variants, sampled, strict=True):
-            results[name] = _scored(reference, arrays, value_range, variants[name])
+        compared = _Compared(setup, files, variants, common, reference, value_range)
+        for name, arrays in compared.sample(pool, talk, store).items():
             images[name] = to_uint8(arrays["images"], value_range)
+            results[name] = compared.scored(name, arrays, next(iter(results.values()), None))
     return Evaluation(
         settings=settings,
         timesteps=tuple(float(t) for t in reference["timesteps"]),
@@ -146,21 +144,89 @@ def _job(setup: Setup, models: list[Path]) -> tuple[Files, Job]:
     return files, Job("evaluation", partial(_open, told), files.root, files.names, largest)
 
 
-def _shard(
-    name: str,
-    files: Files,
-    variant: Variant,
-    reference: dict[str, Array],
-    common: dict[str, Any],
-    steps: int,
-) -> Shard:
-    """Return the shard that runs a variant on the float model's calls, and samples it."""
-    key = {**common, "part": "variant", "variant": variant.digest}
-    if variant.correction is not None:
-        key["correction"] = variant.correction.as_json()
-    known = {name: array for name, array in reference.items() if name not in ("images", "sampler")}
-    task = Part(name, files.below(variant.path), known, variant.correction)
-    return Shard(name, task, len(reference["timesteps"]) + steps, key)
+@dataclass(frozen=True)
+class _Compared:
+    """The variants beside the float model: their shards, what these give, and what is said of it."""
+
+    setup: Setup
+    files: Files
+    variants: Mapping[str, Variant]
+    common: dict[str, Any]
+    reference: dict[str, Array]
+    value_range: tuple[float, float]
+
+    def sample(self, pool: Pool, talk: Talk, store: SampleCache) -> dict[str, dict[str, Array]]:
+        """Return what every variant gives; of controls as many groups of images as settle the comparison."""
+        controls = [name for name in self.variants if len(self._groups(name)) > 1]
+        whole = [name for name in self.variants if name not in controls]
+        shards = [self._shard(name) for name in whole]
+        found = dict(zip(whole, run_shards(pool, "evaluate", shards, talk, store), strict=True))
+        left, plan = controls, self.scored(whole[0], found[whole[0]], None)
+        for look, images in enumerate(self._groups(controls[0]) if controls else []):
+            shards = [self._shard(name, look) for name in left]
+            title = f"controls, images {images.start + 1} to {images.stop}"
+            made = run_shards(pool, title, shards, talk, store)
+            for name, arrays in zip(left, made, strict=True):
+                found[name] = joined_parts(found[name], arrays) if name in found else arrays
+            left = [name for name in left if not self.scored(name, found[name], plan).settled]
+            if not left:
+                break
+        return {name: found[name] for name in self.variants}
+
+    def _groups(self, name: str) -> list[range]:
+        """Return the groups of images that a variant is sampled in; one, where they depend on each other."""
+        setup, settings = self.setup, self.setup.settings
+        every = [range(len(setup.rows))]
+        alone = name == next(iter(self.variants)) or not self.variants[name].is_control
+        if alone or settings.controls_images == "all":
+            return every
+        if setup.pipeline is None and (
+            setup.calls is not None or not keeps_samples_apart(_sampler(setup)[0])
+        ):
+            return every
+        return groups_of(len(setup.rows))
+
+    def _shard(self, name: str, look: int | None = None) -> Shard:
+        """Return the shard that runs a variant on the float model's calls, and samples it."""
+        variant, reference = self.variants[name], self.reference
+        key = {**self.common, "part": "variant", "variant": variant.digest}
+        if variant.correction is not None:
+            key["correction"] = variant.correction.as_json()
+        known = {n: array for n, array in reference.items() if n not in ("images", "sampler")}
+        task = Part(name, self.files.below(variant.path), known, variant.correction)
+        if look is not None:
+            groups, calls = self._groups(name), reference["outputs"].shape[1]
+            ends = [-(-calls * at // len(groups)) for at in (look, look + 1)]
+            task = replace(task, images=groups[look], calls=range(*ends))
+            key["images"] = [groups[look].start, groups[look].stop, *ends]
+        return Shard(name, task, len(reference["timesteps"]) + self.setup.settings.steps, key)
+
+    def scored(
+        self, name: str, arrays: dict[str, Array], plan: VariantResult | None
+    ) -> VariantResult:
+        """Return the figures of a variant; of a control also how far it is behind the ``plan``."""
+        variant, images = self.variants[name], to_unit(arrays["images"], self.value_range)
+        expected = to_unit(self.reference["images"][: len(images)], self.value_range)
+        errors = tuple(float(error) for error in arrays["nmse"])
+        alike, each = ssim_each(expected, images), psnr_db_each(expected, images)
+        behind = None
+        if variant.is_control and plan is not None:
+            looks = len(self._groups(name))
+            behind = paired_difference(plan.psnr_db_each[: len(each)], each.tolist(), looks)
+        return VariantResult(
+            digest=variant.digest,
+            size_bytes=variant.size_bytes,
+            nmse_by_timestep=errors,
+            measured_nmse=float(np.mean(errors)),
+            psnr_db=psnr_db(expected, images),
+            pooled_psnr_db=pooled_psnr_db(expected, images),
+            ssim=float(np.mean(alike)),
+            psnr_db_each=tuple(float(value) for value in each),
+            ssim_each=tuple(float(value) for value in alike),
+            calls=int(arrays["calls"]),
+            layers=dict(variant.layers),
+            behind_db=behind,
+        )
 
 
 def _open(setup: Setup, root: Path, talk: Talk) -> Work:
@@ -209,17 +275,25 @@ def _variant(setup: Setup, part: Part, path: Path) -> dict[str, Array]:
     if setup.pipeline is not None:
         from mpq_deploy.evaluate.pipeline_samples import pipeline_images
 
-        return {"nmse": errors, "images": pipeline_images(setup, part, denoiser)}
+        return {**errors, "images": pipeline_images(setup, part, denoiser)}
     if setup.calls is not None:
-        return {"nmse": errors, "images": recorded_images(setup, part, denoiser)}
-    samples = _sample(setup, denoiser, _Watched(part.name), part.correction)
-    return {"nmse": errors, "images": _decoded(setup, samples)}
+        return {**errors, "images": recorded_images(setup, part, denoiser)}
+    samples = _sample(setup, denoiser, _Watched(part.name), part)
+    return {**errors, "images": _decoded(setup, samples)}
 
 
-def _errors(setup: Setup, part: Part, denoiser: OrtDenoiser, reference: dict[str, Array]) -> Array:
-    """Return the error of the variant's output at each timestep, on the float model's calls."""
-    calls, outputs = RecordedCalls(CallSet.of_arrays(reference), setup.spec), reference["outputs"]
-    errors = []
+def _errors(
+    setup: Setup, part: Part, denoiser: OrtDenoiser, reference: dict[str, Array]
+) -> dict[str, Array]:
+    """Return the variant's error (NMSE) at each timestep on the part's calls of the float model, and their number."""
+    taken, outputs = CallSet.of_arrays(reference), reference["outputs"]
+    if part.calls is not None:
+        taken = taken.take(np.asarray(part.calls, np.int64))
+        outputs = outputs[:, part.calls.start : part.calls.stop]
+    energy = np.square(outputs, dtype=np.float64).sum(axis=tuple(range(1, outputs.ndim)))
+    if not taken.count:
+        return {"nmse": np.zeros(len(outputs)), "energy": energy, "calls": np.array(0)}
+    calls, errors = RecordedCalls(taken, setup.spec), []
     with setup.talk.bar(f"output error of {part.name}", len(outputs)) as advance:
         given: list[Array] = []
         fed = ((batch, batch.feed) for batch in calls.batches(setup.settings.batch_size))
@@ -233,7 +307,7 @@ def _errors(setup: Setup, part: Part, denoiser: OrtDenoiser, reference: dict[str
                 errors.append(nmse(outputs[batch.step], np.concatenate(given)))
                 given.clear()
                 advance(1)
-    return np.array(errors)
+    return {"nmse": np.array(errors), "energy": energy, "calls": np.array(taken.count)}
 
 
 def _sampler(setup: Setup, correction: Correction | None = None) -> tuple[Sampler, str]:
@@ -249,13 +323,17 @@ def _sample(
     setup: Setup,
     denoiser: OrtDenoiser,
     watched: _Watched,
-    correction: Correction | None = None,
+    part: Part | None = None,
 ) -> Array:
     settings = setup.settings
-    sampler, _ = _sampler(setup, correction)
+    sampler, _ = _sampler(setup, None if part is None else part.correction)
     noise = first_samples(setup.spec, setup.rows, setup.conditions, settings.seed)
+    chosen = slice(None)
+    if part is not None and part.images is not None:
+        chosen = slice(part.images.start, part.images.stop)
     model = GuidedDenoiser(denoiser, setup.spec, setup.conditions, watched, denoiser.lanes)
-    return denoise(model, sampler, noise, setup.rows, settings.batch_size, setup.talk)
+    rows = setup.rows[chosen]
+    return denoise(model, sampler, noise[chosen], rows, settings.batch_size, setup.talk)
 
 
 class _Watched:
@@ -302,32 +380,6 @@ def _pixels(setup: Setup, reference: Array) -> tuple[ImageKind, tuple[float, flo
     if setup.spec.pixel_range is not None:
         return "pixels", setup.spec.pixel_range
     return "features" if setup.spec.timestep is None else "latents", data_range(reference)
-
-
-def _scored(
-    reference: dict[str, Array],
-    arrays: dict[str, Array],
-    value_range: tuple[float, float],
-    variant: Variant,
-) -> VariantResult:
-    expected, images = (
-        to_unit(reference["images"], value_range),
-        to_unit(arrays["images"], value_range),
-    )
-    errors = tuple(float(error) for error in arrays["nmse"])
-    alike = ssim_each(expected, images)
-    return VariantResult(
-        digest=variant.digest,
-        size_bytes=variant.size_bytes,
-        nmse_by_timestep=errors,
-        measured_nmse=float(np.mean(errors)),
-        psnr_db=psnr_db(expected, images),
-        pooled_psnr_db=pooled_psnr_db(expected, images),
-        ssim=float(np.mean(alike)),
-        psnr_db_each=tuple(float(value) for value in psnr_db_each(expected, images)),
-        ssim_each=tuple(float(value) for value in alike),
-        layers=dict(variant.layers),
-    )
 
 
 def _check(variants: Mapping[str, Variant], spec: DenoiserSpec) -> None:

@@ -7,6 +7,7 @@ repeats.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -14,6 +15,21 @@ import numpy as np
 BOOTSTRAP_DRAWS = 2000
 BOOTSTRAP_SEED = 0
 LEVEL = 0.95
+# How far in dB a whole interval must lie from no difference to settle which of two is better.
+MARGIN_DB = 0.5
+
+
+class Difference(NamedTuple):
+    """The mean of one PSNR minus another, dB, image by image, and its interval."""
+
+    mean: float
+    low: float
+    high: float
+
+    @property
+    def settled(self) -> bool:
+        """Whether the interval leaves no doubt which of the two is better."""
+        return self.low > MARGIN_DB or self.high < -MARGIN_DB
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float] | None:

@@ -70,12 +70,13 @@ def pipeline_images(setup: Setup, part: Part, denoiser: OrtDenoiser) -> Array:
         return finite_output(denoiser.run(feeds), part.name, at)
 
     runs = runs_of(setup, correction=part.correction)
+    places = range(len(setup.rows)) if part.images is None else part.images
     wanted = (
-        Image(int(number), image_seed(setup.settings.seed, place), compute)
-        for place, number in enumerate(setup.rows)
+        Image(int(setup.rows[place]), image_seed(setup.settings.seed, place), compute)
+        for place in places
     )
     images = []
-    with setup.talk.bar(f"run {runs.short_name} with {part.name}", len(setup.rows)) as advance:
+    with setup.talk.bar(f"run {runs.short_name} with {part.name}", len(places)) as advance:
         for image in images_in_lanes(runs, wanted, setup.settings.steps, denoiser.lanes):
             images.append(image)
             advance(1)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 # Raised with every change of what evaluation.json holds.
-EVALUATION_FORMAT = 6
+EVALUATION_FORMAT = 7
 
 
 def inputs(run: Run) -> Fields:
