@@ -173,8 +173,6 @@ def _variant_from_json(text: dict[str, Any]) -> VariantResult:
         fields[name] = tuple(fields[name])
     for name in ("psnr_db", "pooled_psnr_db"):
         fields[name] = math.inf if fields[name] is None else fields[name]
-    if fields["behind_db"] is not None:
-        fields["behind_db"] = Difference(*fields["behind_db"])
     result: VariantResult = model_of(VariantResult, fields, "evaluation.json: a variant")
     return result
 
