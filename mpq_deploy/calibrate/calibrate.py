@@ -30,6 +30,7 @@ from mpq_deploy.models.spec import Array
 from mpq_deploy.recipe import CalibrateSettings
 from mpq_deploy.runtime.not_finite import CheckedDenoiser
 from mpq_deploy.runtime.ort import OrtDenoiser
+from mpq_deploy.system.lanes import in_lanes, lanes_for
 from mpq_deploy.system.mapped import drop_pages
 from mpq_deploy.system.parallel.work import Alone, Crew
 from mpq_deploy.system.progress import Talk
@@ -145,9 +146,9 @@ def summarise(
 
     ``weights``: as ``weight_ranges`` returns them; ``timesteps``: as ``timestep_values`` does.
     """
-    activations = {}
-    for number, name in enumerate(seen.names):
-        place = slice(seen.offsets[number], seen.offsets[number + 1])
+
+    def summary(number: int) -> ActivationStats:
+        name, place = seen.names[number], slice(seen.offsets[number], seen.offsets[number + 1])
         amax, count = seen.amax[place], seen.counts[number]
         values = seen.values[number]
         scale = activation_scale(
@@ -160,7 +161,7 @@ def summarise(
         # Tensors that only grouped convolutions read have no weights per channel: factors 1.
         ranges = weights.get(name, amax)
         factors = np.array([scale_factors(ranges, amax, tenths / 10) for tenths in TENTHS])
-        activations[name] = ActivationStats(
+        return ActivationStats(
             amax,
             seen.square_sum[place] / count,
             seen.fourth_sum[place] / count,
@@ -177,7 +178,9 @@ def summarise(
             timesteps,
             exponent_order(ranges, seen.amax_by_timestep[:, place], factors),
         )
-    return CalibrationStats(activations)
+
+    made = in_lanes(summary, range(len(seen.names)), lanes_for(0).count)
+    return CalibrationStats(dict(zip(seen.names, made, strict=True)))
 
 
 def _rescaled_scale(
