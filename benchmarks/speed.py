@@ -53,6 +53,7 @@ SETTINGS: dict[str, Any] = {
     "calibrate.samples": 4,
     "calibrate.batch_size": 4,
     "measure.samples": 2,
+    "evaluate.controls_images": "needed",
 }
 # Not in every build: they are off in the default recipe.
 OPTIONAL = ("recover", "correction")

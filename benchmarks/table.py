@@ -114,13 +114,15 @@ def bench_parser(description: str | None, recipe: bool = True) -> argparse.Argum
 def bench_recipe(path: str | Path | None, changes: Sequence[str], values: dict[str, Any]) -> Recipe:
     """Return the recipe of a benchmark: the file, its own ``values`` over it, then KEY=VALUE ``changes``.
 
-    Plans are those of the least error: what bytes buy is compared, not what speed costs.
+    Plans are those of the least error: what bytes buy is compared, not what speed costs. Controls have
+    all images: tables set them beside plans of many budgets.
     """
     given = {}
     for change in changes:
         key, _, value = change.partition("=")
         given[key] = yaml.safe_load(value)
-    return load_recipe(path, {"allocate.objective": "quality", **values, **given})
+    usual = {"allocate.objective": "quality", "evaluate.controls_images": "all"}
+    return load_recipe(path, {**usual, **values, **given})
 
 
 def weights_digest(run: Run) -> str:

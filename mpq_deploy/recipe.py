@@ -397,6 +397,10 @@ class EvaluateSettings(Section):
         True,
         description="also evaluate everything INT8, INT4, FP8, FP4 and NVIDIA's rule, where the target takes them",
     )
+    controls_images: Literal["needed", "all"] = Field(
+        "needed",
+        description="of each control; needed: until it is told apart from the plan, at least 8",
+    )
     correction: Literal["none", "ptqd"] = Field(
         "none", description="ptqd: also sample with corrected outputs"
     )

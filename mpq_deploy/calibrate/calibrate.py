@@ -38,6 +38,7 @@ from mpq_deploy.models.spec import Array
 from mpq_deploy.recipe import CalibrateSettings
 from mpq_deploy.runtime.not_finite import CheckedDenoiser
 from mpq_deploy.runtime.ort import OrtDenoiser
+from mpq_deploy.system.lanes import in_lanes, lanes_for
 from mpq_deploy.system.mapped import drop_pages
 from mpq_deploy.system.parallel.work import Alone, Crew
 from mpq_deploy.system.progress import Talk
@@ -115,9 +116,11 @@ def _recorded(
     parts = [kept.calls] if kept is not None and first else []
     if first < settings.samples:
         folder = Path(tempfile.mkdtemp(dir=scratch, prefix="calls-"))
-        float_model = CheckedDenoiser(source.path, OrtDenoiser(source.path, source.spec))
+        denoiser = OrtDenoiser.in_lanes(source.path, source.spec)
+        compute = CheckedDenoiser(source.path, denoiser).run
         runs = Runs(numbers[first:], settings.steps, settings.seed, first)
-        parts.append(record_pipeline(source, runs, timesteps, folder, talk, float_model.run).calls)
+        made = record_pipeline(source, runs, timesteps, folder, talk, compute, lanes=denoiser.lanes)
+        parts.append(made.calls)
     recorded = with_strata(joined(parts), [item.name for item in source.spec.conditions])
     if len(recorded.timesteps) < settings.timesteps:
         talk.line(f"  the pipeline takes {len(recorded.timesteps)} steps: all are recorded")
@@ -174,9 +177,9 @@ def summarise(
 
     ``weights``: as ``weight_ranges`` returns them; ``timesteps``: as ``timestep_values`` does.
     """
-    activations = {}
-    for number, name in enumerate(seen.names):
-        place = slice(seen.offsets[number], seen.offsets[number + 1])
+
+    def summary(number: int) -> ActivationStats:
+        name, place = seen.names[number], slice(seen.offsets[number], seen.offsets[number + 1])
         amax, count = seen.amax[place], seen.counts[number]
         values = seen.values[number]
         scale = activation_scale(
@@ -189,7 +192,7 @@ def summarise(
         # Tensors that only grouped convolutions read have no weights per channel: factors 1.
         ranges = weights.get(name, amax)
         factors = np.array([scale_factors(ranges, amax, tenths / 10) for tenths in TENTHS])
-        activations[name] = ActivationStats(
+        return ActivationStats(
             amax,
             seen.square_sum[place] / count,
             seen.fourth_sum[place] / count,
@@ -206,7 +209,9 @@ def summarise(
             timesteps,
             exponent_order(ranges, seen.amax_by_timestep[:, place], factors),
         )
-    return CalibrationStats(activations)
+
+    made = in_lanes(summary, range(len(seen.names)), lanes_for(0).count)
+    return CalibrationStats(dict(zip(seen.names, made, strict=True)))
 
 
 def _rescaled_scale(

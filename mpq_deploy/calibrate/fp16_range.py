@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +22,9 @@ from mpq_deploy.graph.layers import LAYER_OPS
 from mpq_deploy.graph.load import load_model
 from mpq_deploy.system.files import canonical_json
 from mpq_deploy.system.inputs import read_json_object
+from mpq_deploy.system.lanes import in_lanes, lanes_for
 from mpq_deploy.system.progress import Talk
-from mpq_deploy.system.sessions import open_session
+from mpq_deploy.system.sessions import constants_of, open_session
 from mpq_deploy.system.validated import model_of
 
 LARGEST_FP16 = 65504.0
@@ -74,10 +76,11 @@ def large_values(
     watched.graph.outputs.clear()
     watched.graph.outputs.extend(outputs)
     largest = np.full(len(seen), -np.inf)
-    with open_session(watched, talk) as session:
+    lanes = lanes_for(sum(tensor.nbytes for tensor in constants_of(watched)))
+    with open_session(watched, talk, threads=lanes.threads) as session:
         inputs = {entry.name for entry in session.get_inputs()}
-        for batch in calls.batches(1):
-            values = session.run(None, {n: v for n, v in batch.feed.items() if n in inputs})
+        feeds = ({n: v for n, v in b.feed.items() if n in inputs} for b in calls.batches(1))
+        for values in in_lanes(partial(session.run, None), feeds, lanes.count):
             np.maximum(largest, np.array(values, np.float64), out=largest)
     return tuple(
         LargeValue(node.name or "", node.op_type, float(most))

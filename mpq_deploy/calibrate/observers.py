@@ -28,8 +28,9 @@ from mpq_deploy.graph.constants import add_constant
 from mpq_deploy.graph.layers import LayerGraph
 from mpq_deploy.models.spec import Array
 from mpq_deploy.recipe import CalibrateSettings
+from mpq_deploy.system.lanes import in_lanes, lanes_for
 from mpq_deploy.system.progress import Talk
-from mpq_deploy.system.sessions import open_session, within_gpu_memory
+from mpq_deploy.system.sessions import constants_of, open_session, within_gpu_memory
 
 # Candidates that one call offers to a reservoir of R values: R / 16, at least 64. From 16 calls on
 # the reservoir is full. More would cost time; fewer would tie the sample to few positions.
@@ -115,14 +116,18 @@ def observe(
         observed = ObservedGraph.of(graph, shapes)
         parts = list(calls.batches(size, calls=which)) if batches is None else batches
         total = Totals(graph, observed, len(calls.recorded.timesteps), settings)
+        lanes = lanes_for(sum(tensor.nbytes for tensor in constants_of(observed.model)))
         with (
-            open_session(observed.model, talk, scratch=scratch) as session,
+            open_session(observed.model, talk, scratch=scratch, threads=lanes.threads) as session,
             talk.bar("observe activations", sum(len(batch.calls) for batch in parts)) as advance,
         ):
-            for batch in parts:
-                priorities, draws = draws_of(settings, batch)
-                results = observed.run(session, batch.feed, draws)
-                total.add(batch, results, priorities, draws)
+
+            def run(batch: Batch) -> list[Array]:
+                return observed.run(session, batch.feed, draws_of(settings, batch)[1])
+
+            made = in_lanes(run, parts, lanes.count)
+            for batch, results in zip(parts, made, strict=True):
+                total.add(batch, results, *draws_of(settings, batch))
                 advance(len(batch.calls))
         return total.finish()
 

@@ -60,8 +60,9 @@ class CalibrationSetup:
     def denoiser(self, model: Path) -> GuidedDenoiser:
         """Return the float model in the file ``model``; it refuses outputs that are not finite."""
         source = self.source
-        denoiser = CheckedDenoiser(model, OrtDenoiser(model, source.spec))
-        return GuidedDenoiser(denoiser, source.spec, source.conditions)
+        denoiser = OrtDenoiser.in_lanes(model, source.spec)
+        checked = CheckedDenoiser(model, denoiser)
+        return GuidedDenoiser(checked, source.spec, source.conditions, lanes=denoiser.lanes)
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,11 @@ import numpy as np
 from mpq_deploy.calls.sampler import Sampler
 from mpq_deploy.errors import ModelError
 from mpq_deploy.models.spec import Array, DenoiserSpec
+from mpq_deploy.system.lanes import in_lanes
 from mpq_deploy.system.progress import Talk
 
-# Called before each model call with (step_index, timestep, model_input [M, ...], rows int64 [M]).
-OnCall = Callable[[int, float, Array, Array], None]
+# Called after each model call with (step_index, timestep, model_input [M, ...], rows int64 [M], output).
+OnCall = Callable[[int, float, Array, Array, Array], None]
 
 
 class DenoiserCall(Protocol):
@@ -52,36 +53,60 @@ def first_samples(
 
 @dataclass(frozen=True)
 class GuidedDenoiser:
-    """A denoiser with all rows of its condition inputs, and a callback for each of its calls."""
+    """A denoiser with all rows of its condition inputs, a callback for each of its calls, and calls at once."""
 
     denoiser: DenoiserCall
     spec: DenoiserSpec
     conditions: dict[str, Array]
     on_call: OnCall | None = None
+    lanes: int = 1
 
-    def __call__(self, fed: Array, rows: Array, step_index: int, timestep: float) -> Array:
-        """Return the output for ``fed`` [M, ...] and the conditions' ``rows`` int64 [M].
+    @property
+    def _guided(self) -> bool:
+        return self.spec.guidance_scale != 1 and self.spec.uncond_row is not None
+
+    def calls(
+        self, fed: Array, rows: Array, batch_size: int, step_index: int, timestep: float
+    ) -> Array:
+        """Return the outputs for ``fed`` [N, ...] and the conditions' ``rows`` int64 [N].
+
+        ``batch_size`` of them per call of the model.
+        """
+        chunks = [slice(at, at + batch_size) for at in range(0, len(fed), batch_size)]
+        given = [self._given(fed[chunk], rows[chunk]) for chunk in chunks]
+        outputs = []
+        made = in_lanes(lambda one: self._output(*one, timestep), given, self.lanes)
+        for (inputs, taken), output in zip(given, made, strict=True):
+            if self.on_call is not None:
+                self.on_call(step_index, timestep, inputs, taken, output)
+            outputs.append(self._answer(inputs, output))
+        return np.concatenate(outputs)
+
+    def _given(self, fed: Array, rows: Array) -> tuple[Array, Array]:
+        """Return what the model is given: with guidance each sample twice, first without its condition."""
+        if not self._guided:
+            return fed, rows
+        return np.concatenate([fed, fed]), np.concatenate(
+            [np.full_like(rows, self.spec.uncond_row), rows]
+        )
+
+    def _output(self, inputs: Array, rows: Array, timestep: float) -> Array:
+        taken = {name: values[rows] for name, values in self.conditions.items()}
+        return self.denoiser(inputs, timestep, taken)
+
+    def _answer(self, inputs: Array, output: Array) -> Array:
+        """Return the output for the sampler; of a learned variance (2C channels) the first C.
 
         With guidance it is led away from the unconditional row (Ho & Salimans 2022, equation 6).
         """
-        spec = self.spec
-        if spec.guidance_scale == 1 or spec.uncond_row is None:
-            return self._plain(fed, rows, step_index, timestep)
-        both_rows = np.concatenate([np.full_like(rows, spec.uncond_row), rows])
-        both = self._plain(np.concatenate([fed, fed]), both_rows, step_index, timestep)
-        base, conditioned = np.split(both, 2)
-        return np.asarray(base + np.float32(spec.guidance_scale) * (conditioned - base), np.float32)
-
-    def _plain(self, fed: Array, rows: Array, step_index: int, timestep: float) -> Array:
-        """Return the output for these rows; of a learned variance (2C channels) the first C."""
-        if self.on_call is not None:
-            self.on_call(step_index, timestep, fed, rows)
-        taken = {name: values[rows] for name, values in self.conditions.items()}
-        output = self.denoiser(fed, timestep, taken)
-        if self.spec.timestep is None:
+        channels = inputs.shape[1]
+        if self.spec.timestep is not None and output.shape[1] == 2 * channels:
+            output = output[:, :channels]
+        if not self._guided:
             return output
-        channels = fed.shape[1]
-        return output[:, :channels] if output.shape[1] == 2 * channels else output
+        base, conditioned = np.split(output, 2)
+        scale = np.float32(self.spec.guidance_scale)
+        return np.asarray(base + scale * (conditioned - base), np.float32)
 
 
 def denoise(
@@ -103,11 +128,8 @@ def denoise(
     with (talk or Talk()).bar(f"denoise {len(x)} samples", len(sampler.timesteps)) as advance:
         for step_index, timestep in enumerate(sampler.timesteps):
             fed = sampler.scale_model_input(x, step_index)
-            outputs = []
-            for start in range(0, len(x), batch_size):
-                chunk = slice(start, start + batch_size)
-                outputs.append(model(fed[chunk], rows[chunk], step_index, float(timestep)))
-            x = sampler.step(np.concatenate(outputs), step_index, x)
+            outputs = model.calls(fed, rows, batch_size, step_index, float(timestep))
+            x = sampler.step(outputs, step_index, x)
             if not np.isfinite(x).all():
                 raise ModelError(
                     f"The sample is not finite after step {step_index} (timestep {timestep:g}).",

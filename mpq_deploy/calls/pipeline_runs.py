@@ -7,6 +7,7 @@ pipelines: text encoders, guidance, schedulers, images and masks are the pipelin
 
 from __future__ import annotations
 
+import copy
 import functools
 import importlib.util
 import inspect
@@ -452,6 +453,23 @@ class PipelineRuns:
                 "Give one prompt per call (--call FILE.yaml), and num_images_per_prompt 1.",
             )
         return made
+
+    def apart(self) -> PipelineRuns | None:
+        """Return the same runs with what a run changes of their own; None where more than schedulers may be.
+
+        Parts with weights are shared.
+        """
+        from diffusers import DiffusionPipeline, SchedulerMixin
+
+        parts = dict(vars(self._pipeline))
+        nested = any(isinstance(part, DiffusionPipeline) for part in parts.values())
+        if nested or self.correction_note:
+            return None
+        copied = copy.copy(self)
+        copied._pipeline = copy.copy(self._pipeline)
+        own = {n: copy.deepcopy(p) for n, p in parts.items() if isinstance(p, SchedulerMixin)}
+        vars(copied._pipeline).update(own)
+        return copied
 
     def _correct(self, correction: Correction) -> None:
         """Put PTQD's correction before the pipeline's scheduler."""

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from mpq_deploy.calls.pipeline_lanes import Image, images_in_lanes
 from mpq_deploy.calls.pipeline_runs import PipelineRuns, image_seed
 from mpq_deploy.calls.recorded import CallSet
 from mpq_deploy.calls.recorder import CallRecorder, recorded_grid
@@ -55,24 +56,34 @@ def record_pipeline(
     talk: Talk,
     compute: Compute,
     outputs: bool = False,
+    lanes: int = 1,
 ) -> PipelineRecord:
     """Make the images of ``runs`` with ``compute`` as the denoiser; record its calls in ``folder``.
 
-    ``timesteps``: so many of each image's steps; all where there are fewer, and for None. Raises ModelError
-    for images of different sizes and outputs that are not finite.
+    ``timesteps``: so many of each image's steps; all where there are fewer, and for None. ``lanes``: images
+    at once; their calls are recorded in the order of the images. Raises ModelError for images of
+    different sizes and outputs that are not finite.
     """
-    pipeline = PipelineRuns(pipeline_folder(model), model.spec)
-    watch = _Watch(CallRecorder(folder), model.spec, compute, outputs)
-    pipeline.compute = watch
+    pipeline, recorder = PipelineRuns(pipeline_folder(model), model.spec), CallRecorder(folder)
+    into: list[CallRecorder | _Kept] = [recorder if lanes < 2 else _Kept() for _ in runs.numbers]
     images = []
+    made = images_in_lanes(
+        pipeline,
+        (
+            Image(number, image_seed(runs.seed, place), watch, watch.step)
+            for place, (number, kept_in) in enumerate(zip(runs.numbers, into), runs.first)
+            for watch in [_Watch(place, kept_in, model.spec, compute, outputs)]
+        ),
+        runs.steps,
+        lanes,
+    )
     with talk.bar(f"run {pipeline.short_name}", len(runs.numbers)) as advance:
-        for place, number in enumerate(runs.numbers, runs.first):
-            watch.begin(place)
-            images.append(
-                pipeline.image(number, runs.steps, image_seed(runs.seed, place), watch.step)
-            )
+        for calls_of, image in zip(into, made, strict=True):
+            if isinstance(calls_of, _Kept):
+                calls_of.move_to(recorder)
+            images.append(image)
             advance(1)
-    watch.recorder.close()
+    recorder.close()
     conditions = [item.name for item in model.spec.conditions]
     calls = recorded_grid(folder, timesteps, conditions)
     kept = np.empty(0, np.float32)
@@ -105,21 +116,52 @@ def joined_images(images: Sequence[Array]) -> Array:
     return np.concatenate(list(images))
 
 
+class _Kept:
+    """An image's calls, until those of the images before it are recorded."""
+
+    def __init__(self) -> None:
+        self._calls: list[tuple[int, int, float, dict[str, Array], Array]] = []
+        self._known: dict[str, Array] = {}
+
+    def add(
+        self, run: int, step: int, timestep: float, feeds: dict[str, Array], output: Array
+    ) -> None:
+        """Keep a call; what an input was given the call before is kept once."""
+        for name, value in feeds.items():
+            if name not in self._known or not np.array_equal(self._known[name], value):
+                self._known[name] = np.array(value)
+        self._calls.append((run, step, timestep, {n: self._known[n] for n in feeds}, output))
+
+    def set_timestep(self, run: int, step: int, timestep: float) -> None:
+        """Say the timestep of the calls at ``step``."""
+        self._calls = [
+            (run, at, timestep if at == step else former, feeds, output)
+            for _, at, former, feeds, output in self._calls
+        ]
+
+    def move_to(self, recorder: CallRecorder) -> None:
+        """Record the calls."""
+        for call in self._calls:
+            recorder.add(*call)
+        self._calls.clear()
+
+
 class _Watch:
-    """Computes the denoiser, and records what it is given between the scheduler's steps."""
+    """Computes the denoiser for one image, and records what it is given between the scheduler's steps."""
 
     def __init__(
-        self, recorder: CallRecorder, spec: DenoiserSpec, compute: Compute, outputs: bool
+        self,
+        run: int,
+        recorder: CallRecorder | _Kept,
+        spec: DenoiserSpec,
+        compute: Compute,
+        outputs: bool,
     ) -> None:
         self.recorder = recorder
         self._spec, self._compute, self._outputs = spec, compute, outputs
-        self._run = self._step = 0
+        self._run, self._step = run, 0
         self._steps_told = False
         self._last: float | None = None
-
-    def begin(self, run: int) -> None:
-        """Begin another image."""
-        self._run, self._step, self._last, self._steps_told = run, 0, None, False
 
     def step(self, timestep: float) -> None:
         """Take the calls so far as those of one step of the sampler."""

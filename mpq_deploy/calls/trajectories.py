@@ -92,7 +92,9 @@ class _Recorder:
 
     calls: dict[int, list[tuple[float, Array, Array]]] = field(default_factory=dict)
 
-    def __call__(self, step_index: int, timestep: float, model_input: Array, rows: Array) -> None:
+    def __call__(
+        self, step_index: int, timestep: float, model_input: Array, rows: Array, output: Array
+    ) -> None:
         if step_index in self.calls:
             # A sampler may reuse its arrays.
             self.calls[step_index].append((timestep, model_input.astype(np.float32), rows.copy()))

@@ -7,7 +7,7 @@ calibration's.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -17,9 +17,9 @@ import numpy as np
 import onnxruntime as ort
 
 from mpq_deploy.calls.corrected import corrected_sampler
-from mpq_deploy.calls.loop import DenoiserCall, GuidedDenoiser, denoise, first_samples
+from mpq_deploy.calls.loop import GuidedDenoiser, denoise, first_samples
 from mpq_deploy.calls.recorded import CallSet, RecordedCalls
-from mpq_deploy.calls.sampler import Sampler, make_sampler
+from mpq_deploy.calls.sampler import Sampler, keeps_samples_apart, make_sampler
 from mpq_deploy.errors import UsageError
 from mpq_deploy.evaluate.cache import (
     SampleCache,
@@ -44,14 +44,16 @@ from mpq_deploy.evaluate.images import (
 from mpq_deploy.evaluate.interval import error_interval
 from mpq_deploy.evaluate.output_error import nmse, nmse_each, stride_midpoints
 from mpq_deploy.evaluate.recorded_outputs import recorded_images, recorded_reference
-from mpq_deploy.evaluate.setup import OWNERS, Part, Setup, finite_output, in_turn
+from mpq_deploy.evaluate.sequential import groups_of, paired_difference
+from mpq_deploy.evaluate.setup import OWNERS, Part, Setup, finite_output, in_turn, joined_parts
 from mpq_deploy.models.spec import Array, DenoiserSpec, FloatModel
 from mpq_deploy.recipe import EvaluateSettings
 from mpq_deploy.runtime.correction import Correction
 from mpq_deploy.runtime.ort import OrtDenoiser
 from mpq_deploy.system.compute import Compute, computing_on
+from mpq_deploy.system.lanes import in_lanes
 from mpq_deploy.system.parallel.job_files import Files
-from mpq_deploy.system.parallel.work import Alone, Crew, Job, Result, Shard, Work, run_shards
+from mpq_deploy.system.parallel.work import Alone, Crew, Job, Pool, Result, Shard, Work, run_shards
 from mpq_deploy.system.progress import Talk
 
 # A change here makes every cache entry stale.
@@ -68,13 +70,14 @@ class Variant:
     """A quantized graph: its file, its deployed bytes, a correction of its output, its layers by family.
 
     Size and layers are passed through; the correction applies to the error and before every step of
-    the sampler.
+    the sampler. A control is compared with the first of the variants.
     """
 
     path: Path
     size_bytes: int | None = None
     correction: Correction | None = None
     layers: Mapping[str, int] = field(default_factory=dict)
+    is_control: bool = False
 
     @cached_property
     def digest(self) -> str:
@@ -111,14 +114,10 @@ def evaluate(
         (reference,) = run_shards(pool, "sample the float model", [part], talk, store)
         kind, value_range = _pixels(setup, reference["images"])
         images = {FLOAT: to_uint8(reference["images"], value_range)}
-        shards = [
-            _shard(name, files, variants[name], reference, common, settings.steps)
-            for name in variants
-        ]
-        sampled = run_shards(pool, "evaluate", shards, talk, store)
-        for name, arrays in zip(variants, sampled, strict=True):
-            results[name] = _scored(reference, arrays, value_range, variants[name])
+        compared = _Compared(setup, files, variants, common, reference, value_range)
+        for name, arrays in compared.sample(pool, talk, store).items():
             images[name] = to_uint8(arrays["images"], value_range)
+            results[name] = compared.scored(name, arrays, next(iter(results.values()), None))
     return Evaluation(
         settings=settings,
         timesteps=tuple(float(t) for t in reference["timesteps"]),
@@ -146,21 +145,95 @@ def _job(setup: Setup, models: list[Path]) -> tuple[Files, Job]:
     return files, Job("evaluation", partial(_open, told), files.root, files.names, largest)
 
 
-def _shard(
-    name: str,
-    files: Files,
-    variant: Variant,
-    reference: dict[str, Array],
-    common: dict[str, Any],
-    steps: int,
-) -> Shard:
-    """Return the shard that runs a variant on the float model's calls, and samples it."""
-    key = {**common, "part": "variant", "variant": variant.digest}
-    if variant.correction is not None:
-        key["correction"] = variant.correction.as_json()
-    known = {name: array for name, array in reference.items() if name not in ("images", "sampler")}
-    task = Part(name, files.below(variant.path), known, variant.correction)
-    return Shard(name, task, len(reference["timesteps"]) + steps, key)
+@dataclass(frozen=True)
+class _Compared:
+    """The variants beside the float model: their shards, what these give, and what is said of it."""
+
+    setup: Setup
+    files: Files
+    variants: Mapping[str, Variant]
+    common: dict[str, Any]
+    reference: dict[str, Array]
+    value_range: tuple[float, float]
+
+    def sample(self, pool: Pool, talk: Talk, store: SampleCache) -> dict[str, dict[str, Array]]:
+        """Return what every variant gives; of controls as many groups of images as settle the comparison."""
+        controls = [name for name in self.variants if len(self._groups(name)) > 1]
+        whole = [name for name in self.variants if name not in controls]
+        shards = [self._shard(name) for name in whole]
+        found = dict(zip(whole, run_shards(pool, "evaluate", shards, talk, store), strict=True))
+        left, plan = controls, self.scored(whole[0], found[whole[0]], None)
+        for look, images in enumerate(self._groups(controls[0]) if controls else []):
+            shards = [self._shard(name, look) for name in left]
+            title = f"controls, images {images.start + 1} to {images.stop}"
+            made = run_shards(pool, title, shards, talk, store)
+            for name, arrays in zip(left, made, strict=True):
+                found[name] = joined_parts(found[name], arrays) if name in found else arrays
+            left = [name for name in left if not self.scored(name, found[name], plan).settled]
+            if not left:
+                break
+        return {name: found[name] for name in self.variants}
+
+    def _groups(self, name: str) -> list[range]:
+        """Return the groups of images that a variant is sampled in; one, where they depend on each other."""
+        setup, settings = self.setup, self.setup.settings
+        every = [range(len(setup.rows))]
+        alone = name == next(iter(self.variants)) or not self.variants[name].is_control
+        if alone or settings.controls_images == "all":
+            return every
+        if setup.pipeline is None and (
+            setup.calls is not None or not keeps_samples_apart(_sampler(setup)[0])
+        ):
+            return every
+        return groups_of(len(setup.rows))
+
+    def _shard(self, name: str, look: int | None = None) -> Shard:
+        """Return the shard that runs a variant on the float model's calls, and samples it."""
+        variant, reference = self.variants[name], self.reference
+        key = {**self.common, "part": "variant", "variant": variant.digest}
+        if variant.correction is not None:
+            key["correction"] = variant.correction.as_json()
+        known = {n: array for n, array in reference.items() if n not in ("images", "sampler")}
+        task = Part(name, self.files.below(variant.path), known, variant.correction)
+        if look is not None:
+            groups, calls = self._groups(name), reference["outputs"].shape[1]
+            ends = [-(-calls * at // len(groups)) for at in (look, look + 1)]
+            task = replace(task, images=groups[look], calls=range(*ends))
+            key["images"] = [groups[look].start, groups[look].stop, *ends]
+        return Shard(name, task, len(reference["timesteps"]) + self.setup.settings.steps, key)
+
+    def scored(
+        self, name: str, arrays: dict[str, Array], plan: VariantResult | None
+    ) -> VariantResult:
+        """Return the figures of a variant; of a control also how far it is behind the ``plan``."""
+        variant, images = self.variants[name], to_unit(arrays["images"], self.value_range)
+        expected = to_unit(self.reference["images"][: len(images)], self.value_range)
+        errors = tuple(float(error) for error in arrays["nmse"])
+        alike, each = ssim_each(expected, images), psnr_db_each(expected, images)
+        behind = None
+        if variant.is_control and plan is not None:
+            looks = len(self._groups(name))
+            behind = paired_difference(plan.psnr_db_each[: len(each)], each.tolist(), looks)
+        return VariantResult(
+            digest=variant.digest,
+            size_bytes=variant.size_bytes,
+            nmse_by_timestep=errors,
+            measured_nmse=float(np.mean(errors)),
+            psnr_db=psnr_db(expected, images),
+            pooled_psnr_db=pooled_psnr_db(expected, images),
+            ssim=float(np.mean(alike)),
+            psnr_db_each=tuple(float(value) for value in each),
+            ssim_each=tuple(float(value) for value in alike),
+            calls=int(arrays["calls"]),
+            layers=dict(variant.layers),
+            behind_db=behind,
+            nmse_interval=error_interval(arrays["nmse_each"], self._owners(arrays)),
+        )
+
+    def _owners(self, arrays: dict[str, Array]) -> Array:
+        """Return the image that each of a variant's compared calls is of: the first, where it has fewer."""
+        owners: Array = self.reference[OWNERS][:, : arrays["nmse_each"].shape[1]]
+        return owners
 
 
 def _open(setup: Setup, root: Path, talk: Talk) -> Work:
@@ -188,8 +261,8 @@ def _reference(setup: Setup, path: Path) -> dict[str, Array]:
         return recorded_reference(setup, OrtDenoiser(path, setup.spec))
     sampler = make_sampler(setup.spec.scheduler, settings.steps, settings.seed, settings.sampler)
     chosen = stride_midpoints(len(sampler.timesteps), settings.timesteps)
-    watched = _Watched(OrtDenoiser(path, setup.spec), FLOAT, {int(index) for index in chosen})
-    samples = _sample(setup, watched, watched)
+    watched = _Watched(FLOAT, {int(index) for index in chosen})
+    samples = _sample(setup, OrtDenoiser.in_lanes(path, setup.spec), watched)
     inputs, outputs, rows = watched.recorded()
     timesteps = np.asarray(sampler.timesteps, np.float64)[chosen]
     calls = CallSet.of_samples(setup.spec, inputs, timesteps, rows, setup.conditions)
@@ -210,39 +283,52 @@ def _images_of(setup: Setup, calls: int) -> Array:
 def _variant(setup: Setup, part: Part, path: Path) -> dict[str, Array]:
     """Run a variant on the float model's calls, and sample it from the same noise."""
     # Q/DQ pairs stay as written: integer kernels of some CPUs saturate, which no target does.
-    denoiser = OrtDenoiser(path, setup.spec, fake_quant_only=True)
+    denoiser = OrtDenoiser.in_lanes(path, setup.spec, fake_quant_only=True)
     assert part.reference is not None
-    errors, each = _errors(setup, part, denoiser, part.reference)
-    found = {"nmse": errors, "nmse_each": each}
+    errors = _errors(setup, part, denoiser, part.reference)
     if setup.pipeline is not None:
         from mpq_deploy.evaluate.pipeline_samples import pipeline_images
 
-        return {**found, "images": pipeline_images(setup, part, denoiser)}
+        return {**errors, "images": pipeline_images(setup, part, denoiser)}
     if setup.calls is not None:
-        return {**found, "images": recorded_images(setup, part, denoiser)}
-    samples = _sample(setup, _Watched(denoiser, part.name), correction=part.correction)
-    return {**found, "images": _decoded(setup, samples)}
+        return {**errors, "images": recorded_images(setup, part, denoiser)}
+    samples = _sample(setup, denoiser, _Watched(part.name), part)
+    return {**errors, "images": _decoded(setup, samples)}
 
 
 def _errors(
     setup: Setup, part: Part, denoiser: OrtDenoiser, reference: dict[str, Array]
-) -> tuple[Array, Array]:
-    """Return the error of the variant's output at each timestep [K], and each call's part [K, M]."""
-    calls, outputs = RecordedCalls(CallSet.of_arrays(reference), setup.spec), reference["outputs"]
-    errors, each = [], []
+) -> dict[str, Array]:
+    """Return the variant's error at each timestep on the part's calls of the float model.
+
+    ``nmse`` float64 [K], ``nmse_each`` [K, M]: each call's part of it; ``energy`` [K]: what both
+    are relative to; ``calls``: M.
+    """
+    taken, outputs = CallSet.of_arrays(reference), reference["outputs"]
+    if part.calls is not None:
+        taken = taken.take(np.asarray(part.calls, np.int64))
+        outputs = outputs[:, part.calls.start : part.calls.stop]
+    energy = np.square(outputs, dtype=np.float64).sum(axis=tuple(range(1, outputs.ndim)))
+    if not taken.count:
+        each = np.zeros((len(outputs), 0))
+        return {"nmse": energy, "nmse_each": each, "energy": energy, "calls": np.array(0)}
+    calls, errors, parts = RecordedCalls(taken, setup.spec), [], []
     with setup.talk.bar(f"output error of {part.name}", len(outputs)) as advance:
-        for step, expected in enumerate(outputs):
-            given = []
-            for batch in calls.batches(setup.settings.batch_size, range(step, step + 1)):
-                output = finite_output(denoiser.run(batch.feed), part.name, batch.timestep)
-                if part.correction is not None:
-                    output = part.correction.apply(output, batch.timestep)
-                given.append(output)
-            output = np.concatenate(given)
-            errors.append(nmse(expected, output))
-            each.append(nmse_each(expected, output))
-            advance(1)
-    return np.array(errors), np.stack(each)
+        given: list[Array] = []
+        fed = ((batch, batch.feed) for batch in calls.batches(setup.settings.batch_size))
+        made = in_lanes(lambda one: (one[0], denoiser.run(one[1])), fed, denoiser.lanes)
+        for batch, output in made:
+            finite_output(output, part.name, batch.timestep)
+            if part.correction is not None:
+                output = part.correction.apply(output, batch.timestep)
+            given.append(output)
+            if sum(map(len, given)) == len(outputs[batch.step]):
+                errors.append(nmse(outputs[batch.step], np.concatenate(given)))
+                parts.append(nmse_each(outputs[batch.step], np.concatenate(given)))
+                given.clear()
+                advance(1)
+    found = {"nmse": np.array(errors), "nmse_each": np.stack(parts)}
+    return {**found, "energy": energy, "calls": np.array(taken.count)}
 
 
 def _sampler(setup: Setup, correction: Correction | None = None) -> tuple[Sampler, str]:
@@ -256,44 +342,35 @@ def _sampler(setup: Setup, correction: Correction | None = None) -> tuple[Sample
 
 def _sample(
     setup: Setup,
-    denoiser: DenoiserCall,
-    watched: _Watched | None = None,
-    correction: Correction | None = None,
+    denoiser: OrtDenoiser,
+    watched: _Watched,
+    part: Part | None = None,
 ) -> Array:
     settings = setup.settings
-    sampler, _ = _sampler(setup, correction)
+    sampler, _ = _sampler(setup, None if part is None else part.correction)
     noise = first_samples(setup.spec, setup.rows, setup.conditions, settings.seed)
-    model = GuidedDenoiser(
-        denoiser, setup.spec, setup.conditions, watched.on_call if watched else None
-    )
-    return denoise(model, sampler, noise, setup.rows, settings.batch_size, setup.talk)
+    chosen = slice(None)
+    if part is not None and part.images is not None:
+        chosen = slice(part.images.start, part.images.stop)
+    model = GuidedDenoiser(denoiser, setup.spec, setup.conditions, watched, denoiser.lanes)
+    rows = setup.rows[chosen]
+    return denoise(model, sampler, noise[chosen], rows, settings.batch_size, setup.talk)
 
 
 class _Watched:
-    """A denoiser whose output is checked, and recorded at the chosen steps."""
+    """Checks a denoiser's outputs, and records its calls at the chosen steps."""
 
-    def __init__(self, denoiser: DenoiserCall, name: str, steps: set[int] | None = None) -> None:
-        self._denoiser, self._name, self._steps = denoiser, name, steps or set()
-        self._step = -1
+    def __init__(self, name: str, steps: Collection[int] = ()) -> None:
+        self._name, self._steps = name, steps
         self._calls: dict[int, list[tuple[Array, Array, Array]]] = {}
-        self._pending: tuple[Array, Array] | None = None
-
-    def on_call(self, step_index: int, timestep: float, sample: Array, rows: Array) -> None:
-        """Note what the next call is for (the loop calls this first)."""
-        self._step, self._pending = step_index, (sample, rows)
 
     def __call__(
-        self, sample: Array, timestep: float | Array, conditions: dict[str, Array]
-    ) -> Array:
-        """Return the denoiser's output; ModelError when it is not finite."""
-        output = self._denoiser(sample, timestep, conditions)
-        finite_output(output, self._name, float(np.ravel(timestep)[0]))
-        if self._step in self._steps and self._pending is not None:
-            self._calls.setdefault(self._step, []).append(
-                (self._pending[0], output, self._pending[1])
-            )
-            self._pending = None
-        return output
+        self, step_index: int, timestep: float, sample: Array, rows: Array, output: Array
+    ) -> None:
+        """Take a call. Raises ModelError where the output is not finite."""
+        finite_output(output, self._name, timestep)
+        if step_index in self._steps:
+            self._calls.setdefault(step_index, []).append((sample, output, rows))
 
     def recorded(self) -> tuple[Array, Array, Array]:
         """Return inputs and outputs [K, N, ...] of the chosen steps, and condition rows [N]."""
@@ -324,33 +401,6 @@ def _pixels(setup: Setup, reference: Array) -> tuple[ImageKind, tuple[float, flo
     if setup.spec.pixel_range is not None:
         return "pixels", setup.spec.pixel_range
     return "features" if setup.spec.timestep is None else "latents", data_range(reference)
-
-
-def _scored(
-    reference: dict[str, Array],
-    arrays: dict[str, Array],
-    value_range: tuple[float, float],
-    variant: Variant,
-) -> VariantResult:
-    expected, images = (
-        to_unit(reference["images"], value_range),
-        to_unit(arrays["images"], value_range),
-    )
-    errors = tuple(float(error) for error in arrays["nmse"])
-    alike = ssim_each(expected, images)
-    return VariantResult(
-        digest=variant.digest,
-        size_bytes=variant.size_bytes,
-        nmse_by_timestep=errors,
-        measured_nmse=float(np.mean(errors)),
-        psnr_db=psnr_db(expected, images),
-        pooled_psnr_db=pooled_psnr_db(expected, images),
-        ssim=float(np.mean(alike)),
-        psnr_db_each=tuple(float(value) for value in psnr_db_each(expected, images)),
-        ssim_each=tuple(float(value) for value in alike),
-        layers=dict(variant.layers),
-        nmse_interval=error_interval(arrays["nmse_each"], reference[OWNERS]),
-    )
 
 
 def _check(variants: Mapping[str, Variant], spec: DenoiserSpec) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mpq_deploy.evaluate.cache import npz_bytes, write_aside
+from mpq_deploy.evaluate.interval import Difference
 from mpq_deploy.models.spec import Array
 from mpq_deploy.recipe import EvaluateSettings
 from mpq_deploy.system.array_file import read_arrays
@@ -37,8 +38,10 @@ class VariantResult:
     model's inputs; ``measured_nmse`` their mean, which the predicted loss estimates.
     ``psnr_db_each`` and ``ssim_each`` are those of each image, in the order of the evaluation's
     rows: what an interval or a paired difference needs. An image equal to its reference has
-    ``EQUAL_IMAGE_DB`` there. ``layers``: a control's, counted by family.
-    ``nmse_interval``: 95 %, of ``measured_nmse`` over images; None where a timestep has one alone.
+    ``EQUAL_IMAGE_DB`` there. ``layers``: a control's, counted by family; ``behind_db``: of a control,
+    the plan's PSNR minus its own by image (mean, low, high: ``evaluate.sequential``). A control may
+    have fewer images than the plan: the first, and ``calls`` of each timestep. ``nmse_interval``:
+    95 %, of ``measured_nmse`` over images; None where a timestep has one alone.
     """
 
     digest: str
@@ -50,8 +53,15 @@ class VariantResult:
     ssim: float
     psnr_db_each: tuple[float, ...]
     ssim_each: tuple[float, ...]
+    calls: int
     layers: dict[str, int] = field(default_factory=dict)
+    behind_db: Difference | None = None
     nmse_interval: tuple[float, float] | None = None
+
+    @property
+    def settled(self) -> bool:
+        """Whether the interval of a control's difference from the plan settles which is better."""
+        return self.behind_db is not None and self.behind_db.settled
 
 
 @dataclass(frozen=True)
@@ -75,7 +85,8 @@ class Evaluation:
 
     ``timesteps`` are scheduler values in sampling order; ``rows`` and ``labels`` tell each sample's
     condition; ``sampler`` names the sampler and its steps; ``float_digest``: SHA-256 of the float
-    graph and its weights; ``images`` uint8 [N, H, W, C] by variant, with ``float`` first.
+    graph and its weights; ``images`` uint8 [N, H, W, C] by variant, with ``float`` first, of which
+    a control may have the first alone.
     """
 
     settings: EvaluateSettings

@@ -21,6 +21,7 @@ from mpq_deploy.evaluate.setup import spread_rows
 from mpq_deploy.models.spec import Array, FloatModel
 from mpq_deploy.recipe import CalibrateSettings, EvaluateSettings
 from mpq_deploy.runtime.ort import OrtDenoiser
+from mpq_deploy.system.lanes import in_lanes
 from mpq_deploy.system.progress import Talk
 
 
@@ -30,7 +31,7 @@ class FreshCalls:
     def __init__(self, model: FloatModel, settings: EvaluateSettings, talk: Talk) -> None:
         spec = model.spec
         self._spec, self._batch_size = spec, settings.batch_size
-        denoiser = OrtDenoiser(model.path, spec)
+        denoiser = OrtDenoiser.in_lanes(model.path, spec)
         self.inputs: CallSet = (
             kept_calls(model, None, settings.samples)
             if spec.recorded
@@ -46,7 +47,7 @@ class FreshCalls:
 
         ``model`` is a quantized graph of FP32 arithmetic. The mean of the result is the NMSE.
         """
-        denoiser = OrtDenoiser(model, self._spec, fake_quant_only=True)
+        denoiser = OrtDenoiser.in_lanes(model, self._spec, fake_quant_only=True)
         squares = []
         for step, expected in enumerate(self._outputs):
             error = np.square((self._run(denoiser, step) - expected).astype(np.float64))
@@ -54,11 +55,10 @@ class FreshCalls:
         return np.asarray(np.mean(squares, axis=0))
 
     def _run(self, denoiser: OrtDenoiser, step: int) -> Array:
-        outputs = []
         calls = RecordedCalls(self.inputs, self._spec)
-        for batch in calls.batches(self._batch_size, range(step, step + 1)):
-            outputs.append(denoiser.run(batch.feed))
-        return np.concatenate(outputs)
+        batches = calls.batches(self._batch_size, range(step, step + 1))
+        feeds = (batch.feed for batch in batches)
+        return np.concatenate(list(in_lanes(denoiser.run, feeds, denoiser.lanes)))
 
 
 def _of_sampler(
@@ -74,7 +74,7 @@ def _of_sampler(
         batch_size=settings.batch_size,
         seed=settings.seed,
     )
-    guided = GuidedDenoiser(denoiser, spec, model.conditions)
+    guided = GuidedDenoiser(denoiser, spec, model.conditions, lanes=denoiser.lanes)
     return record_trajectories(guided, sampler, recorded, talk)
 
 
@@ -88,7 +88,9 @@ def _of_pipeline(
     numbers = spread_rows(len(model.spec.pipeline.calls), settings.samples)
     runs = Runs([int(one) for one in numbers], settings.steps, settings.seed)
     with tempfile.TemporaryDirectory() as folder:
-        made = record_pipeline(model, runs, None, Path(folder), talk, denoiser.run)
+        made = record_pipeline(
+            model, runs, None, Path(folder), talk, denoiser.run, lanes=denoiser.lanes
+        )
         return made.calls.compact()
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
+from mpq_deploy.calls.pipeline_lanes import Image, images_in_lanes
 from mpq_deploy.calls.pipeline_runs import PipelineRuns, image_seed, shown_call
 from mpq_deploy.calls.record_pipeline import Runs, joined_images, pipeline_folder, record_pipeline
-from mpq_deploy.calls.stand_in import Compute
 from mpq_deploy.evaluate.images import as_maps
 from mpq_deploy.evaluate.setup import Part, Setup, finite_output, in_turn
 from mpq_deploy.models.spec import Array
@@ -20,19 +20,16 @@ from mpq_deploy.runtime.ort import OrtDenoiser
 _LOADED: dict[tuple[Path, str], PipelineRuns] = {}
 
 
-def runs_of(
-    setup: Setup, compute: Compute | None = None, correction: Correction | None = None
-) -> PipelineRuns:
-    """Return the pipeline with ``compute`` as its denoiser, loaded once for all variants."""
+def runs_of(setup: Setup, correction: Correction | None = None) -> PipelineRuns:
+    """Return the pipeline, loaded once for all variants."""
     folder = pipeline_folder(setup.float_model(Path()))
     if correction is not None:
         # Its scheduler stands behind the correction from then on.
-        return PipelineRuns(folder, setup.spec, compute, correction)
+        return PipelineRuns(folder, setup.spec, correction=correction)
     key = (folder, setup.spec.model_dump_json())
     if key not in _LOADED:
         _LOADED.clear()
         _LOADED[key] = PipelineRuns(folder, setup.spec)
-    _LOADED[key].compute = compute
     return _LOADED[key]
 
 
@@ -45,7 +42,7 @@ def pipeline_reference(setup: Setup, path: Path) -> dict[str, Array]:
     """Run the pipeline with the float model as its denoiser."""
     settings = setup.settings
     runs = Runs([int(row) for row in setup.rows], settings.steps, settings.seed)
-    compute = OrtDenoiser(path, setup.spec).run
+    denoiser = OrtDenoiser.in_lanes(path, setup.spec)
     with tempfile.TemporaryDirectory() as folder:
         made = record_pipeline(
             setup.float_model(path),
@@ -53,8 +50,9 @@ def pipeline_reference(setup: Setup, path: Path) -> dict[str, Array]:
             settings.timesteps,
             Path(folder),
             setup.talk,
-            compute,
+            denoiser.run,
             outputs=True,
+            lanes=denoiser.lanes,
         )
         # Image by image, each with about as many calls.
         calls = made.calls.count
@@ -74,12 +72,16 @@ def pipeline_images(setup: Setup, part: Part, denoiser: OrtDenoiser) -> Array:
         at = float(np.ravel(feeds[timestep])[0]) if timestep else 0.0
         return finite_output(denoiser.run(feeds), part.name, at)
 
-    runs = runs_of(setup, compute, part.correction)
+    runs = runs_of(setup, correction=part.correction)
+    places = range(len(setup.rows)) if part.images is None else part.images
+    wanted = (
+        Image(int(setup.rows[place]), image_seed(setup.settings.seed, place), compute)
+        for place in places
+    )
     images = []
-    with setup.talk.bar(f"run {runs.short_name} with {part.name}", len(setup.rows)) as advance:
-        for place, number in enumerate(setup.rows):
-            seed = image_seed(setup.settings.seed, place)
-            images.append(runs.image(int(number), setup.settings.steps, seed))
+    with setup.talk.bar(f"run {runs.short_name} with {part.name}", len(places)) as advance:
+        for image in images_in_lanes(runs, wanted, setup.settings.steps, denoiser.lanes):
+            images.append(image)
             advance(1)
     return as_maps(joined_images(images))
 

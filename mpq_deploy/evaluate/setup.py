@@ -62,13 +62,15 @@ class Setup:
 class Part:
     """A worker's task: the float model's samples, or a variant's and its error on float inputs.
 
-    ``path`` is relative to the job's root.
+    ``path`` is relative to the job's root; ``images`` None: all; ``calls``: those of each timestep.
     """
 
     name: str
     path: Path
     reference: dict[str, Array] | None = None
     correction: Correction | None = None
+    images: range | None = None
+    calls: range | None = None
 
 
 def spread_rows(available: int, samples: int, uncond_row: int | None = None) -> Array:
@@ -101,6 +103,20 @@ def in_turn(calls: CallSet, outputs: Array, count: int, images: Array) -> dict[s
     turns = taken_turns(calls.count, len(calls.timesteps), count)
     taken = outputs[np.arange(len(turns))[:, None], turns]
     return {**calls.turns(turns).arrays(), "outputs": taken, OWNERS: images[turns]}
+
+
+def joined_parts(first: dict[str, Array], further: dict[str, Array]) -> dict[str, Array]:
+    """Return a control's images and errors with those of its next group; errors by the energy of their calls."""
+    energy, calls = first["energy"] + further["energy"], first["calls"] + further["calls"]
+    each = [p["nmse_each"] * (p["energy"] / max(p["calls"], 1))[:, None] for p in (first, further)]
+    squares = sum(part["nmse"] * part["energy"] for part in (first, further))
+    return {
+        "images": np.concatenate([first["images"], further["images"]]),
+        "nmse": squares / energy,
+        "nmse_each": np.concatenate(each, 1) * (calls / energy)[:, None],
+        "energy": energy,
+        "calls": calls,
+    }
 
 
 def finite_output(output: Array, name: str, timestep: float) -> Array:

@@ -56,7 +56,7 @@ def read_controls(folder: Path) -> dict[str, Variant]:
     found: dict[str, ControlFacts] = model_of(dict[str, ControlFacts], read_json(path), str(path))
     return {
         plain_name(name, "A control's name"): Variant(
-            folder / name / SIMULATED, facts.size_bytes, layers=facts.layers
+            folder / name / SIMULATED, facts.size_bytes, layers=facts.layers, is_control=True
         )
         for name, facts in found.items()
     }

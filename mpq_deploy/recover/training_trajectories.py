@@ -59,7 +59,7 @@ class TrajectoryRecorder:
         sampler: SamplerKind,
     ) -> None:
         self._model = model
-        self._denoiser = OrtDenoiser(model.path, model.spec)
+        self._denoiser = OrtDenoiser.in_lanes(model.path, model.spec)
         self._spec, self._conditions = model.spec, model.conditions
         self._steps, self._kind = steps, sampler
 
@@ -85,10 +85,13 @@ class TrajectoryRecorder:
         if self._model.pipeline is not None:
             return self._record_pipeline(count, noise_seed)
         sampler = make_sampler(self._spec.scheduler, self._steps, noise_seed, self._kind)
-        recording = _Recording(self._denoiser)
+        recording = _Recording()
         batch = 16 if all(item.batched for item in self._spec.conditions) else 1
         rows = self._rows(count, noise_seed, held_out)
-        model = GuidedDenoiser(recording, self._spec, self._conditions, recording.on_call)
+        denoiser = self._denoiser
+        model = GuidedDenoiser(
+            denoiser, self._spec, self._conditions, recording.on_call, denoiser.lanes
+        )
         denoise(
             model,
             sampler,
@@ -127,7 +130,14 @@ class TrajectoryRecorder:
         runs = Runs([int(one) for one in numbers], self._steps, seed)
         with tempfile.TemporaryDirectory() as folder:
             made = record_pipeline(
-                self._model, runs, None, Path(folder), Talk(), self._denoiser.run, outputs=True
+                self._model,
+                runs,
+                None,
+                Path(folder),
+                Talk(),
+                self._denoiser.run,
+                outputs=True,
+                lanes=self._denoiser.lanes,
             )
             return Trajectories(made.calls.compact(), made.outputs)
 
@@ -153,23 +163,15 @@ class TrajectoryRecorder:
 
 @dataclass
 class _Recording:
-    """A denoiser whose inputs and outputs are kept, by step."""
+    """The denoiser's inputs and outputs, by step."""
 
-    denoiser: OrtDenoiser
     steps: dict[int, list[tuple[float, Array, Array, Array]]] = field(default_factory=dict)
-    pending: tuple[int, float, Array, Array] | None = None
 
-    def on_call(self, step_index: int, timestep: float, model_input: Array, rows: Array) -> None:
-        self.pending = (step_index, timestep, model_input.astype(np.float32), rows.copy())
-
-    def __call__(
-        self, sample: Array, timestep: float | Array, conditions: dict[str, Array]
-    ) -> Array:
-        output = self.denoiser(sample, timestep, conditions)
-        assert self.pending is not None
-        step_index, at, model_input, rows = self.pending
-        self.steps.setdefault(step_index, []).append((at, model_input, output, rows))
-        return output
+    def on_call(
+        self, step_index: int, timestep: float, model_input: Array, rows: Array, output: Array
+    ) -> None:
+        call = (timestep, model_input.astype(np.float32), output, rows.copy())
+        self.steps.setdefault(step_index, []).append(call)
 
     def finish(self, spec: DenoiserSpec, conditions: dict[str, Array]) -> Trajectories:
         calls = list(self.steps.values())

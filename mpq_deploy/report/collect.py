@@ -34,6 +34,7 @@ from mpq_deploy.report.data import (
     ModelInfo,
     OrmPictures,
     OtherRow,
+    Quality,
     RecoveryInfo,
     ReportData,
     SolverInfo,
@@ -189,7 +190,7 @@ class _Evaluated:
         result = Evaluation.load(run.stage("evaluate"))
         variants = {name: _control(name, v, plan) for name, v in result.variants.items()}
         ours = variants.pop("ours").model_dump(
-            exclude={"title", "size_bytes", "size_ratio", "layers"}
+            exclude=set(Control.model_fields) - set(Quality.model_fields)
         )
         conditions = result.settings.model_dump(include={"samples", "steps", "seed"})
         fields = {
@@ -266,7 +267,7 @@ def _prediction(plan: PrecisionPlan) -> dict[str, Any]:
 
 
 def _control(name: str, variant: VariantResult, plan: PrecisionPlan) -> Control:
-    size = variant.size_bytes or 0
+    size, behind = variant.size_bytes or 0, variant.behind_db
     return Control(
         title=titles(plan).get(name, name),
         size_bytes=size,
@@ -283,6 +284,9 @@ def _control(name: str, variant: VariantResult, plan: PrecisionPlan) -> Control:
         nmse_by_timestep=_all_finite(variant.nmse_by_timestep),
         identical=variant.psnr_db == math.inf,
         layers=variant.layers,
+        calls=variant.calls,
+        behind_db=behind and behind.mean,
+        behind_db_interval=behind and Interval(low=behind.low, high=behind.high),
     )
 
 
@@ -525,7 +529,7 @@ def sample_grid(run: Run, out: Path, count: int, seed: int, steps: int, controls
     from mpq_deploy.evaluate.grid import save_grid
 
     settings = run.recipe.evaluate.replace(
-        samples=count, steps=steps, timesteps=1, calls=count, seed=seed
+        samples=count, steps=steps, timesteps=1, calls=count, seed=seed, controls_images="all"
     )
     variants = {"ours": Variant(run.deployed / SIMULATED)}
     if controls:

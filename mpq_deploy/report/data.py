@@ -102,6 +102,13 @@ class Control(Quality):
     layers: dict[str, int] = Field(
         default_factory=dict, description="how many have which family of schemes"
     )
+    calls: int | None = Field(None, description="of each timestep, that its error was measured on")
+    behind_db: float | None = Field(
+        None, description="the plan's PSNR minus its own, mean over the images that it has"
+    )
+    behind_db_interval: Interval | None = Field(
+        None, description="of behind_db: 95 %, Student's t, over all looks (evaluate.sequential)"
+    )
 
 
 class CurvePoint(Part):

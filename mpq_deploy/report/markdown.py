@@ -10,6 +10,7 @@ from mpq_deploy.report.words import (
     DEVICE_COLUMNS,
     FRECHET_COLUMNS,
     control_layers,
+    controls_note,
     count,
     device_row,
     duration,
@@ -41,6 +42,7 @@ def markdown_report(data: ReportData) -> str:
         " ".join(headline(data)),
         *_warning(data),
         table(("", "size", "of FP16", "PSNR", "SSIM", "output error (NMSE)"), _variants(data)),
+        plain(controls_note(data)),
         plain(control_layers(data)),
         intervals_note(data),
         f"Output error: {prediction(data)}. {plain(data.prediction_note)} {_engine_line(data)}".replace(

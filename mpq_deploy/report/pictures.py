@@ -49,7 +49,8 @@ def picture_table(
 ) -> PictureTable:
     """Encode evenly spread columns of every variant's images within ``limit`` bytes."""
     first = next(iter(images.images.values()))
-    columns = stride_midpoints(len(first), COLUMNS)
+    # A control may have the first images alone.
+    columns = stride_midpoints(min(map(len, images.images.values())), COLUMNS)
     reduction = 1
     while True:
         encoded = {

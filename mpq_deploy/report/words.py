@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+from mpq_deploy.evaluate.interval import MARGIN_DB
 from mpq_deploy.report.data import (
     Control,
     DeviceInfo,
@@ -322,6 +323,27 @@ def control_layers(data: ReportData) -> str:
     return f"Layers: {'; '.join(said)}." if said else ""
 
 
+def controls_note(data: ReportData) -> str:
+    """Say how far each control is behind the plan, and on how many images; empty where that is not known."""
+    said, fewer, samples = [], False, data.evaluation.samples if data.evaluation is not None else 0
+    for control in data.controls.values():
+        if control.behind_db is not None:
+            images = len(control.psnr_db_each)
+            between = _between(control.behind_db_interval, 1)
+            said.append(f"{control.title} {control.behind_db:+.1f} dB{between} on {images}")
+            fewer |= images < samples
+    if not said:
+        return ""
+    rest = (
+        f" A control gets no more images, and no more calls for its error, once the interval (95 % over all looks "
+        f"at it) is clear of zero by {MARGIN_DB:g} dB."
+    )
+    return (
+        f"The plan's PSNR minus a control's, image by image: {'; '.join(said)} of {samples} images."
+        + (rest if fewer else "")
+    )
+
+
 def headline(data: ReportData) -> list[str]:
     """Return the result in at most three sentences that need no knowledge of this project."""
     nominal = " (simulated: nominal bytes, which no engine reaches)" if data.simulated else ""
@@ -344,6 +366,8 @@ def headline(data: ReportData) -> list[str]:
             if reference.identical
             else f"reaches {decibels(reference.psnr_db)}"
         )
+        if data.evaluation and 0 < len(reference.psnr_db_each) < data.evaluation.samples:
+            reached += f" on {len(reference.psnr_db_each)} of them"
         parts.append(f"{reference.title} takes {percent(reference.size_ratio)} and {reached}.")
     return parts
 
@@ -353,7 +377,8 @@ def against_control(data: ReportData) -> str:
     reference = _reference_control(data)
     if reference is None or reference.psnr_db is None or data.psnr_db is None:
         return ""
-    gain = data.psnr_db - reference.psnr_db
+    # On the same images, where a control has fewer.
+    gain = data.psnr_db - reference.psnr_db if reference.behind_db is None else reference.behind_db
     factor = 10 ** (abs(gain) / 10)
     size_factor = data.size_bytes / reference.size_bytes if reference.size_bytes else 0.0
     less = "less" if gain >= 0 else "more"

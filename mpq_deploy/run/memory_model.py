@@ -52,6 +52,7 @@ from mpq_deploy.sensitivity.measured_calls import (
     STACK_BYTES,
 )
 from mpq_deploy.sensitivity.measured_calls import MEMORY_BYTES as MEASURE_BYTES
+from mpq_deploy.system.lanes import lanes_for
 from mpq_deploy.system.memory import Room, refuse_too_large
 from mpq_deploy.system.threads import threads_here
 
@@ -298,7 +299,9 @@ def estimate_stage(
     ``batch``: samples that calibrate gives at once, None: as many as the recipe says.
     """
     if stage == "calibrate":
-        values = int(ARENA_SHARE * (batch or recipe.calibrate.batch_size) * size.alive)
+        # As many batches at once as there are lanes.
+        calls = lanes_for(size.weights).count * (batch or recipe.calibrate.batch_size)
+        values = int(ARENA_SHARE * calls * size.alive)
         return StageMemory(
             stage, _session(size.weights), values, 0, SESSION_BYTES + NODE_BYTES * size.nodes
         )

@@ -14,7 +14,7 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 from mpq_deploy.calibrate.kept_observation import FIRST_PART
-from mpq_deploy.calls.sampler import make_sampler
+from mpq_deploy.calls.sampler import keeps_samples_apart, make_sampler
 from mpq_deploy.calls.script_calls import ScriptCalls
 from mpq_deploy.calls.timesteps import kept_timesteps, sampled_steps
 from mpq_deploy.calls.trajectories import has_forward_process
@@ -22,6 +22,7 @@ from mpq_deploy.engine.target import builder_present
 from mpq_deploy.errors import UsageError
 from mpq_deploy.evaluate.half import TIMESTEPS as HALF_TIMESTEPS
 from mpq_deploy.evaluate.output_error import taken_turns
+from mpq_deploy.evaluate.sequential import GROUP
 from mpq_deploy.evaluate.variants import TIMED_CALLS, WARM_UP_CALLS
 from mpq_deploy.formats.branches.prescaled import TENTHS
 from mpq_deploy.formats.candidates import choices_for
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
     from mpq_deploy.formats.scheme import Scheme
     from mpq_deploy.graph.layers import Layer
     from mpq_deploy.models.spec import DenoiserSpec
-    from mpq_deploy.recipe import Recipe
+    from mpq_deploy.recipe import EvaluateSettings, Recipe
     from mpq_deploy.run.view import Run
 
 
@@ -266,8 +267,8 @@ def _evaluate(recipe: Recipe, model: ModelWork) -> Work:
         section.samples if model.available is None else min(section.samples, model.available[1])
     )
     variants = 1 + (recipe.evaluate.correction != "none") + (recipe.recover.steps > 0)
-    if section.controls:
-        variants += model.controls + (len(ORM_CONTROLS) if recipe.measure.method == "orm" else 0)
+    controls = model.controls + (len(ORM_CONTROLS) if recipe.measure.method == "orm" else 0)
+    controls *= section.controls
     steps = model.steps(recipe, section.steps)
     compared = min(section.timesteps, steps)
     turns = compared * taken_turns(samples * model.guided, compared, section.calls).shape[1]
@@ -276,14 +277,31 @@ def _evaluate(recipe: Recipe, model: ModelWork) -> Work:
     if spec.recorded:
         # A script's calls are run at the timesteps that are compared, images are those of the last.
         first, sampled = samples * compared, samples
+    # Of a control as many images as settle most comparisons, and its share of the calls.
+    shown = images_of_control(section, spec, samples)
+    shares = -(-turns // compared * shown // samples) * compared
     half, timed = min(HALF_TIMESTEPS, timesteps(recipe, model)), WARM_UP_CALLS + TIMED_CALLS
     return Work(
         floats=first + 2 * half + timed,
-        quantized=variants * (sampled + turns) + 2 * half + timed,
+        quantized=variants * (sampled + turns)
+        + controls * (sampled * shown // samples + shares)
+        + 2 * half
+        + timed,
         batch=section.batch_size * (1 if spec.recorded else model.guided),
-        sessions=variants + 7,
-        images=samples * (1 + variants),
+        sessions=variants + controls + 7,
+        images=samples * (1 + variants) + shown * controls,
     )
+
+
+def images_of_control(section: EvaluateSettings, spec: DenoiserSpec, samples: int) -> int:
+    """Return the images of a control in the first of the groups that are compared (``evaluate.sequential``)."""
+    if section.controls_images == "all" or spec.recorded:
+        return samples
+    if spec.pipeline is None:
+        sampler = make_sampler(spec.scheduler, section.steps, section.seed, section.sampler)
+        if not keeps_samples_apart(sampler):
+            return samples
+    return min(GROUP, samples)
 
 
 def has_torch() -> bool:

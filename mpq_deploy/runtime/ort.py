@@ -29,6 +29,7 @@ from mpq_deploy.system.compute import (
     start_session,
 )
 from mpq_deploy.system.hub_cache import hub_blobs
+from mpq_deploy.system.lanes import lanes_for
 from mpq_deploy.system.threads import may_spin, runtime_threads
 
 # All errors that ONNX Runtime raises for a model it cannot run; they share no base class.
@@ -148,7 +149,23 @@ def make_session_with(
 
 
 class OrtDenoiser:
-    """A denoiser in ONNX Runtime, called as ``denoiser(sample, timestep, conditions)``."""
+    """A denoiser in ONNX Runtime, called as ``denoiser(sample, timestep, conditions)``.
+
+    ``lanes``: how many of its runs go best side by side; one, unless it was opened by ``in_lanes``.
+    """
+
+    lanes = 1
+
+    @classmethod
+    def in_lanes(
+        cls, model: Path, spec: DenoiserSpec, fake_quant_only: bool = False
+    ) -> OrtDenoiser:
+        """Open a model for runs side by side, as many as its size allows (``lanes_for``)."""
+        files = [model, *external_files(read_proto(model), model)]
+        lanes = lanes_for(sum(file.stat().st_size for file in files))
+        made = cls(model, spec, lanes.threads, fake_quant_only=fake_quant_only)
+        made.lanes = lanes.count
+        return made
 
     def __init__(
         self,

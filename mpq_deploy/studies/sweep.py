@@ -282,6 +282,9 @@ def _measure_plan(run: Run, task: _Plan) -> Result:
     from mpq_deploy.graph.writers.deployed_graphs import SIMULATED
     from mpq_deploy.graph.writers.plan_graphs import write_plan
 
+    # Controls stand beside plans of all budgets, so that they have all images: sampled once.
+    every = run.recipe.evaluate.replace(controls_images="all")
+    run = replace(run, recipe=run.recipe.model_copy(update={"evaluate": every}))
     with tempfile.TemporaryDirectory(dir=run.scratch()) as folder:
         write_plan(run, task.schemes, Path(folder))
         result = evaluate_variants(run, Path(folder) / SIMULATED, task.size_bytes, latency=False)

@@ -66,9 +66,7 @@ def open_session(
     options = _options(threads, optimize)
     if optimize and computing_on().providers == [CPU_PROVIDER]:
         fuse_attention(model)
-    tensors = [
-        v.const_value for g in model.graphs() for v in g.initializers.values() if v.const_value
-    ]
+    tensors = constants_of(model)
     external = any(isinstance(tensor, ir.ExternalTensor) for tensor in tensors)
     weights = sum(tensor.nbytes for tensor in tensors)
     if optimize and weights >= LARGE_WEIGHTS_BYTES:
@@ -82,6 +80,12 @@ def open_session(
         _write(model, folder, talk)
         options.add_session_config_entry(WEIGHTS_FOLDER, folder.anchor)
         yield _session(ir.to_proto(model).SerializeToString(), options)
+
+
+def constants_of(model: ir.Model) -> list[ir.TensorProtocol]:
+    """Return the constants of a model's graphs."""
+    values = [value for graph in model.graphs() for value in graph.initializers.values()]
+    return [value.const_value for value in values if value.const_value]
 
 
 def shares_gpu(session: ort.InferenceSession) -> bool:

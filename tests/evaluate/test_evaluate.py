@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -161,7 +162,7 @@ def test_agrees_with_a_plain_loop(files, count, turns):
     noise = initial_noise(spec, 5, SETTINGS.seed)
     images = {}
     for name in ("float", "ours"):
-        hook = (lambda i, t, x, r: calls.append((i, t, x, r))) if name == "float" else None
+        hook = (lambda *call: calls.append(call[:4])) if name == "float" else None
         images[name] = denoise(
             GuidedDenoiser(OrtDenoiser(files[name], spec), spec, CONDITIONS, hook),
             sampler,
@@ -268,9 +269,11 @@ def test_saved_and_loaded_are_equal_and_repeat_byte_for_byte(files, tmp_path):
 
 def test_only_what_changed_is_sampled_again(files, tmp_path, monkeypatch):
     opened = []
-    real = module.OrtDenoiser
+    real = module.OrtDenoiser.in_lanes
     monkeypatch.setattr(
-        module, "OrtDenoiser", lambda path, *a, **k: opened.append(path.name) or real(path, *a, **k)
+        module.OrtDenoiser,
+        "in_lanes",
+        lambda path, *a, **k: opened.append(path.name) or real(path, *a, **k),
     )
     cold = run(files, cache=tmp_path / "cache")
     assert opened == ["float.onnx", "ours.onnx", "int4.onnx"]
@@ -369,3 +372,74 @@ def test_bad_input_is_refused(files, tmp_path):
             files["float"], specification(), {"a": np.zeros((2, 1)), "b": np.zeros((3, 1))}
         )
         evaluate({"ours": Variant(files["ours"])}, other, SETTINGS)
+
+
+def controlled(files, images, **more):
+    """Evaluate ours, a control far behind it, one as good, and one that is the float model."""
+    settings = SETTINGS.replace(samples=19, steps=4, calls=7, controls_images=images)
+    variants = {
+        "ours": Variant(files["ours"]),
+        "far": Variant(files["int4"], 5, layers={"w4a16": 1}, is_control=True),
+        "same": Variant(files["ours"], 6, is_control=True),
+    }
+    return evaluate(variants, float_model(files), settings, **more)
+
+
+def test_controls_are_compared_until_they_are_told_apart(files):
+    every, needed = controlled(files, "all"), controlled(files, "needed")
+    # Neither ours nor the float model knows how many images its controls have.
+    assert needed.variants["ours"] == every.variants["ours"]
+    for name in ("float", "ours"):
+        np.testing.assert_array_equal(needed.images[name], every.images[name])
+    far, whole = needed.variants["far"], every.variants["far"]
+    assert (len(far.psnr_db_each), far.calls, whole.calls) == (8, 3, 7)
+    np.testing.assert_allclose(far.psnr_db_each, whole.psnr_db_each[:8], rtol=1e-4)
+    np.testing.assert_allclose(far.nmse_by_timestep, whole.nmse_by_timestep, rtol=0.2)
+    assert far.settled and far.behind_db.mean > far.behind_db.low > 0.5
+    assert needed.images["far"].shape == (8, 8, 8, 3)
+    same = needed.variants["same"]
+    assert (len(same.psnr_db_each), same.calls) == (19, 7)
+    np.testing.assert_allclose(same.nmse_by_timestep, every.variants["same"].nmse_by_timestep, 1e-4)
+    assert abs(same.behind_db.mean) < 0.01 and not same.settled
+    assert list(needed.variants) == list(needed.images)[1:] == ["ours", "far", "same"]
+
+
+def test_all_images_of_a_control_give_what_any_variant_gives(files):
+    every = controlled(files, "all")
+    plain = run(
+        {"float": files["float"], "ours": files["ours"], "far": files["int4"]},
+        settings=every.settings,
+    )
+    found = replace(every.variants["far"], size_bytes=None, layers={}, behind_db=None)
+    assert found == plain.variants["far"]
+    difference = np.subtract(
+        every.variants["ours"].psnr_db_each, every.variants["far"].psnr_db_each
+    )
+    assert every.variants["far"].behind_db.mean == pytest.approx(difference.mean())
+
+
+def test_a_sampler_that_draws_noise_samples_whole_controls(files):
+    scheduler = {"_class_name": "DDPMScheduler", "num_train_timesteps": 100}
+    noisy = FloatModel(files["float"], specification(scheduler=scheduler), CONDITIONS)
+    settings = SETTINGS.replace(samples=9, steps=4, sampler="folder")
+    variants = {
+        "ours": Variant(files["ours"]),
+        "far": Variant(files["int4"], is_control=True),
+    }
+    found = evaluate(variants, noisy, settings)
+    assert len(found.variants["far"].psnr_db_each) == 9
+    assert found.variants["far"].behind_db.low < found.variants["far"].behind_db.high
+
+
+def test_kept_and_fresh_samples_of_controls_are_the_same_bytes(files, tmp_path):
+    cold = controlled(files, "needed", cache=tmp_path / "cache")
+    heard = Heard()
+    warm = controlled(files, "needed", cache=tmp_path / "cache", talk=heard)
+    cold.save(tmp_path / "cold")
+    warm.save(tmp_path / "warm")
+    controlled(files, "needed").save(tmp_path / "fresh")
+    for name in ("evaluation.json", "images.npz"):
+        texts = [(tmp_path / run / name).read_bytes() for run in ("cold", "warm", "fresh")]
+        assert texts[0] == texts[1] == texts[2]
+    assert Evaluation.load(tmp_path / "cold").as_json() == cold.as_json()
+    assert Evaluation.load(tmp_path / "cold").variants["far"] == cold.variants["far"]

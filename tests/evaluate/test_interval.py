@@ -4,7 +4,12 @@ import numpy as np
 import pytest
 
 from mpq_deploy.evaluate.images import EQUAL_IMAGE_DB, psnr_db, psnr_db_each, ssim, ssim_each
-from mpq_deploy.evaluate.interval import error_interval, mean_interval, paired_interval, student
+from mpq_deploy.evaluate.interval import (
+    error_interval,
+    mean_interval,
+    paired_interval,
+    student_quantile,
+)
 
 
 def test_the_interval_repeats_and_holds_the_mean():
@@ -112,4 +117,6 @@ def test_one_call_at_a_timestep_and_no_error_have_no_interval():
 def test_the_quantile_is_student_s():
     stats = pytest.importorskip("scipy.stats")
     for freedom in (1, 2, 3, 5, 30, 1000):
-        assert student(freedom) == pytest.approx(stats.t.ppf(0.975, freedom), rel=0.01)
+        assert student_quantile(freedom, 0.025) == pytest.approx(
+            stats.t.ppf(0.975, freedom), rel=0.01
+        )

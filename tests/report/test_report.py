@@ -333,6 +333,8 @@ def test_page_says_what_it_should(report):
         "of the FP16 size:",
         "match the original model's to 56.6 dB PSNR",
         "Everything INT8 takes 50.3 % and reaches 42.2 dB",
+        "by image: Everything INT4 +29.1 dB (28.2 to 30.0) on 8 of 16 images.",
+        "clear of zero by 0.5 dB",
         "1.7 × 10⁻⁶",
         "Not measured here",
         "Every planned layer has the planned type",
@@ -491,6 +493,15 @@ def test_network_keeps_order_and_every_layer(report):
     ]
 
 
+def test_a_control_is_compared_on_the_images_that_it_has():
+    report = make_report()
+    few = report.controls["int4"].model_copy(update={"title": "Everything INT8"})
+    fewer = make_report(controls={"int8": few})
+    assert "reaches 27.3 dB on 8 of them" in headline(fewer)[2]
+    # Not 56.6 - 27.3: that of the plan is over all of its images.
+    assert "+29.1 dB against everything INT8" in html_page(fewer)
+
+
 def test_headline_is_fair_when_int8_is_better():
     worse = make_report(psnr_db=40.0)
     assert "40.0 dB" in headline(worse)[1] and "42.2 dB" in headline(worse)[2]
@@ -610,3 +621,10 @@ def test_the_headline_says_which_latency_was_not_estimated():
     known = make_report(expected_latency=expected.model_copy(update={"int4_ms": 2.75}))
     assert {row[0]: row[-1] for row in glance_rows(known)}["Everything INT4"] == "2.75 ms"
     assert ["Everything INT4", "2.75 ms"] in [row[:2] for row in latency_rows(known)]
+
+
+def test_a_control_with_fewer_images_is_shown_with_those_that_all_have():
+    images = ImageSet({"float": pictures(0), "ours": pictures(1), "int8": pictures(2)[:3]})
+    table = picture_table(images, {})
+    assert table.shown == 3 and table.total == 8
+    assert {len(row.pictures) for row in table.rows} == {3}

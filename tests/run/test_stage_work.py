@@ -12,10 +12,11 @@ import onnxruntime as ort
 import pytest
 
 import mpq_deploy
-from mpq_deploy.recipe import Recipe
+from mpq_deploy.models.spec import DenoiserSpec, InputSpec
+from mpq_deploy.recipe import EvaluateSettings, Recipe
 from mpq_deploy.run.memory_model import hessian_groups
 from mpq_deploy.run.pipeline import STAGES, open_pipeline
-from mpq_deploy.run.stage_work import ModelWork, works
+from mpq_deploy.run.stage_work import ModelWork, images_of_control, works
 from tests.graphs import denoiser_graph
 from tests.pipeline.runs import Notes, recipe_for, save_denoiser
 from tests.tiny_models import ONE_LEVEL, tiny_text_pipeline_folder
@@ -155,3 +156,25 @@ def test_pairs_are_those_that_are_measured(tmp_path: Path) -> None:
         run = pipeline.current("measure")
         table, model = SensitivityTable.load(run.stage("measure")), ModelWork.of(run)
     assert model.pairs == sum(map(len, table.losses.values()))
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "images", "samples", "expected"),
+    [
+        ("DDIMScheduler", "needed", 32, 8),
+        ("DDIMScheduler", "needed", 5, 5),
+        ("DDIMScheduler", "all", 32, 32),
+        ("EulerAncestralDiscreteScheduler", "needed", 32, 32),
+    ],
+)
+def test_controls_are_forecast_with_their_first_images(
+    scheduler: str, images: Any, samples: int, expected: int
+) -> None:
+    spec = DenoiserSpec(
+        name="made-up",
+        source="test",
+        sample=InputSpec(name="sample", shape=(3, 8, 8)),
+        timestep=InputSpec(name="timestep"),
+        scheduler={"_class_name": scheduler, "num_train_timesteps": 100},
+    )
+    assert images_of_control(EvaluateSettings(controls_images=images), spec, samples) == expected
