@@ -60,6 +60,9 @@ def run(model: ir.Model) -> np.ndarray:
     ids=lambda value: str(value).replace(" ", "")[:40],
 )
 def test_products_give_the_same(shapes: Shapes, mask: Any, attributes: Any) -> None:
+    old = tuple(map(int, ort.__version__.split(".")[:2])) < (1, 27)
+    if old and mask and "softcap" in attributes:
+        pytest.skip("ONNX Runtime before 1.27 computes a softcap beside a mask otherwise")
     expected = run(built(shapes, mask, attributes))
     model = normalise(built(shapes, mask, attributes))
     assert "Attention" not in {node.op_type for node in model.graph}
