@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnxruntime as ort
 
 from mpq_deploy.errors import ModelError, UsageError, nearest
@@ -39,6 +40,11 @@ ORT_ERRORS = tuple(
     if isinstance(error, type) and issubclass(error, Exception)
 )
 ERROR_SEVERITY = 3
+# Older versions, such as the last for Python 3.10, fuse pairs of FP8 into kernels for integers, which
+# fail or compute something else: their pairs stay as written.
+VERSION = tuple(int(part) for part in ort.__version__.split(".")[:2])
+FUSES_FP8 = (1, 32)
+FP8 = (onnx.TensorProto.FLOAT8E4M3FN, onnx.TensorProto.FLOAT8E5M2)
 # The folder that names of external files count from where a session is made from bytes (ONNX
 # Runtime's onnxruntime_session_options_config_keys.h).
 WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
@@ -129,6 +135,8 @@ def make_session_with(
             options.add_session_config_entry(WEIGHTS_FOLDER, str(model.resolve().parent))
         if on_cpu and sum(file.stat().st_size for file in files) >= LARGE_WEIGHTS_BYTES:
             spare_memory(options)
+    if VERSION < FUSES_FP8 and any(one.data_type in FP8 for one in proto.graph.initializer):
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
     available = ort.get_available_providers()
     for provider in names:
         if provider not in available:

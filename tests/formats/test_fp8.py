@@ -7,7 +7,6 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -120,8 +119,6 @@ def test_files_hold_the_planned_bytes(tmp_path: Path, scheme: str) -> None:
 @pytest.mark.parametrize("as_written", [True, False], ids=["as written", "fused"])
 def test_onnxruntime_computes_what_the_definition_says(tmp_path: Path, as_written: bool) -> None:
     """f8a8 everywhere: the float graph with E4M3 weights from the file, and activations rounded by Cast."""
-    if not as_written and tuple(map(int, onnxruntime.__version__.split(".")[:2])) < (1, 32):
-        pytest.skip("ONNX Runtime before 1.32 fuses FP8 pairs into kernels for integers")
     exported = denoiser_graph(size=8).save(tmp_path / "exported.onnx")
     written = write_floats(exported, tmp_path, lambda *_: "f8a8")
     nodes = {node for layer in written.expected.layers for node in layer.nodes}

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -129,8 +128,6 @@ def test_the_twin_computes_what_the_definition_says(
     folder: Path, tmp_path: Path, as_written: bool
 ) -> None:
     """One product cut out of the twin, on inputs of its own."""
-    if not as_written and tuple(map(int, onnxruntime.__version__.split(".")[:2])) < (1, 28):
-        pytest.skip("ONNX Runtime before 1.28 fuses the twin's FP8 pairs into a wrong product")
     model = onnx.load(folder / SIMULATED)
     node = next(node for node in model.graph.node if node.name == "attn.to_out")
     deployed = onnx.load(folder / DEPLOYED)
