@@ -386,7 +386,7 @@ class EvaluateSettings(Section):
     calls: int = Field(
         8, ge=1, description="images measured at each timestep, in turn; each at least once"
     )
-    batch_size: int = Field(16, ge=1, description="samples per call")
+    batch_size: int = Field(16, ge=1, description="samples per call, fewer where memory is short")
     seed: int = Field(
         1234, ge=0, le=LARGEST_SEED, description="seed of the initial noise; not calibration's"
     )

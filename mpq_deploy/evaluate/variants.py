@@ -18,6 +18,7 @@ from mpq_deploy.evaluate.evaluate import Variant, evaluate
 from mpq_deploy.evaluate.evaluation_result import CpuLatency, Evaluation
 from mpq_deploy.graph.writers.deployed_graphs import SIMULATED
 from mpq_deploy.models.spec import Array, FloatModel
+from mpq_deploy.run.stage_memory import batch_within_memory
 from mpq_deploy.runtime.correction import Correction
 from mpq_deploy.runtime.ort import OrtDenoiser, model_feeds
 from mpq_deploy.system.compute import CPU_PROVIDER
@@ -82,7 +83,10 @@ def evaluate_variants(
             model.spec.calibration_rows or 0
         )
         settings = settings.replace(steps=1, samples=min(settings.samples, held_out))
-    settings = settings.replace(timesteps=min(settings.timesteps, settings.steps))
+    settings = settings.replace(
+        timesteps=min(settings.timesteps, settings.steps),
+        batch_size=batch_within_memory(run, "evaluate"),
+    )
     variants = {"ours": Variant(ours, size_bytes)}
     if correction is not None:
         variants[CORRECTED] = Variant(ours, size_bytes, correction)

@@ -63,7 +63,7 @@ TRAINED_BACK = 2.0
 # Columns of what is said (our choice).
 COLUMNS = 80
 # Stages whose memory is known before those before them are made.
-CHECKED = ("calibrate", "candidates", "measure", "allocate", "quantize")
+CHECKED = ("calibrate", "candidates", "measure", "allocate", "quantize", "evaluate")
 # What is worth a forecast: the others take seconds.
 LONG = ("calibrate", "candidates", "measure", "recover", "evaluate")
 FEWER = {

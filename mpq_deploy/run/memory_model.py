@@ -291,20 +291,25 @@ def estimate_stage(
     recipe: Recipe,
     forms: int,
     workers: int = 0,
-    batch: int | None = None,
+    rows: int | None = None,
 ) -> StageMemory:
     """Estimate the peak of a stage; ``forms``: weight forms per layer, at most.
 
     ``workers``: processes of this machine that round layers; what they hold counts as work.
-    ``batch``: samples that calibrate gives at once, None: as many as the recipe says.
+    ``rows``: of the model's inputs at once, None: calibrate's batch.
     """
-    if stage == "calibrate":
+    if stage in ("calibrate", "evaluate"):
         # As many batches at once as there are lanes.
-        calls = lanes_for(size.weights).count * (batch or recipe.calibrate.batch_size)
-        values = int(ARENA_SHARE * calls * size.alive)
-        return StageMemory(
-            stage, _session(size.weights), values, 0, SESSION_BYTES + NODE_BYTES * size.nodes
+        calls = lanes_for(size.weights).count * (rows or recipe.calibrate.batch_size)
+        values, code = (
+            int(ARENA_SHARE * calls * size.alive),
+            SESSION_BYTES + NODE_BYTES * size.nodes,
         )
+        weights = _session(size.weights)
+        if stage == "evaluate":
+            # A quantized graph's session holds all weights dequantized, beside its file.
+            weights = max(weights, size.weights + size.weights // FLOAT32_BYTES)
+        return StageMemory(stage, weights, values, 0, code)
     if stage == "candidates":
         return _candidates(size, recipe, forms, workers)
     if stage == "measure":

@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mpq_deploy.calls.guidance import rows_per_step
 from mpq_deploy.formats.scheme import SCHEMES
 from mpq_deploy.rounding.candidate_store import wanted_schemes
 from mpq_deploy.system import memory
@@ -28,9 +29,9 @@ def check_memory(run: Run, stage: Stage) -> StageMemory:
     return estimate
 
 
-def batch_within_memory(run: Run, stage: Stage) -> int:
+def batch_within_memory(run: Run, stage: str) -> int:
     """Return how many samples ``stage`` takes at once: as the recipe says, or fewer where memory is short."""
-    size, batch = _batch_size(run, stage.name), _fitting(run, stage.name)
+    size, batch = _batch_size(run, stage), _fitting(run, stage)
     if batch < size:
         run.talk.line(f"  {batch} instead of {size} samples at once: {memory.memory_room()}")
     return batch
@@ -46,6 +47,8 @@ def _fitting(run: Run, stage: str) -> int:
 
 def _batch_size(run: Run, stage: str) -> int:
     """Return the batch that the recipe sets for ``stage``; 1 where none follows memory."""
+    if stage == "evaluate":
+        return run.recipe.evaluate.batch_size
     return run.recipe.calibrate.batch_size if stage == "calibrate" else 1
 
 
@@ -60,7 +63,8 @@ def saying_memory_ran_out(stage: Stage) -> AbstractContextManager[None]:
 def stage_memory(run: Run, stage: str, batch: int | None = None) -> StageMemory:
     """Estimate what ``stage`` takes, workers on this machine included; those before it are current.
 
-    ``batch``: samples that calibrate gives at once, None: as many as the recipe says.
+    ``batch``: samples that the model is given at once, None: as many as the recipe says. With
+    guidance each has two rows.
     """
     from mpq_deploy.run.memory_model import estimate_stage
 
@@ -71,7 +75,8 @@ def stage_memory(run: Run, stage: str, batch: int | None = None) -> StageMemory:
     size, forms = _sizes(run)
     if stage == "measure":
         forms += _rescaled_forms(run)
-    return estimate_stage(stage, size, run.recipe, forms, _rounding_workers(run, stage), batch)
+    rows = (batch or _batch_size(run, stage)) * rows_per_step(run.exported.spec)
+    return estimate_stage(stage, size, run.recipe, forms, _rounding_workers(run, stage), rows)
 
 
 def _rounding_workers(run: Run, stage: str) -> int:

@@ -14,6 +14,7 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 from mpq_deploy.calibrate.kept_observation import FIRST_PART
+from mpq_deploy.calls.guidance import rows_per_step
 from mpq_deploy.calls.sampler import keeps_samples_apart, make_sampler
 from mpq_deploy.calls.script_calls import ScriptCalls
 from mpq_deploy.calls.timesteps import kept_timesteps, sampled_steps
@@ -135,7 +136,7 @@ class ModelWork:
             exported.size,
             tuple(layers),
             len(controls),
-            _rows_per_step(spec),
+            rows_per_step(spec),
             _available(run),
             run.target.builder != "none" and builder_present(run.target),
         )
@@ -347,22 +348,6 @@ def _layer_work(
         len({scheme.activation_form for scheme in schemes if scheme.activation_form}),
         1 + len(schemes),
     )
-
-
-def _rows_per_step(spec: DenoiserSpec) -> int:
-    """Return the rows that the model is given per sample and step: two with guidance."""
-    if spec.pipeline is None:
-        return 1 if spec.guidance_scale == 1 or spec.uncond_row is None else 2
-    import inspect
-
-    import diffusers
-
-    call = spec.pipeline.calls[0]
-    taken = inspect.signature(getattr(diffusers, spec.pipeline.class_name).__call__).parameters
-    # Pipelines of models that take the guidance as an input have another name for the true one.
-    name = "true_cfg_scale" if "true_cfg_scale" in taken else "guidance_scale"
-    given: Any = call.get(name, taken[name].default if name in taken else 1)
-    return 2 if isinstance(given, (int, float)) and given > 1 and "prompt" in taken else 1
 
 
 def _available(run: Run) -> tuple[int, int] | None:

@@ -62,7 +62,7 @@ def make(run: Run, folder: Path) -> str:
     section = run.recipe.calibrate
     exported = run.exported
     check_memory(run, STAGE)
-    section = section.replace(batch_size=batch_within_memory(run, STAGE))
+    section = section.replace(batch_size=batch_within_memory(run, STAGE.name))
     check_dialect(run, exported.path, OPERATOR_RULES)
     # A component without timesteps has so many inputs and no more.
     rows = exported.spec.calibration_rows

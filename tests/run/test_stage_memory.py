@@ -10,14 +10,17 @@ import pytest
 from mpq_deploy.errors import UsageError
 from mpq_deploy.recipe import make_recipe
 from mpq_deploy.run.memory_model import ModelSize
+from mpq_deploy.run.pipeline import STAGES
 from mpq_deploy.run.stage_memory import batch_within_memory, check_memory, stage_memory
 from mpq_deploy.run.view import Run
-from mpq_deploy.stages.calibrate import STAGE
 from mpq_deploy.system import memory
 from mpq_deploy.system.memory import Room
 
 # A sample's values take 100 MB.
 SIZE = ModelSize(weights=10**9, largest=10**6, values=10**8, alive=10**8, outputs=10**7, nodes=100)
+
+# Without guidance.
+SPEC = SimpleNamespace(recorded=False, pipeline=None, guidance_scale=1, uncond_row=None)
 
 
 class Said:
@@ -32,8 +35,10 @@ class Said:
 
 def run_with(batch: int) -> tuple[Run, Said]:
     talk = Said()
-    recipe = make_recipe({"calibrate": {"batch_size": batch}})
-    made = SimpleNamespace(exported=SimpleNamespace(size=SIZE), recipe=recipe, crew=None, talk=talk)
+    recipe = make_recipe({"calibrate": {"batch_size": batch}, "evaluate": {"batch_size": batch}})
+    made = SimpleNamespace(
+        exported=SimpleNamespace(size=SIZE, spec=SPEC), recipe=recipe, crew=None, talk=talk
+    )
     return cast("Run", made), talk
 
 
@@ -42,15 +47,16 @@ def with_room(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
     monkeypatch.setattr(memory, "held_memory", lambda: 0)
 
 
+@pytest.mark.parametrize("stage", ["calibrate", "evaluate"])
 @pytest.mark.parametrize(("left", "expected"), [(16, 16), (15, 8), (8, 8), (7.9, 4), (1, 1)])
 def test_a_batch_is_halved_until_it_fits(
-    monkeypatch: pytest.MonkeyPatch, left: float, expected: int
+    monkeypatch: pytest.MonkeyPatch, stage: str, left: float, expected: int
 ) -> None:
     run, talk = run_with(16)
-    one, two = (stage_memory(run, "calibrate", batch).total for batch in (1, 2))
+    one, two = (stage_memory(run, stage, batch).total for batch in (1, 2))
     with_room(monkeypatch, int(one + (left - 1) * (two - one)) + 16)
-    check_memory(run, STAGE)
-    assert batch_within_memory(run, STAGE) == expected
+    check_memory(run, STAGES[stage])
+    assert batch_within_memory(run, stage) == expected
     said = [f"{expected} instead of 16 samples at once" in line for line in talk.lines]
     assert said == ([True] if expected < 16 else [])
 
@@ -59,10 +65,10 @@ def test_what_does_not_fit_one_by_one_is_refused(monkeypatch: pytest.MonkeyPatch
     run, _ = run_with(16)
     with_room(monkeypatch, stage_memory(run, "calibrate", 1).total - 1)
     with pytest.raises(UsageError, match="'calibrate' would need about"):
-        check_memory(run, STAGE)
+        check_memory(run, STAGES["calibrate"])
 
 
 def test_a_batch_stays_where_nothing_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
     run, talk = run_with(6)
     monkeypatch.setattr(memory, "memory_room", lambda: cast("Any", None))
-    assert (batch_within_memory(run, STAGE), talk.lines) == (6, [])
+    assert (batch_within_memory(run, "calibrate"), talk.lines) == (6, [])
