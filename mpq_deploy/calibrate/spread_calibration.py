@@ -20,7 +20,7 @@ from mpq_deploy.calibrate.observers import Observation, ObservedGraph, Totals, d
 from mpq_deploy.calls.loop import GuidedDenoiser
 from mpq_deploy.calls.recorded import CallSet, RecordedCalls, joined
 from mpq_deploy.calls.sampler import Sampler, keeps_samples_apart, make_sampler
-from mpq_deploy.calls.timesteps import kept_timesteps
+from mpq_deploy.calls.timesteps import kept_timesteps, sampled_steps
 from mpq_deploy.calls.trajectories import record_trajectories
 from mpq_deploy.evaluate.cache import model_files
 from mpq_deploy.graph.layers import LayerGraph, layer_graph
@@ -106,10 +106,11 @@ class KeptCalls:
 
 
 def with_kept_timesteps(setup: CalibrationSetup) -> CalibrationSetup:
-    """Return ``setup`` with as many timesteps as are recorded."""
+    """Return ``setup`` with as many timesteps as are recorded. Raises UsageError for too few steps."""
     timestepped, steps = setup.source.spec.timestep is not None, len(setup.make_sampler().timesteps)
     wanted = setup.settings.timesteps
-    count = kept_timesteps(steps, wanted) if timestepped else wanted
+    # Also where nothing has to be recorded, so that nobody else asks.
+    count = kept_timesteps(steps, len(sampled_steps(steps, wanted))) if timestepped else wanted
     return replace(setup, settings=setup.settings.replace(timesteps=count))
 
 

@@ -80,6 +80,7 @@ def choices_for(layer: Layer, wanted: tuple[Scheme, ...], refusal: Refusal) -> C
             refused[scheme.name] = reason
         else:
             allowed.append(scheme)
+            bodies = bodies if scheme.branch else None
     return Choices(tuple(allowed), refused)
 
 
