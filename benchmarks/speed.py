@@ -5,10 +5,10 @@
 
 The recipe is the default one but for 32 calibration inputs (8 timesteps x 4 samples, two of the samples kept to measure
 on); the engine is built where the RTX builder is installed. Goals for the 21 M UNet: the stage quantize below 10 s; all
-stages together below 120 s, judged with the default 32 images, with 8, and without ``evaluate``, which samples them;
-calibrate at most 1.4 times the
-same number of forward passes of the float model, timed in the same run right after it; another budget on the finished
-run, up to its quantized model and with the start of Python, below 5 s; `import mpq_deploy.cli` below 0.3 s.
+stages together below 120 s, judged with the default 32 images and with 8, and below 60 s without ``evaluate``, which
+samples them; calibrate at most 1.4 times the same number of forward passes of the float model, timed in the same run
+right after it; another budget on the finished run, up to its quantized model and with the
+start of Python, below 5 s; `import mpq_deploy.cli` below 0.3 s.
 
 Each stage is timed once and kept in FOLDER/costs.json, so a call that was stopped goes on (--fresh measures again); one
 that another call made is not timed. Where others use the cores, wall time says more of them than of us: every goal is
@@ -64,6 +64,7 @@ FEW_IMAGES = 8
 FEW = f"{IMAGES} with {FEW_IMAGES} images"
 CORES = 2
 QUANTIZE_SECONDS, BUILD_SECONDS, BUDGET_SECONDS, IMPORT_SECONDS = 10.0, 120.0, 5.0, 0.3
+WITHOUT_IMAGES_SECONDS = 60.0
 CALIBRATE_RATIO = 1.4
 OTHER_BUDGET = "0.42"
 IMPORTS = 5
@@ -225,7 +226,7 @@ def goals(model: str, costs: dict[str, Cost]) -> list[tuple[bool, str]]:
         (
             "the whole build but for its images",
             None if missing else total(costs, without=IMAGES),
-            BUILD_SECONDS,
+            WITHOUT_IMAGES_SECONDS,
         ),
         ("another budget, to its quantized model", costs.get("budget"), BUDGET_SECONDS),
         ("import of the CLI", costs.get("import"), IMPORT_SECONDS),
