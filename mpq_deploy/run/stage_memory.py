@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from mpq_deploy.run.stage import Stage
     from mpq_deploy.run.view import Run
 
+# Stages whose batch follows memory.
+BATCHED = ("calibrate", "evaluate")
 MORE = "use a machine with more memory, or set MPQ_DEPLOY_MEMORY to what may be taken if you know better."
 
 
@@ -75,7 +77,10 @@ def stage_memory(run: Run, stage: str, batch: int | None = None) -> StageMemory:
     size, forms = _sizes(run)
     if stage == "measure":
         forms += _rescaled_forms(run)
-    rows = (batch or _batch_size(run, stage)) * rows_per_step(run.exported.spec)
+    rows = None
+    if stage in BATCHED:
+        # To look at a pipeline's class takes seconds of imports, which other stages are spared.
+        rows = (batch or _batch_size(run, stage)) * rows_per_step(run.exported.spec)
     return estimate_stage(stage, size, run.recipe, forms, _rounding_workers(run, stage), rows)
 
 
