@@ -20,13 +20,13 @@ class MappedTensor(ir.ExternalTensor):
     """
 
     @classmethod
-    def of(cls, tensor: ir.ExternalTensor) -> MappedTensor:
-        """Return ``tensor`` with maps of its own."""
+    def of(cls, tensor: ir.ExternalTensor, dtype: ir.DataType | None = None) -> MappedTensor:
+        """Return ``tensor`` with maps of its own, its bytes read as of ``dtype`` (None: of its own)."""
         return cls(
             tensor.location,
             tensor.offset,
             tensor.length,
-            tensor.dtype,
+            dtype or tensor.dtype,
             shape=tensor.shape,
             name=tensor.name,
             base_dir=tensor.base_dir,

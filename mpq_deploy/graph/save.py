@@ -49,15 +49,7 @@ def _read_as(written: ir.ExternalTensor, tensor: ir.TensorProtocol) -> ir.Extern
     """Return ``written`` as of the type of ``tensor``, whose bytes are the same; None where they are not."""
     if written.tobytes() != tensor.tobytes():
         return None
-    return MappedTensor(
-        written.location,
-        written.offset,
-        written.length,
-        tensor.dtype,
-        shape=written.shape,
-        name=written.name,
-        base_dir=written.base_dir,
-    )
+    return MappedTensor.of(written, tensor.dtype)
 
 
 def _write_data(model: ir.Model, path: Path) -> dict[str, ir.ExternalTensor]:
