@@ -1,6 +1,7 @@
 """ONNX Runtime's own quantize_static: Q/DQ, per channel, on Conv, MatMul and Gemm.
 
-python run_onnxruntime.py MODEL INPUTS MODE OUT     MODE: minmax, percentile, minmax-int4
+python run_onnxruntime.py MODEL INPUTS MODE OUT     MODE: minmax, percentile, percentile-in-parts,
+                                                       minmax-int4
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from onnxruntime.quantization import (
 METHODS = {
     "minmax": CalibrationMethod.MinMax,
     "percentile": CalibrationMethod.Percentile,
+    "percentile-in-parts": CalibrationMethod.Percentile,
     "minmax-int4": CalibrationMethod.MinMax,
 }
 
@@ -43,4 +45,6 @@ quantize_static(
     activation_type=QuantType.QInt8,
     weight_type=QuantType.QInt4 if mode.endswith("int4") else QuantType.QInt8,
     calibrate_method=METHODS[mode],
+    # Intermediate values of all calls at once would fill the memory where they are large.
+    extra_options={"CalibMaxIntermediateOutputs": 4} if mode.endswith("parts") else {},
 )
