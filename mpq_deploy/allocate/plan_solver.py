@@ -95,7 +95,7 @@ def timed_problem(
     problem: Problem,
     choices: Sequence[LayerChoice] | None = None,
 ) -> Problem:
-    """Add the latencies of quantizers and of what is no layer, where the speed is known.
+    """Add the latencies of quantizers and of what is not a layer, where the speed is known.
 
     ``choices``: of the ``layers`` one by one, where the problem has some of them as one.
     """
@@ -180,7 +180,7 @@ class PlanSolver:
         return replace(choice, latency_ns=times)
 
     def _timed(self, problem: Problem) -> Problem:
-        """Add the latencies of quantizers and of what is no layer, where the speed is known."""
+        """Add the latencies of quantizers and of what is not a layer, where the speed is known."""
         timed = timed_problem(self.layers, self.costs, problem, self.choices)
         # What attentions take is a choice there.
         taken = sum(one.latency_ns.get("fp16", 0) for one in self.attentions)
@@ -208,7 +208,7 @@ class PlanSolver:
 
     @property
     def fixed_bytes(self) -> int:
-        """Bytes of the constants that are no layers."""
+        """Bytes of the constants that are not layers."""
         return self.fp16_size - FP16_BYTES * self.weights
 
     def _problem(self, budget_bytes: int) -> Problem:

@@ -45,7 +45,7 @@ def activation_shapes(
 ) -> dict[str, ActivationShape]:
     """Return the shapes of all activations that layers read (or of ``names``), by tensor name.
 
-    Raises ModelError when a shape depends on the number of calls in a way that is no batch axis.
+    Raises ModelError when a shape depends on the number of calls in a way that is not a batch axis.
     """
     spec = calls.spec
     names = tuple(graph.activations) if names is None else names

@@ -285,7 +285,7 @@ def _array(value: Any) -> Array:
         shaped = pixels if pixels.ndim == 3 else pixels[..., None]
         return shaped.astype(np.float32) / 255
     raise ModelError(
-        f"The pipeline returns a {type(value).__name__}, which is no image, tensor or array.",
+        f"The pipeline returns a {type(value).__name__}, which is not an image, tensor or array.",
         'Choose its output_type in --call FILE.yaml, such as output_type: "np".',
     )
 

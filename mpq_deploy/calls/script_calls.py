@@ -117,7 +117,7 @@ def _wrapped(session: Any, tape: _Tape) -> Iterator[None]:
         results = original(names, feeds, *more, **options)
         named = dict(zip(names or outputs, results))
         given = {name: np.asarray(value) for name, value in feeds.items()}
-        # Whoever asks for other outputs alone is not told apart by the first.
+        # Whoever asks for other outputs alone is not distinguished by the first.
         tape.add(given, named.get(outputs[0]))
         return results
 

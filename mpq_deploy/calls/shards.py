@@ -110,7 +110,7 @@ class ShardRows:
 def read_shards(folder: Path) -> tuple[dict[str, Array], dict[str, ShardRows]]:
     """Return the index's columns, and each input's rows.
 
-    Raises InputError for a folder that is none of recorded calls, damaged files, and positions
+    Raises InputError for a folder that is not one of recorded calls, damaged files, and positions
     that no row has.
     """
     index = folder / INDEX

@@ -1,7 +1,7 @@
 """Package, copy, install and fetch in one go, over the user's own ssh client.
 
 Needs a shell, cat, head, sha256sum and python3 on the device. Each step looks at what is there
-already, so that a repeated call goes on at the last byte that arrived, or after the install.
+already, so that a repeated call continues at the last byte that arrived, or after the install.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ KEPT = ".deploy"
 # How long one command on the device may take, the installer, and the copying of one piece (our
 # choice): digesting some gigabytes takes minutes there, building an engine can take an hour.
 STEP_SECONDS, INSTALL_SECONDS, STALLED_SECONDS = 1800.0, 6 * 3600.0, 300.0
-AGAIN = "Repeat the command when the connection is back: it goes on where it stopped."
+AGAIN = "Repeat the command when the connection is back: it continues where it stopped."
 
 
 @dataclass(frozen=True)
@@ -57,10 +57,10 @@ class Remote:
     def __post_init__(self) -> None:
         # ssh would take it as an option.
         if not self.destination.isprintable() or self.destination[:1] in ("", "-"):
-            what = f"'{printable(self.destination)}' is no ssh destination."
+            what = f"'{printable(self.destination)}' is not an ssh destination."
             raise UsageError(what, "Give user@host, as for ssh.")
         if not self.folder or not self.folder.isprintable():
-            raise UsageError(f"'{printable(self.folder)}' is no folder.", "See --folder.")
+            raise UsageError(f"'{printable(self.folder)}' is not a folder.", "See --folder.")
         if re.match(r"~[^/]", self.folder):
             what = f"'{self.folder}' is the home of another user."
             raise UsageError(what, "Give its whole path: --folder /home/USER/...")
@@ -81,7 +81,7 @@ class Remote:
     ) -> subprocess.CompletedProcess[str]:
         """Run ``script``.
 
-        Raises EngineError when ssh fails, the exit code is none of ``accept``, it takes longer than
+        Raises EngineError when ssh fails, the exit code is not one of ``accept``, it takes longer than
         ``seconds``, or the device sends more than ``children.OUTPUT_BYTES``.
         """
         try:
@@ -99,7 +99,7 @@ class Remote:
     def failure(self, code: int, text: str) -> EngineError:
         """Say what went wrong, and that the next call goes on."""
         words = " ".join(text.split())[-300:] or "no reason given"
-        what = "ssh failed" if code == SSH_FAILED else f"A command ended with code {code}"
+        what = "ssh failed" if code == SSH_FAILED else f"A command exited with code {code}"
         return EngineError(
             f"{what} on {self.destination}: {words}", AGAIN if code == SSH_FAILED else ""
         )

@@ -46,7 +46,7 @@ Text = Annotated[str, Field(max_length=2000), AfterValidator(printable)]
 PlainName = Annotated[str, AfterValidator(lambda name: _plain(name))]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{0,64}$")]
 Bytes = Annotated[int, Field(ge=0, le=1 << 50)]
-# An hour for one call is no timing of ours.
+# An hour for one call is not one of our timings.
 Milliseconds = Annotated[float, Field(gt=0, le=3.6e6)]
 Quotient = Annotated[float, Field(gt=0, le=1e9)]
 
@@ -211,14 +211,16 @@ def read_results(path: Path, talk: Talk | None = None) -> DeviceResults:
     values = read_json_object(path, limit=RESULTS_BYTES, error=UsageError, hint=HINT)
     if values.get("format") != RESULTS_FORMAT:
         version = printable(repr(values.get("format"))[:40])
-        what = f"{path} is no results.json of format {RESULTS_FORMAT} (found {version})."
+        what = f"{path} is not a results.json of format {RESULTS_FORMAT} (found {version})."
         raise UsageError(what, HINT)
     try:
         return DeviceResults.model_validate(values)
     except ValidationError as error:
         wrong = {str(one["loc"][0]) if one["loc"] else "" for one in error.errors()}
         if not wrong <= set(OPTIONAL):
-            raise UsageError(f"{path} is no results.json: {first_error(error)}.", HINT) from error
+            raise UsageError(
+                f"{path} is not a results.json: {first_error(error)}.", HINT
+            ) from error
         if talk is not None:
             talk.warn(f"{path}: {', '.join(sorted(wrong))} left out: {first_error(error)}")
         # Null is what the device writes where it did not measure.
@@ -228,7 +230,7 @@ def read_results(path: Path, talk: Talk | None = None) -> DeviceResults:
 def take_in(run: Run, path: Path) -> Path:
     """Keep the results at ``path`` in the run folder; return where.
 
-    Raises UsageError when it is no results.json, or one of another plan.
+    Raises UsageError when it is not a results.json, or one of another plan.
     """
     results = read_results(path, run.talk)
     stale = _stale(run, results)
@@ -249,7 +251,7 @@ def take_in(run: Run, path: Path) -> Path:
 def device_infos(run: Run) -> tuple[DeviceInfo, ...]:
     """Return the devices' results of this plan, by target.
 
-    Warns of those of an earlier plan, and of files that are no results, and leaves them out.
+    Warns of those of an earlier plan, and of files that are not results, and leaves them out.
     """
     infos = []
     for path in sorted((run.path / FOLDER).glob("*.json")):

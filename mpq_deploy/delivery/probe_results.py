@@ -115,7 +115,9 @@ def read_probe_results(path: Path) -> ProbeResults:
     except InputError as error:
         raise UsageError(error.message, HINT) from error
     except ValidationError as error:
-        raise UsageError(f"{path} is no probe's results: {first_error(error)}.", HINT) from error
+        raise UsageError(
+            f"{path} does not hold a probe's results: {first_error(error)}.", HINT
+        ) from error
 
 
 def take_probe(path: Path, out: Path | None = None) -> tuple[Path, ProbeResults]:

@@ -1,7 +1,7 @@
 """Try on a device which forms its TensorRT takes: build, look into the engine, run, time.
 
 In: the folder of a probe (``delivery.probe_package``), with one small graph per form. Out:
-``probe-results.json`` for 'mpq-deploy targets --take' at home. Each form is built in a process of
+``probe-results.json`` for 'mpq-deploy targets --take' on the build machine. Each form is built in a process of
 its own, for some may crash the builder; what is done already is not done again. Needs NumPy, and
 trtexec or TensorRT's Python package.
 """
@@ -42,7 +42,7 @@ MODEL = "model.onnx"
 # No form is begun after that.
 MINUTES = 20.0
 RELEASE = Path("/etc/nv_tegra_release")
-AGAIN = "Make the probe again: mpq-deploy probe."
+AGAIN = "Create the probe again: mpq-deploy probe."
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def run_probe(folder: Path, talk: Talk, minutes: float = MINUTES) -> dict[str, A
     probe = Probe.load(folder)
     runtime = runtime_for(
         *(probe.target, probe.alternatives, "probe"),
-        "Make another at home: mpq-deploy probe",
+        "Create another on the build machine: mpq-deploy probe",
     )
     started = time.monotonic()
     results = _begun(folder, probe, runtime)

@@ -1,7 +1,7 @@
 """Install a package on a device: verify, probe, build, check the layers, run, measure.
 
 In: a ``.mpq.tar``. Out: a folder with its parts, ``engine/`` and ``results.json`` for 'mpq-deploy
-report RUN --device results.json' at home. Needs only NumPy and TensorRT.
+report RUN --device results.json' on the build machine. Needs only NumPy and TensorRT.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def unpack(archive: Path, out: Path, talk: Talk) -> None:
 class Trust:
     """What an archive must be: of the digest ``sha256`` and signed by ``key``; None: not asked for.
 
-    ``key``: minisign's public key, a file or its text. An empty text was asked for, and is refused:
+    ``key``: minisign's public key, a file or its text. An empty text was requested, and is refused:
     a shell makes one of a variable that is not set.
     """
 
@@ -96,7 +96,7 @@ class Trust:
             expected = self.sha256.strip().lower()
             if not DIGEST.fullmatch(expected):
                 raise UsageError(
-                    f"'{printable(self.sha256[:80])}' is no SHA-256.",
+                    f"'{printable(self.sha256[:80])}' is not a SHA-256.",
                     "Give the 64 digits that 'mpq-deploy package' printed.",
                 )
             with open_input(archive, error=ArchiveError):
@@ -125,7 +125,7 @@ def install(
     """Install ``archive`` (or its unpacked folder) into ``out``; return what results.json holds.
 
     Nothing of it is read before it is what ``trust`` says. Raises ArchiveError for an archive that
-    is cut short or altered, EngineError for a wrong TensorRT or GPU, too little memory (unless
+    is truncated or altered, EngineError for a wrong TensorRT or GPU, too little memory (unless
     ``force_memory``) or a builder that fails. An engine that differs from the plan or the
     references only makes ``results["passed"]`` false.
     """
@@ -203,7 +203,7 @@ def runtime_for(
     target: BuildTarget,
     alternatives: Mapping[str, tuple[str, ...]],
     what: str = "package",
-    again: str = "Package the run again at home: mpq-deploy package RUN",
+    again: str = "Package the run again on the build machine: mpq-deploy package RUN",
 ) -> Runtime:
     """Find what builds for ``target`` here, as ``probe`` does; ``what`` is for it, and how to make it again."""
     runtime = _runtime(target.builder)
@@ -254,7 +254,7 @@ def check_memory(manifest: Manifest, force: bool) -> None:
         return
     raise EngineError(
         f"Building is estimated to take {needed / 1e9:.1f} GB of memory, and {room}.",
-        "End other programs, or go on anyway with --force-memory.",
+        "Close other programs, or go on anyway with --force-memory.",
     )
 
 
@@ -269,7 +269,7 @@ def check_gpu_memory(manifest: Manifest, force: bool) -> None:
             f"The engine is estimated to take {manifest.needed_bytes / 1e9:.2f} GB at batch "
             f"{manifest.batches[2]}; {cuda.name()} has {free / 1e9:.2f} of "
             f"{cuda.total_bytes() / 1e9:.2f} GB free.",
-            "End other programs, package with a smaller engine.batch_max or budget, or go on with --force-memory.",
+            "Close other programs, package with a smaller engine.batch_max or budget, or go on with --force-memory.",
         )
 
 

@@ -64,7 +64,7 @@ class Manifest:
     """``parts``: name -> SHA-256 of every other part. ``shapes``: input -> shape without its batch.
 
     ``batches``: smallest, usual, largest. ``alternatives``: target -> versions of TensorRT on the
-    same device. ``digests``: of plan and graph, for the report at home. ``needed_bytes``: the
+    same device. ``digests``: of plan and graph, for the report on the build machine. ``needed_bytes``: the
     running engine's estimated memory at the largest batch (0: not estimated).
     """
 
@@ -124,7 +124,7 @@ class Manifest:
             raise ValueError(f"its parts are not those of a package: {', '.join(odd[:5])}")
         for name, digest in self.parts.items():
             if not DIGEST.fullmatch(digest):
-                raise ValueError(f"'parts.{name}' is no SHA-256")
+                raise ValueError(f"'parts.{name}' is not a SHA-256")
         if self.model not in self.parts or self.reference.file not in self.parts:
             raise ValueError("its model or its references are not among its parts")
         if not self.expected.layers or self.expected.total_bytes <= 0:
@@ -178,9 +178,9 @@ class Manifest:
             plain_name(name, what)
         for version in (*target.versions, *(v for one in self.alternatives.values() for v in one)):
             if not VERSION.fullmatch(version):
-                raise ValueError(f"'{version}' is no version")
+                raise ValueError(f"'{version}' is not a version")
         if target.builder not in BUILDERS:
-            raise ValueError(f"its builder '{target.builder}' is none of {', '.join(BUILDERS)}")
+            raise ValueError(f"its builder '{target.builder}' is not one of {', '.join(BUILDERS)}")
         for name in (*self.shapes, *self.reference.inputs, self.reference.output):
             tensor_name(name)
 

@@ -79,7 +79,7 @@ def _in_child(module: str, engine: Path, folder: Path, reference: Reference) -> 
     if done.returncode:
         words = " ".join(done.stderr.split())[-400:]
         raise EngineError(
-            f"The engine's process ended with code {done.returncode}: {words}",
+            f"The engine's process exited with code {done.returncode}: {words}",
             f"Log: {files['log']}",
         )
     result = read_json_object(Path(files["result"]), error=EngineError)

@@ -29,7 +29,7 @@ SUFFIX = ".minisig"
 PASSWORD = "MPQ_SIGN_PASSWORD"
 ED25519, PREHASHED, SCRYPT, BLAKE2B = b"Ed", b"ED", b"Sc", b"B2"
 KEY_FILE_BYTES = 4096
-# minisign's own limits ask for a gigabyte; a key that asks for more is none of its.
+# minisign's own limits ask for a gigabyte; a key that asks for more is not one of its.
 LARGEST_SCRYPT = 1 << 30
 UNTRUSTED, TRUSTED = "untrusted comment: ", "trusted comment: "
 PIECE = 1 << 20
@@ -66,7 +66,7 @@ def read_public_key(given: str) -> PublicKey:
     content = _decoded(text, 42)
     if content is None or content[:2] != ED25519:
         raise UsageError(
-            f"'{printable(given[:80])}' is no public key of minisign.",
+            f"'{printable(given[:80])}' is not a minisign public key.",
             "Give minisign.pub, or its second line.",
         )
     return PublicKey(content[2:10], content[10:])
@@ -78,7 +78,7 @@ def read_secret_key(path: Path) -> SecretKey:
     content = _decoded(lines[-1].strip() if lines else "", 158)
     if content is None or content[:2] != ED25519 or content[4:6] != BLAKE2B:
         raise UsageError(
-            f"{path} is no secret key of minisign.", "Make one: minisign -G (without password: -W)."
+            f"{path} is not a minisign secret key.", "Make one: minisign -G (without password: -W)."
         )
     kind, sealed = content[2:4], content[54:]
     if kind == SCRYPT:
@@ -125,7 +125,7 @@ def verify(path: Path, key: PublicKey) -> str:
     signature = _decoded(lines[1], 74) if len(lines) > 1 else None
     whole = _decoded(lines[3], 64) if len(lines) > 3 else None
     if signature is None or whole is None or not lines[2].startswith(TRUSTED):
-        raise SignatureError(f"{beside} is no signature of minisign.", hint)
+        raise SignatureError(f"{beside} is not a minisign signature.", hint)
     if signature[:2] != PREHASHED:
         raise SignatureError(
             f"{beside} is of minisign's old form, over the whole file.", "Sign again: minisign -SH."

@@ -1,7 +1,7 @@
 """Latency tables: milliseconds of each (layer shape, scheme) on a target, and their source.
 
 In and out: a JSON file, made by ``mpq-deploy profile`` on the machine that has the hardware, and
-read at home.
+read on the build machine.
 """
 
 from __future__ import annotations

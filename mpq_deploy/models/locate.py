@@ -69,7 +69,7 @@ def _in_folder(folder: Path) -> Path:
 
 
 def _other_file(path: Path) -> str:
-    """Say what to do with a file that is no ONNX."""
+    """Say what to do with a file that is not ONNX."""
     if path.suffix in PICKLE_ENDINGS:
         return (
             "Pickled checkpoints are refused, because loading them runs their code: load the model in diffusers where "

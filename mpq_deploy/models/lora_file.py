@@ -263,7 +263,7 @@ def _parts(
     others += [name for name, pair in halves.items() if len(pair) < 2 or not _fit(**pair)]
     if others:
         raise ModelError(
-            f"{len(others)} tensors in {path} are no pair of a LoRA's matrices: {named_tensors(others)}.",
+            f"{len(others)} tensors in {path} are not pairs of LoRA matrices: {named_tensors(others)}.",
             "The file is damaged, or of another kind of adapter: give another.",
         )
     parts: dict[str, dict[str, LowRank]] = {}
@@ -294,7 +294,7 @@ def _settings(metadata: Mapping[str, str], path: Path) -> dict[str, Any]:
     try:
         settings = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ModelError(f"The {SETTINGS} in {path} is no JSON.", OTHER_FILE) from error
+        raise ModelError(f"The {SETTINGS} in {path} is not JSON.", OTHER_FILE) from error
     return settings if isinstance(settings, dict) else {}
 
 

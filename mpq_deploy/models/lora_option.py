@@ -22,7 +22,7 @@ class LoraOption:
 
 
 def parse_lora(text: str) -> LoraOption:
-    """Read ``FILE[:SCALE]``. Raises UsageError for a scale that is no number, 0 or not finite."""
+    """Read ``FILE[:SCALE]``. Raises UsageError for a scale that is not a number, 0 or not finite."""
     head, colon, tail = text.rpartition(":")
     if not colon or Path(text).is_file():
         return LoraOption(Path(text).expanduser())
@@ -31,7 +31,7 @@ def parse_lora(text: str) -> LoraOption:
         scale = float(tail)
     except ValueError as error:
         raise UsageError(
-            f"The scale '{printable(tail[:80])}' of the LoRA {printable(head)} is no number.",
+            f"The scale '{printable(tail[:80])}' of the LoRA {printable(head)} is not a number.",
             "Write it as FILE.safetensors:0.8; without a scale it is 1.",
         ) from error
     if scale == 0 or not math.isfinite(scale):
@@ -54,4 +54,4 @@ def check_lora(path: Path) -> None:
             "safetensors.torch.save_file.",
         )
     if path.suffix != ".safetensors":
-        raise UsageError(f"The LoRA {path} is no .safetensors file.", OTHER_FILE)
+        raise UsageError(f"The LoRA {path} is not a .safetensors file.", OTHER_FILE)

@@ -44,7 +44,7 @@ def open_denoiser(
     try:
         return _open(path, source, additions, talk)
     except ValidationError as error:
-        # What the model's files say of it, put together, is no denoiser.
+        # What the model's files say of it, put together, is not a denoiser.
         raise ModelError(f"{path}: {first_error(error)}.", "Correct its configuration.") from error
 
 

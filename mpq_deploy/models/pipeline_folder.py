@@ -207,7 +207,7 @@ def _denoiser_folder(folder: Path, pipeline: dict[str, Any], component: str | No
             "Name the part with --component; export others to ONNX and give the ONNX file with a YAML.",
         )
     raise UsageError(
-        f"{folder} is no diffusers model: it has neither {INDEX} nor {CONFIG}.",
+        f"{folder} is not a diffusers model: it has neither {INDEX} nor {CONFIG}.",
         "Give the folder that save_pretrained wrote, or an .onnx file.",
     )
 

@@ -40,7 +40,7 @@ def _misfit(sample: tuple[int, ...], output: tuple[int, ...], variance: str) -> 
         if len(output) == len(sample) and output[0] < sample[0] and output[1:] == sample[1:]:
             beyond = sample[0] - output[0]
             return (
-                f"{beyond} of its {sample[0]} channels are no noise, but a mask or an image",
+                f"{beyond} of its {sample[0]} channels are not noise, but a mask or an image",
                 EXTRA,
             )
         return (

@@ -111,7 +111,7 @@ def _kind(stored: Stored, path: Path) -> tuple[str, str]:
         ) from error
     if kind == UNKNOWN_KIND and not any(name.startswith(OF_UNKNOWN) for name in stored.shapes):
         raise ModelError(
-            f"{path} is no checkpoint that diffusers knows; it holds {named_tensors(stored.shapes)}.",
+            f"{path} is not a checkpoint that diffusers knows; it holds {named_tensors(stored.shapes)}.",
             "Load it where it was made and write it with save_pretrained(FOLDER), then give the folder.",
         )
     return kind, repository
@@ -164,7 +164,7 @@ def _configuration(file: SingleFile, config: Path | None, talk: Talk) -> Path:
             needed,
         )
     if not (folder / INDEX).is_file() and not (folder / CONFIG).is_file():
-        there = "has neither" if folder.is_dir() else "is no folder with"
+        there = "has neither" if folder.is_dir() else "is not a folder with"
         raise UsageError(f"--config {folder} {there} {INDEX} or {CONFIG}.", needed)
     files = folder_files(folder)
     refuse_links_out(one for _, one in files)

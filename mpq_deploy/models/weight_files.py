@@ -147,7 +147,7 @@ def weight_paths(folder: Path, stem: str, variant: str | None) -> list[Path]:
     for part in parts.values():
         if not isinstance(part, str) or not part.endswith(SAFETENSORS):
             raise ModelError(
-                f"{index} names '{printable(str(part)[:80])}', which is no safetensors file.",
+                f"{index} names '{printable(str(part)[:80])}', which is not a safetensors file.",
                 "Pickled weights are refused: loading them can run any code. Save the model again "
                 "with safe_serialization=True.",
             )

@@ -70,7 +70,9 @@ def correlation_chart(result: AuditResult) -> Markup | None:
     y = Axis(0, len(rows), top, height - BOTTOM)
     shown = [(t, f"{t:g}".replace("-", "−")) for t in ticks]
     parts = [
-        x_axis(x, y, shown, "rank correlation with the exhaustive truth, within schemes", grid=True)
+        x_axis(
+            x, y, shown, "rank correlation with exhaustive measurement, within schemes", grid=True
+        )
     ]
     parts.append(_legend(_families(result), LABEL_WIDTH))
     for number, (row, pooled) in enumerate(rows):

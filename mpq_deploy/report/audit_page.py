@@ -85,7 +85,7 @@ def audit_markdown(result: AuditResult, pictures: Sequence[str] = ()) -> str:
         f"```sh\n{result.command}\n```",
         *([f"> **Note:** {plain(result.synthetic)}"] if result.synthetic else []),
         " ".join(plain(line) for line in findings(result)),
-        "## Agreement with the exhaustive truth",
+        "## Agreement with exhaustive measurement",
         _about(result),
         table(header, agreement_rows(result)),
         *_picture("correlation", "Rank correlation of each metric with the truth", pictures),

@@ -208,7 +208,7 @@ class _Evaluated:
 
 
 def _not_finite(result: Evaluation) -> list[str]:
-    """Name measured errors that are no number: left out, they would look as if never measured."""
+    """Name measured errors that are not a number: left out, they would look as if never measured."""
     return [
         f"the measured error of {name} is not finite and is left out"
         for name, variant in result.variants.items()

@@ -214,7 +214,7 @@ class LayerRow(Part):
 
 
 class OtherRow(Part):
-    """A constant that is no layer, and why it stays in FP16."""
+    """A constant that is not a layer, and why it stays in FP16."""
 
     name: str
     op: str
@@ -252,7 +252,7 @@ class ExpectedLatency(Part):
     """The plan's expected time per call at ``batch``, beside everything FP16, INT8 and INT4.
 
     Sums over single layers, never a measurement of the engine. ``source``: estimated, measured
-    (layer by layer) or both; ``basis``: on what, in words. ``others_ms``: what is no layer, always
+    (layer by layer) or both; ``basis``: on what, in words. ``others_ms``: what is not a layer, always
     estimated. ``slower_in_int8``: layers expected to be slower in INT8 than in FP16; ``taken``:
     those that the plan has in INT8. ``limit_ms``: the limit asked for. Where the plan is slower than
     FP16: ``fastest_ms`` within the budget with ``fastest_loss``, and ``as_fast_at``, the share of
@@ -299,7 +299,7 @@ class ExpectedLatency(Part):
 
     @property
     def words(self) -> str:
-        """The expectation as a clause that says that it is no measurement."""
+        """The expectation as a clause that says that it is not a measurement."""
         return (
             f"{self.ours_ms:.3g} ms expected at batch {self.batch} "
             f"({self.source} layer by layer; {self.basis}), not measured"
@@ -561,7 +561,7 @@ class ReportData(Quality):
     budget_bytes: int = Field(ge=0)
     size_bytes: int = Field(ge=0)
     fp16_size_bytes: int = Field(gt=0)
-    fixed_bytes: int = Field(0, ge=0, description="constants that are no layers")
+    fixed_bytes: int = Field(0, ge=0, description="constants that are not layers")
     predicted_nmse: float | None = Field(
         ge=0, description="None: the metric ranks layers and predicts no error"
     )

@@ -301,7 +301,7 @@ def _no_latency(report: ReadReport, limit: float, required: str, allow_estimate:
     if report.cpu_latency is not None:
         cpu = report.cpu_latency
         parts.append(
-            f"The report's {cpu.ours_ms:g} ms are no latency of the engine ({cpu.source})."
+            f"The report's {cpu.ours_ms:g} ms are not a latency of the engine ({cpu.source})."
         )
     return _missing("latency", required, limit, " ".join(parts))
 
@@ -460,7 +460,7 @@ def gate_line(target: str, result: GateResult) -> str:
 def headline(result: GateResult) -> str:
     """Return one sentence: whether the gate is passed, and by how many limits."""
     kept = sum(outcome.passed for outcome in result.outcomes)
-    return f"{'Passed' if result.passed else 'FAILED'}: {kept} of {words.count(len(result.outcomes), 'limit')} kept."
+    return f"{'Passed' if result.passed else 'FAILED'}: {kept} of {words.count(len(result.outcomes), 'limit')} met."
 
 
 def gate_markdown(*results: GateResult) -> str:

@@ -126,7 +126,7 @@ FRECHET_COLUMNS = (
 
 
 def frechet_about(row: FrechetInfo) -> str:
-    """Say what a Frechet distance depends on, and the distances that it is to be held against."""
+    """Say what a Frechet distance depends on, and the distances that it is to be compared with."""
     named = f"{row.against_samples:,}" in row.against_source
     known = f" ({count(row.against_samples, 'image')})" if row.against_samples and not named else ""
     parts = [
@@ -235,7 +235,7 @@ SCORE_COLUMNS: dict[str, tuple[str, ...]] = {
 
 
 def score_about(row: ScoreInfo) -> str:
-    """Say what a score depends on, and what it is to be held against."""
+    """Say what a score depends on, and what it is to be compared with."""
     text = f"{row.title}, {count(row.samples, 'image')}, {_sampler(row)}, seed {row.seed}"
     if row.score == "lpips":
         return (
@@ -436,7 +436,7 @@ def engine_state(data: ReportData) -> tuple[str, str]:
     """Return a word and a line about the engine."""
     engine = data.engine
     if engine is None:
-        return "not built", data.engine_note or "no engine was asked for"
+        return "not built", data.engine_note or "no engine was requested"
     built = (
         f", built in {duration(engine.build_seconds)}" if engine.build_seconds is not None else ""
     )
@@ -454,7 +454,7 @@ def latency(data: ReportData) -> tuple[str, str]:
 
 
 def expected_latency(info: ExpectedLatency) -> str:
-    """Say what a call is expected to take, and that this is no measurement of the engine."""
+    """Say what a call is expected to take, and that this is not a measurement of the engine."""
     word = {"estimated": "Estimated", "measured": "Summed from measured layers"}.get(
         info.source, "Summed from measured and estimated layers"
     )

@@ -56,7 +56,7 @@ def _batch_size(run: Run, stage: str) -> int:
 
 def saying_memory_ran_out(stage: Stage) -> AbstractContextManager[None]:
     """Turn a failed allocation in the block, which makes ``stage``, into MemoryRanOutError."""
-    kept = "What is finished is kept: the next call goes on from there."
+    kept = "What is finished is kept: the next call continues from there."
     return memory.saying_memory_ran_out(
         f"the stage '{stage.name}'", f"{stage.hint} use a machine with more memory. {kept}"
     )

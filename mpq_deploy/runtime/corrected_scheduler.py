@@ -190,7 +190,7 @@ def _one_timestep(timestep: Any) -> float:
     values = torch.as_tensor(timestep).flatten()
     if not len(values) or bool((values != values[0]).any()):
         raise UsageError(
-            f"A step was asked for at {len(values)} timesteps at once.",
+            f"A step was requested at {len(values)} timesteps at once.",
             "Take the step of each timestep by itself.",
         )
     return float(values[0])

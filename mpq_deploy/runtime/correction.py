@@ -28,7 +28,7 @@ from mpq_deploy.system.inputs import read_json
 # Raised with every change of what the file holds.
 FORMAT: Literal[1] = 1
 FILE = "correction.json"
-# Less than half of the float output's amplitude is no float output with some noise. Our choice.
+# Less than half of the float output's amplitude is not a float output with some noise. Our choice.
 LEAST_GAIN = 0.5
 BiasPer = Literal["channel", "scalar"]
 
@@ -197,7 +197,7 @@ def read_correction(path: Path) -> Correction:
         raise UsageError(
             f"There is no correction {path}.", "Set evaluate.correction: ptqd, and build."
         )
-    values = read_json(path, error=ModelError, hint="Make it again.")
+    values = read_json(path, error=ModelError, hint="Create it again.")
     version = values.get("format") if isinstance(values, dict) else None
     if version != FORMAT:
         raise ModelError(
@@ -210,5 +210,5 @@ def read_correction(path: Path) -> Correction:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise ModelError(
-            f"{path} is damaged: {where}: {first['msg']}.".replace(": :", ":"), "Make it again."
+            f"{path} is damaged: {where}: {first['msg']}.".replace(": :", ":"), "Create it again."
         ) from error

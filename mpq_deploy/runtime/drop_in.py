@@ -265,7 +265,7 @@ def load(
     ``source``: a run folder, an engine, or an ONNX file with ``denoiser.json`` beside it (or in a
     run folder). ``backend`` "auto" takes the engine where its library and a GPU are present, else
     ONNX Runtime; ``device`` None is cuda where the backend runs there. ``threads`` 0: one per core.
-    Raises UsageError for a source that is none of these or a backend that cannot run it here, and
+    Raises UsageError for a source that is not one of these or a backend that cannot run it here, and
     RunFolderError for files of a run that were altered since they were made.
     """
     if backend not in BACKENDS:
@@ -334,7 +334,8 @@ def _found(path: Path) -> tuple[Path, Path | None, dict[str, Path]]:
     if path.is_file():
         if path.suffix not in (".onnx", ".engine"):
             raise UsageError(
-                f"{path} is no .onnx and no .engine file.", "Give one of these, or the run folder."
+                f"{path} is neither an .onnx nor an .engine file.",
+                "Give one of these, or the run folder.",
             )
         engine = path if path.suffix == ".engine" else None
         return described, engine, {} if engine else {path.name: path}

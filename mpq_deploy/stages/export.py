@@ -106,5 +106,5 @@ STAGE = Stage(
     "export",
     make,
     inputs,
-    hint="End other programs, export the model to ONNX elsewhere, or",
+    hint="Close other programs, export the model to ONNX elsewhere, or",
 )

@@ -247,7 +247,7 @@ def start_session(
         if first != CUDA_PROVIDER or not out_of_memory(error):
             raise
         free_cached_memory()
-        say_once("The GPU's memory does not suffice for a model's weights: it runs on the CPU.")
+        say_once("The GPU's memory is not enough for a model's weights: it runs on the CPU.")
         return ort.InferenceSession(source, options, providers=[CPU_PROVIDER])
     if first not in session.get_providers():
         why = f": {_missing_library()}" if first == CUDA_PROVIDER and _missing_library() else ""

@@ -54,7 +54,7 @@ def read_sealed(path: Path) -> Fields:
         return unsealed(text)
     except ValueError as problem:
         what = f"{printable(str(path))} cannot be used: {printable(str(problem))}."
-        raise InputError(what, "Make it again.") from problem
+        raise InputError(what, "Create it again.") from problem
 
 
 def _values_digest(values: Fields) -> str:

@@ -96,7 +96,7 @@ def decoded(
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError as problem:
-        what = f"{printable(source)} is no UTF-8 text: byte {problem.start:,} is wrong."
+        what = f"{printable(source)} is not UTF-8 text: byte {problem.start:,} is wrong."
         raise error(what, hint) from problem
 
 
@@ -146,7 +146,7 @@ def parse_json(
     """Return the values of a JSON text; ``source`` names it in errors.
 
     ``infinite``: infinities are taken, as diffusers writes them into schedulers' files. Raises
-    ``error`` for text that is no JSON, a key that occurs twice, NaN, numbers of more than
+    ``error`` for text that is not JSON, a key that occurs twice, NaN, numbers of more than
     ``DIGITS`` digits, more than ``DEPTH`` levels or ``VALUES`` values.
     """
     try:
@@ -158,7 +158,7 @@ def parse_json(
         raise error(what, hint) from problem
     except ValueError as problem:
         raise error(
-            f"{printable(source)} is no JSON: {printable(str(problem))}.", hint
+            f"{printable(source)} is not JSON: {printable(str(problem))}.", hint
         ) from problem
     check_values(values, source, infinite=infinite, error=error, hint=hint)
     return values

@@ -30,7 +30,7 @@ def read_picture(
 ) -> Image.Image:
     """Return a picture's first frame in Pillow's ``mode``; ``opaque`` refuses transparency.
 
-    Raises ``error`` for a file that is no picture of ``FORMATS``, is damaged, or has more than
+    Raises ``error`` for a file that is not a picture of ``FORMATS``, is damaged, or has more than
     ``pixels`` pixels.
     """
     shown = printable(str(path))
@@ -54,7 +54,7 @@ def read_picture(
             what = f"{shown} has more than {pixels:,} pixels."
             raise error(what, hint or "Make it smaller.") from problem
         except UnidentifiedImageError as problem:
-            raise error(f"{shown} is no picture ({', '.join(FORMATS)}).", hint) from problem
+            raise error(f"{shown} is not a picture ({', '.join(FORMATS)}).", hint) from problem
         except Exception as problem:
             # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, IndexError and
             # more for damaged files.

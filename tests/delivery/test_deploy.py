@@ -134,7 +134,7 @@ def test_a_connection_that_breaks_in_the_middle_is_resumed(server: Path, tmp_pat
     broken.chmod(0o755)
     with pytest.raises(EngineError) as caught:
         upload(Remote("device", (str(broken),), str(there)), archive, "n", Talk())
-    assert "goes on where it stopped" in caught.value.hint
+    assert "continues where it stopped" in caught.value.hint
     assert (there / "n.part").stat().st_size == 400_000
     notes = Notes()
     upload(remote(server, there), archive, "n", notes)
@@ -177,7 +177,7 @@ def test_an_installer_that_fails_there_says_why(
 
 @pytest.mark.parametrize("destination", ["", "-oProxyCommand=touch /tmp/owned"])
 def test_a_destination_that_is_an_option_is_refused(destination: str) -> None:
-    with pytest.raises(UsageError, match="no ssh destination"):
+    with pytest.raises(UsageError, match="not an ssh destination"):
         Remote(destination)
 
 

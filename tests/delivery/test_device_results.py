@@ -1,4 +1,4 @@
-"""What a device measured, taken in by the report at home."""
+"""What a device measured, taken in by the report on the build machine."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_a_file_that_is_none_is_refused(run: tuple[Recipe, Path], tmp_path: Path
     (tmp_path / "x.json").write_text("{}", encoding="utf-8")
     with (
         open_pipeline(*run, Talk()) as pipeline,
-        pytest.raises(UsageError, match=r"no results\.json of format 1"),
+        pytest.raises(UsageError, match=r"not a results\.json of format 1"),
     ):
         take_in(pipeline.deployed(), tmp_path / "x.json")
 

@@ -260,7 +260,7 @@ def test_a_few_steps_of_training(wanted: str, tmp_path: Path) -> None:
             found.append(made.recovery)
     assert found[1].before == pytest.approx(found[0].before, rel=1e-2)
     assert found[1].after == pytest.approx(found[0].after, rel=5e-2)
-    # It goes on from a checkpoint, and in bfloat16.
+    # It continues from a checkpoint, and in bfloat16.
     with compute_on(ON_GPU):
         more = options.replace(steps=6, precision="auto")
         recover(task, more, case.recorder(), Talk(), tmp_path / "gpu", "gpu")

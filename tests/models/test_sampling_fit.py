@@ -74,7 +74,7 @@ def test_fractions_of_timesteps_need_a_float_input() -> None:
 def test_no_call_cuts_a_timestep_off() -> None:
     sample = np.zeros((2, 4, 8, 8), np.float32)
     assert model_feeds(spec(dtype="int64"), sample, 7.0, {})["timestep"].tolist() == [7, 7]
-    with pytest.raises(ModelError, match=r"7\.5 is no whole number"):
+    with pytest.raises(ModelError, match=r"7\.5 is not a whole number"):
         model_feeds(spec(dtype="int64"), sample, 7.5, {})
 
 

@@ -243,7 +243,7 @@ def test_without_a_configuration_it_says_whose_is_needed(
         open_denoiser(checkpoint)
     with pytest.raises(UsageError, match=r"--config .* has neither model_index\.json or config"):
         open_denoiser(checkpoint, Additions(config=tmp_path))
-    with pytest.raises(UsageError, match="is no folder with"):
+    with pytest.raises(UsageError, match="is not a folder with"):
         open_denoiser(checkpoint, Additions(config=tmp_path / "none"))
     with pytest.raises(UsageError, match="brings its own configuration"):
         open_denoiser(folder, Additions(config=config))
@@ -299,7 +299,7 @@ def test_files_of_no_denoiser_and_pickles_are_refused(
 ) -> None:
     save_file({"layers.0.weight": torch.ones(2)}, tmp_path / "other.safetensors")
     with pytest.raises(
-        ModelError, match=r"is no checkpoint that diffusers knows; it holds 'layers"
+        ModelError, match=r"is not a checkpoint that diffusers knows; it holds 'layers"
     ):
         read_single_file(tmp_path / "other.safetensors")
     (tmp_path / "cut.safetensors").write_bytes(checkpoint.read_bytes()[:2000])

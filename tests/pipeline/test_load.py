@@ -57,7 +57,7 @@ def test_what_was_altered_does_not_answer(run: Path, name: str) -> None:
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
-    with pytest.raises((RunFolderError, ModelError), match=f"{name} was altered|is no ONNX"):
+    with pytest.raises((RunFolderError, ModelError), match=f"{name} was altered|is not ONNX"):
         mpq_deploy.load(run, backend="onnxruntime")
 
 

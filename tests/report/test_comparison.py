@@ -171,8 +171,8 @@ def test_keys_of_a_later_release_of_the_same_schema_are_passed_over(reported):
     ("content", "said"),
     [
         (None, "There is no report"),
-        ("", "is no JSON"),
-        (b"\xff\xfe{", "no UTF-8 text"),
+        ("", "is not JSON"),
+        (b"\xff\xfe{", "not UTF-8 text"),
         ("[]", "holds a list"),
         ("[" * 100_000, "nested more than"),
         ("{}", "schema_version is None"),
@@ -201,7 +201,7 @@ def test_a_report_that_was_cut_short_is_refused(tmp_path, share):
     text = json.dumps(make_report().as_json())
     path = tmp_path / "report.json"
     path.write_text(text[: int(share * len(text))], encoding="utf-8")
-    with pytest.raises(UsageError, match="is no JSON"):
+    with pytest.raises(UsageError, match="is not JSON"):
         read_report(path)
 
 

@@ -113,7 +113,7 @@ def test_every_truncation_is_refused(tmp_path: Path) -> None:
     whole = path.read_text(encoding="utf-8")
     for length in range(0, len(whole) - 2, 7):
         path.write_text(whole[:length], encoding="utf-8")
-        with pytest.raises(ModelError, match="is no JSON"):
+        with pytest.raises(ModelError, match="is not JSON"):
             read_correction(path)
 
 

@@ -77,7 +77,7 @@ def real_set(
 def read_folder(folder: Path, shape: tuple[int, ...]) -> Array:
     """Read every picture directly in ``folder``, by name, uint8 [N, H, W, C]; ``shape``: [H, W, C] that they must have.
 
-    Raises UsageError for an empty folder, a file that is no picture, transparency, and pictures of
+    Raises UsageError for an empty folder, a file that is not a picture, transparency, and pictures of
     different sizes.
     """
     from mpq_deploy.system.picture_file import read_picture
@@ -107,7 +107,7 @@ def read_folder(folder: Path, shape: tuple[int, ...]) -> Array:
 
 
 def check_images(images: Array, shape: tuple[int, ...], source: Path) -> None:
-    """Refuse arrays that are no pictures of the samples' shape. Raises UsageError."""
+    """Refuse arrays that are not pictures of the samples' shape. Raises UsageError."""
     if images.dtype != np.uint8 or images.ndim != 4:
         raise UsageError(f"The images of {source} are {images.dtype} {list(images.shape)}.", HINT)
     if images.shape[1:] != shape:
@@ -170,7 +170,7 @@ def _statistics(path: Path, arrays: dict[str, Array], network: FeatureNetwork) -
 
 
 def _check_moments(path: Path, moments: Moments, network: FeatureNetwork) -> None:
-    """Refuse what is no covariance, of which a distance would be nonsense: even 0. Raises UsageError."""
+    """Refuse what is not a covariance, of which a distance would be nonsense: even 0. Raises UsageError."""
     covariance = moments.covariance
     hint = f"Make them again, of the features of '{network.name}'."
     if not (np.isfinite(moments.mean).all() and np.isfinite(covariance).all()):

@@ -201,7 +201,7 @@ def _sampler_name(spec: DenoiserSpec, settings: EvaluateSettings) -> str:
 def image_shape(model: FloatModel) -> tuple[int, ...]:
     """Return [H, W, C] of the images; the decoder lies beside the model, if there is one.
 
-    Raises UsageError where the samples are no images: latents without a decoder.
+    Raises UsageError where the samples are not images: latents without a decoder.
     """
     spec = model.spec
     _check_pixels(spec)
