@@ -37,8 +37,7 @@ STAGES = ("allocate", "quantize")
 HINT = "Give the results.json that 'mpq-deploy install' wrote on the device."
 # A file of ours has some kilobytes; one with many problems some hundred.
 RESULTS_BYTES = 4 << 20
-# Sections without which the rest still says something: left out, and said, where they do not
-# validate.
+# Sections that the rest does not need: left out, with a warning, if they do not validate.
 OPTIONAL = ("build", "latency", "memory", "bench")
 
 # Text of a device: control characters as escapes, so that it can be shown anywhere.
@@ -59,7 +58,7 @@ def _plain(name: str) -> str:
 
 
 class Section(BaseModel):
-    """Fields that nobody here reads are dropped: a newer mpq-deploy may write more."""
+    """Unknown fields are dropped: a newer mpq-deploy may write more."""
 
     model_config = ConfigDict(frozen=True, strict=True, allow_inf_nan=False, extra="ignore")
 
@@ -178,7 +177,7 @@ class _Bench(Section):
 
 
 class DeviceResults(Section):
-    """What a results.json says, every value checked. Fields as ``device.installer`` writes them."""
+    """The values of a results.json, all checked. Fields as ``device.installer`` writes them."""
 
     format: Literal[1] = RESULTS_FORMAT  # type: ignore[assignment]
     made_by: Text = ""
@@ -204,7 +203,7 @@ class DeviceResults(Section):
 
 
 def read_results(path: Path, talk: Talk | None = None) -> DeviceResults:
-    """Read and check a results.json that came home; what is optional and wrong is left out and said.
+    """Read and check a device's results.json; optional sections that are wrong are left out with a warning.
 
     Raises UsageError, naming the field, when it is none.
     """
@@ -261,7 +260,7 @@ def device_infos(run: Run) -> tuple[DeviceInfo, ...]:
             run.talk.warn(f"left out of the report: {error.message}")
             continue
         if _stale(run, results):
-            run.talk.warn(f"{path} belongs to a former plan and is left out of the report")
+            run.talk.warn(f"{path} belongs to an earlier plan and is left out of the report")
         else:
             infos.append(device_info(results))
     return tuple(infos)

@@ -1,4 +1,4 @@
-"""The package file: a tar archive of one possible form, so that any change shows.
+"""The package file: a tar archive in a single canonical form, so that any change shows.
 
 Parts are regular files with plain names; every header field but name and size is fixed. Reading
 compares each header and each byte of padding with that form, so links, paths, owners and times
@@ -42,7 +42,7 @@ AGAIN = "Copy the archive again; its SHA-256 is printed by 'mpq-deploy package'.
 
 
 class ArchiveError(MpqError):
-    """The archive is truncated, altered, or no package."""
+    """The archive is truncated, altered, or not a package."""
 
 
 @dataclass(frozen=True)

@@ -115,8 +115,8 @@ class Manifest:
     def check(self) -> None:
         """Raise ValueError or InputError where a value is impossible, or a check is switched off.
 
-        Whoever may write the manifest may write the references too: this keeps honest packages
-        whole, and forged ones from looking checked (docs/security.md).
+        Whoever can write the manifest can write the references too: this catches damage, and keeps
+        forged packages from looking checked (docs/security.md).
         """
         self._check_names()
         if not REQUIRED_PARTS <= set(self.parts) <= PARTS:
@@ -128,7 +128,7 @@ class Manifest:
         if self.model not in self.parts or self.reference.file not in self.parts:
             raise ValueError("its model or its references are not among its parts")
         if not self.expected.layers or self.expected.total_bytes <= 0:
-            raise ValueError("it expects no layers, so that no engine could differ from it")
+            raise ValueError("it expects no layers, so no engine could differ from it")
         for layer in self.expected.layers:
             checked_name(layer.name, "A layer's name")
             if not layer.nodes or layer.scheme not in SCHEMES or layer.op not in PRODUCTS:
@@ -190,6 +190,6 @@ def tensor_name(name: str) -> str:
     if TENSOR.fullmatch(checked_name(name, "An input's or output's name")):
         return name
     raise InputError(
-        f"The input or output '{name}' cannot be named to trtexec.",
+        f"trtexec cannot take the name of the input or output '{name}'.",
         "Rename it: letters, digits and . _ / : - only.",
     )

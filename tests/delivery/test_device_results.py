@@ -87,7 +87,7 @@ def test_results_of_another_plan_are_refused_and_former_ones_left_out(
         assert len(device_infos(pipeline.run)) == 1
         kept.write_text(json.dumps(results({"allocate": "0", "quantize": "0"})), encoding="utf-8")
         assert device_infos(pipeline.run) == ()
-    assert any("former plan" in line for line in notes.lines)
+    assert any("earlier plan" in line for line in notes.lines)
 
 
 def test_a_file_that_is_none_is_refused(run: tuple[Recipe, Path], tmp_path: Path) -> None:

@@ -86,7 +86,7 @@ def test_every_altered_byte_of_a_signature_or_file_is_refused(signed: Path) -> N
 
 
 def test_another_key_an_old_form_and_no_signature_are_refused(signed: Path, tmp_path: Path) -> None:
-    with pytest.raises(SignatureError, match="not by the trusted"):
+    with pytest.raises(SignatureError, match="not with the trusted"):
         verify(signed, read_public_key(str(REAL / "sealed.pub")))
     key = read_public_key(str(REAL / "plain.pub"))
     signed.with_name(signed.name + ".minisig").unlink()
@@ -136,7 +136,7 @@ def test_an_archive_is_what_trust_says_before_anything_of_it_is_read(
         install(Trust("0" * 64))
     with pytest.raises(UsageError, match=r"is not a SHA-256"):
         install(Trust("12"))
-    with pytest.raises(SignatureError, match="not by the trusted"):
+    with pytest.raises(SignatureError, match="not with the trusted"):
         install(Trust(digest, str(REAL / "sealed.pub")))
     with pytest.raises(UsageError, match="is a folder"):
         installer.install(tmp_path, tmp_path, installer.Talk(), trust=Trust(digest))
