@@ -100,9 +100,11 @@ class Control(Quality):
     size_bytes: int = Field(ge=0)
     size_ratio: float = Field(ge=0)
     layers: dict[str, int] = Field(
-        default_factory=dict, description="how many have which family of schemes"
+        default_factory=dict, description="number of layers by family of schemes"
     )
-    calls: int | None = Field(None, description="of each timestep, that its error was measured on")
+    calls: int | None = Field(
+        None, description="calls at each timestep on which its error was measured"
+    )
     behind_db: float | None = Field(
         None, description="the plan's PSNR minus its own, mean over the images that it has"
     )
@@ -229,7 +231,7 @@ class StageRow(Part):
     seconds: float = Field(ge=0)
     peak_rss_bytes: int | None = Field(None, ge=0)
     cached: bool
-    device: str = Field("cpu", description="what computed it")
+    device: str = Field("cpu", description="the device that computed it")
 
 
 class SolverInfo(Part):
@@ -557,7 +559,7 @@ class ReportData(Quality):
 
     model: ModelInfo
     target: TargetInfo
-    budget: float = Field(gt=0, description="asked for, as a fraction of the FP16 size")
+    budget: float = Field(gt=0, description="the requested size, as a fraction of the FP16 size")
     budget_bytes: int = Field(ge=0)
     size_bytes: int = Field(ge=0)
     fp16_size_bytes: int = Field(gt=0)
@@ -581,7 +583,7 @@ class ReportData(Quality):
     engine_note: str = ""
     cpu_latency: CpuLatencyInfo | None = None
     expected_latency: ExpectedLatency | None = Field(
-        None, description="None: nothing is known of the target's speed"
+        None, description="None: the target's speed is unknown"
     )
     devices: tuple[DeviceInfo, ...] = Field((), description="from installed packages")
     layers: tuple[LayerRow, ...]
@@ -613,7 +615,7 @@ class ReportData(Quality):
     @computed_field  # type: ignore[prop-decorator]
     @property
     def schema_version(self) -> int:
-        """Version of report.json's form."""
+        """Version of report.json's schema."""
         return SCHEMA_VERSION
 
     @computed_field  # type: ignore[prop-decorator]
@@ -673,7 +675,9 @@ class KeptReason:
     kind: Literal["layer", "other"]
 
 
-CHOSEN_FP16 = "it could be quantized, but at this budget the bytes are better spent here"
+CHOSEN_FP16 = (
+    "it could be quantized, but at this budget its bytes are better kept here than elsewhere"
+)
 
 
 def kept_in_fp16(data: ReportData) -> tuple[KeptReason, ...]:

@@ -107,7 +107,7 @@ def test_figures_of_other_conditions_are_not_subtracted(reported, changes, said)
     assert (pair.psnr_db, pair.ssim, pair.nmse_ratio) == (None, None, None)
     flat = " ".join(comparison_text(comparison).split())
     assert said in flat
-    assert "quality figures are not subtracted" in flat
+    assert "quality is not compared" in flat
 
 
 def test_other_models_are_said_plainly(reported):
