@@ -144,7 +144,7 @@ def fit_correction(
     calls, channels = moments.m.shape[1:]
     if calls < 2:
         raise UsageError(
-            f"PTQD's correction cannot be fitted on {calls} call.",
+            f"PTQD's correction cannot be fitted on only {calls} call.",
             "Calibrate on more samples (calibrate.samples).",
         )
     folds = min(FOLDS, calls)

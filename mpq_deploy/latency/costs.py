@@ -190,7 +190,7 @@ class LatencyCosts:
         return "measured and estimated" if self.estimated else "measured"
 
     def basis(self) -> str:
-        """Say on what the times rest."""
+        """Say what the times are based on."""
         said = []
         if self.measured and self.table is not None:
             rows = len(self.measured)
@@ -224,9 +224,9 @@ class LatencyCosts:
             return max(ceil(found * 1e6) - own, 0)
         if self.rates is None:
             raise UsageError(
-                f"Nothing is known of the time of {layer.name} under {scheme.name} on {self.target.name}: "
+                f"The time of {layer.name} under {scheme.name} on {self.target.name} is unknown: "
                 "the target has no figures to estimate it from"
-                + (", and the latency table no such row." if self.table else "."),
+                + (", and the latency table has no such row." if self.table else "."),
                 "Give --latency-table with every layer's rows (mpq-deploy profile), or a target with its figures.",
             )
         self.estimated.add((layer.name, scheme.name))

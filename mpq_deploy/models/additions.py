@@ -1,4 +1,4 @@
-"""What a user may give beside a model: conditions, scheduler, prompts, guidance scale."""
+"""What a user may give with a model: conditions, scheduler, prompts, guidance scale."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ def parse_lora(text: str) -> LoraOption:
         ) from error
     if scale == 0 or not math.isfinite(scale):
         raise UsageError(
-            f"The scale of the LoRA {printable(head)} is {tail}, which fuses nothing that is finite.",
+            f"The scale of the LoRA {printable(head)} is {tail}, which is 0 or not finite.",
             "Give another, such as 0.8, or leave the LoRA out.",
         )
     return LoraOption(path, scale)
@@ -50,8 +50,7 @@ def check_lora(path: Path) -> None:
     if path.suffix in PICKLE_ENDINGS:
         raise UsageError(
             f"The LoRA {path} is pickled, which is refused: loading it can run any code.",
-            "Where you trust the file, load it with torch.load and write the tensors with "
-            "safetensors.torch.save_file.",
+            "If you trust the file, load it with torch.load and write the tensors with safetensors.torch.save_file.",
         )
     if path.suffix != ".safetensors":
         raise UsageError(f"The LoRA {path} is not a .safetensors file.", OTHER_FILE)

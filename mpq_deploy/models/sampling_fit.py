@@ -14,7 +14,9 @@ from mpq_deploy.models.spec import DenoiserSpec
 from mpq_deploy.recipe import SamplerKind
 from mpq_deploy.runtime.ort import first_fraction
 
-EXTRA = "Give a model that denoises all its input channels: samplers fill in no mask and no image."
+EXTRA = (
+    "Give a model that denoises all its input channels: samplers do not fill in a mask or an image."
+)
 
 
 def check_output(spec: DenoiserSpec, shape: tuple[int, ...]) -> None:

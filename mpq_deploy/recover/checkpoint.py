@@ -71,7 +71,7 @@ def restore_checkpoint(trainer: Trainer, path: Path, key: str, talk: Talk) -> bo
         return False
     read = _read(path)
     if read is None:
-        talk.warn(f"{path} was truncated or altered: training starts anew")
+        talk.warn(f"{path} was truncated or altered: training starts over")
         return False
     values, tensors = read
     if values.get("format") != CHECKPOINT_FORMAT or values.get("key") != key:

@@ -158,7 +158,7 @@ def write_recovered(
     if abs(error - after) > WRITTEN_TOLERANCE * after:
         raise MpqError(
             f"The recovered graph has a held-out NMSE of {error:.3e} in ONNX Runtime, {after:.3e} in torch.",
-            "This is a defect: please report it with the model's structure.",
+            "This is a bug: please report it with the model's structure.",
         )
     return written
 

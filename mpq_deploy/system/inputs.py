@@ -76,7 +76,7 @@ def read_bytes(
         except OSError as problem:
             raise error(f"{_shown(path)} cannot be read: {_why(problem)}.", hint) from problem
     if len(content) > limit:
-        what = f"{_shown(path)} has more than {limit:,} bytes, the most that is read here."
+        what = f"{_shown(path)} has more than {limit:,} bytes, the maximum."
         raise error(what, hint)
     return content
 
@@ -182,10 +182,10 @@ def check_values(
         if len(place) > DEPTH:
             problem = f"is nested more than {DEPTH} levels deep"
         elif count >= VALUES:
-            problem = f"comes after {VALUES:,} values, the most that are read here"
+            problem = f"comes after {VALUES:,} values, the maximum"
         elif isinstance(value, float) and not math.isfinite(value):
             if math.isnan(value) or not infinite:
-                problem = f"is {value}, not a number that can be used"
+                problem = f"is {value}, which is not a usable number"
         elif isinstance(value, str) and not value.isascii() and _lone_surrogate(value):
             problem = "holds half a character (a lone surrogate)"
         if problem:
@@ -241,7 +241,9 @@ def whole(path: Path, error: type[MpqError] = InputError, hint: str = "") -> Ite
         *(RuntimeError, TypeError, ValueError),
     ) as problem:
         said = printable(" ".join(str(problem).split())[:200])
-        what = f"{_shown(path)} does not hold what it should ({type(problem).__name__}: {said})."
+        what = (
+            f"{_shown(path)} does not have the expected content ({type(problem).__name__}: {said})."
+        )
         raise error(what, hint or "It was altered: make it again.") from problem
 
 

@@ -245,7 +245,7 @@ def test_without_a_configuration_it_says_whose_is_needed(
         open_denoiser(checkpoint, Additions(config=tmp_path))
     with pytest.raises(UsageError, match="is not a folder with"):
         open_denoiser(checkpoint, Additions(config=tmp_path / "none"))
-    with pytest.raises(UsageError, match="brings its own configuration"):
+    with pytest.raises(UsageError, match="has its own configuration"):
         open_denoiser(folder, Additions(config=config))
     lacking = without_weights(folder, tmp_path / "lacking")
     for path in (lacking / "tokenizer").iterdir():
@@ -309,7 +309,7 @@ def test_files_of_no_denoiser_and_pickles_are_refused(
     lora = kohya_file(tmp_path / "l.safetensors", {"unet": unet}, ("to_q",))
     with pytest.raises(UsageError, match=r"is a LoRA, not a model.*and --lora "):
         open_denoiser(lora)
-    with pytest.raises(UsageError, match=r"is the weights of a folder.*Give the folder: .*unet"):
+    with pytest.raises(UsageError, match=r"holds the weights of a model folder.*Give the folder: .*unet"):
         open_denoiser(folder / "unet" / "diffusion_pytorch_model.safetensors")
     (tmp_path / "model.ckpt").write_bytes(b"x")
     with pytest.raises(ModelError, match="Pickled checkpoints are refused"):

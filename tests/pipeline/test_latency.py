@@ -199,7 +199,9 @@ def test_a_table_of_another_target_is_refused_before_anything_is_made(
 def test_profiling_without_the_hardware_says_what_would_be_measured(
     run: Path, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mpq_deploy.latency.profile.why_no_gpu", lambda: "No NVIDIA driver is here")
+    monkeypatch.setattr(
+        "mpq_deploy.latency.profile.why_no_gpu", lambda: "There is no NVIDIA driver"
+    )
     monkeypatch.setattr("mpq_deploy.latency.profile.find_trtexec", lambda: None)
     count = len(estimated_table(run, cli, tmp_path / "table.json").entries)
     refused = cli("profile", run, "-o", tmp_path / "measured.json")

@@ -143,7 +143,7 @@ def test_an_altered_checkpoint_is_as_good_as_none(case: Case, tmp_path: Path) ->
         state.write_bytes(content)
         heard = Heard()
         assert not restore_checkpoint(trainer, state, "key", heard)
-        assert heard.warnings == [f"{state} was truncated or altered: training starts anew"]
+        assert heard.warnings == [f"{state} was truncated or altered: training starts over"]
     assert all(
         torch.equal(before[name], value) for name, value in trainer.student.named_parameters()
     )
