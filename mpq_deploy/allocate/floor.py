@@ -85,7 +85,7 @@ def floor_text(
     text = f"Of it {', '.join(said)}."
     if census.others:
         text = f"{text} {census.text()}"
-    return f"{text} What would lift it: {'; '.join(lifts)}." if lifts else text
+    return f"{text} What would lower it: {'; '.join(lifts)}." if lifts else text
 
 
 def _cause(

@@ -36,7 +36,7 @@ def parse_lora(text: str) -> LoraOption:
         ) from error
     if scale == 0 or not math.isfinite(scale):
         raise UsageError(
-            f"The scale of the LoRA {printable(head)} is {tail}, which is 0 or not finite.",
+            f"The scale of the LoRA {printable(head)} is {tail}; it must be finite and not 0.",
             "Give another, such as 0.8, or leave the LoRA out.",
         )
     return LoraOption(path, scale)

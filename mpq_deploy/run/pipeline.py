@@ -213,7 +213,7 @@ class Pipeline:
                 raise
             said = _said(error)
         run.talk.warn(
-            f"{stage.name} failed on {place} and is made on the CPU (--device cpu spares the try): {said}"
+            f"{stage.name} failed on {place} and runs on the CPU (--device cpu avoids the attempt): {said}"
         )
         with (
             compute_on(Compute()),

@@ -104,9 +104,9 @@ class Correction(BaseModel):
     def _consistent(self) -> Correction:
         width = self.channels if self.bias_per == "channel" else 1
         if any(len(step.bias) != width for step in self.steps):
-            raise ValueError(f"a bias has not {width} values")
+            raise ValueError(f"a bias does not have {width} values")
         if any(b.timestep <= a.timestep for a, b in zip(self.steps, self.steps[1:])):
-            raise ValueError("the timesteps do not ascend")
+            raise ValueError("the timesteps are not ascending")
         return self
 
     def at(self, timestep: float) -> StepCorrection:
@@ -140,7 +140,7 @@ class Correction(BaseModel):
         """Raise ModelError unless an output of ``found`` channels can be corrected."""
         if found not in (self.channels, 2 * self.channels):
             raise ModelError(
-                f"The output has {found} channels, the correction was fitted for {self.channels}.",
+                f"The output has {found} channels, but the correction was fitted for {self.channels}.",
                 "Use the correction that was made with this model.",
             )
 
@@ -202,7 +202,7 @@ def read_correction(path: Path) -> Correction:
     if version != FORMAT:
         raise ModelError(
             f"{path} is of format {version!r}; this version reads {FORMAT}.",
-            "Make it again with this version, or use the version that made it.",
+            "Create it again with this version, or use the version that made it.",
         )
     try:
         return Correction.model_validate(values)

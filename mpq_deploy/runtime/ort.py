@@ -151,7 +151,7 @@ def make_session_with(
         reason = " ".join(str(error).split())
         raise ModelError(
             f"ONNX Runtime cannot load {where}: {reason}",
-            "Check it with onnx.checker; operators and types that ONNX Runtime has not on the CPU must be exported as "
+            "Check it with onnx.checker; export operators and types that ONNX Runtime lacks on the CPU as "
             "others (bfloat16 as FP32).",
         ) from error
 

@@ -187,7 +187,7 @@ def check_values(
             if math.isnan(value) or not infinite:
                 problem = f"is {value}, which is not a usable number"
         elif isinstance(value, str) and not value.isascii() and _lone_surrogate(value):
-            problem = "holds half a character (a lone surrogate)"
+            problem = "holds a lone surrogate (half a character)"
         if problem:
             where = ".".join(map(str, place))[:200]
             where = f"'{printable(where)}'" if where else "its content"
@@ -244,7 +244,7 @@ def whole(path: Path, error: type[MpqError] = InputError, hint: str = "") -> Ite
         what = (
             f"{_shown(path)} does not have the expected content ({type(problem).__name__}: {said})."
         )
-        raise error(what, hint or "It was altered: make it again.") from problem
+        raise error(what, hint or "It was altered: create it again.") from problem
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -265,7 +265,7 @@ def _integer(digits: str) -> int:
 
 
 def _kind(values: Any) -> str:
-    names = {list: "a list", str: "text", bool: "a truth value", type(None): "nothing"}
+    names = {list: "a list", str: "text", bool: "a boolean", type(None): "nothing"}
     return names.get(type(values), "a number")
 
 

@@ -55,7 +55,7 @@ def parse_yaml(
         mark = problem.problem_mark
         where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
         text = ", ".join(part for part in (problem.context, problem.problem) if part)
-        what = f"{printable(source)} is not YAML that can be used: {where}{printable(text)}."
+        what = f"{printable(source)} is not usable YAML: {where}{printable(text)}."
         raise error(what, hint) from problem
     except (
         yaml.YAMLError,
@@ -68,6 +68,6 @@ def parse_yaml(
         # PyYAML itself fails with ValueError on dates such as 2024-13-01 and on long numbers, with
         # the others on odd keys.
         text = printable(" ".join(str(problem).split()))
-        raise error(f"{printable(source)} is not YAML that can be used: {text}.", hint) from problem
+        raise error(f"{printable(source)} is not usable YAML: {text}.", hint) from problem
     check_values(values, source, error=error, hint=hint)
     return values

@@ -188,13 +188,13 @@ def test_a_process_that_dies_is_an_error_that_says_so(
     [
         (["nowhere.onnx"], "There is no nowhere.onnx"),
         (["readme.txt"], r"readme.txt is neither an .onnx nor an .engine file"),
-        (["m.engine"], "m.engine cannot be timed: There is no NVIDIA driver"),
+        (["m.engine"], "m.engine cannot be timed: No NVIDIA driver was found"),
         (["m.onnx", "--backend", "tensorrt"], "is a graph: tensorrt runs engines"),
         (["m.onnx", "--backend", "tensort"], "'tensort' is not one of"),
         (["m.onnx", "--calls", "10", "--rounds", "3"], "10 calls in 3 rounds"),
-        (["m.onnx", "--shape", "x=1"], "'x=1' is no shape"),
+        (["m.onnx", "--shape", "x=1"], "'x=1' is not the shape"),
         (["m.onnx", "--batch", "0"], "Invalid batch 0"),
-        (["m.onnx", "--device", "cuda"], "There is no NVIDIA driver"),
+        (["m.onnx", "--device", "cuda"], "No NVIDIA driver was found"),
         (["m.onnx"], "cannot be read as ONNX"),
     ],
 )
@@ -205,7 +205,7 @@ def test_bad_input_is_one_message(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(sources, "why_no_gpu", lambda: "There is no NVIDIA driver")
+    monkeypatch.setattr(sources, "why_no_gpu", lambda: "No NVIDIA driver was found")
     monkeypatch.chdir(tmp_path)
     for name in ("m.onnx", "m.engine", "readme.txt"):
         (tmp_path / name).write_text("no model", encoding="utf-8")

@@ -105,7 +105,7 @@ def test_an_upload_goes_on_after_what_arrived_if_that_is_its_beginning(
     (there / "n.part").write_bytes(archive.read_bytes()[:300_000])
     notes = Notes()
     upload(device, archive, "n", notes)
-    assert notes.lines == ["going on after 300,000 bytes that arrived before"]
+    assert notes.lines == ["resuming after 300,000 bytes that arrived before"]
     assert (there / "n").read_bytes() == archive.read_bytes()
     notes = Notes()
     upload(device, archive, "n", notes)
@@ -138,7 +138,7 @@ def test_a_connection_that_breaks_in_the_middle_is_resumed(server: Path, tmp_pat
     assert (there / "n.part").stat().st_size == 400_000
     notes = Notes()
     upload(remote(server, there), archive, "n", notes)
-    assert "going on after 400,000 bytes" in notes.lines[0]
+    assert "resuming after 400,000 bytes" in notes.lines[0]
     assert (there / "n").read_bytes() == archive.read_bytes()
 
 

@@ -282,6 +282,6 @@ def test_memory_that_runs_out_is_said_and_the_cpu_goes_on(mixed: Setting) -> Non
             found = measure_probe(Subject(*mixed, options, talk)).losses
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0, 0)
-    assert lines and lines[-1].endswith("the GPU's memory ran out, the CPU computes the rest")
+    assert lines and lines[-1].endswith("the GPU's memory ran out, the rest runs on the CPU")
     for layer, row in expected.items():
         assert found[layer] == pytest.approx(row, rel=1e-2)

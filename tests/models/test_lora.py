@@ -461,8 +461,8 @@ def test_another_file_or_scale_is_another_export(tmp_path: Path) -> None:
     [
         ("a.safetensors:much", "The scale 'much' of the LoRA a.safetensors is not a number"),
         ("a.safetensors:", "The scale '' of the LoRA a.safetensors is not a number"),
-        ("a.safetensors:nan", "is nan, which fuses nothing that is finite"),
-        ("a.safetensors:0", "is 0, which fuses nothing that is finite"),
+        ("a.safetensors:nan", "is nan; it must be finite and not 0"),
+        ("a.safetensors:0", "is 0; it must be finite and not 0"),
     ],
 )
 def test_a_scale_is_a_number(text: str, message: str) -> None:

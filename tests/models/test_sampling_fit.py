@@ -95,7 +95,7 @@ def nine_to_four(folder: Path) -> Path:
 def test_an_onnx_file_with_an_image_among_its_channels(tmp_path: Path) -> None:
     path = nine_to_four(tmp_path)
     onnx.checker.check_model(onnx.load(path))
-    with pytest.raises(ModelError, match="5 of its 9 channels are no noise"):
+    with pytest.raises(ModelError, match="5 of its 9 channels are not noise"):
         build(recipe_for(path), tmp_path / "run", "export")
 
 

@@ -86,7 +86,7 @@ def test_pickled_weights(cli: Cli, tmp_path: Path) -> None:
     refused(
         bad_model(cli, tmp_path, tmp_path / "model.ckpt"),
         1,
-        "model.ckpt is a file, but no .safetensors or .onnx",
+        "model.ckpt is neither a .safetensors nor an .onnx",
         "safe_serialization",
     )
 

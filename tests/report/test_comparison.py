@@ -237,7 +237,7 @@ def test_a_run_folder_is_read_and_a_former_plan_s_report_refused(tmp_path):
 
 
 def test_one_run_alone_is_refused(reported):
-    with pytest.raises(UsageError, match="1 run to compare"):
+    with pytest.raises(UsageError, match="Only 1 run"):
         compare_reports([reported()])
 
 

@@ -360,7 +360,7 @@ def test_simulated_plans_say_so(reported):
 @pytest.mark.parametrize(
     ("limits", "said"),
     [
-        ({}, "no limit"),
+        ({}, "No limit"),
         ({"max_psnr_drop": 1.0}, "needs a baseline"),
         ({"min_psnr": math.nan}, "finite"),
         ({"max_nmse": -1.0}, "negative"),

@@ -21,7 +21,7 @@ SEED = 0
 # What float32 statistics may be off by, relative to the largest entry (our choice: a hundred times
 # its precision).
 ROUNDING = 1e-5
-HINT = "Give a folder of pictures, an .npz with images uint8 [N, H, W, C], or one with mean, cov and count of features."
+HINT = "Give a folder of images, an .npz with images uint8 [N, H, W, C], or one with mean, cov and count of features."
 # What to do about a picture that cannot be used.
 REPLACE = "Remove or replace it."
 
@@ -86,7 +86,7 @@ def read_folder(folder: Path, shape: tuple[int, ...]) -> Array:
         raise UsageError(f"There are no real images at {folder}.", HINT)
     files = sorted(file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES)
     if not files:
-        raise UsageError(f"{folder} holds no pictures ({', '.join(SUFFIXES)}).", HINT)
+        raise UsageError(f"{folder} holds no images ({', '.join(SUFFIXES)}).", HINT)
     found: list[Array] = []
     for file in files:
         mode = "RGB" if shape[2] == 3 else "L"
@@ -95,7 +95,7 @@ def read_folder(folder: Path, shape: tuple[int, ...]) -> Array:
         pixels = pixels.reshape(*pixels.shape[:2], -1)
         if found and pixels.shape != found[0].shape:
             raise UsageError(
-                f"The pictures differ in size: {files[0].name} has {_size(found[0].shape)}, {file.name} has "
+                f"The images differ in size: {files[0].name} has {_size(found[0].shape)}, {file.name} has "
                 f"{_size(pixels.shape)}.",
                 "Bring all to the size of the model's samples; nothing is resized for you.",
             )

@@ -292,7 +292,7 @@ class Telling(Heard):
 
     def warn(self, text):
         super().warn(text)
-        if "the work goes on without it" in text:
+        if "the work continues without it" in text:
             self.told.touch()
 
 
@@ -306,7 +306,7 @@ def over_all(nodes, root, heard):
 
 
 def left_out(heard):
-    return [text for text in heard.warnings if "the work goes on without it" in text]
+    return [text for text in heard.warnings if "the work continues without it" in text]
 
 
 @pytest.mark.slow
