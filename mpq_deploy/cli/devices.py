@@ -155,8 +155,8 @@ def install(
 ) -> None:
     """On the device: verify, build, check layers and reference outputs, measure latency.
 
-    Without mpq-deploy on the device: tar xf MODEL.mpq.tar, then ./build.sh. Exit code 1 when
-    something differs.
+    Without mpq-deploy on the device: tar xf MODEL.mpq.tar, then ./build.sh. Exit
+    code 1 when something differs.
     """
     from mpq_deploy.device.installer import Trust, default_out, summary
     from mpq_deploy.device.installer import install as install_package
@@ -189,8 +189,8 @@ def deploy(
 ) -> None:
     """Package, copy, install on the device and fetch the results, over your own ssh.
 
-    Host keys are checked as your ssh configuration says. To resume an interrupted deployment, run
-    the same command again.
+    Host keys are checked as your ssh configuration says. To resume an interrupted
+    deployment, run the same command again.
     """
     import shlex
 

@@ -72,8 +72,8 @@ def profile(
 ) -> None:
     """Time every distinct layer under every scheme on this GPU, for --latency-table.
 
-    If interrupted, run it again to continue in the same file. Without the hardware it lists what
-    would be measured.
+    If interrupted, run it again to continue in the same file. Without the
+    hardware it lists what would be measured.
     """
     from mpq_deploy.engine.target import load_target
     from mpq_deploy.latency.profile import Profile
@@ -122,7 +122,8 @@ def bench(
 ) -> None:
     """Time a model on this machine, alternating with the float one: latency, throughput, memory.
 
-    Without a GPU it times ONNX Runtime on the CPU, which says nothing about an engine.
+    Without a GPU it times ONNX Runtime on the CPU, which says nothing about an
+    engine.
     """
     from mpq_deploy.bench.bench import Schedule, bench_text, measure, results
     from mpq_deploy.bench.sources import Wish, parse_shapes, subject_of

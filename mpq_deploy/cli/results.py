@@ -143,8 +143,8 @@ def audit(
 ) -> None:
     """Compare every sensitivity metric with exhaustive measurement, and by the plans it leads to.
 
-    Takes minutes for the bundled models, hours for large ones. If interrupted, run it again to
-    continue.
+    Takes minutes for the bundled models, hours for large ones. If interrupted,
+    run it again to continue.
     """
     from mpq_deploy.report.audit_page import audit_table, write_audit
     from mpq_deploy.run.pipeline import open_pipeline
@@ -278,9 +278,9 @@ def metrics(
 ) -> None:
     """Compare distributions of images: FID or another Frechet distance, KID, precision, recall.
 
-    Compares with the float model's images from the same noise and with real ones; image by image
-    with --lpips and --clip-score. If interrupted, run it again: it keeps the images that are
-    finished.
+    Compares with the float model's images from the same noise and with real ones;
+    image by image with --lpips and --clip-score. If interrupted, run it again: it
+    keeps the images that are finished.
 
     The result is added to the run's reports: run it before 'mpq-deploy gate'.
     """
@@ -333,8 +333,8 @@ def gate(
 ) -> None:
     """Check a run against limits, for CI. A limit on a value that was not measured fails.
 
-    Every target of the run is checked, one line each. Exit code 0: all limits are met; 1: one is
-    not; 2: bad input.
+    Every target of the run is checked, one line each. Exit code 0: all limits are
+    met; 1: one is not; 2: bad input.
     """
     from mpq_deploy.report.gate import Limits, check_gate, gate_junit, gate_markdown
     from mpq_deploy.report.read import read_report
@@ -402,8 +402,8 @@ def check(
 ) -> None:
     """List the nodes that a target's TensorRT refuses, gets wrong, runs in FP16 or runs slowly.
 
-    Exit code 1 if a node is refused or wrong, with --strict also for warnings; 2 if the file cannot
-    be read.
+    Exit code 1 if a node is refused or wrong, with --strict also for warnings; 2
+    if the file cannot be read.
     """
     from mpq_deploy.check.check import check_model
     from mpq_deploy.engine.target import load_target

@@ -419,9 +419,9 @@ def test_files_that_are_not_there_or_no_safetensors_are_refused(tmp_path: Path) 
 def test_models_that_diffusers_reads_no_lora_for_are_named(tmp_path: Path) -> None:
     _, parts = sd(tmp_path / "t")
     file = LoraOption(diffusers_file(tmp_path / "a.safetensors", named(parts), ATTENTION))
-    with pytest.raises(UsageError, match=r"diffusers reads no LoRA for DDIMPipeline"):
+    with pytest.raises(UsageError, match=r"diffusers does not load LoRAs for DDIMPipeline"):
         opened(tiny_unet_folder(tmp_path), file)
-    with pytest.raises(UsageError, match=r"diffusers reads no LoRA for UNet2DModel"):
+    with pytest.raises(UsageError, match=r"diffusers does not load LoRAs for UNet2DModel"):
         opened(tiny_unet_folder(tmp_path) / "unet", file, scheduler=tmp_path / "tiny_unet")
     from tests.tiny_models import tiny_onnx_with_yaml
 
