@@ -148,9 +148,7 @@ def install(
     ] = None,
     force_memory: Annotated[
         bool,
-        typer.Option(
-            "--force-memory", help="Build even if the estimate says that memory is too small."
-        ),
+        typer.Option("--force-memory", help="Build even if memory is estimated to be too small."),
     ] = False,
 ) -> None:
     """On the device: verify, build, check layers and reference outputs, measure latency.

@@ -64,7 +64,7 @@ class Runtime:
 
 
 def unpack(archive: Path, out: Path, talk: Talk) -> None:
-    """Verify ``archive`` and write its parts into ``out``; ArchiveError when cut short or altered."""
+    """Verify ``archive`` and write its parts into ``out``; ArchiveError if truncated or altered."""
     talk.line(f"verifying {archive}")
     entries = read_archive(archive)
     check_parts(entries, archive)

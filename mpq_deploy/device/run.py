@@ -1,7 +1,7 @@
 """Run a package's reference inputs through its engine, by TensorRT's Python package or trtexec.
 
 In: the engine and the references. Out: a ``Run`` with each case's outputs and the latencies, or why
-nothing ran. Unproven: no GPU was at hand; trtexec's part was tested with a mock.
+nothing ran. Unproven: no GPU was available; trtexec's part was tested with a mock.
 """
 
 from __future__ import annotations

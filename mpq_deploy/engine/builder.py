@@ -169,7 +169,7 @@ def _backend(target: BuildTarget) -> Backend:
 
 
 def _build_trtexec(request: BuildRequest, engine: Path, log: Path) -> RawBuild:
-    """Unproven here: written against the documented command line (no device was at hand)."""
+    """Unproven here: written against the documented command line (no device was available)."""
     model, shapes = request.model.resolve(), request.profile.inputs()
     version, layers, timing = build_with_trtexec(model, engine, request.target, shapes, log)
     text = log.read_text(encoding="utf-8")

@@ -1,6 +1,6 @@
 """Build with trtexec, the command-line builder that comes with TensorRT and with JetPack.
 
-Unproven here: written from the documentation of TensorRT 10.3 to 11.1; no device was at hand.
+Unproven here: written from the documentation of TensorRT 10.3 to 11.1; no device was available.
 """
 
 from __future__ import annotations

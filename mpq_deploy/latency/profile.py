@@ -2,7 +2,7 @@
 
 In: a run (its export and calibration), a target. Out: a ``LatencyTable``. Where nothing can be
 timed, one line says why and what would be. Building on TensorRT-RTX was tested here; timing is
-unproven: no GPU was at hand.
+unproven: no GPU was available.
 """
 
 from __future__ import annotations

@@ -85,7 +85,7 @@ class RunFolder:
         try:
             record = typed(StageRecord, read_json(self.stage(name) / RECORD))
         except (InputError, ValueError):
-            # Missing, cut short or altered: the stage is made again.
+            # Missing, truncated or altered: the stage is made again.
             return None
         plain = all(_inside(file) for file in record.outputs)
         return record if plain and record.stage == name else None
