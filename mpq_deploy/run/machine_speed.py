@@ -1,4 +1,4 @@
-"""How fast this machine is on one model: a call of the float graph, a pass back, products, rounding.
+"""How fast this machine is on one model: a call of the float graph, a backward pass, products, rounding.
 
 In: an exported run. Out: a ``Speed``, which the run folder keeps beside its stages, never in them:
 what a clock says is not part of what must repeat byte for byte, and what is decided by it (counts of

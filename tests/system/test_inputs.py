@@ -115,7 +115,7 @@ BAD_YAML = {
     "a: " + "9" * 5000: "not usable YAML",
     "? [a]\n: 1": "unhashable",
     "a: 1\n---\nb: 2": "another document",
-    "\x1b": "is not YAML",
+    "\x1b": "is not usable YAML",
 }
 
 

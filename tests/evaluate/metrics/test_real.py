@@ -120,7 +120,7 @@ def damaged(path):
     [
         (different_sizes, r"differ in size: 000.png has 8 x 8 .* zzz.png has 16 x 16"),
         (transparent, "transparency"),
-        (broken, "bbb.png is not a picture"),
+        (broken, "bbb.png is not an image"),
         (empty, "holds no images"),
         (lambda path: path / "none", "no real images at"),
         (damaged, "is not a file of NumPy arrays"),
