@@ -2,7 +2,7 @@
 
     python benchmarks/activations.py [MODEL]
 
-MODEL is what `mpq-deploy build` takes; nothing is the bundled emoji model. The first table has every layer in INT8 in
+MODEL is what `mpq-deploy build` takes; by default the bundled emoji model. The first table has every layer in INT8 in
 one way, each part alone and together: the range's kind, the exponent of the channels' factors (`scaleN`: N tenths of
 the activation's range move to the weight), and both as the probes choose them per activation. The second has plans
 within a budget: of weights alone and of INT8 compute alone, and of everything at the size of everything INT8. NMSE and

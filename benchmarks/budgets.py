@@ -3,7 +3,7 @@
     python benchmarks/budgets.py [MODEL] --budgets 0.26:0.5
     python benchmarks/budgets.py emoji --recipe quick --set target=rtx-blackwell --set evaluate.samples=16 --controls
 
-MODEL is what `mpq-deploy build` takes; nothing is the bundled demo. The model is calibrated and measured once, then
+MODEL is what `mpq-deploy build` takes; by default the bundled demo. The model is calibrated and measured once, then
 solved, quantized and sampled for every budget; an engine is not built. NMSE is the squared error of the denoiser's
 output relative to the float model's, averaged over timesteps. PSNR compares the final images from the same noise:
 the mean over images, and "pooled", that of the squared error of all images together, which one image that takes another

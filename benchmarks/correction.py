@@ -2,7 +2,7 @@
 
     python benchmarks/correction.py [MODEL ...]
 
-MODEL is what `mpq-deploy build` takes; nothing means both bundled models. Per budget the plan is quantized, its
+MODEL is what `mpq-deploy build` takes; by default both bundled models. Per budget the plan is quantized, its
 correction fitted on calibration calls that its weights were not rounded on, and both are compared with the float model
 on the evaluation's noise: first with the model's own sampler (20 steps of DDIM, eta 0: slope and bias only), then with
 DDPM of as many steps and the same noise (the residual's variance taken out as well). Everything INT8 and INT4 are

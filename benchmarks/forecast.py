@@ -3,7 +3,7 @@
     python benchmarks/forecast.py [MODEL ...]
 
 MODEL is a bundled model (digits, emoji), a size of scale.py (2M, 20M ...) or dit (a diffusion transformer of two
-blocks); nothing is all of digits, emoji, dit, 2M and 20M. Each model is built by a process of its own, from an empty
+blocks); by default all of digits, emoji, dit, 2M and 20M. Each model is built by a process of its own, from an empty
 folder, as users build it; the forecast is the one that was said after its export, which the run folder keeps. The
 bundled models have the default recipe, the others its schemes and fewer counts, which change no cost per call. Goal:
 the whole build, and each stage of at least a tenth of it, within 1.5 times of the forecast. The exit code is 1 when
@@ -104,7 +104,7 @@ def judge(page: Page, name: str, run: Path) -> list[tuple[bool, str]]:
     page.say(markdown(("stage", "forecast s", "took s", "forecast / took"), rows))
     timed = ", ".join(f"{1e3 * s:.1f} ms in batches of {n}" for n, s in speed.rows.items())
     page.say(
-        f"Timed: a row of the float graph {timed}; a call in torch {1e3 * speed.forward:.1f} ms, a pass back "
+        f"Timed: a row of the float graph {timed}; a call in torch {1e3 * speed.forward:.1f} ms, a backward pass "
         f"{1e3 * speed.back:.1f} ms; {1e-9 / speed.product:.0f} billion multiplications per second; rounding "
         f"{speed.pace:.2f} times what the constants say."
     )

@@ -2,7 +2,7 @@
 
     python benchmarks/latency.py [MODEL ...] --page docs/results/latency.md
 
-MODEL is one of 860M (Stable Diffusion 1.5 at 64 x 64) and 2570M (SDXL at 128 x 128); nothing is both. The UNets have
+MODEL is one of 860M (Stable Diffusion 1.5 at 64 x 64) and 2570M (SDXL at 128 x 128); by default both. The UNets have
 their true shapes and no weights: every parameter is one number, so that a graph takes neither minutes nor gigabytes.
 Times are the package's own roofline, at the default batch; nothing is built or measured. The error of a scheme is that
 of a random Gaussian weight and input, the same for every layer, so errors only keep the solver from the smallest

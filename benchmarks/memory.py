@@ -3,7 +3,7 @@
     python benchmarks/memory.py [MODEL ...] [--set KEY=VALUE]
 
 MODEL is a bundled model (digits, emoji), dit (a diffusion transformer of 32 M random weights, attention over 256
-tokens), or a size of scale.py (2M to 2570M); nothing is digits and dit, which no constant of the estimate was fitted
+tokens), or a size of scale.py (2M to 2570M); by default digits and dit, which no constant of the estimate was fitted
 to. Each stage runs in a process of its own, watched as scale.py does. Stages whose cost is kept in the folder are not
 run again, so this also judges what 'scale.py --keep' left; with --kept nothing is run at all. The exit code is 1 when
 an estimate is off by more than a quarter of the peak.

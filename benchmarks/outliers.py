@@ -2,7 +2,7 @@
 
     python benchmarks/outliers.py [MODEL]
 
-MODEL is what `mpq-deploy build` takes; nothing is the small digits model. The twin is synthetic: before every layer a
+MODEL is what `mpq-deploy build` takes; by default the small digits model. The twin is synthetic: before every layer a
 few input channels are multiplied by a large factor and the layer's weights for them divided by it, so that the float
 function stays the same (its largest relative difference is printed) while INT8 activations get outliers and INT4 weight
 blocks get columns of very different size. Every plan gives all layers one scheme where they may take it, the next best

@@ -414,7 +414,7 @@ def main() -> None:
         "wall s",
         "peak MB",
         "file MB",
-        "SQNR dB, mean (least)",
+        "SQNR dB, mean (minimum)",
         "above the line, dB",
         "",
     )

@@ -2,7 +2,7 @@
 
     python benchmarks/range_forms.py [MODEL]
 
-MODEL is what `mpq-deploy build` takes; nothing is the bundled emoji model. Errors are those that rounding the inputs of
+MODEL is what `mpq-deploy build` takes; by default the bundled emoji model. Errors are those that rounding the inputs of
 convolutions alone leaves in the output, to first order by the probes, as a share of the output: sums over layers. The
 first table has the convolutions that read a Concat of two: one range for the whole input, or one for each half, as two
 layers that add would have; at each exponent of the channels' factors. The second has all convolutions in FP8 (E4M3).

@@ -2,7 +2,7 @@
 
     python benchmarks/recover.py [MODEL ...] [--budget 0.27] [--steps N] [--seeds 4 5 6] [--parts NAME ...]
 
-MODEL is what `mpq-deploy build` takes; nothing means both bundled models. The plan at the budget is trained once per
+MODEL is what `mpq-deploy build` takes; by default both bundled models. The plan at the budget is trained once per
 part and seed, written, and evaluated as `mpq-deploy evaluate` does, on noise that neither rounding nor training nor the
 choice of the best state has seen. "Removed" is the share of the plan's error (NMSE of the output, mean over timesteps)
 that is gone. With several seeds each figure is the mean, and the spread is the largest less the smallest. CPU minutes

@@ -2,7 +2,7 @@
 
     python benchmarks/recover_memory.py [MODEL ...] [--set KEY=VALUE]
 
-MODEL is what `mpq-deploy build` takes; nothing means both bundled models. Each plan is made once, with rounded weights
+MODEL is what `mpq-deploy build` takes; by default both bundled models. Each plan is made once, with rounded weights
 and no sensitivity, since memory does not depend on them. Each row then trains two updates in a child process of its
 own: the peak is the largest resident memory of that process, from its start to its end. Its share of the estimate is
 checked to lie within 25 %; the estimate is for training on a CPU.

@@ -2,7 +2,7 @@
 
     python benchmarks/scale.py [SIZE ...]
 
-SIZE is one of 2M, 20M, 100M, 860M (Stable Diffusion 1.5) and 2570M (SDXL); nothing is 2M and 20M. Each stage runs in
+SIZE is one of 2M, 20M, 100M, 860M (Stable Diffusion 1.5) and 2570M (SDXL); by default 2M and 20M. Each stage runs in
 a process of its own; memory is the peak of the resident memory of that process and its children together, every page
 of a mapped file that is in memory included ("private": without those). CPU minutes are those of all its threads.
 Goals: each stage of 860M under 8 GB, measuring under 10 minutes (4 timesteps, 4 probes, a latent of 32 x 32) and all

@@ -249,9 +249,9 @@ def main() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         terrain = Terrain(folder)
         page.say(
-            f"{PACKAGE} (MIT), 10.46 M parameters, weights that nobody here could tune. Its activations reach 1e10: a "
+            f"{PACKAGE} (MIT), 10.46 M parameters, weights that are not ours. Its activations reach 1e10: a "
             "third of its layers read values that FP16 does not hold, so those compute in FP32, on quantized weights "
-            "(and lie in the engine with FP32 biases and scales)."
+            "(and are stored in the engine with FP32 biases and scales)."
         )
         ours, controls = built(page, terrain, chosen.budgets)
         plans = {name: terrain.ours(name, *command) for name, command in PLANS.items()}

@@ -51,7 +51,7 @@ def build(
     of a bundled recipe; ``settings``: any other values of the recipe by dotted key, such as
     ``{"evaluate.samples": 32}``; ``out``: the run folder. ``workers``, ``ray``, ``threads``: who
     computes what can be spread, as ``--workers``, ``--ray``, ``--threads``. Raises the errors of
-    ``mpq_deploy.errors``: UsageError for what the caller can mend, MpqError for the rest.
+    ``mpq_deploy.errors``: UsageError for what the caller can fix, MpqError for the rest.
     """
     from mpq_deploy.recipe import load_recipe
     from mpq_deploy.run.pipeline import default_run, open_pipeline

@@ -1,4 +1,4 @@
-"""Exceptions that a user can cause. Each carries what was wrong, the value found, and how to fix it."""
+"""Exceptions that users can cause. Each says what was wrong, the value found, and how to fix it."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ class MpqError(Exception):
         return f"{self.message} {self.hint}".strip()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Errors come back from worker processes, and constructors of subclasses take other
+        # Worker processes send errors back pickled, and constructors of subclasses take other
         # arguments.
         return _remade, (type(self), self.__dict__)
 
 
 def _remade(kind: type[MpqError], values: dict[str, Any]) -> MpqError:
-    """Return an error of ``kind`` that says ``values``, without its constructor."""
+    """Return an error of ``kind`` with the fields ``values``, without calling its constructor."""
     error = kind.__new__(kind)
     Exception.__init__(error, values["message"])
     error.__dict__.update(values)

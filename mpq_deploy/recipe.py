@@ -1,4 +1,4 @@
-"""The recipe: every setting of a run, validated once; its sections are the options that rooms take.
+"""The recipe: every setting of a run, validated once; its sections are the options that the other packages take.
 
 In: a YAML file, the name of a bundled recipe, command-line options, or values from Python. Out: a
 frozen Recipe, its YAML with every default, and the same with a comment per setting.
@@ -41,8 +41,8 @@ LOSSES: tuple[Loss, ...] = get_args(Loss)
 SIMULATED_DEFAULT = ("fp16", *(f"w{bits}a{a}-sim" for bits in (2, 3, 4, 5, 6, 8) for a in (8, 16)))
 
 
-# NumPy's and torch's generators take as many seeds; no other whole number here is larger than a
-# billion (our choice).
+# The largest seed of NumPy's and torch's generators; other whole numbers end at a billion (our
+# choice).
 LARGEST_SEED, LARGEST_NUMBER = 2**63 - 1, 10**9
 # Characters of an error's message that are shown (our choice).
 LONGEST_MESSAGE = 500
@@ -65,7 +65,7 @@ class Section(BaseModel):
                 raise ValueError(f"{name} is {value:,}, more than {LARGEST_NUMBER:,}")
             if isinstance(value, float) and abs(value) > LARGEST_NUMBER:
                 raise ValueError(f"{name} is {value:g}, which is too large")
-            # An empty model is no model: the one that opens it says so.
+            # An empty model name is refused where the model is opened.
             texts = value if isinstance(value, (tuple, dict)) else (value,)
             texts = () if (name, value) == ("model", "") else texts
             if any(isinstance(text, str) and not _usable(text) for text in texts):
@@ -83,7 +83,7 @@ def _usable(text: str) -> bool:
 
 
 def _home(path: str) -> str:
-    """Return ``path`` with a leading ~ as the home folder, as a shell does; of unknown users as it is."""
+    """Return ``path`` with a leading ~ expanded, as a shell does; ~ of an unknown user stays."""
     try:
         return str(Path(path).expanduser()) if path.startswith("~") else path
     except RuntimeError:
@@ -100,10 +100,10 @@ class CalibrateSettings(Section):
     batch_size: int = Field(16, ge=1, description="samples per call, fewer where memory is short")
     seed: int = Field(1, ge=0, le=LARGEST_SEED, description="seed of the initial noise")
     scale: Literal["mse", "percentile", "absmax"] = Field(
-        "mse", description="how INT8 scales are chosen"
+        "mse", description="how INT8 activation scales are chosen"
     )
     percentile: float = Field(
-        99.99, gt=50, le=100, description="of absolute values, for scale: percentile"
+        99.99, gt=50, le=100, description="percentile of absolute values, for scale: percentile"
     )
     reservoir: int = Field(
         8192, ge=256, description="values kept per activation to choose its scale"
@@ -147,7 +147,7 @@ class MeasureSettings(Section):
     samples: int = Field(
         96, ge=1, description="calibration samples measured on and kept from rounding"
     )
-    calls: int = Field(12, ge=1, description="samples measured at each timestep, in turn")
+    calls: int = Field(12, ge=1, description="samples measured at each timestep, in rotation")
     batch_size: int = Field(16, ge=1, description="samples per call")
     seed: int = Field(
         2, ge=0, le=LARGEST_SEED, description="seed of probes, noise and random losses"
@@ -166,7 +166,7 @@ class ProtectRule(Section):
     """Layers whose name matches ``layers`` (shell pattern) may only take ``schemes``."""
 
     layers: str = Field(description="shell pattern of layer names, such as up_blocks.*")
-    schemes: tuple[str, ...] = Field(description="the only schemes that those layers may take")
+    schemes: tuple[str, ...] = Field(description="the only schemes that these layers may take")
 
     @field_validator("schemes")
     @classmethod
@@ -180,15 +180,15 @@ class AllocateSettings(Section):
 
     schemes: tuple[str, ...] = Field(
         ("fp16", "w8a8", "w8a16", "w4a16", "w4a8"),
-        description="what a layer may take, where the target takes it",
+        description="schemes that layers may take, where the target supports them",
     )
     branches: tuple[str, ...] = Field(
         ("rows", "scale"),
-        description="what may stand beside a quantized body, where the target takes it; omq and zres: simulated alone",
+        description="branches beside a quantized body, where the target supports them; omq and zres: simulated only",
     )
     ranges: tuple[str, ...] = Field(
         RANGE_KINDS,
-        description="where ranges of quantized activations may come from beside calibration: the timestep, the values",
+        description="ranges of quantized activations besides static ones: per timestep, or from the values (dynamic)",
     )
     branch_penalty: float = Field(
         0.002,
@@ -196,7 +196,7 @@ class AllocateSettings(Section):
         description="share of the plan's loss that each kernel of a branch must take off to be worth it",
     )
     cross_terms: bool = Field(
-        True, description="refine the plan with the cross terms between layers, where that helps"
+        True, description="refine the plan with the cross terms between layers if that helps"
     )
     objective: Literal["balanced", "quality", "latency"] = Field(
         "balanced",
@@ -209,7 +209,7 @@ class AllocateSettings(Section):
         description="with objective balanced: how many times the minimum predicted error a faster plan may have",
     )
     max_latency: LatencyEntry | None = Field(
-        None, description="of one call at engine.batch_opt: 120ms; a limit beside the budget"
+        None, description="latency limit of one call at engine.batch_opt, besides the budget: 120ms"
     )
     max_loss: float | None = Field(
         None,
@@ -225,7 +225,7 @@ class AllocateSettings(Section):
     )
     tie_qkv: bool = Field(
         True,
-        description="queries, keys and values made from one input share a scheme: TensorRT may multiply them at once",
+        description="queries, keys and values of one input share a scheme: TensorRT may fuse their products",
     )
     attention: Literal["fp16", "fp8"] = Field(
         "fp16",
@@ -276,7 +276,7 @@ class QuantizeSettings(Section):
         description="fresh noises per recorded sample for the Hessians; 0: the recorded ones",
     )
     damping: float = Field(
-        0.05, gt=0, description="added to the Hessian's diagonal, relative to each element"
+        0.05, gt=0, description="damping added to the Hessian's diagonal, relative to each element"
     )
     salience: Literal["probe", "kurtosis"] = Field(
         "probe", description="order of channels in a rows branch"
@@ -290,7 +290,7 @@ class QuantizeSettings(Section):
     hessian_width: int = Field(
         4096, ge=64, description="above this width the Hessian is block-diagonal"
     )
-    memory_mb: int = Field(512, ge=16, description="limit on the Hessians held at once")
+    memory_mb: int = Field(512, ge=16, description="limit on the size of the Hessians held at once")
 
 
 # Updates where recovery is asked for without a number: ``build --recover``.
@@ -320,7 +320,10 @@ class RecoverSettings(Section):
         0, ge=0, description="maximum rank of the adapters; 0: full, as memory allows"
     )
     margin: float = Field(
-        0.0, ge=0, le=0.499, description="initial distance of weights from their code, in steps"
+        0.0,
+        ge=0,
+        le=0.499,
+        description="initial distance of weights from their code, in quantization steps",
     )
     initialization: Literal["zero", "svd"] = Field(
         "zero", description="of the adapters; svd as in MPQ-DMv2"
@@ -348,7 +351,9 @@ class RecoverSettings(Section):
     relation_pixels: int = Field(
         256, ge=1, description="maximum pixels per map in the relation loss"
     )
-    memory_size: int = Field(20000, ge=1, description="pixels in the memory loss's ring buffer")
+    memory_size: int = Field(
+        20000, ge=1, description="size of the memory loss's ring buffer, in pixels"
+    )
     memory_pixels: int = Field(
         128, ge=1, description="pixels compared and then stored at each update"
     )
@@ -369,7 +374,7 @@ class RecoverSettings(Section):
 class EngineSettings(Section):
     """How the engine is built."""
 
-    build: bool = Field(True, description="false: everything but the engine")
+    build: bool = Field(True, description="false: run every stage except the engine")
     batch_min: int = Field(1, ge=1, description="smallest batch")
     batch_opt: int = Field(2, ge=1, description="batch that the engine is tuned for")
     batch_max: int = Field(8, ge=1, description="largest batch")
@@ -384,7 +389,7 @@ class EvaluateSettings(Section):
         20, ge=1, description="timesteps at which the output's error is measured"
     )
     calls: int = Field(
-        8, ge=1, description="images measured at each timestep, in turn; each at least once"
+        8, ge=1, description="images measured at each timestep, in rotation; each at least once"
     )
     batch_size: int = Field(16, ge=1, description="samples per call, fewer where memory is short")
     seed: int = Field(
@@ -399,7 +404,7 @@ class EvaluateSettings(Section):
     )
     controls_images: Literal["needed", "all"] = Field(
         "needed",
-        description="of each control; needed: until it is told apart from the plan, at least 8",
+        description="of each control; needed: until it is distinguished from the plan, at least 8",
     )
     correction: Literal["none", "ptqd"] = Field(
         "none", description="ptqd: also sample with corrected outputs"
@@ -410,7 +415,7 @@ class EvaluateSettings(Section):
 
 
 class ComputeSettings(Section):
-    """What computes the stages."""
+    """The device that computes the stages."""
 
     device: str = Field(
         "auto", description="auto: an NVIDIA GPU where there is one; cpu, cuda, cuda:N"
@@ -420,7 +425,7 @@ class ComputeSettings(Section):
     @classmethod
     def _known(cls, device: str) -> str:
         if not re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,3})?", device):
-            raise ValueError(f"'{device}' is none of auto, cpu, cuda, cuda:N")
+            raise ValueError(f"unknown device '{device}': auto, cpu, cuda or cuda:N")
         return device
 
 
@@ -432,14 +437,15 @@ class Recipe(Section):
     )
     budget: BudgetEntry = Field(
         Budget.parse("0.35"),
-        description="of all constants: share of FP16, size (600MB) or 4.5bits per weight",
+        description="size of all constants: share of FP16 (0.35), size (600MB) or bits per weight (4.5bits)",
     )
     effort: Effort = Field(
         "standard",
-        description="of counts that the recipe leaves open; standard: at most 2 hours, where that can be",
+        description="sets the counts that the recipe leaves open; standard: at most 2 hours, if possible",
     )
     time: DurationEntry | None = Field(
-        None, description="of a whole build on this machine: 30min; counts are lowered to fit it"
+        None,
+        description="time limit of a whole build on this machine: 30min; counts are lowered to fit it",
     )
     target: str = Field(
         "rtx", description="name of a target (mpq-deploy targets), or a YAML file; several: a,b"
@@ -467,7 +473,7 @@ class Recipe(Section):
         description="pipeline part: unet, transformer, vae, text_encoder ...; null: the denoiser",
     )
     component_samples: int = Field(
-        64, ge=8, description="inputs that a vae is calibrated and compared with"
+        64, ge=8, description="inputs that a VAE is calibrated and compared with"
     )
     guidance_scale: float | None = Field(
         None, description="classifier-free guidance; null: the model's own"
@@ -491,20 +497,20 @@ class Recipe(Section):
     )
     @classmethod
     def _of_the_user(cls, path: str | None) -> str | None:
-        """Read a leading ~ as the home folder, as a shell does."""
+        """Expand a leading ~ to the home folder, as a shell does."""
         return None if path is None else _home(path)
 
     @field_validator("target", mode="before")
     @classmethod
     def _of_a_list(cls, given: Any) -> Any:
-        """Take several targets as a list, too."""
+        """Accept several targets as a list, too."""
         several = isinstance(given, (list, tuple)) and all(isinstance(one, str) for one in given)
         return ",".join(given) if several else given
 
     @field_validator("lora")
     @classmethod
     def _with_scales(cls, given: tuple[str, ...]) -> tuple[str, ...]:
-        """Check the scales; read a leading ~ as the home folder."""
+        """Check the scales; expand a leading ~ to the home folder."""
         given = tuple(map(_home, given))
         try:
             for text in given:
@@ -526,7 +532,7 @@ class Recipe(Section):
         try:
             taken = {f for listed in load_target(name).schemes.values() for f in listed}
         except UsageError:
-            # What is wrong with the target is said where the recipe is checked.
+            # A bad target is reported where the recipe is checked.
             return values
         newer = tuple(family for family in NEW_FAMILIES if family in taken)
         if not newer:
@@ -575,7 +581,7 @@ def _explained(section: Section, indent: str = "") -> Iterator[str]:
 
 
 def _commented(entry: str, comment: str) -> list[str]:
-    """Put the comment behind the entry where 100 columns hold both, else above it."""
+    """Put the comment after the entry if both fit in 100 columns, else above it."""
     line = f"{entry:<30}  # {comment}"
     if len(line) <= COLUMNS:
         return [line]
@@ -623,7 +629,7 @@ def _short(value: Any) -> str:
 
 
 def load_recipe(source: str | Path | None, overrides: dict[str, Any] | None = None) -> Recipe:
-    """Read a recipe (a YAML file or a bundled name; None: all defaults) and lay ``overrides`` (dotted keys) over it."""
+    """Read a recipe (a YAML file or a bundled name; None: all defaults) and apply ``overrides`` (dotted keys)."""
     values: dict[str, Any] = {}
     if source is not None:
         path = recipe_file(source)
@@ -652,7 +658,7 @@ def recipe_file(source: str | Path) -> Path:
         return bundled[source]
     path = Path(_home(str(source)))
     with suppress(OSError, ValueError):
-        # Names of any text: too long, or with a NUL character.
+        # The name may be any text: too long for a path, or with a NUL character.
         if path.exists():
             return path
     hint = f"{nearest(path.stem, bundled)}Give a YAML file, or one of {', '.join(bundled)}."

@@ -1,7 +1,7 @@
 """Hook of mkdocs (see mkdocs.yml): adds the pages made from the code, and makes the repository's links work there.
 
 Documents are written for a code host: links are relative files, some of them outside docs/. Here these become links of
-the site; a link to a file that is no part of it is a warning, which ``mkdocs build --strict`` fails on.
+the site; a link to a file that is not part of it is a warning, which ``mkdocs build --strict`` fails on.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
             wanted.removeprefix("docs/") if wanted.startswith("docs/") else None
         )
         if there is None and (ROOT / wanted).exists():
-            log.warning("%s links to %s, which is no part of the site.", source, wanted)
+            log.warning("%s links to %s, which is not part of the site.", source, wanted)
         if there is None:
             return found[0]
         return posixpath.relpath(there, posixpath.dirname(place) or ".") + (found["anchor"] or "")

@@ -187,5 +187,5 @@ def test_a_recipe_from_a_stranger_ends_in_one_line(tmp_path):
 
 @pytest.mark.parametrize("device", ["gpu", "cuda:", "cuda:x", "CPU"])
 def test_an_unknown_compute_device_is_answered_with_those_that_are_known(device: str) -> None:
-    with pytest.raises(UsageError, match="none of auto, cpu, cuda, cuda:N"):
+    with pytest.raises(UsageError, match=r"unknown device .*auto, cpu, cuda or cuda:N"):
         load_recipe(None, {"compute.device": device})

@@ -73,7 +73,7 @@ def floor_text(
     rest = smallest_bytes - fixed_bytes - sum(cause.bytes for cause in causes)
     said = [
         f"{rest / fp16_bytes:.4f} are weights of 4 bits or fewer, with their scales",
-        f"{fixed_bytes / fp16_bytes:.4f} constants that are no layers",
+        f"{fixed_bytes / fp16_bytes:.4f} constants that are not layers",
     ]
     for cause in causes[:TOLD]:
         names = ", ".join(cause.layers[:NAMED])
@@ -85,7 +85,7 @@ def floor_text(
     text = f"Of it {', '.join(said)}."
     if census.others:
         text = f"{text} {census.text()}"
-    return f"{text} What would lift it: {'; '.join(lifts)}." if lifts else text
+    return f"{text} What would lower it: {'; '.join(lifts)}." if lifts else text
 
 
 def _cause(

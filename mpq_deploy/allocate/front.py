@@ -20,7 +20,7 @@ from mpq_deploy.models.spec import Array
 
 # Prices of a byte, and of a nanosecond, evenly spaced in logarithms (our choice).
 BYTE_PRICES, TIME_PRICES = 48, 12
-# Factors of size, error and latency between plans that are told apart (our choice).
+# Factors of size, error and latency between plans that are distinguished (our choice).
 ALIKE = np.array([1.002, 1.05, 1.005])
 
 

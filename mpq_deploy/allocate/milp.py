@@ -237,7 +237,7 @@ def solve(
         model.tighten(excess, late)
     raise MpqError(
         f"The solver exceeds its limits by {excess} bytes and {late} ns.",
-        "This is a defect: please report the plan.",
+        "This is a bug: please report the plan.",
     )
 
 
@@ -315,7 +315,7 @@ class _Model:
                 f"HiGHS ended with '{outcome.status}' after {time.monotonic() - started:.1f} s.",
                 "Raise allocate.time_limit in the recipe."
                 if "limit" in outcome.status
-                else "This is a defect: please report it.",
+                else "This is a bug: please report it.",
             )
         schemes: dict[str, str] = {}
         largest: dict[str, float] = {}

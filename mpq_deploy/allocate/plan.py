@@ -46,7 +46,7 @@ class BitProgram:
 
 @dataclass(frozen=True)
 class PrecisionPlan:
-    """One scheme per layer (``layers`` in graph order); ``others``: constants that are no layers.
+    """One scheme per layer (``layers`` in graph order); ``others``: constants that are not layers.
 
     ``predicted_loss`` as in the sensitivity table; None where the metric only ranks layers.
     ``bit_program``: of metrics that weigh bits; ``cross_terms``: of metrics with probes;

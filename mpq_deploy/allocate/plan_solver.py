@@ -95,7 +95,7 @@ def timed_problem(
     problem: Problem,
     choices: Sequence[LayerChoice] | None = None,
 ) -> Problem:
-    """Add the latencies of quantizers and of what is no layer, where the speed is known.
+    """Add the latencies of quantizers and of what is not a layer, where the speed is known.
 
     ``choices``: of the ``layers`` one by one, where the problem has some of them as one.
     """
@@ -180,7 +180,7 @@ class PlanSolver:
         return replace(choice, latency_ns=times)
 
     def _timed(self, problem: Problem) -> Problem:
-        """Add the latencies of quantizers and of what is no layer, where the speed is known."""
+        """Add the latencies of quantizers and of what is not a layer, where the speed is known."""
         timed = timed_problem(self.layers, self.costs, problem, self.choices)
         # What attentions take is a choice there.
         taken = sum(one.latency_ns.get("fp16", 0) for one in self.attentions)
@@ -208,7 +208,7 @@ class PlanSolver:
 
     @property
     def fixed_bytes(self) -> int:
-        """Bytes of the constants that are no layers."""
+        """Bytes of the constants that are not layers."""
         return self.fp16_size - FP16_BYTES * self.weights
 
     def _problem(self, budget_bytes: int) -> Problem:
@@ -290,11 +290,11 @@ class PlanSolver:
         if cross_terms.folds:
             return (
                 "The prediction and its 95 % interval are those of plans chosen in the same way on other calls, "
-                "so what noise flatters is not in them; the interval is over the measured calls alone."
+                "so they are free of selection bias; the interval is over the measured calls alone."
             )
         return (
             "The prediction's 95 % interval is over the measured calls, on which the plan was chosen: "
-            "the solver picks what noise flatters, and neither knows of that."
+            "the solver prefers schemes that noise flatters, which neither accounts for."
         )
 
     def _latency(self, problem: Problem, schemes: dict[str, str]) -> PlanLatency | None:
@@ -330,13 +330,14 @@ class PlanSolver:
         if self.section.objective == "balanced" and not self.target.simulated:
             if latency is None:
                 notes.append(
-                    f"Nothing is known of the speed of {self.target.name}: the plan is the one of the minimum "
+                    f"The speed of {self.target.name} is unknown: the plan is the one of the minimum "
                     "predicted error (objective quality)."
                 )
             elif self._slack_is_unknown:
                 notes.append(
-                    f"The metric {self.table.metric} predicts no errors: the plan is the best by its ranking, whatever "
-                    "its speed (objective quality)."
+                    f"The metric {self.table.metric} does not predict errors: the plan is the best by its "
+                    "ranking, regardless of "
+                    "speed (objective quality)."
                 )
         return [note for note in notes if note]
 
@@ -375,7 +376,7 @@ class PlanSolver:
         importance = self.table.importance
         if importance is None or not importance.activation_bits.any():
             return ""
-        return f" Mind that measure.orm.activation_bits is {self.orm.activation_bits}: it rules out schemes."
+        return f" Note that measure.orm.activation_bits is {self.orm.activation_bits}: it rules out schemes."
 
     def _ruled_out(self, layer: str, choices: Choices) -> dict[str, str]:
         """Say why the table lacks schemes that the layer could take: orm fixes activation bits."""

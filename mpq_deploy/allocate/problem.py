@@ -70,7 +70,7 @@ class LayerChoice:
 class Problem:
     """Layers to decide, and the limits: ``budget_bytes``, and where set latency and loss.
 
-    ``fixed_bytes`` and ``fixed_ns``: of what is no layer. ``foldable``: input tensors whose
+    ``fixed_bytes`` and ``fixed_ns``: of what is not a layer. ``foldable``: input tensors whose
     producer can take the factors of their channels -> the layers that read them. ``quantizer_ns``:
     name of an activation quantizer -> nanoseconds, once for all its readers. ``max_loss``: limit on
     the sum of the layers' losses. ``start``: a plan within all limits, where one is known.

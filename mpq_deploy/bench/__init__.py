@@ -1,1 +1,1 @@
-"""How fast this machine runs a denoiser, in turns with its float one."""
+"""How fast this machine runs a denoiser, alternating with its float one."""

@@ -25,7 +25,7 @@ def main(arguments: list[str] | None = None, write: Callable[[str], Any] = sys.s
     about = "Time an engine, or an ONNX file, on this machine."
     parser = argparse.ArgumentParser(prog="mpq-bench", description=about)
     parser.add_argument("file", type=Path)
-    parser.add_argument("--against", type=Path, help="another file, timed in turns with it")
+    parser.add_argument("--against", type=Path, help="another file, timed alternating with it")
     parser.add_argument("--backend", default="auto")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--batch", type=int, default=1)

@@ -30,8 +30,8 @@ from mpq_deploy.system.progress import Talk
 from mpq_deploy.system.release import __version__
 
 ON_CPU = (
-    "This is ONNX Runtime on a CPU: Q/DQ nodes there are rounded in float arithmetic and take time of "
-    "their own. It says nothing about the engine's speed."
+    "This is ONNX Runtime on a CPU: Q/DQ nodes are computed in float arithmetic and cost extra time. It says "
+    "nothing about the engine's speed."
 )
 NOT_COMPARED = "bench compares no outputs"
 
@@ -47,8 +47,8 @@ class Schedule:
     def __post_init__(self) -> None:
         if not 1 <= self.rounds <= self.calls or self.calls % self.rounds or self.warm_up < 1:
             raise UsageError(
-                f"Invalid schedule: {self.calls} calls in {self.rounds} rounds after {self.warm_up} to warm up.",
-                "The calls must be a multiple of the rounds, and one call or more must warm up.",
+                f"Invalid schedule: {self.calls} calls in {self.rounds} rounds after {self.warm_up} warm-up calls.",
+                "The calls must be a multiple of the rounds, with at least one warm-up call.",
             )
 
 
@@ -97,7 +97,7 @@ class Measured:
 
 
 def measure(subjects: Sequence[Subject], schedule: Schedule, talk: Talk) -> list[Measured]:
-    """Time every subject, in turns: first to last in one round, last to first in the next.
+    """Time every subject, alternating: first to last in one round, last to first in the next.
 
     Raises what the subject's process reports, EngineError where it crashes.
     """

@@ -1,6 +1,6 @@
 """What of a run is timed here: the engine where a GPU can run it, else its graph.
 
-Ours is held against the model without quantization: the float export on a CPU, the FP16 graph on
+Ours is compared with the model without quantization: the float export on a CPU, the FP16 graph on
 CUDA, an FP16 engine of the same builder. The last two are made in ``RUN/bench`` and kept until the
 export changes.
 """

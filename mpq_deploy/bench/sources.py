@@ -30,7 +30,9 @@ class Wish:
         backends, devices = ("auto", *BACKENDS), ("auto", "cpu", "cuda")
         for value, known in ((self.backend, backends), (self.device, devices)):
             if value not in known:
-                raise UsageError(f"'{value}' is none of {', '.join(known)}.", nearest(value, known))
+                raise UsageError(
+                    f"'{value}' is not one of {', '.join(known)}.", nearest(value, known)
+                )
         if self.batch < 1 or self.threads < 0:
             raise UsageError(f"Invalid batch {self.batch} or number of threads {self.threads}.")
 
@@ -43,7 +45,8 @@ def subject_of(file: Path, name: str, wish: Wish) -> Subject:
         return _engine(file, name, wish)
     if file.suffix != ".onnx":
         raise UsageError(
-            f"{file} is no .onnx and no .engine file.", "Give one of these, or a run folder."
+            f"{file} is neither an .onnx nor an .engine file.",
+            "Give one of these, or a run folder.",
         )
     if wish.backend not in ("auto", ORT):
         what = f"{file} is a graph: {wish.backend} runs engines."
@@ -105,7 +108,7 @@ def parse_shapes(texts: Sequence[str]) -> dict[str, tuple[int, ...]]:
     for text in texts:
         name, _, sizes = text.rpartition(":")
         if not name or not all(one.isdecimal() and int(one) for one in sizes.split("x")):
-            what = f"'{text}' is no shape of an input."
+            what = f"'{text}' is not the shape of an input."
             raise UsageError(what, "Write for example --shape sample:1x4x64x64.")
         shapes[name] = tuple(int(one) for one in sizes.split("x"))
     return shapes

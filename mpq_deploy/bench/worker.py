@@ -96,7 +96,7 @@ class OrtCall:
 
 
 class EngineCall:
-    """A TensorRT engine. Unproven: no GPU was at hand."""
+    """A TensorRT engine. Unproven: no GPU was available."""
 
     clock = "GPU events"
 

@@ -45,7 +45,7 @@ def activation_shapes(
 ) -> dict[str, ActivationShape]:
     """Return the shapes of all activations that layers read (or of ``names``), by tensor name.
 
-    Raises ModelError when a shape depends on the number of calls in a way that is no batch axis.
+    Raises ModelError when a shape depends on the number of calls in a way that is not a batch axis.
     """
     spec = calls.spec
     names = tuple(graph.activations) if names is None else names
@@ -125,7 +125,7 @@ def tensors_of(model: ir.Model) -> dict[str, ir.Value]:
 def _shape(name: str, one: list[int], two: list[int]) -> ActivationShape:
     if 0 in one:
         raise ModelError(
-            f"The activation '{name}', which a layer reads, has the shape {one} for one call: it holds no values.",
+            f"The activation '{name}', which a layer reads, has the shape {one} for one call: it is empty.",
             "Check the inputs' shapes, or export the model without that layer.",
         )
     changed = [axis for axis, (a, b) in enumerate(zip(one, two)) if a != b]
@@ -136,6 +136,6 @@ def _shape(name: str, one: list[int], two: list[int]) -> ActivationShape:
     ):
         raise ModelError(
             f"The activation '{name}' has shape {one} for one call and {two} for two.",
-            "Export the model with a batch axis that every activation follows.",
+            "Export the model so that every activation has a batch axis or none of the batch in it.",
         )
     return ActivationShape(tuple(one), changed[0] if changed else None)

@@ -144,7 +144,7 @@ def fit_correction(
     calls, channels = moments.m.shape[1:]
     if calls < 2:
         raise UsageError(
-            f"PTQD's correction cannot be fitted on {calls} call.",
+            f"PTQD's correction cannot be fitted on only {calls} call.",
             "Calibrate on more samples (calibrate.samples).",
         )
     folds = min(FOLDS, calls)
@@ -192,7 +192,7 @@ def _fit_step(step: CallMoments, bias_per: BiasPer, folds: int) -> CorrectionSte
 def _refusal(gains: Array, slopes: list[float]) -> str:
     """Say why a fit is not applied, or "". ``gains``: decrease of each call's error."""
     if min(slopes) <= LEAST_GAIN - 1:
-        return f"not applied: a slope of {min(slopes):.2f} is no small error"
+        return f"not applied: a slope of {min(slopes):.2f} is not a small error"
     needed = STANDARD_ERRORS * float(np.std(gains, ddof=1)) / len(gains) ** 0.5
     if float(gains.mean()) <= needed:
         return (

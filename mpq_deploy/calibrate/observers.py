@@ -321,7 +321,7 @@ def _channel_of(draws: Array, shape: ActivationShape, convolved: bool) -> Array:
 
 
 class Totals:
-    """Sums what each batch gives into one Observation."""
+    """Accumulates the outputs of each batch into one Observation."""
 
     def __init__(
         self,

@@ -1,7 +1,7 @@
 """A denoiser's arguments as tensors by name, and back: lists and dictionaries are taken apart.
 
 ``down_block_additional_residuals: [a, b]`` is ``down_block_additional_residuals.0`` and ``.1``;
-``added_cond_kwargs: {text_embeds: a}`` is ``text_embeds``. What is no tensor stays where it is.
+``added_cond_kwargs: {text_embeds: a}`` is ``text_embeds``. What is not a tensor stays where it is.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Arguments:
 
     @property
     def constants(self) -> dict[str, Any]:
-        """What is no tensor, by name."""
+        """What is not a tensor, by name."""
         found: dict[str, Any] = {}
         for name, value in self.form.items():
             _collect(name, value, found)

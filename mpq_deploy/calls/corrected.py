@@ -39,7 +39,8 @@ def corrected_sampler(
     """
     if correction.prediction_type != spec.prediction_type:
         raise UsageError(
-            f"The correction is for a model of {correction.prediction_type}, this one gives {spec.prediction_type}.",
+            f"The correction is for a model that predicts {correction.prediction_type}; this one predicts "
+            f"{spec.prediction_type}.",
             "Use the correction that was made with this model.",
         )
     if isinstance(sampler, DiffusersSampler):

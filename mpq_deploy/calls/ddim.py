@@ -110,8 +110,8 @@ def spaced_timesteps(config: dict[str, Any], steps: int) -> Array:
         )
     if timesteps[0] >= count:
         raise UsageError(
-            f"{steps} steps with steps_offset {config.get('steps_offset')} begin at timestep {int(timesteps[0])}.",
-            f"The scheduler has timesteps 0 to {count - 1}: ask for fewer steps.",
+            f"{steps} steps with steps_offset {config.get('steps_offset')} start at timestep {int(timesteps[0])}.",
+            f"The scheduler has timesteps 0 to {count - 1}: use fewer steps.",
         )
     return np.asarray(timesteps, np.int64)
 
@@ -136,7 +136,7 @@ class DdimSampler:
         if self.prediction_type == "epsilon" and not self._current.all():
             raise UsageError(
                 "The scheduler reaches pure noise (rescale_betas_zero_snr) but the model predicts the noise, "
-                "from which no image follows at the first step.",
+                "which gives no image at the first step.",
                 "Use a v_prediction model, or timestep_spacing 'leading'.",
             )
         previous = integers - len(self._power) // steps

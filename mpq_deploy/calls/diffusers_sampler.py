@@ -35,14 +35,14 @@ class DiffusersSampler:
         if config.get("use_dynamic_shifting"):
             raise UsageError(
                 f"{config.get('_class_name')} with use_dynamic_shifting shifts its timesteps by image size.",
-                "Give the whole pipeline folder, whose own class does that; or set use_dynamic_shifting to false in "
+                "Give the whole pipeline folder, whose class does that; or set use_dynamic_shifting to false in "
                 "the scheduler's configuration (--scheduler FILE).",
             )
         self._scheduler = found.from_config({**config, **overrides})
         if "num_train_timesteps" not in self._scheduler.config:
             raise UsageError(
-                f"{found.__name__} counts no timesteps of training, and steps in a way of its own.",
-                "Give another that the model may be sampled with: --scheduler FILE.",
+                f"{found.__name__} has no num_train_timesteps, and steps in a way of its own.",
+                "Give another scheduler that suits the model: --scheduler FILE.",
             )
         self._takes_generator = "generator" in inspect.signature(self._scheduler.step).parameters
         self._begin()

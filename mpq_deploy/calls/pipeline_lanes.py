@@ -1,4 +1,4 @@
-"""Several images of one pipeline at once: one runs the pipeline's code, the others are in the model.
+"""Several images of one pipeline at once: one runs the pipeline's code while the model computes the others.
 
 In: a loaded pipeline, and the images to make. Out: the images in their order, each as it comes alone:
 only the image whose turn it is has torch's generator, and every image has a scheduler of its own.

@@ -1,4 +1,4 @@
-"""Run a diffusers pipeline as its users do, with our model in its denoiser's place.
+"""Run a diffusers pipeline as its users do, with our model in place of its denoiser.
 
 In: a pipeline folder, what to call it with, and what computes the denoiser. Out: what the pipeline
 returns as an array, and every call of the denoiser on the way. Nothing here knows a class of
@@ -77,7 +77,7 @@ def pipeline_class(index: Mapping[str, Any], folder: Path) -> Any:
     if not (inspect.isclass(found) and issubclass(found, diffusers.DiffusionPipeline)):
         raise UsageError(
             f"The pipeline class '{printable(str(name))}' of {folder} is not one of diffusers.",
-            f"{nearest(str(name), known)}Pipelines that bring code of their own are not run; give the denoiser's "
+            f"{nearest(str(name), known)}Pipelines with custom code are not run; give the denoiser's "
             "folder with --conditions and --scheduler, or calls recorded by your script with --calls.",
         )
     for part, entry in index.items():
@@ -89,7 +89,7 @@ def pipeline_class(index: Mapping[str, Any], folder: Path) -> Any:
             raise UsageError(
                 f"The part '{printable(part)}' of {folder} comes from {printable(str(entry))}, which is neither "
                 "diffusers nor transformers.",
-                "Code that comes with a model is never run: record calls by your own script, and give --calls.",
+                "Code that comes with a model is never run: record calls in your own script, and give --calls.",
             )
     return found
 
@@ -111,7 +111,7 @@ def refuse_own_code(part: Path) -> None:
         if OWN_CODE in read_json_object(path, infinite=True, error=ModelError):
             raise UsageError(
                 f"{path} has an {OWN_CODE}: it names code that comes with the model.",
-                "Such code is never run: record calls by your own script (mpq_deploy.record), and give --calls.",
+                "Such code is never run: record calls in your own script (mpq_deploy.record), and give --calls.",
             )
 
 
@@ -253,7 +253,7 @@ def call_pipeline(pipeline: Any, arguments: Mapping[str, Any], seed: int) -> Arr
                 ) from error
             raise UsageError(
                 f"{type(pipeline).__name__} cannot be called with {shown_call(arguments)}: {gist(error)}",
-                "Say with --call FILE.yaml what it is to be called with: the keyword arguments of the pipeline.",
+                "Give the pipeline's keyword arguments with --call FILE.yaml.",
             ) from error
     return returned_array(output)
 
@@ -285,7 +285,7 @@ def _array(value: Any) -> Array:
         shaped = pixels if pixels.ndim == 3 else pixels[..., None]
         return shaped.astype(np.float32) / 255
     raise ModelError(
-        f"The pipeline returns a {type(value).__name__}, which is no image, tensor or array.",
+        f"The pipeline returns a {type(value).__name__}, which is not an image, tensor or array.",
         'Choose its output_type in --call FILE.yaml, such as output_type: "np".',
     )
 
@@ -345,7 +345,7 @@ def first_call(pipeline: Any, component: str, arguments: Mapping[str, Any]) -> A
         handle.remove()
     raise UsageError(
         f"{type(pipeline).__name__} does not call its {component} with {shown_call(arguments)}.",
-        "Name the part that denoises with --component.",
+        "Name the component that denoises with --component.",
     )
 
 
@@ -540,6 +540,6 @@ def open_picture(path: Path) -> Any:
             return picture.convert("L" if picture.mode in ("1", "L") else "RGB")
     except OSError as error:
         raise UsageError(
-            f"{printable(str(path))} cannot be opened as a picture: {gist(error)}",
+            f"{printable(str(path))} cannot be opened as an image: {gist(error)}",
             "Give a PNG or JPEG.",
         ) from error

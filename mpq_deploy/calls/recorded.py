@@ -91,7 +91,7 @@ class CallSet:
         for item in spec.conditions:
             if item.name not in conditions:
                 raise ModelError(
-                    f"The condition '{item.name}' of the denoiser was given no rows.",
+                    f"No rows were given for the denoiser's condition '{item.name}'.",
                     "Give it with --conditions FILE.npz, one row per condition.",
                 )
             taken = np.asarray(conditions[item.name])[used].astype(item.dtype, copy=False)

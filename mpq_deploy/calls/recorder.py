@@ -93,14 +93,14 @@ class CallRecorder:
         if not self._columns.get(STEP):
             raise UsageError(
                 f"Nothing was recorded into {self.folder}: the model was never called.",
-                "Call it inside the 'with' block, as your script does.",
+                "Call the model inside the 'with' block.",
             )
         lengths = {len(values) for values in self._columns.values()}
         if len(lengths) != 1:
             raise UsageError(
                 f"The calls recorded into {self.folder} do not all have the same inputs: "
                 f"{', '.join(n.removeprefix(INDEX) for n in self._columns if n.startswith(INDEX))}.",
-                "Record calls of one kind.",
+                "Record only calls with the same inputs.",
             )
         self._writer.finish({name: np.asarray(values) for name, values in self._columns.items()})
 

@@ -1,4 +1,4 @@
-"""Calls recorded around anybody's script, and how a model is built from them.
+"""Calls recorded in a user's script, and how a model is built from them.
 
 ``with mpq_deploy.record(model, "calls"):`` writes what a torch module, the denoiser of a diffusers
 pipeline, or an ONNX Runtime session is given. The folder holds the calls (``shards``) and
@@ -117,7 +117,7 @@ def _wrapped(session: Any, tape: _Tape) -> Iterator[None]:
         results = original(names, feeds, *more, **options)
         named = dict(zip(names or outputs, results))
         given = {name: np.asarray(value) for name, value in feeds.items()}
-        # Whoever asks for other outputs alone is not told apart by the first.
+        # Whoever asks for other outputs alone is not distinguished by the first.
         tape.add(given, named.get(outputs[0]))
         return results
 
@@ -144,8 +144,8 @@ class _Tape:
             self._timestep = next((name for name in TIMESTEPS if name in given), "")
         if set(given) != set(self._names):
             raise UsageError(
-                f"The model is given {', '.join(given)} here, and {', '.join(self._names)} before.",
-                "Record calls of one kind.",
+                f"The model is given {', '.join(given)} here, but was given {', '.join(self._names)} before.",
+                "Record only calls with the same inputs.",
             )
         count = max((len(value) for value in given.values() if value.ndim > 1), default=1)
         rows = {}
@@ -158,7 +158,7 @@ class _Tape:
         if len(times) > 1:
             raise UsageError(
                 f"A call has {len(times)} different values of '{self._timestep}'.",
-                "Record sampling, where all samples of a call are at one timestep.",
+                "Record sampling, in which all samples of a call share a timestep.",
             )
         self._recorder.add(0, len(self._values), float(times[0]), rows, output)
         self._values.append(float(times[0]))
@@ -259,7 +259,7 @@ def check_recorded_model(
         apart = max(abs(means[0] - mean), abs(sizes[0] - size))
         if apart > SAME_OUTPUT * max(size, float(sizes[0])):
             raise UsageError(
-                f"The calls in {model.calls} were recorded around another model: at timestep "
+                f"The calls in {model.calls} were recorded with another model: at timestep "
                 f"{batch.timestep:g} its output has mean {mean:.4g} and root mean square {size:.4g}, that of "
                 f"{model.spec.name} has {means[0]:.4g} and {sizes[0]:.4g} on the same inputs.",
                 "Export the model that was recorded, or record the calls of this one.",

@@ -3,7 +3,7 @@
 A folder holds ``calls-00000.safetensors`` and so on, each with some rows of one input or several
 (input name -> [rows, ...]), and ``index.safetensors`` with columns of whole and real numbers, one
 entry per call; ``index.NAME`` are positions among all rows of that input. Rows are written as they
-come and read where they lie, so memory holds neither all of the one nor of the other.
+come and read from their files, so memory never holds all of them.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ class ShardRows:
 def read_shards(folder: Path) -> tuple[dict[str, Array], dict[str, ShardRows]]:
     """Return the index's columns, and each input's rows.
 
-    Raises InputError for a folder that is none of recorded calls, damaged files, and positions
+    Raises InputError for a folder that is not one of recorded calls, damaged files, and positions
     that no row has.
     """
     index = folder / INDEX

@@ -142,15 +142,15 @@ class _Caller:
             value = tensors.pop(item.name, None)
             if value is None:
                 raise ModelError(
-                    f"The pipeline gives its denoiser no '{item.name}' here, as it did in its first call.",
-                    "Calls whose inputs come and go are not supported: choose call arguments that give it always.",
+                    f"The pipeline gives its denoiser no '{item.name}' here, but did in its first call.",
+                    "Every call must have the same inputs: choose call arguments that always give it.",
                 )
             rows = rows_for(value, item.shape, count)
             if rows is None:
                 raise ModelError(
                     f"The pipeline gives its denoiser '{item.name}' of the shape {list(value.shape)} here; in its "
                     f"first call it was {[count, *item.shape]}.",
-                    "An engine has one size of everything but the batch: use one size for all calls.",
+                    "An engine has fixed sizes except for the batch: use one size for all calls.",
                 )
             feeds[item.name] = np.ascontiguousarray(rows.detach().cpu().numpy().astype(item.dtype))
         for name, value in tensors.items():
@@ -179,8 +179,8 @@ class _Caller:
             first = self._fixed.get(name, "nothing")
             was = "another tensor" if first.startswith(TENSOR) else first
             raise ModelError(
-                f"The pipeline gives its denoiser '{name}' = {shown} here, and {was} in its first call.",
-                "The exported graph has it as a constant: choose call arguments that give it always the same.",
+                f"The pipeline gives its denoiser '{name}' = {shown} here, but {was} in its first call.",
+                "It is a constant in the exported graph: choose call arguments that never change it.",
             )
         if isinstance(value, torch.Tensor):
             self._same[name] = value

@@ -13,7 +13,7 @@ KEPT_TIMESTEPS = 20
 
 
 def kept_timesteps(steps: int, wanted: int) -> int:
-    """Return how many of ``steps`` timesteps are recorded where ``wanted`` are used."""
+    """Return how many of ``steps`` timesteps to record if ``wanted`` are used."""
     return max(wanted, min(KEPT_TIMESTEPS, steps))
 
 

@@ -26,14 +26,14 @@ if TYPE_CHECKING:
     from mpq_deploy.run.view import Run
 
 RULES = (*GRAPH_RULES, *TYPE_RULES, *WEIGHT_RULES, *ACTIVATION_RULES)
-# No plan changes these: what they find in the exported graph they would find in the quantized one.
+# No plan changes these: what they find in the exported graph, they find in the quantized one too.
 OPERATOR_RULES = (
     "operator-unknown",
     "operator-unsupported",
     "operator-foreign",
     "operator-plugin",
 )
-INVALID_FIX = "mend what onnx.checker says, or export the model again"
+INVALID_FIX = "fix what onnx.checker reports, or export the model again"
 WIDTH = 80
 NAMED = 6
 WORDS = {
@@ -48,7 +48,7 @@ WORDS = {
 
 @dataclass(frozen=True)
 class CheckResult:
-    """The findings in a model, the gravest first."""
+    """The findings in a model, the most severe first."""
 
     model: str
     target: str
@@ -79,14 +79,14 @@ class CheckResult:
         for rule in dict.fromkeys(finding.rule for finding in self.findings):
             lines += ["", *_group([finding for finding in self.findings if finding.rule == rule])]
         parts = [f"{count} {effect}" for effect, count in self.counts.items() if count]
-        return "\n".join([*lines, "", "found: " + (", ".join(parts) or "nothing to object to")])
+        return "\n".join([*lines, "", "found: " + (", ".join(parts) or "no findings")])
 
 
 def check_model(path: Path, target: Target) -> CheckResult:
     """Apply every rule to the model at ``path``. Raises ModelError when it cannot be read.
 
-    What onnx.checker refuses, strict shape inference included, is a finding; the only one where the
-    structure is not sound, which the rules rely on.
+    What onnx.checker refuses, strict shape inference included, is a finding; it is the only one if
+    the structure is unsound, since the rules rely on that.
     """
     proto = read_known(path)
     dialect = target.forms

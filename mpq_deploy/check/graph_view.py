@@ -26,7 +26,7 @@ from mpq_deploy.system.names import printable
 
 LAYER_OPS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 PRODUCTS = ("Gemm", "MatMul")
-# What hands a weight on without mixing it with another tensor.
+# Operators that pass a weight on without mixing it with another tensor.
 HANDING_ON = (
     *("Reshape", "Transpose", "Cast", "Identity", "Squeeze", "Unsqueeze", "Flatten"),
     *("QuantizeLinear", "DequantizeLinear"),
@@ -35,7 +35,7 @@ HANDING_ON = (
 DYNAMIC = ("TRT_FP4DynamicQuantize", "TRT_MXFP8DynamicQuantize")
 # Operators of ONNX Runtime's domain that TensorRT-RTX was seen to read as ONNX's: it looks at names.
 READ_ALIKE = (("com.microsoft", "QuantizeLinear"), ("com.microsoft", "DequantizeLinear"))
-# The narrow floats of ONNX all begin so.
+# Prefix of the names of ONNX's narrow floats.
 QUANTIZED_TYPES = ("INT4", "INT8", "UINT8", "FLOAT8", "FLOAT4")
 
 
@@ -62,7 +62,7 @@ class Constant:
 
 @dataclass(frozen=True)
 class Node:
-    """A node with a label that people can find, and its attributes as plain values."""
+    """A node with a label to find it by, and its attributes as plain values."""
 
     label: str
     op: str
@@ -88,7 +88,7 @@ class Node:
 
 @dataclass(frozen=True)
 class Stored:
-    """How the weight of a layer is stored and brought to it.
+    """How the weight of a layer is stored, and how it gets to the layer.
 
     ``constant``: its stored tensor; ``path``: the nodes from there to the layer; ``mixed``: the
     node that makes it from several constants (``constant`` is then None).
@@ -173,7 +173,7 @@ class View:
             for index, name in enumerate(node.inputs):
                 self.readers.setdefault(name, []).append((node, index))
         self._static = set(self.constants)
-        # ONNX lists nodes in an order in which each comes after what it reads.
+        # ONNX lists nodes in topological order.
         for node in self.nodes:
             made_of = [name for name in node.inputs if name]
             if node.op == "Constant" or (made_of and self._static.issuperset(made_of)):
@@ -230,7 +230,7 @@ class View:
         return stored.constant if stored else None
 
     def shape(self, name: str) -> tuple[int | None, ...] | None:
-        """The shape as far as shape inference knows it; None for an unknown rank."""
+        """The shape as far as shape inference knows it; None if the rank is unknown."""
         if name in self.constants:
             return self.constants[name].shape
         value = self._types.get(name)
@@ -272,13 +272,13 @@ class View:
         try:
             inferred = onnx.shape_inference.infer_shapes(light).graph
         except onnx.shape_inference.InferenceError:
-            # What is declared contradicts itself, which is a finding of its own.
+            # The declared shapes contradict each other, which is a finding of its own.
             inferred = light.graph
         return {v.name: v for v in (*inferred.value_info, *inferred.input, *inferred.output)}
 
 
 def read_known(path: Path) -> onnx.ModelProto:
-    """Read the file at ``path``; ModelError when missing, cut short, no ONNX, or too new for onnx."""
+    """Read the file at ``path``; ModelError if it is missing, truncated, not ONNX, or too new for onnx."""
     proto = read_proto(path)
     newest = onnx.defs.onnx_opset_version()
     versions = [o.version for o in proto.opset_import if o.domain in STANDARD_DOMAINS]

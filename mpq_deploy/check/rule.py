@@ -13,9 +13,9 @@ from typing import Literal
 from mpq_deploy.check.graph_view import Node, View
 from mpq_deploy.graph.dialects import DIALECTS, Dialect
 
-# refused: the parser or builder fails. wrong: it builds, and computes other numbers. fp16:
-# quantized, but computed in FP16. slow: more time or bytes than the form promises. doubtful: no one
-# has shown that it works. note: worth knowing.
+# refused: the parser or builder fails. wrong: it builds, but computes other numbers. fp16:
+# quantized, but computed in FP16. slow: more time or bytes than the form promises. doubtful: not
+# shown to work by anyone. note: worth knowing.
 Effect = Literal["refused", "wrong", "fp16", "slow", "doubtful", "note"]
 EFFECTS: tuple[Effect, ...] = ("refused", "wrong", "fp16", "slow", "doubtful", "note")
 ERRORS: tuple[Effect, ...] = ("refused", "wrong")
@@ -50,7 +50,7 @@ class Context:
 
 @dataclass(frozen=True)
 class Match:
-    """A node (None: the whole graph) that has a rule's form. ``message`` says what is there."""
+    """A node (None: the whole graph) that has a rule's form. ``message`` says what was found."""
 
     node: Node | None
     message: str
@@ -58,7 +58,7 @@ class Match:
 
 @dataclass(frozen=True)
 class Rule:
-    """One form: how it is found and mended, and what it does in each dialect (absent: nothing)."""
+    """One form: how to find and fix it, and what it does in each dialect (absent: nothing)."""
 
     name: str
     find: Callable[[Context], Iterator[Match]]
@@ -98,7 +98,7 @@ PROPER = tuple(name for name, one in DIALECTS.items() if one.proper)
 
 
 def built_here(effect: Effect, elsewhere: Proof = "unproven") -> Verdicts:
-    """What TensorRT-RTX did here; TensorRT proper is assumed to do the same (``elsewhere``)."""
+    """What TensorRT-RTX did here; TensorRT itself is assumed to do the same (``elsewhere``)."""
     proper = {name: Verdict(effect, elsewhere) for name in PROPER}
     return {**proper, "trt-rtx": Verdict(effect, "built here")}
 

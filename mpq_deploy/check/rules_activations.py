@@ -92,7 +92,7 @@ def int8_branch(context: Context) -> Iterator[Match]:
         if any(reader.op == "QuantizeLinear" for reader, _ in beside):
             yield Match(
                 layer.node,
-                "its channels are gathered from a tensor that is quantized beside it, and quantized too",
+                "its channels are gathered from a tensor that is also quantized, and are quantized themselves",
             )
 
 

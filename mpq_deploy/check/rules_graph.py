@@ -63,7 +63,7 @@ def dynamic_inputs(context: Context) -> Iterator[Match]:
 
 
 def node_names(context: Context) -> Iterator[Match]:
-    """Nodes without a name of their own: an engine's kernels refer to nodes by name."""
+    """Nodes without a unique name: an engine's kernels refer to nodes by name."""
     counts = Counter(node.label for node in context.view.nodes if node.named)
     nameless = sum(not node.named for node in context.view.nodes)
     repeated = sum(count > 1 for count in counts.values())
@@ -72,7 +72,7 @@ def node_names(context: Context) -> Iterator[Match]:
 
 
 def onnxruntime_accuracy(context: Context) -> Iterator[Match]:
-    """Products by quantized weights alone, whose activations ONNX Runtime quantizes on its own."""
+    """Products with quantized weights alone, whose activations ONNX Runtime quantizes by itself."""
     count = sum(layer.product and layer.weight_only for layer in context.view.layers)
     if count:
         yield Match(None, f"{count} products have weights in 4 or 8 bits and activations in float")
@@ -92,10 +92,10 @@ GRAPH_RULES = (
          "convert the graph to FP16 before building: precision flags no longer exist",
          built_here("slow", "documented")),
     Rule("dynamic-inputs", dynamic_inputs,
-         "give smallest, usual and largest shapes (trtexec --minShapes, --optShapes, --maxShapes)",
+         "give minimum, optimum and maximum shapes (trtexec --minShapes, --optShapes, --maxShapes)",
          built_here("note", "documented")),
     Rule("node-names", node_names,
-         "give every node a name of its own, so that the engine can be checked",
+         "give every node a unique name, so that the engine can be checked",
          built_here("note", "documented")),
     Rule("onnxruntime-accuracy", onnxruntime_accuracy,
          "set the session entry session.qdq_matmulnbits_accuracy_level to 0, or results are off by"

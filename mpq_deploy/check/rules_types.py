@@ -1,4 +1,4 @@
-"""Rules on operators, types, scales and zero points: what a parser reads at all."""
+"""Rules on operators, types, scales and zero points: what a parser accepts at all."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ FOREIGN_BUILT = frozenset({
     "DequantizeLinear", "Gelu", "LayerNormalization", "QuantizeLinear",
     "SimplifiedLayerNormalization", "Trilu",
 })  # fmt: skip
-# Names that the parser has, and ONNX has not.
+# Names that the parser knows and ONNX does not.
 PARSER_ALONE = frozenset({"GroupQueryAttention", "SimplifiedLayerNormalization"})
 TRT_OPERATORS = frozenset({
     "TRT_FP8QuantizeLinear", "TRT_FP8DequantizeLinear", "TRT_INT4QuantizeLinear",
@@ -63,9 +63,9 @@ def unsupported_operator(context: Context) -> Iterator[Match]:
 
 
 def doubtful_operator(context: Context) -> Iterator[Match]:
-    """Operators of which no source says that this release has them."""
+    """Operators that no source lists for this release."""
     for node in context.view.nodes_of(*context.dialect.doubtful):
-        yield Match(node, f"no source says that the parser of this release has {node.op}")
+        yield Match(node, f"no source says that this release's parser supports {node.op}")
 
 
 def unknown_operator(context: Context) -> Iterator[Match]:
@@ -78,48 +78,44 @@ def unknown_operator(context: Context) -> Iterator[Match]:
 
 
 def foreign_operator(context: Context) -> Iterator[Match]:
-    """Operators of ONNX Runtime that TensorRT-RTX was given and did not take."""
+    """Operators of ONNX Runtime that TensorRT-RTX refused when tried."""
     for node, name in _foreign(context):
         if node.domain == MICROSOFT and node.op in FOREIGN_REFUSED:
-            yield Match(node, f"{name} is no operator of ONNX, and the parser has no form of it")
+            yield Match(node, f"{name} is not an ONNX operator, and the parser does not support it")
 
 
 def plugin_operator(context: Context) -> Iterator[Match]:
-    """Operators of another domain that no one here has tried, with names that no parser has."""
+    """Untried operators of another domain, with names that no parser knows."""
     for node, name in _foreign(context):
         tried = node.domain == MICROSOFT and node.op in (*FOREIGN_REFUSED, *FOREIGN_BUILT)
         if not tried and not _own_of_tensorrt(node, context) and not _named_alike(node):
-            yield Match(node, f"{name} is no operator of ONNX: it needs a plugin of that name")
+            yield Match(node, f"{name} is not an ONNX operator: it needs a plugin of that name")
 
 
 def alike_operator(context: Context) -> Iterator[Match]:
-    """Operators of another domain with a name that the parser has, for an operator of its own."""
+    """Operators of another domain that share their name with one of the parser's own."""
     for node, name in _foreign(context):
         tried = node.domain == MICROSOFT and node.op in (*FOREIGN_REFUSED, *FOREIGN_BUILT)
         if not tried and _named_alike(node):
-            yield Match(
-                node, f"the parser looks at names alone: it reads {name} as its own {node.op}"
-            )
+            yield Match(node, f"the parser ignores domains: it reads {name} as its own {node.op}")
 
 
 def known_foreign_operator(context: Context) -> Iterator[Match]:
-    """Operators of ONNX Runtime that TensorRT-RTX takes: it looks at names alone."""
+    """Operators of ONNX Runtime that TensorRT-RTX accepts: it ignores domains."""
     for node, name in _foreign(context):
         if node.domain == MICROSOFT and node.op in FOREIGN_BUILT:
-            yield Match(
-                node, f"the parser looks at names alone: it reads {name} as its own {node.op}"
-            )
+            yield Match(node, f"the parser ignores domains: it reads {name} as its own {node.op}")
 
 
 def tensorrt_operator(context: Context) -> Iterator[Match]:
     """TensorRT's own quantizers (trt::TRT_FP8QuantizeLinear and others), as modelopt writes them."""
     for node, name in _foreign(context):
         if _own_of_tensorrt(node, context):
-            yield Match(node, f"{name} is an operator of TensorRT alone")
+            yield Match(node, f"only TensorRT has the operator {name}")
 
 
 def _foreign(context: Context) -> Iterator[tuple[Node, str]]:
-    """Yield the nodes of other domains with their whole names."""
+    """Yield the nodes of other domains with their qualified names."""
     for node in context.view.nodes:
         if node.domain not in STANDARD_DOMAINS:
             yield node, f"{node.domain}::{node.op}"
@@ -145,7 +141,7 @@ def constant_type(context: Context) -> Iterator[Match]:
 
 
 def uint8_codes(context: Context) -> Iterator[Match]:
-    """DequantizeLinear of UINT8 codes that no QuantizeLinear makes: other rules look at those."""
+    """DequantizeLinear of UINT8 codes that no QuantizeLinear makes (other rules check those)."""
     for node in context.view.nodes_of("DequantizeLinear"):
         producer = context.view.producer(node.input(0))
         quantized = producer is not None and producer.op == "QuantizeLinear"
@@ -161,7 +157,7 @@ def int32_codes(context: Context) -> Iterator[Match]:
 
 
 def scalar_codes(context: Context) -> Iterator[Match]:
-    """DequantizeLinear of a scalar: the parser reshapes it, which its builder does not survive."""
+    """DequantizeLinear of a scalar: the parser reshapes it, which crashes the builder."""
     for node in context.view.nodes_of("DequantizeLinear"):
         constant = context.view.constants.get(node.input(0))
         if constant is not None and constant.shape == ():
@@ -175,16 +171,16 @@ def uint8_zero_point(context: Context) -> Iterator[Match]:
         if zero is not None and zero.dtype == "UINT8" and not np.any(zero.array()):
             yield Match(
                 node,
-                "its zero point is UINT8: TensorRT quantizes to INT8 instead, where values clip at 127",
+                "its zero point is UINT8: TensorRT quantizes to INT8 instead, and values clip at 127",
             )
 
 
 def uint8_by_default(context: Context) -> Iterator[Match]:
-    """QuantizeLinear that says no type at all: UINT8 in ONNX, INT8 in TensorRT."""
+    """QuantizeLinear without any output type: UINT8 in ONNX, INT8 in TensorRT."""
     for node in context.view.nodes_of("QuantizeLinear"):
         if not node.input(2) and not node.get("output_dtype"):
             yield Match(
-                node, "it names no output type: ONNX means UINT8 by that, TensorRT takes INT8"
+                node, "it names no output type: the default is UINT8 in ONNX, INT8 in TensorRT"
             )
 
 
@@ -212,7 +208,7 @@ def scale_value(context: Context) -> Iterator[Match]:
 
 
 def scale_not_finite(context: Context) -> Iterator[Match]:
-    """A scale that is infinite or no number: the parser lets it pass."""
+    """A scale that is infinite or NaN: the parser lets it pass."""
     for node, values in _scales(context):
         bad = values[~np.isfinite(values)]
         if bad.size:
@@ -258,7 +254,7 @@ def fp4_in_onnxruntime(context: Context) -> Iterator[Match]:
 
 
 def int4_reader(context: Context) -> Iterator[Match]:
-    """An INT4 constant read by anything but a DequantizeLinear or what only moves it."""
+    """An INT4 constant read by anything but a DequantizeLinear or an operator that only moves it."""
     moves = ("Concat", "Reshape", "Transpose", "Identity", "Shape", "Squeeze", "Unsqueeze")
     for name, constant in context.view.constants.items():
         for node, _ in context.view.readers.get(name, []) if constant.dtype == "INT4" else []:
@@ -267,7 +263,7 @@ def int4_reader(context: Context) -> Iterator[Match]:
 
 
 def odd_int4(context: Context) -> Iterator[Match]:
-    """INT4 of an odd number of elements, or for TensorRT proper of an odd last dimension."""
+    """INT4 with an odd number of elements, or for TensorRT itself an odd last dimension."""
     for node in context.view.nodes_of("DequantizeLinear"):
         constant = context.view.constants.get(node.input(0))
         if constant is None or constant.dtype != "INT4":
@@ -312,9 +308,9 @@ TYPE_RULES = (
          "export again with the opset that has it, or correct its name",
          {**documented("refused"), "onnxruntime": Verdict("refused", "documented")}),
     Rule("operator-unsupported", unsupported_operator,
-         "replace it by operators that the parser has", built_here("refused", "documented")),
+         "replace it with operators that the parser supports", built_here("refused", "documented")),
     Rule("operator-doubtful", doubtful_operator,
-         "export with opset 20, which writes it in smaller operators, or try it on the device",
+         "export with opset 20, which decomposes it, or try it on the device",
          {**documented("doubtful", "trt-10.13"), "trt-11": Verdict("doubtful", "unproven")}),
     Rule("operator-foreign", foreign_operator,
          "export to plain ONNX operators (for MatMulNBits: an INT4 constant, DequantizeLinear and "
@@ -323,12 +319,12 @@ TYPE_RULES = (
          "export to plain ONNX operators, or load the plugin when the engine is built and run",
          {**documented("refused"), "trt-rtx": Verdict("refused", "unproven")}),
     Rule("operator-alike", alike_operator,
-         "export to plain ONNX operators: the two may differ in inputs, layout or what they compute",
+         "export to plain ONNX operators: the two may differ in inputs, layout or result",
          {name: Verdict("doubtful", "unproven") for name in TENSORRT}),
     Rule("operator-by-name", known_foreign_operator,
-         "nothing, or export to plain ONNX operators, which others read too", built_here("note")),
+         "no change needed; plain ONNX operators would also run elsewhere", built_here("note")),
     Rule("operator-tensorrt", tensorrt_operator,
-         "nothing for TensorRT; ONNX Runtime and others need QuantizeLinear and DequantizeLinear",
+         "no change needed for TensorRT; other runtimes need QuantizeLinear and DequantizeLinear",
          built_here("note", "documented")),
     Rule("constant-type", constant_type,
          "store codes as INT8 or INT4 (signed), indices as INT32 or INT64, numbers as FP16 or FP32",
@@ -347,14 +343,14 @@ TYPE_RULES = (
     Rule("zero-point", zero_point_value, SYMMETRIC, built_here("refused", "documented")),
     Rule("zero-point-computed", computed_zero_point, SYMMETRIC,
          built_here("refused", "documented")),
-    Rule("scale-positive", scale_value, "calibrate again: every scale is above 0",
+    Rule("scale-positive", scale_value, "calibrate again: every scale must be above 0",
          built_here("refused", "documented")),
-    Rule("scale-finite", scale_not_finite, "calibrate again: every scale is a finite number",
+    Rule("scale-finite", scale_not_finite, "calibrate again: every scale must be finite",
          {**built_here("wrong", "documented"), "onnxruntime": Verdict("wrong", "documented")}),
     Rule("scale-constant", computed_scale, "use a constant scale from calibration",
          documented("refused", "trt-10.3")),
     Rule("scale-type", scale_type,
-         "give the scale the type of what it quantizes (FP16 in an FP16 graph)",
+         "give the scale the type of its tensor (FP16 in an FP16 graph)",
          {**documented("refused", "trt-10.3"), **documented("doubtful", "trt-10.13", "trt-11")}),
     Rule("fp8-gpu", fp8_on_old_gpu, KEEP_FLOAT, built_here("refused", "documented")),
     Rule("fp4-gpu", fp4_on_old_gpu, KEEP_FLOAT, built_here("refused", "documented")),

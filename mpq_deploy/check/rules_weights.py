@@ -13,7 +13,7 @@ from mpq_deploy.check.rule import Context, Match, Rule, built_here, documented
 # The largest matrix that is read to see whether it only picks channels.
 ONE_HOT_ELEMENTS = 1 << 22
 HALVES = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
-UNPACKED = "is unpacked as a whole at each call"
+UNPACKED = "is unpacked in full at each call"
 
 
 def left_blocks(context: Context) -> Iterator[Match]:
@@ -49,7 +49,7 @@ def shared_blocks(context: Context) -> Iterator[Match]:
 
 
 def block_axis(context: Context) -> Iterator[Match]:
-    """Blocks along an axis that is neither the last nor the one before it."""
+    """Blocks along an axis that is neither the last nor the second to last."""
     for node, constant in _block_codes(context.view):
         rank = len(constant.shape)
         if int(node.get("axis", 1)) % rank < rank - 2:
@@ -58,7 +58,7 @@ def block_axis(context: Context) -> Iterator[Match]:
 
 
 def block_rank(context: Context) -> Iterator[Match]:
-    """Blocks in a weight that is no matrix, or of a type that this release has no blocks for."""
+    """Blocks in a weight that is not a matrix, or of a type that cannot have blocks in this release."""
     rank = context.dialect.block_rank
     for node, constant in _block_codes(context.view):
         if rank is not None and len(constant.shape) != rank:
@@ -105,7 +105,7 @@ def w4a8_conv_reshaped(context: Context) -> Iterator[Match]:
         if _reshaped(layer.weight):
             yield Match(
                 layer.node,
-                "it convolves an INT8 activation with an INT4 weight: INT8 is undone again",
+                "it convolves an INT8 activation with an INT4 weight: computed in FP16",
             )
 
 
@@ -123,7 +123,7 @@ def same_scales(context: Context) -> Iterator[Match]:
 
 
 def requantized(context: Context) -> Iterator[Match]:
-    """4-bit storage with INT8 compute, where no one has shown that it works."""
+    """4-bit storage with INT8 compute, where that is unproven."""
     if not context.dialect.requantized:
         for layer in context.view.layers:
             if layer.weight.quantized and layer.weight.requantized:
@@ -139,12 +139,12 @@ def conv_reshaped(context: Context) -> Iterator[Match]:
             if layer.node.op == "Conv" and _int4(layer.weight) and not layer.weight.requantized:
                 yield Match(
                     layer.node,
-                    "its weight is INT4: INT4 convolutions are documented for no TensorRT",
+                    "its weight is INT4: no TensorRT documents INT4 convolutions",
                 )
 
 
 def int8_weight_only(context: Context) -> Iterator[Match]:
-    """INT8 weights with an FP16 activation, where no one has shown that they stay INT8."""
+    """INT8 weights with an FP16 activation, where it is unproven that they stay INT8."""
     if not context.dialect.int8_weights_only:
         for layer in context.view.layers:
             if layer.weight_only and layer.weight.dtype == "INT8":
@@ -191,13 +191,13 @@ def product_unpacked(context: Context) -> Iterator[Match]:
 
 
 def requantized_each_call(context: Context) -> Iterator[Match]:
-    """4-bit storage with INT8 or FP8 compute pays for turning the weight into 8 bits at each call."""
+    """4-bit storage with INT8 or FP8 compute pays for converting the weight to 8 bits at each call."""
     weights = [layer.weight for layer in context.view.layers]
     count = sum(weight.quantized and weight.requantized for weight in weights)
     if count and context.dialect.requantized:
         yield Match(
             None,
-            f"{count} layers turn their 4-bit weight into 8 bits at each call (bytes saved, not bandwidth)",
+            f"{count} layers convert their 4-bit weight to 8 bits at each call (bytes saved, not bandwidth)",
         )
 
 
@@ -246,7 +246,7 @@ def late_quantized(context: Context) -> Iterator[Match]:
         if constant.dtype.startswith(("FLOAT", "BFLOAT")):
             yield Match(
                 layer.node,
-                f"its weight lies in the file as {constant.dtype} and is quantized while building",
+                f"its weight is stored as {constant.dtype} and quantized during the build",
             )
 
 
@@ -318,7 +318,7 @@ def _w4a8(context: Context, product: bool) -> Iterator[LayerView]:
 
 
 def _unfused(view: View, layer: LayerView) -> str:
-    """Why a product does not take its packed weight as it lies; empty when it does."""
+    """Why a product does not read its weight packed; empty if it does."""
     weight, constant, dq = layer.weight, layer.weight.constant, layer.weight.dq
     if not layer.product or not layer.weight_only or layer.side == 0:
         return ""
@@ -347,7 +347,7 @@ def _mixed(context: Context, *ops: str) -> Iterator[tuple[LayerView, Node]]:
 
 
 def _quantized_kinds(view: View, node: Node) -> set[str]:
-    """The stored types of what a node joins; "" for a part that is not quantized."""
+    """The stored types of the parts that a node joins; "" for one that is not quantized."""
     weights = (view.stored(name) for name in node.inputs)
     return {one.dtype if one and one.quantized else "" for one in weights}
 
@@ -371,14 +371,14 @@ def _reshaped(weight: Stored) -> bool:
     return any(node.op == "Reshape" for node in weight.path)
 
 
-OWN_COPY = "give each product its own copy of the constants (equal ones lie in the engine once)"
+OWN_COPY = "give each product its own copy of the constants (the engine stores equal ones once)"
 ACTIVATION_SIDE = "compute the branch on the activation: Gather the channels, a small product, Add"
 MATRIX = "store it as a matrix [O, I*kh*kw] with blocks along the last axis, and a Reshape before the Conv"
 REQUANTIZE = (
     "dequantize in blocks, then QuantizeLinear to INT8 per channel and DequantizeLinear (w4a8); or leave the "
     "activation in FP16 (w4a16)"
 )
-ALSO_INT8 = "quantize the activation as well (w8a8), or leave it in FP16; as it is, bytes are saved and not time"
+ALSO_INT8 = "quantize the activation as well (w8a8), or leave it in FP16; as it is, it saves bytes but no time"
 
 WEIGHT_RULES = (
     Rule("int4-left", left_blocks, "put the weight on the right (transpose the product)",
@@ -411,7 +411,7 @@ WEIGHT_RULES = (
     Rule("product-unpacked", product_unpacked,
          "INT4: blocks of 32 to 256 that divide K, two or more, K and N even; INT8: one scale per "
          "channel, K and N even", built_here("slow")),
-    Rule("requantized-cost", requantized_each_call, "where time counts, use w8a8",
+    Rule("requantized-cost", requantized_each_call, "use w8a8 where time matters",
          built_here("note")),
     Rule("weight-sum", summed_weights, "compute two products and add them", built_here("slow")),
     Rule("weight-join", joined_weights,

@@ -42,7 +42,7 @@ def main() -> None:
         app()
     except _Stopped:
         sys.stderr.write(
-            "mpq-deploy: stopped; the next call goes on from the last finished stage\n"
+            "mpq-deploy: stopped; the next call continues from the last finished stage\n"
         )
         sys.exit(130)
     except Exception as error:

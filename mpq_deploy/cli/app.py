@@ -1,4 +1,4 @@
-"""The command line application: what stands before a command, and what every command uses."""
+"""The command line application: its global options, and what every command uses."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     from mpq_deploy.system.parallel.work import Crew
     from mpq_deploy.system.progress import Talk
 
-STAGES = "Stages (over one run folder)"
+STAGES = "Stages (on one run folder)"
 LOOK = "Look at results"
-DEVICE = "To a device"
+DEVICE = "Deploy to a device"
 MACHINE = "This machine"
 
 app = typer.Typer(
@@ -44,7 +44,7 @@ app = typer.Typer(
 
 
 class State:
-    """Options that stand before the command."""
+    """The global options, given before the command."""
 
     quiet = False
     json = False
@@ -59,10 +59,12 @@ def _version(requested: bool) -> None:
 
 @app.callback()
 def _main(
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="Results on stdout as JSON.")] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="Show no progress on stderr.")
+    ] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print results on stdout as JSON.")] = False,
     debug: Annotated[
-        bool, typer.Option("--debug", help="Show tracebacks, and what libraries log.")
+        bool, typer.Option("--debug", help="Show tracebacks and the logs of libraries.")
     ] = False,
     version: Annotated[
         bool,
@@ -80,7 +82,7 @@ def _main(
 
 
 def recipe_for(recipe: str | Path | None, options: Mapping[str, Any]) -> Recipe:
-    """Return a recipe with ``options`` (values by dotted key; None: not given) over it."""
+    """Return a recipe, overridden by ``options`` (values by dotted key; None: not given)."""
     from mpq_deploy.recipe import load_recipe
 
     plain = {
@@ -92,7 +94,7 @@ def recipe_for(recipe: str | Path | None, options: Mapping[str, Any]) -> Recipe:
 
 
 def recipe_of(run: Path, recipe: str | None, options: Mapping[str, Any] | None = None) -> Recipe:
-    """Return the recipe of a run folder, or another one for it, with ``options`` over it."""
+    """Return the recipe of a run folder, or ``recipe`` where one is given, overridden by ``options``."""
     from mpq_deploy.run.folder import check_one_run
 
     check_one_run(run)
@@ -100,15 +102,15 @@ def recipe_of(run: Path, recipe: str | None, options: Mapping[str, Any] | None =
     if recipe is None and not stored.is_file():
         raise UsageError(
             f"{run} is not a run folder: it has no recipe.yaml.",
-            "Make one: mpq-deploy build -o RUN",
+            "Create one: mpq-deploy build -o RUN",
         )
     return recipe_for(recipe or stored, options or {})
 
 
 def recipe_to_build(out: Path | None, recipe: str | None, options: Mapping[str, Any]) -> Recipe:
-    """Return the recipe of a build: with neither model nor recipe that of the run at ``out``, if there is one.
+    """Return the recipe of a build; without a model and a recipe, that of an existing run at ``out``.
 
-    Else another budget for a run would put the bundled model into its folder.
+    Otherwise a new budget for an existing run would build the bundled model in its folder.
     """
     named = recipe is not None or options["model"] is not None
     if named or out is None or not (out / "recipe.yaml").is_file():
@@ -117,7 +119,7 @@ def recipe_to_build(out: Path | None, recipe: str | None, options: Mapping[str, 
 
 
 def _going_on(stored: Recipe, options: Mapping[str, Any]) -> Recipe:
-    """Return a run's recipe, with its counts left open where an effort or a time is given."""
+    """Return a run's recipe; a given effort or time clears its counts, so that they are fitted again."""
     from mpq_deploy.run.effort import reopened
 
     return reopened(stored) if options.get("effort") or options.get("time") else stored
@@ -141,7 +143,7 @@ def run_build(
     recover: bool,
     dry_run: bool,
 ) -> None:
-    """Run all stages, or forecast them; with nothing named on a run of several targets, of all these."""
+    """Run all stages, or forecast them; with no target named, for all targets of an existing run."""
     from mpq_deploy.run.folder import several_in
 
     named = recipe or options["model"] or options["target"]
@@ -157,7 +159,7 @@ def run_build(
 
 
 def run_until(stage: str, settings: Recipe, out: Path | None, crew: Crew | None = None) -> None:
-    """Run all stages up to ``stage`` and print what came of it."""
+    """Run all stages up to ``stage`` and print the result."""
     from mpq_deploy.run.folder import open_targets
     from mpq_deploy.run.pipeline import default_run
     from mpq_deploy.run.recipe_check import check_recipe
@@ -177,7 +179,7 @@ def run_until(stage: str, settings: Recipe, out: Path | None, crew: Crew | None 
 def run_on(
     stage: str, run: Path, recipe: str | None, options: Mapping[str, Any], crew: Crew | None = None
 ) -> None:
-    """Run all stages up to ``stage`` on a run folder, or on those of all its targets."""
+    """Run all stages up to ``stage`` on a run folder, or for each of its targets."""
     from mpq_deploy.run.folder import several_in
 
     several = several_in(run)
@@ -196,7 +198,7 @@ def _run_one(stage: str, settings: Recipe, run: Path, crew: Crew | None) -> Summ
 
 
 def _run_all(stage: str, runs: list[tuple[Recipe, Path]], crew: Crew | None) -> None:
-    """Run the stages for one target after the other, and print what came of all."""
+    """Run the stages for one target after the other, and print all results."""
     from mpq_deploy.recipe import load_recipe
     from mpq_deploy.run.effort import with_counts_of
 
@@ -204,7 +206,7 @@ def _run_all(stage: str, runs: list[tuple[Recipe, Path]], crew: Crew | None) -> 
     first = runs[0][1] / "recipe.yaml"
     for settings, run in runs:
         make_talk().line(f"target {run.name}")
-        # Fitted once, by the first: what targets share is made by the same counts.
+        # Counts are fitted once, for the first target: what targets share needs the same counts.
         settings = with_counts_of(settings, load_recipe(first)) if made else settings
         made[run.name] = _run_one(stage, settings, run, crew)
     if stage == "report":
@@ -215,7 +217,7 @@ def _run_all(stage: str, runs: list[tuple[Recipe, Path]], crew: Crew | None) -> 
 
 
 def print_forecast(settings: Recipe, out: Path | None, crew: Crew | None) -> None:
-    """Export the model, and print what a whole build would take; of several targets, for the first."""
+    """Export the model, and print the forecast of a whole build, of several targets for the first."""
     from mpq_deploy.run.folder import open_targets
     from mpq_deploy.run.pipeline import default_run, open_pipeline
     from mpq_deploy.run.several_targets import runs_of
@@ -236,7 +238,7 @@ def print_summary(summary: Summary) -> None:
 
 
 def make_talk() -> Talk:
-    """Return what progress goes to: nothing, a terminal, or plain lines."""
+    """Return where progress goes: nowhere, to a terminal, or into plain lines."""
     from mpq_deploy.system.progress import PlainTalk, RichTalk, Talk
 
     if State.quiet:
@@ -245,7 +247,7 @@ def make_talk() -> Talk:
 
 
 def print_result(values: Any, text: str, json: bool = False) -> None:
-    """Print a result on stdout: its text, or its values as JSON where the command or the call asks for it."""
+    """Print a result on stdout: its text, or with either --json its values as JSON."""
     if not (State.json or json):
         print_text(text)
         return
@@ -255,7 +257,7 @@ def print_result(values: Any, text: str, json: bool = False) -> None:
 
 
 def print_each(made: Mapping[str, tuple[Any, str]], json: bool = False) -> None:
-    """Print values and text of one run (by no name), or of several targets' by name."""
+    """Print the values and text of one run (under the name ""), or of several targets by name."""
     if "" in made:
         print_result(*made[""], json)
         return
@@ -265,7 +267,7 @@ def print_each(made: Mapping[str, tuple[Any, str]], json: bool = False) -> None:
 
 
 def check_one_file(out: Path | None, runs: Mapping[str, Path]) -> None:
-    """Raise UsageError where results of several targets would go into one file."""
+    """Raise UsageError if results of several targets would go into one file."""
     if out is not None and len(runs) > 1:
         raise UsageError(
             f"{out} cannot hold the results of {len(runs)} targets.",
@@ -274,7 +276,7 @@ def check_one_file(out: Path | None, runs: Mapping[str, Path]) -> None:
 
 
 def print_text(text: str) -> None:
-    """Print text for people on stdout: control characters of names are shown as escapes."""
+    """Print text for people on stdout, with control characters in names shown as escapes."""
     print(printable(text, LINE_ENDS))
 
 

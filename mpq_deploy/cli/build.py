@@ -83,7 +83,7 @@ def build(
         bool,
         typer.Option(
             "--recover",
-            help="Then train the quantized model towards the float one.",
+            help="Also train the quantized model towards the float one.",
             show_default=False,
         ),
     ] = False,
@@ -97,8 +97,8 @@ def build(
 ) -> None:
     """Run all stages: export, measure, fit the budget, quantize, build the engine, compare, report.
 
-    A second call on the same run folder repeats only what changed: another budget takes seconds. Without a model and a
-    recipe it goes on with those of the run.
+    A second call on the same run folder repeats only what changed: another budget takes seconds.
+    Without a model or a recipe it uses those of the run.
     """
     given: dict[str, Any] = {"model": model, "budget": budget, "target": target}
     given |= {"measure.method": sensitivity, "conditions": conditions, "scheduler": scheduler}
@@ -186,7 +186,7 @@ def allocate(
     objective: ObjectiveOption = None,
     latency_table: LatencyTableOption = None,
 ) -> None:
-    """Choose a scheme for every layer within the budget, and within a latency where one is given."""
+    """Choose a scheme for every layer within the budget, and within a latency limit if one is given."""
     latency = latency_settings(max_latency, objective, latency_table)
     run_on("allocate", run, recipe, {"budget": budget, **latency})
 
@@ -250,13 +250,13 @@ def evaluate(
         Optional[CorrectionKind],
         typer.Option(
             "--correction",
-            help="Also evaluate with a corrected sampler (ptqd), or stop.",
+            help="Correction of the sampler to evaluate as well.",
             show_default=False,
         ),
     ] = None,
     compute: Compute = HERE,
 ) -> None:
-    """Compare the quantized model with the float one, beside everything-INT8 and everything-INT4."""
+    """Compare the quantized model with the float one, and with everything-INT8 and everything-INT4."""
     given = {"evaluate.correction": correction, "compute.device": compute.device}
     run_on("evaluate", run, recipe, given, compute.crew())
 
@@ -277,7 +277,7 @@ def report(
     target: OneTargetOption = None,
     sign: SignOption = None,
 ) -> None:
-    """Write report.html, report.md and report.json; of several targets also a page that lists them."""
+    """Write report.html, report.md and report.json; for several targets also an overview page."""
     from mpq_deploy.run.folder import runs_at
     from mpq_deploy.run.pipeline import open_pipeline
 
@@ -306,7 +306,7 @@ def report(
 
 
 def losses_of(given: list[str] | None) -> dict[str, float] | None:
-    """Read NAME or NAME=WEIGHT; None where none was given."""
+    """Read NAME or NAME=WEIGHT; None if no loss was given."""
     from mpq_deploy.recipe import LOSSES
 
     losses: dict[str, float] = {}
@@ -314,13 +314,14 @@ def losses_of(given: list[str] | None) -> dict[str, float] | None:
         name, _, weight = text.partition("=")
         if name not in LOSSES:
             raise UsageError(
-                f"--loss {text} names no loss.",
+                f"--loss {text} does not name a loss.",
                 f"{nearest(name, LOSSES)}Known: {', '.join(LOSSES)}.",
             )
         try:
             losses[name] = float(weight or 1.0)
         except ValueError as error:
             raise UsageError(
-                f"The weight in --loss {text} is no number.", "Write for example relation=0.1."
+                f"The weight in --loss {text} is not a number.",
+                "Write NAME=WEIGHT, such as relation=0.1.",
             ) from error
     return losses or None

@@ -61,7 +61,7 @@ def package(
 def _package(
     run: Path, target: str | None, out: Path, key: SecretKey | None
 ) -> tuple[dict[str, Any], str]:
-    """Pack one run; return what was written, and the text that says so."""
+    """Pack one run; return what was written as values and as text."""
     from mpq_deploy.delivery.package import check_builder, make_package
     from mpq_deploy.engine.target import load_target
     from mpq_deploy.run.pipeline import open_pipeline
@@ -85,26 +85,24 @@ def _package(
     epilog="Example: mpq-deploy probe --target jetson-orin-nano -o probe.tar",
 )
 def probe(
-    target: Annotated[
-        str, typer.Option("--target", metavar="NAME", help="Target whose forms are tried.")
-    ],
+    target: Annotated[str, typer.Option("--target", metavar="NAME", help="Target to probe.")],
     out: Annotated[
         Optional[Path],
         typer.Option(
             "--out",
             "-o",
             metavar="FILE",
-            help="Tar to write.",
+            help="Archive to write.",
             show_default="<target>-probe.tar",
             callback=output_file,
         ),
     ] = None,
 ) -> None:
-    """Pack small graphs of the forms that are unproven on a target, for a device to try.
+    """Pack small graphs that show on a device which unproven forms its TensorRT takes.
 
     On the device: tar xf probe.tar, then probe/run.sh.
 
-    At home again: mpq-deploy targets --take probe-results.json.
+    Back on this machine: mpq-deploy targets --take probe-results.json.
     """
     from mpq_deploy.delivery.probe_package import make_probe
     from mpq_deploy.engine.target import load_target
@@ -135,7 +133,7 @@ def install(
         typer.Option(
             "--sha256",
             metavar="DIGEST",
-            help="Refuse an archive of another SHA-256.",
+            help="Refuse an archive whose SHA-256 differs.",
             show_default=False,
         ),
     ] = None,
@@ -144,7 +142,7 @@ def install(
         typer.Option(
             "--trust",
             metavar="PUBKEY",
-            help="Refuse an archive that this key of minisign (a file, or its text) has not signed.",
+            help="Refuse an archive not signed with this minisign key (a file, or its text).",
             show_default=False,
         ),
     ] = None,
@@ -155,8 +153,8 @@ def install(
 ) -> None:
     """On the device: verify, build, check layers and reference outputs, measure latency.
 
-    Without mpq-deploy on the device: tar xf MODEL.mpq.tar, then ./build.sh. Exit code 1 when
-    something differs.
+    Without mpq-deploy on the device: tar xf MODEL.mpq.tar, then ./build.sh. Exit
+    code 1 when something differs.
     """
     from mpq_deploy.device.installer import Trust, default_out, summary
     from mpq_deploy.device.installer import install as install_package
@@ -173,10 +171,12 @@ def install(
 )
 def deploy(
     run: RunArgument,
-    ssh: Annotated[str, typer.Option("--ssh", metavar="USER@HOST", help="The device, as for ssh.")],
+    ssh: Annotated[
+        str, typer.Option("--ssh", metavar="USER@HOST", help="The device, as you give it to ssh.")
+    ],
     target: TargetOption = None,
     ssh_command: Annotated[
-        str, typer.Option("--ssh-command", help="ssh client, with its options.")
+        str, typer.Option("--ssh-command", help="ssh command, with its options.")
     ] = "ssh",
     folder: Annotated[
         str, typer.Option("--folder", help="The folder on the device.")
@@ -187,7 +187,8 @@ def deploy(
 ) -> None:
     """Package, copy, install on the device and fetch the results, over your own ssh.
 
-    Host keys are checked as your ssh configuration says. Repeat an interrupted call to continue it.
+    Host keys are checked as your ssh configuration says. To resume an interrupted
+    deployment, run the same command again.
     """
     import shlex
 

@@ -67,12 +67,13 @@ def profile(
         ),
     ] = None,
     estimate: Annotated[
-        bool, typer.Option("--estimate", help="Write estimates instead: needs no hardware.")
+        bool, typer.Option("--estimate", help="Write estimates instead; needs no GPU.")
     ] = False,
 ) -> None:
     """Time every distinct layer under every scheme on this GPU, for --latency-table.
 
-    A stopped call continues in the same file. Without the hardware it lists what would be measured.
+    If interrupted, run it again to continue in the same file. Without the
+    hardware it lists what would be measured.
     """
     from mpq_deploy.engine.target import load_target
     from mpq_deploy.latency.profile import Profile
@@ -114,14 +115,15 @@ def bench(
     warm_up: WarmUpOption = 10,
     threads: CpuThreadsOption = 0,
     shape: ShapeOption = None,
-    cuda_graphs: Annotated[bool, typer.Option(help="Launch engines by CUDA graphs.")] = True,
+    cuda_graphs: Annotated[bool, typer.Option(help="Launch engines through CUDA graphs.")] = True,
     out: BenchOutOption = None,
     target: OneTargetOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Time a model on this machine, in turns with the float one: latency, throughput, memory.
+    """Time a model on this machine, alternating with the float one: latency, throughput, memory.
 
-    Without a GPU that is ONNX Runtime on the CPU, which says nothing about an engine.
+    Without a GPU it times ONNX Runtime on the CPU, which says nothing about an
+    engine.
     """
     from mpq_deploy.bench.bench import Schedule, bench_text, measure, results
     from mpq_deploy.bench.sources import Wish, parse_shapes, subject_of
@@ -144,7 +146,7 @@ def bench(
 
 
 def _subjects(source: Path, wish: Wish) -> tuple[list[Subject], Origin]:
-    """Return what of a run, an engine or an ONNX file is timed, and its origin."""
+    """Return the model of a run, an engine or an ONNX file that is timed, and its origin."""
     from mpq_deploy.bench.bench import origin_of
     from mpq_deploy.bench.from_run import subjects_of
     from mpq_deploy.bench.sources import subject_of
@@ -160,13 +162,13 @@ def _subjects(source: Path, wish: Wish) -> tuple[list[Subject], Origin]:
 
 @app.command(rich_help_panel=MACHINE, epilog="Example: mpq-deploy targets rtx")
 def targets(
-    name: Annotated[Optional[str], typer.Argument(help="Show one target in full.")] = None,
+    name: Annotated[Optional[str], typer.Argument(help="Target to show in full.")] = None,
     take: Annotated[
         Optional[Path],
         typer.Option(
             "--take",
             metavar="FILE",
-            help="Make a target of what a probe's results have shown.",
+            help="Write a target from a probe's results.",
             show_default=False,
         ),
     ] = None,
@@ -182,7 +184,7 @@ def targets(
         ),
     ] = None,
 ) -> None:
-    """List the targets, or show what one target may take and what is proven of it."""
+    """List the targets, or show what one target supports and which of it is proven."""
     from mpq_deploy.engine.target import known_targets, load_target
 
     if (take is None and out is not None) or (take is not None and name is not None):
@@ -211,13 +213,13 @@ def targets(
 
 
 def _take(results_file: Path, out: Path | None) -> None:
-    """Make a target of a probe's results, and say what they are."""
+    """Write a target from a probe's results, and print both."""
     from mpq_deploy.delivery.probe_results import take_probe
 
     written, results = take_probe(results_file, out)
     lines = [f"{form:<18}{found.said}" for form, found in results.forms.items()]
     if not results.finished:
-        lines.append("not finished: run.sh on the device goes on with the other forms")
+        lines.append("not finished: run run.sh on the device again to try the remaining forms")
     lines.append(f"target  {written}  (use it as --target ./{written.name})")
     print_result({"file": str(written), **results.model_dump(mode="json")}, "\n".join(lines))
 
@@ -237,7 +239,7 @@ def doctor() -> None:
 
 
 def _print_findings(findings: list[Finding]) -> None:
-    """One group after the other; targets as a table of what can be built and run here."""
+    """Return one group after the other as text; targets as a table of what can be built and run here."""
     plain = [finding for finding in findings if finding.group != "targets"]
     width = max(len(finding.name) for finding in plain)
     group = ""

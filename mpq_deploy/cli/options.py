@@ -18,13 +18,13 @@ if TYPE_CHECKING:
     from mpq_deploy.device.signature import SecretKey
     from mpq_deploy.system.parallel.work import Crew
 
-OF_MODEL = "What the model lacks"
-# NumPy's and torch's generators take as many.
+OF_MODEL = "Model inputs"
+# The largest seed that NumPy's and torch's generators both take.
 LARGEST_SEED = 2**63 - 1
 
 
 def signing_key(path: Path | None) -> SecretKey | None:
-    """Read minisign's secret key, before any work. Raises UsageError, or that cryptography is missing."""
+    """Read a minisign secret key, before any work. Raises UsageError, also if cryptography is missing."""
     if path is None:
         return None
     from mpq_deploy.device.signature import read_secret_key, require_crypto
@@ -34,14 +34,15 @@ def signing_key(path: Path | None) -> SecretKey | None:
 
 
 def expanded(path: Path | None) -> Path | None:
-    """Return ``path`` with the user's home for ``~``, which shells leave in ``--out=~/x``."""
+    """Return ``path`` with ``~`` expanded to the home folder: shells leave it as it is in ``--out=~/x``."""
     return None if path is None else path.expanduser()
 
 
 def output_file(path: Path | None) -> Path | None:
     """Return the file that a command is to write; no folder is made for it.
 
-    Raises UsageError, before any work, for a folder or a device, and where its folder is not there.
+    Raises UsageError, before any work, for a folder, for a device file, and where its folder does
+    not exist.
     """
     if path is None:
         return None
@@ -50,10 +51,10 @@ def output_file(path: Path | None) -> Path | None:
         if path.is_dir():
             raise UsageError(f"{path} is a folder.", "Give the file to write.")
         if path.exists() and not path.is_file():
-            raise UsageError(f"{path} is no regular file.", "Give the file to write.")
+            raise UsageError(f"{path} is not a regular file.", "Give the file to write.")
         if not path.parent.is_dir():
             raise UsageError(
-                f"There is no folder {path.parent}.", "Make it first, or give another."
+                f"There is no folder {path.parent}.", "Create it first, or give another path."
             )
     except (OSError, ValueError) as error:
         raise UsageError(f"{str(path)[:200]} cannot be written: {error}.") from error
@@ -155,7 +156,7 @@ OneTargetOption = Annotated[
         "--target",
         "-t",
         metavar="NAME",
-        help="Of a run of several targets, this one alone.",
+        help="Only this target, of a run that has several.",
         show_default="all of them",
     ),
 ]
@@ -215,7 +216,7 @@ CallOption = Annotated[
     typer.Option(
         "--call",
         metavar="FILE",
-        help="What the pipeline is called with, a YAML.",
+        help="YAML with the arguments that the pipeline is called with.",
         rich_help_panel=OF_MODEL,
         show_default=False,
     ),
@@ -225,7 +226,7 @@ RecordedOption = Annotated[
     typer.Option(
         "--calls",
         metavar="FOLDER",
-        help="Calls that mpq_deploy.record wrote.",
+        help="Folder of calls that mpq_deploy.record wrote.",
         rich_help_panel=OF_MODEL,
         show_default=False,
     ),
@@ -235,7 +236,7 @@ ConfigOption = Annotated[
     typer.Option(
         "--config",
         metavar="FOLDER",
-        help="Configurations of a checkpoint's pipeline.",
+        help="Folder with the pipeline's configuration files, for a checkpoint.",
         rich_help_panel=OF_MODEL,
         show_default=False,
     ),
@@ -255,14 +256,16 @@ ComponentOption = Annotated[
     typer.Option(
         "--component",
         metavar="PART",
-        help="Part of a pipeline: vae, text_encoder ...",
+        help="Component of the pipeline to quantize: vae, text_encoder ...",
         show_default="the one that denoises",
     ),
 ]
 SensitivityOption = Annotated[
     Optional[Sensitivity],
     typer.Option(
-        "--sensitivity", help="Sensitivity metric that predicts losses.", show_default="probe"
+        "--sensitivity",
+        help="Sensitivity metric that predicts each layer's loss.",
+        show_default="probe",
     ),
 ]
 MaxLatencyOption = Annotated[
@@ -270,14 +273,14 @@ MaxLatencyOption = Annotated[
     typer.Option(
         "--max-latency",
         metavar="TIME",
-        help="Latency limit of one call, such as 120ms.",
+        help="Latency limit for one call of the model, such as 120ms.",
         show_default=False,
     ),
 ]
 ObjectiveOption = Annotated[
     Optional[Objective],
     typer.Option(
-        "--objective", help="What the plan within the budget is best at.", show_default="balanced"
+        "--objective", help="What to optimize within the budget.", show_default="balanced"
     ),
 ]
 LatencyTableOption = Annotated[
@@ -285,7 +288,7 @@ LatencyTableOption = Annotated[
     typer.Option(
         "--latency-table",
         metavar="FILE",
-        help="Table from 'mpq-deploy profile'.",
+        help="Latency table from 'mpq-deploy profile'.",
         show_default="estimates",
     ),
 ]
@@ -296,9 +299,9 @@ WorkersOption = Annotated[
         "--workers",
         min=1,
         metavar="N",
-        help="Processes that share the work.",
+        help="Number of processes to use.",
         rich_help_panel=WORKERS,
-        show_default="this one",
+        show_default="1, this process",
     ),
 ]
 RayOption = Annotated[
@@ -306,7 +309,7 @@ RayOption = Annotated[
     typer.Option(
         "--ray",
         metavar="ADDRESS",
-        help="A Ray cluster that shares the work: HOST:PORT, or auto.",
+        help="Ray cluster to use: HOST:PORT, or auto.",
         rich_help_panel=WORKERS,
         show_default=False,
     ),
@@ -317,9 +320,9 @@ ThreadsOption = Annotated[
         "--threads",
         min=1,
         metavar="T",
-        help="Threads per worker. Last digits depend on them, not on the number of workers.",
+        help="Threads per worker. Results depend on it in the last digits; they do not depend on --workers.",
         rich_help_panel=WORKERS,
-        show_default="as many as this process has",
+        show_default="all that this process may use",
     ),
 ]
 
@@ -328,7 +331,7 @@ ComputeOption = Annotated[
     typer.Option(
         "--device",
         metavar="NAME",
-        help="What computes: auto, cpu, cuda, or cuda:N.",
+        help="Compute device: auto, cpu, cuda, or cuda:N.",
         show_default="auto",
     ),
 ]
@@ -337,7 +340,7 @@ EffortOption = Annotated[
     Optional[EffortKind],
     typer.Option(
         "--effort",
-        help="Counts of calls, probes and images, where the recipe leaves them open.",
+        help="How many calls, probes and images to use where the recipe does not say.",
         show_default="standard",
     ),
 ]
@@ -347,7 +350,7 @@ TimeOption = Annotated[
     typer.Option(
         "--time",
         metavar="DURATION",
-        help="Lower these counts until a build takes so long: 90s, 30min, 2h.",
+        help="Lower the counts of --effort so that the build fits this time: 90s, 30min, 2h.",
         show_default=False,
     ),
 ]
@@ -361,16 +364,17 @@ MaxSizeOption = Annotated[
     typer.Option(
         "--max-size",
         metavar="SIZE",
-        help="Size of all constants, as a budget: 0.36, 36%, 600MB.",
+        help="Size of all constants, written like a budget: 0.36, 36%, 600MB.",
         show_default=False,
     ),
 ]
 MinPsnrOption = Annotated[
     Optional[float],
-    typer.Option("--min-psnr", metavar="DB", help="PSNR, mean over images.", show_default=False),
+    typer.Option("--min-psnr", metavar="DB", help="Mean PSNR over the images.", show_default=False),
 ]
 MinSsimOption = Annotated[
-    Optional[float], typer.Option("--min-ssim", help="SSIM, mean over images.", show_default=False)
+    Optional[float],
+    typer.Option("--min-ssim", help="Mean SSIM over the images.", show_default=False),
 ]
 MaxNmseOption = Annotated[
     Optional[float],
@@ -425,7 +429,7 @@ SignOption = Annotated[
     typer.Option(
         "--sign",
         metavar="KEY",
-        help="Sign what is written with this secret key of minisign (FILE.minisig).",
+        help="Sign the output with this minisign secret key (writes FILE.minisig).",
         show_default=False,
     ),
 ]
@@ -434,7 +438,7 @@ TrustOption = Annotated[
     typer.Option(
         "--trust",
         metavar="PUBKEY",
-        help="Refuse reports that this key of minisign has not signed.",
+        help="Refuse reports that are not signed with this minisign key.",
         show_default=False,
     ),
 ]
@@ -472,7 +476,7 @@ ImagesOption = Annotated[int, typer.Option("--images", min=2, help="Images per m
 RealOption = Annotated[
     Optional[Path],
     typer.Option(
-        "--real", metavar="PATH", help="Real images: a folder or .npz.", show_default=False
+        "--real", metavar="PATH", help="Real images: a folder or an .npz file.", show_default=False
     ),
 ]
 WeightsOption = Annotated[
@@ -480,7 +484,7 @@ WeightsOption = Annotated[
     typer.Option(
         "--weights",
         metavar="NAME=PATH",
-        help="Weights of a network; repeatable.",
+        help="File with a network's weights; repeatable.",
         show_default=False,
     ),
 ]
@@ -506,12 +510,12 @@ ControlsOption = Annotated[
 ]
 LpipsOption = Annotated[bool, typer.Option("--lpips", help="Also measure LPIPS, image by image.")]
 ClipScoreOption = Annotated[
-    bool, typer.Option("--clip-score", help="Also measure how well images match their prompts.")
+    bool, typer.Option("--clip-score", help="Also measure the CLIP score of images and prompts.")
 ]
 AgainstOption = Annotated[
     Optional[Path],
     typer.Option(
-        "--against", metavar="FILE", help="Model to alternate with.", show_default="the float model"
+        "--against", metavar="FILE", help="Model to compare with.", show_default="the float model"
     ),
 ]
 BackendOption = Annotated[
@@ -522,7 +526,10 @@ DeviceOption = Annotated[str, typer.Option("--device", metavar="NAME", help="cpu
 BatchOption = Annotated[int, typer.Option("--batch", min=1, help="Samples per call.")]
 CallsOption = Annotated[int, typer.Option("--calls", min=1, help="Timed calls per model.")]
 RoundsOption = Annotated[
-    int, typer.Option("--rounds", min=1, help="Rounds that the calls are split into.")
+    int,
+    typer.Option(
+        "--rounds", min=1, help="Rounds that the calls are split into, the models taking turns."
+    ),
 ]
 WarmUpOption = Annotated[
     int, typer.Option("--warm-up", min=1, help="Warm-up calls, reported separately.")
@@ -535,7 +542,7 @@ ShapeOption = Annotated[
     typer.Option(
         "--shape",
         metavar="NAME:1x4x8x8",
-        help="Input shape where the file leaves it open.",
+        help="Shape of an input whose dimensions the file leaves open.",
         show_default=False,
     ),
 ]
@@ -578,7 +585,9 @@ MethodsOption = Annotated[
 ]
 PairsOption = Annotated[
     int,
-    typer.Option("--pairs", min=1, help="Maximum of (layer, scheme) pairs measured exhaustively."),
+    typer.Option(
+        "--pairs", min=1, help="Maximum number of (layer, scheme) pairs measured exhaustively."
+    ),
 ]
 CallsPerTimestepOption = Annotated[
     Optional[int],
@@ -602,7 +611,7 @@ SetOption = Annotated[
 
 @dataclass(frozen=True)
 class Compute:
-    """The options that say who computes; a command of ``with_compute`` takes them as one."""
+    """The options for workers and the compute device; ``with_compute`` passes them as one argument."""
 
     workers: WorkersOption = None
     ray: RayOption = None
@@ -610,7 +619,7 @@ class Compute:
     device: ComputeOption = None
 
     def crew(self) -> Crew | None:
-        """Return who computes what can be spread over workers; None: this process."""
+        """Return the workers for what can be spread over several; None: this process does it all."""
         return crew_for(self.workers, self.ray, self.threads)
 
 
@@ -618,7 +627,7 @@ HERE = Compute()
 
 
 def with_compute(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command the options of ``Compute`` in the place of its parameter ``compute``."""
+    """Replace a command's parameter ``compute`` by the options of ``Compute``."""
     options = inspect.signature(Compute, eval_str=True).parameters
 
     @wraps(command)
@@ -635,7 +644,7 @@ def with_compute(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def crew_for(workers: int | None, ray: str | None, threads: int | None) -> Crew | None:
-    """Return who computes what can be spread over workers; None: this process."""
+    """Return the workers for what can be spread over several; None: this process does it all."""
     from mpq_deploy.system.parallel.crew import crew_for as crew_of
 
     return crew_of(workers, ray, threads)

@@ -93,7 +93,7 @@ def sweep(
             min=2,
             max=100,
             metavar="N",
-            help="In place of --budgets: measure N budgets spread over the predicted curve.",
+            help="Instead of --budgets: measure N budgets spread over the predicted curve.",
             show_default=False,
         ),
     ] = None,
@@ -101,7 +101,7 @@ def sweep(
     target: OneTargetOption = None,
     compute: Compute = HERE,
 ) -> None:
-    """Draw quality against size: measured once, each budget solved in seconds."""
+    """Plot quality against size. Sensitivity is measured once; each budget then takes seconds."""
     from mpq_deploy.run.folder import runs_at
     from mpq_deploy.run.pipeline import open_pipeline
     from mpq_deploy.studies.sweep import parse_budgets, run_sweep, sweep_table
@@ -141,10 +141,10 @@ def audit(
     json: JsonOption = False,
     compute: Compute = HERE,
 ) -> None:
-    """Compare every sensitivity with exhaustive measurement, and by the plans it leads to.
+    """Compare every sensitivity metric with exhaustive measurement, and by the plans it leads to.
 
-    Takes minutes for the bundled models, hours for large ones; a stopped call continues where it
-    was.
+    Takes minutes for the bundled models, hours for large ones. If interrupted,
+    run it again to continue.
     """
     from mpq_deploy.report.audit_page import audit_table, write_audit
     from mpq_deploy.run.pipeline import open_pipeline
@@ -174,7 +174,7 @@ def sample(
     out: Annotated[
         Path,
         typer.Option(
-            "--out", "-o", metavar="PNG", help="The picture to write.", callback=output_file
+            "--out", "-o", metavar="PNG", help="The image to write.", callback=output_file
         ),
     ] = Path("grid.png"),
     count: Annotated[
@@ -183,7 +183,7 @@ def sample(
     seed: Annotated[
         int, typer.Option("--seed", min=0, max=LARGEST_SEED, help="Seed of the noise.")
     ] = 0,
-    steps: Annotated[int, typer.Option("--steps", min=1, help="Steps of the sampler.")] = 20,
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Sampler steps.")] = 20,
     controls: Annotated[
         bool, typer.Option("--controls", help="Also sample everything-INT8 and everything-INT4.")
     ] = False,
@@ -248,7 +248,10 @@ def compare(
 
 
 def _of_target(path: Path, name: str) -> Path:
-    """Return what stands beside the target ``name``: of a run of several its own, else the run itself."""
+    """Return the run to compare target ``name`` with:
+
+    its own in a run of several targets, else ``path``.
+    """
     from mpq_deploy.run.folder import runs_at, several_in
 
     return runs_at(path, name)[name] if name and several_in(path) else path
@@ -275,8 +278,9 @@ def metrics(
 ) -> None:
     """Compare distributions of images: FID or another Frechet distance, KID, precision, recall.
 
-    Against the float model's images from the same noise and against real ones; image by image with
-    --lpips and --clip-score. A stopped call continues with the images that are finished.
+    Compares with the float model's images from the same noise and with real ones;
+    image by image with --lpips and --clip-score. If interrupted, run it again: it
+    keeps the images that are finished.
 
     The result is added to the run's reports: run it before 'mpq-deploy gate'.
     """
@@ -296,7 +300,7 @@ def metrics(
         tuple(network or ()), images, real, given, seed, workers, controls, scores
     )
     settings = recipe_of(run, None, {"compute.device": device})
-    # A stage may take minutes: report first what is missing.
+    # A stage may take minutes, so report anything missing first.
     check_metrics(settings.model, options)
     crew = crew_for(workers, ray, threads)
     with open_pipeline(settings, run, make_talk(), crew) as pipeline:
@@ -327,10 +331,10 @@ def gate(
     target: OneTargetOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Hold a run against limits, for CI. What was not measured fails its limit.
+    """Check a run against limits, for CI. A limit on a value that was not measured fails.
 
-    Of a run of several targets all are held, in a line each. Exit code 0: every limit is kept; 1:
-    one is not; 2: bad input.
+    Every target of the run is checked, one line each. Exit code 0: all limits are
+    met; 1: one is not; 2: bad input.
     """
     from mpq_deploy.report.gate import Limits, check_gate, gate_junit, gate_markdown
     from mpq_deploy.report.read import read_report
@@ -361,7 +365,7 @@ def gate(
 
 
 def _check_trust(trust: str | None, *reports: Path | None) -> None:
-    """Raise SignatureError unless the reports are signed by the key ``trust``, where one is given."""
+    """Raise SignatureError unless the reports are signed by the key ``trust``, if one is given."""
     if trust is not None:
         from mpq_deploy.device.signature import read_public_key
         from mpq_deploy.report.read import check_signed
@@ -370,7 +374,7 @@ def _check_trust(trust: str | None, *reports: Path | None) -> None:
 
 
 def _print_gate(results: dict[str, GateResult], json: bool) -> None:
-    """Print the outcome of one run, or a line for each target; exit with 1 where a limit is not kept."""
+    """Print the outcome of one run, or a line for each target; exit with 1 if a limit is not met."""
     from mpq_deploy.report.gate import gate_line, gate_text
 
     if "" in results:
@@ -396,10 +400,10 @@ def check(
     ] = False,
     json: JsonOption = False,
 ) -> None:
-    """List the nodes that a target's TensorRT refuses, computes wrongly, in FP16 or slowly.
+    """List the nodes that a target's TensorRT refuses, gets wrong, runs in FP16 or runs slowly.
 
-    Exit code 1 when something is refused or wrong, with --strict also for warnings; 2 when the
-    file cannot be read.
+    Exit code 1 if a node is refused or wrong, with --strict also for warnings; 2
+    if the file cannot be read.
     """
     from mpq_deploy.check.check import check_model
     from mpq_deploy.engine.target import load_target
@@ -407,7 +411,7 @@ def check(
     try:
         result = check_model(model, load_target(target or "rtx"))
     except MpqError as error:
-        # A file that cannot be read is no finding: that is all that 1 means here.
+        # Exit code 1 means findings alone; a file that cannot be read is not one.
         error.exit_code = UsageError.exit_code
         raise
     print_result(result.as_json(strict), result.text(), json)

@@ -1,1 +1,1 @@
-"""A run on its way to a device and back: the package, ssh, and the results that come home."""
+"""A run on its way to a device and back: the package, ssh, and the device's results."""

@@ -1,7 +1,7 @@
 """Package, copy, install and fetch in one go, over the user's own ssh client.
 
 Needs a shell, cat, head, sha256sum and python3 on the device. Each step looks at what is there
-already, so that a repeated call goes on at the last byte that arrived, or after the install.
+already, so that a repeated call continues at the last byte that arrived, or after the install.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ KEPT = ".deploy"
 # How long one command on the device may take, the installer, and the copying of one piece (our
 # choice): digesting some gigabytes takes minutes there, building an engine can take an hour.
 STEP_SECONDS, INSTALL_SECONDS, STALLED_SECONDS = 1800.0, 6 * 3600.0, 300.0
-AGAIN = "Repeat the command when the connection is back: it goes on where it stopped."
+AGAIN = "Repeat the command when the connection is back: it continues where it stopped."
 
 
 @dataclass(frozen=True)
 class Remote:
-    """A device that ssh reaches: ``destination`` as for ssh, ``command`` the client with options.
+    """A device that ssh reaches: ``destination`` as given to ssh, ``command`` the client with options.
 
     ``folder`` lies in the remote home unless absolute; ``python`` runs the installer.
     """
@@ -57,13 +57,13 @@ class Remote:
     def __post_init__(self) -> None:
         # ssh would take it as an option.
         if not self.destination.isprintable() or self.destination[:1] in ("", "-"):
-            what = f"'{printable(self.destination)}' is no ssh destination."
-            raise UsageError(what, "Give user@host, as for ssh.")
+            what = f"'{printable(self.destination)}' is not an ssh destination."
+            raise UsageError(what, "Give user@host, as you give it to ssh.")
         if not self.folder or not self.folder.isprintable():
-            raise UsageError(f"'{printable(self.folder)}' is no folder.", "See --folder.")
+            raise UsageError(f"'{printable(self.folder)}' is not a folder.", "See --folder.")
         if re.match(r"~[^/]", self.folder):
             what = f"'{self.folder}' is the home of another user."
-            raise UsageError(what, "Give its whole path: --folder /home/USER/...")
+            raise UsageError(what, "Give its absolute path: --folder /home/USER/...")
 
     @property
     def place(self) -> str:
@@ -81,7 +81,7 @@ class Remote:
     ) -> subprocess.CompletedProcess[str]:
         """Run ``script``.
 
-        Raises EngineError when ssh fails, the exit code is none of ``accept``, it takes longer than
+        Raises EngineError when ssh fails, the exit code is not one of ``accept``, it takes longer than
         ``seconds``, or the device sends more than ``children.OUTPUT_BYTES``.
         """
         try:
@@ -97,9 +97,9 @@ class Remote:
         return done
 
     def failure(self, code: int, text: str) -> EngineError:
-        """Say what went wrong, and that the next call goes on."""
+        """Say what went wrong, and that the next call continues."""
         words = " ".join(text.split())[-300:] or "no reason given"
-        what = "ssh failed" if code == SSH_FAILED else f"A command ended with code {code}"
+        what = "ssh failed" if code == SSH_FAILED else f"A command exited with code {code}"
         return EngineError(
             f"{what} on {self.destination}: {words}", AGAIN if code == SSH_FAILED else ""
         )
@@ -137,7 +137,7 @@ def deploy(run: Run, target: Target, remote: Remote) -> dict[str, Any]:
 
 
 def upload(remote: Remote, archive: Path, name: str, talk: Talk) -> None:
-    """Bring ``archive`` to ``remote.folder/name``, going on after a beginning of it that is there."""
+    """Copy ``archive`` to ``remote.folder/name``, resuming after the part that is already there."""
     digest, size = file_digest(archive), archive.stat().st_size
     part, whole = (f"{remote.place}/{shlex.quote(one)}" for one in (f"{name}.part", name))
     script = f"[ -f {whole} ] && sha256sum < {whole} || [ -f {part} ] && wc -c < {part} || echo 0"
@@ -147,19 +147,19 @@ def upload(remote: Remote, archive: Path, name: str, talk: Talk) -> None:
         return
     start = _good_bytes(remote, archive, part, there)
     if start:
-        talk.line(f"going on after {start:,} bytes that arrived before")
+        talk.line(f"resuming after {start:,} bytes that arrived before")
     else:
         remote.run(f": > {part}")
     _send(remote, archive, part, start, size, talk)
     if remote.run(f"sha256sum < {part}").stdout.split()[:1] != [digest]:
         remote.run(f"rm -f {part}")
-        what = f"The archive arrived altered on {remote.destination}."
-        raise EngineError(what, "Repeat the command: it starts anew.")
+        what = f"The archive on {remote.destination} differs from the one that was sent."
+        raise EngineError(what, "Repeat the command: it starts over.")
     remote.run(f"mv {part} {whole}")
 
 
 def _good_bytes(remote: Remote, archive: Path, part: str, listed: str) -> int:
-    """Count the bytes of ``archive`` that are there, if they are a beginning of it; else 0."""
+    """Count the bytes of ``archive`` that are there, if they are its first ones; else 0."""
     first = (listed.split() or ["0"])[0]
     count = int(first) if first.isdecimal() and len(first) < 19 else 0
     if not 0 < count <= archive.stat().st_size:
@@ -192,7 +192,7 @@ def _send(remote: Remote, archive: Path, part: str, start: int, size: int, talk:
         process.wait()
     said.end()
     if process.returncode != 0 or not sent:
-        text = said.text() or "the connection was lost, or nothing arrived for some minutes"
+        text = said.text() or "the connection was lost, or nothing arrived for several minutes"
         raise remote.failure(process.returncode if process.returncode > 0 else SSH_FAILED, text)
 
 
@@ -223,7 +223,7 @@ def _watched(process: subprocess.Popen[bytes]) -> Iterator[Callable[[], None]]:
 def _feed(
     write: Callable[[bytes], Any], archive: Path, start: int, advance: Callable[[int], None]
 ) -> bool:
-    """Write the rest of ``archive``; False when the other side went away."""
+    """Write the rest of ``archive``; False if the connection was lost."""
     with archive.open("rb") as file:
         file.seek(start)
         while piece := file.read(PIECE):
@@ -250,7 +250,7 @@ def _install(remote: Remote, name: str, talk: Talk) -> None:
         what = (
             f"The installer failed on {remote.destination}: {' '.join(done.stderr.split())[-300:]}"
         )
-        raise EngineError(what, "The message says what to change there.")
+        raise EngineError(what, "The message says what to change on the device.")
 
 
 def _installed(remote: Remote, archive: Path, name: str) -> str | None:

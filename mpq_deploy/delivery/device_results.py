@@ -37,8 +37,7 @@ STAGES = ("allocate", "quantize")
 HINT = "Give the results.json that 'mpq-deploy install' wrote on the device."
 # A file of ours has some kilobytes; one with many problems some hundred.
 RESULTS_BYTES = 4 << 20
-# Sections without which the rest still says something: left out, and said, where they do not
-# validate.
+# Sections that the rest does not need: left out, with a warning, if they do not validate.
 OPTIONAL = ("build", "latency", "memory", "bench")
 
 # Text of a device: control characters as escapes, so that it can be shown anywhere.
@@ -46,7 +45,7 @@ Text = Annotated[str, Field(max_length=2000), AfterValidator(printable)]
 PlainName = Annotated[str, AfterValidator(lambda name: _plain(name))]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{0,64}$")]
 Bytes = Annotated[int, Field(ge=0, le=1 << 50)]
-# An hour for one call is no timing of ours.
+# An hour for one call is not one of our timings.
 Milliseconds = Annotated[float, Field(gt=0, le=3.6e6)]
 Quotient = Annotated[float, Field(gt=0, le=1e9)]
 
@@ -59,7 +58,7 @@ def _plain(name: str) -> str:
 
 
 class Section(BaseModel):
-    """Fields that nobody here reads are dropped: a newer mpq-deploy may write more."""
+    """Unknown fields are dropped: a newer mpq-deploy may write more."""
 
     model_config = ConfigDict(frozen=True, strict=True, allow_inf_nan=False, extra="ignore")
 
@@ -178,7 +177,7 @@ class _Bench(Section):
 
 
 class DeviceResults(Section):
-    """What a results.json says, every value checked. Fields as ``device.installer`` writes them."""
+    """The values of a results.json, all checked. Fields as ``device.installer`` writes them."""
 
     format: Literal[1] = RESULTS_FORMAT  # type: ignore[assignment]
     made_by: Text = ""
@@ -204,21 +203,23 @@ class DeviceResults(Section):
 
 
 def read_results(path: Path, talk: Talk | None = None) -> DeviceResults:
-    """Read and check a results.json that came home; what is optional and wrong is left out and said.
+    """Read and check a device's results.json; optional sections that are wrong are left out with a warning.
 
     Raises UsageError, naming the field, when it is none.
     """
     values = read_json_object(path, limit=RESULTS_BYTES, error=UsageError, hint=HINT)
     if values.get("format") != RESULTS_FORMAT:
         version = printable(repr(values.get("format"))[:40])
-        what = f"{path} is no results.json of format {RESULTS_FORMAT} (found {version})."
+        what = f"{path} is not a results.json of format {RESULTS_FORMAT} (found {version})."
         raise UsageError(what, HINT)
     try:
         return DeviceResults.model_validate(values)
     except ValidationError as error:
         wrong = {str(one["loc"][0]) if one["loc"] else "" for one in error.errors()}
         if not wrong <= set(OPTIONAL):
-            raise UsageError(f"{path} is no results.json: {first_error(error)}.", HINT) from error
+            raise UsageError(
+                f"{path} is not a results.json: {first_error(error)}.", HINT
+            ) from error
         if talk is not None:
             talk.warn(f"{path}: {', '.join(sorted(wrong))} left out: {first_error(error)}")
         # Null is what the device writes where it did not measure.
@@ -228,7 +229,7 @@ def read_results(path: Path, talk: Talk | None = None) -> DeviceResults:
 def take_in(run: Run, path: Path) -> Path:
     """Keep the results at ``path`` in the run folder; return where.
 
-    Raises UsageError when it is no results.json, or one of another plan.
+    Raises UsageError when it is not a results.json, or one of another plan.
     """
     results = read_results(path, run.talk)
     stale = _stale(run, results)
@@ -249,7 +250,7 @@ def take_in(run: Run, path: Path) -> Path:
 def device_infos(run: Run) -> tuple[DeviceInfo, ...]:
     """Return the devices' results of this plan, by target.
 
-    Warns of those of an earlier plan, and of files that are no results, and leaves them out.
+    Warns of those of an earlier plan, and of files that are not results, and leaves them out.
     """
     infos = []
     for path in sorted((run.path / FOLDER).glob("*.json")):
@@ -259,7 +260,7 @@ def device_infos(run: Run) -> tuple[DeviceInfo, ...]:
             run.talk.warn(f"left out of the report: {error.message}")
             continue
         if _stale(run, results):
-            run.talk.warn(f"{path} belongs to a former plan and is left out of the report")
+            run.talk.warn(f"{path} belongs to an earlier plan and is left out of the report")
         else:
             infos.append(device_info(results))
     return tuple(infos)

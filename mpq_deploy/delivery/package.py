@@ -218,7 +218,7 @@ def build_script(manifest: Manifest) -> str:
         for name, versions in sorted(manifest.alternatives.items())
     )
     choice = others or "see mpq-deploy targets"
-    remedy = f"Package the run again at home for the version here ({choice})."
+    remedy = f"Package the run again on the build machine for the version here ({choice})."
     values = {
         "TARGET": plain_name(manifest.target.name, "The target's name"),
         "DIALECT": plain_name(manifest.target.dialect, "The dialect"),

@@ -1,6 +1,6 @@
-"""Results of a probe, made into a target: what the device has shown is taken from then on.
+"""A target written from a probe's results: what the device has proven is allowed from then on.
 
-In: ``probe-results.json`` that came home. Out: a YAML that extends the target, to be given as
+In: ``probe-results.json`` from the device. Out: a YAML that extends the target, to be given as
 ``--target`` and shared as a file. Candidates, the check and what ``profile`` times follow it; the
 probe's own times are evidence alone.
 """
@@ -64,7 +64,7 @@ class ProbedForm(Section):
 
     @property
     def proven(self) -> bool:
-        """Built, stored and computed as planned, and not run with other outputs."""
+        """Built, stored and computed as planned, and outputs, if it ran, agree."""
         wrong = any(one.severity == "wrong" for one in self.problems)
         differs = self.reference is not None and self.reference.passed is False
         return self.built and self.verified is True and not wrong and not differs
@@ -109,13 +109,15 @@ class ProbeResults(Section):
 
 
 def read_probe_results(path: Path) -> ProbeResults:
-    """Read results that came home. Raises UsageError for what is none, or altered."""
+    """Read a device's results. Raises UsageError for a file that holds none, or was altered."""
     try:
         return ProbeResults.model_validate(read_sealed(path))
     except InputError as error:
         raise UsageError(error.message, HINT) from error
     except ValidationError as error:
-        raise UsageError(f"{path} is no probe's results: {first_error(error)}.", HINT) from error
+        raise UsageError(
+            f"{path} does not hold a probe's results: {first_error(error)}.", HINT
+        ) from error
 
 
 def take_probe(path: Path, out: Path | None = None) -> tuple[Path, ProbeResults]:
@@ -128,7 +130,7 @@ def take_probe(path: Path, out: Path | None = None) -> tuple[Path, ProbeResults]
     if results.target not in known_targets():
         raise UsageError(
             f"{path} is of the target '{results.target}', which mpq-deploy does not have.",
-            "Probe for a shipped target, and extend what comes of it by hand.",
+            "Probe for a shipped target, and edit the resulting YAML by hand.",
         )
     target = load_target(results.target)
     if results.dialect != target.dialect or not target.build_target.takes_version(

@@ -1,4 +1,4 @@
-"""The package file: a tar archive of one possible form, so that any change shows.
+"""The package file: a tar archive in a single canonical form, so that any change shows.
 
 Parts are regular files with plain names; every header field but name and size is fixed. Reading
 compares each header and each byte of padding with that form, so links, paths, owners and times
@@ -42,7 +42,7 @@ AGAIN = "Copy the archive again; its SHA-256 is printed by 'mpq-deploy package'.
 
 
 class ArchiveError(MpqError):
-    """The archive is cut short, altered, or no package."""
+    """The archive is truncated, altered, or not a package."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def write_archive(path: Path, parts: Mapping[str, Source]) -> str:
 def read_archive(path: Path) -> dict[str, Entry]:
     """Return the parts of the archive at ``path``, every byte of it verified.
 
-    Raises ArchiveError naming the part that is cut short, altered, missing or not expected.
+    Raises ArchiveError naming the part that is truncated, altered, missing or not expected.
     """
     with open_input(path, error=ArchiveError) as file:
         entries = _entries(file, path)
@@ -161,7 +161,7 @@ def _entries(file: BinaryIO, path: Path) -> dict[str, Entry]:
     while True:
         header = file.read(BLOCK)
         if len(header) < BLOCK:
-            raise ArchiveError(f"{path} is cut short after {last}.", AGAIN)
+            raise ArchiveError(f"{path} is truncated after {last}.", AGAIN)
         if not any(header):
             break
         if len(entries) == len(PARTS) + len(LISTS):
@@ -180,7 +180,7 @@ def _entry(file: BinaryIO, header: bytes, last: str, path: Path) -> Entry:
     try:
         info = tarfile.TarInfo.frombuf(header, "ascii", "strict")
     except (tarfile.HeaderError, UnicodeDecodeError) as error:
-        what = f"The header after {last} of {path} is altered, or this is no package."
+        what = f"The header after {last} of {path} is altered, or this is not a package."
         raise ArchiveError(what, AGAIN) from error
     if not NAME.fullmatch(info.name) or not 0 <= info.size <= LISTS.get(info.name, LARGEST):
         what = f"{path} holds a part '{printable(info.name)}' of {info.size:,} bytes, which no package has."
@@ -194,7 +194,7 @@ def _entry(file: BinaryIO, header: bytes, last: str, path: Path) -> Entry:
     padding = -info.size % BLOCK
     filler = file.read(padding)
     if read < info.size or len(filler) < padding:
-        what = f"{path} is cut short in the part '{info.name}' ({read:,} of {info.size:,} bytes are there)."
+        what = f"{path} is truncated in the part '{info.name}' ({read:,} of {info.size:,} bytes are there)."
         raise ArchiveError(what, AGAIN)
     if any(filler):
         raise ArchiveError(f"The padding of the part '{info.name}' of {path} is altered.", AGAIN)
@@ -204,7 +204,7 @@ def _entry(file: BinaryIO, header: bytes, last: str, path: Path) -> Entry:
 def _check_sums(file: BinaryIO, entries: Mapping[str, Entry], path: Path) -> None:
     for name in (SUMS, MANIFEST):
         if name not in entries:
-            what = f"{path} has no part '{name}': it is no package of mpq-deploy."
+            what = f"{path} has no part '{name}': it is not a package of mpq-deploy."
             raise ArchiveError(what, "See mpq-deploy package.")
     file.seek(entries[SUMS].offset)
     text = file.read(entries[SUMS].size).decode("ascii", "replace")

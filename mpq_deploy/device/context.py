@@ -48,7 +48,8 @@ class OpenEngine:
             aside.replace(self.cache_file)
         except OSError as error:
             warnings.warn(
-                f"The runtime cache {self.cache_file} is not kept: {error.strerror}.", stacklevel=2
+                f"The runtime cache {self.cache_file} cannot be written: {error.strerror}.",
+                stacklevel=2,
             )
 
 
@@ -113,6 +114,6 @@ def open_context(trt: Any, engine: Any, path: Path, graphs: bool = True) -> Open
         )
     context = engine.create_execution_context(config)
     if context is None:
-        what = f"{trt.__name__} cannot make a context for {path}."
-        raise EngineError(what, "Its log says why; memory may be short.")
+        what = f"{trt.__name__} cannot create an execution context for {path}."
+        raise EngineError(what, "Its log says why; it may lack memory.")
     return OpenEngine(engine, context, cache, kept, builtin)

@@ -44,7 +44,7 @@ def load_driver() -> Any:
     try:
         return ctypes.CDLL(LIBRARY)
     except OSError as error:
-        raise EngineError(f"No NVIDIA driver is here ({LIBRARY} cannot be loaded).") from error
+        raise EngineError(f"No NVIDIA driver was found ({LIBRARY} cannot be loaded).") from error
 
 
 class Cuda:

@@ -1,8 +1,8 @@
 """Try on a device which forms its TensorRT takes: build, look into the engine, run, time.
 
 In: the folder of a probe (``delivery.probe_package``), with one small graph per form. Out:
-``probe-results.json`` for 'mpq-deploy targets --take' at home. Each form is built in a process of
-its own, for some may crash the builder; what is done already is not done again. Needs NumPy, and
+``probe-results.json`` for 'mpq-deploy targets --take' on the build machine. Each form is built in
+its own process, since some may crash the builder; finished forms are not repeated. Needs NumPy, and
 trtexec or TensorRT's Python package.
 """
 
@@ -39,10 +39,10 @@ from mpq_deploy.system.typed import typed
 PROBE, RESULTS = "probe.json", "probe-results.json"
 FORMAT, RESULTS_FORMAT = 1, 1
 MODEL = "model.onnx"
-# No form is begun after that.
+# No form is started after that.
 MINUTES = 20.0
 RELEASE = Path("/etc/nv_tegra_release")
-AGAIN = "Make the probe again: mpq-deploy probe."
+AGAIN = "Create the probe again: mpq-deploy probe."
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def run_probe(folder: Path, talk: Talk, minutes: float = MINUTES) -> dict[str, A
     probe = Probe.load(folder)
     runtime = runtime_for(
         *(probe.target, probe.alternatives, "probe"),
-        "Make another at home: mpq-deploy probe",
+        "Create another on the build machine: mpq-deploy probe",
     )
     started = time.monotonic()
     results = _begun(folder, probe, runtime)
@@ -115,7 +115,7 @@ def run_probe(folder: Path, talk: Talk, minutes: float = MINUTES) -> dict[str, A
         if form.name in results["forms"]:
             continue
         if time.monotonic() - started > 60 * minutes:
-            talk.warn(f"{minutes:g} minutes are over: call it again for the other forms")
+            talk.warn(f"{minutes:g} minutes are over: run it again for the other forms")
             break
         talk.line(f"{form.name}: {form.what}")
         found, run = _try(probe.target, form, runtime, folder / "forms" / form.name)
@@ -154,7 +154,7 @@ def _begun(folder: Path, probe: Probe, runtime: Runtime) -> dict[str, Any]:
     try:
         earlier = read_sealed(path)
     except InputError as error:
-        raise InputError(error.message, f"Remove {path}: every form is tried again.") from error
+        raise InputError(error.message, f"Remove {path}, and every form is tried again.") from error
     same = all(earlier.get(key) == fresh[key] for key in ("probe_sha256", "builder", "made_by"))
     return dict(earlier) if same else fresh
 
@@ -208,7 +208,7 @@ def summary(results: dict[str, Any]) -> str:
         if not form["built"]:
             said = f"refused: {form['error'][:50]}"
         elif form["verified"] is False:
-            said = "built, and not as planned"
+            said = "built, but not as planned"
         else:
             slow = any(one["severity"] == "slow" for one in form["problems"])
             said = "built, unpacked at each call" if slow else "built as planned"
@@ -227,7 +227,7 @@ def main(arguments: list[str] | None = None, write: Callable[[str], Any] = sys.s
         prog="probe.pyz", description="Try which forms this device's TensorRT takes."
     )
     parser.add_argument("folder", type=Path, nargs="?", default=Path())
-    parser.add_argument("--minutes", type=float, default=MINUTES, help="begin no form after that")
+    parser.add_argument("--minutes", type=float, default=MINUTES, help="start no form after that")
     chosen = parser.parse_args(arguments)
     try:
         results = run_probe(chosen.folder, PlainTalk(), chosen.minutes)

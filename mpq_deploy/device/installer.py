@@ -1,7 +1,7 @@
 """Install a package on a device: verify, probe, build, check the layers, run, measure.
 
 In: a ``.mpq.tar``. Out: a folder with its parts, ``engine/`` and ``results.json`` for 'mpq-deploy
-report RUN --device results.json' at home. Needs only NumPy and TensorRT.
+report RUN --device results.json' on the build machine. Needs only NumPy and TensorRT.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Runtime:
 
 
 def unpack(archive: Path, out: Path, talk: Talk) -> None:
-    """Verify ``archive`` and write its parts into ``out``; ArchiveError when cut short or altered."""
+    """Verify ``archive`` and write its parts into ``out``; ArchiveError if truncated or altered."""
     talk.line(f"verifying {archive}")
     entries = read_archive(archive)
     check_parts(entries, archive)
@@ -75,8 +75,8 @@ def unpack(archive: Path, out: Path, talk: Talk) -> None:
 class Trust:
     """What an archive must be: of the digest ``sha256`` and signed by ``key``; None: not asked for.
 
-    ``key``: minisign's public key, a file or its text. An empty text was asked for, and is refused:
-    a shell makes one of a variable that is not set.
+    ``key``: minisign's public key, a file or its text. An empty text counts as requested, and is
+    refused: an unset shell variable gives one.
     """
 
     sha256: str | None = None
@@ -91,19 +91,19 @@ class Trust:
             return
         if archive.is_dir():
             what = f"{archive} is a folder, which has no digest or signature of its own."
-            raise UsageError(what, "Give the .mpq.tar.")
+            raise UsageError(what, "Give the .mpq.tar file.")
         if self.sha256 is not None:
             expected = self.sha256.strip().lower()
             if not DIGEST.fullmatch(expected):
                 raise UsageError(
-                    f"'{printable(self.sha256[:80])}' is no SHA-256.",
+                    f"'{printable(self.sha256[:80])}' is not a SHA-256.",
                     "Give the 64 digits that 'mpq-deploy package' printed.",
                 )
             with open_input(archive, error=ArchiveError):
                 found = file_digest(archive)
             if found != expected:
                 what = f"{archive} has the SHA-256 {found}, not {expected}."
-                raise ArchiveError(what, "Get it again from whoever packed it.")
+                raise ArchiveError(what, "Get it again from where it was packed.")
         if self.key is not None:
             key = read_public_key(self.key)
             try:
@@ -124,9 +124,9 @@ def install(
 ) -> dict[str, Any]:
     """Install ``archive`` (or its unpacked folder) into ``out``; return what results.json holds.
 
-    Nothing of it is read before it is what ``trust`` says. Raises ArchiveError for an archive that
-    is cut short or altered, EngineError for a wrong TensorRT or GPU, too little memory (unless
-    ``force_memory``) or a builder that fails. An engine that differs from the plan or the
+    Nothing of it is read before it is verified as ``trust`` asks. Raises ArchiveError for an
+    archive that is truncated or altered, EngineError for a wrong TensorRT or GPU, too little memory
+    (unless ``force_memory``) or a builder that fails. An engine that differs from the plan or the
     references only makes ``results["passed"]`` false.
     """
     trust.check(archive)
@@ -203,7 +203,7 @@ def runtime_for(
     target: BuildTarget,
     alternatives: Mapping[str, tuple[str, ...]],
     what: str = "package",
-    again: str = "Package the run again at home: mpq-deploy package RUN",
+    again: str = "Package the run again on the build machine: mpq-deploy package RUN",
 ) -> Runtime:
     """Find what builds for ``target`` here, as ``probe`` does; ``what`` is for it, and how to make it again."""
     runtime = _runtime(target.builder)
@@ -254,7 +254,7 @@ def check_memory(manifest: Manifest, force: bool) -> None:
         return
     raise EngineError(
         f"Building is estimated to take {needed / 1e9:.1f} GB of memory, and {room}.",
-        "End other programs, or go on anyway with --force-memory.",
+        "Close other programs, or continue anyway with --force-memory.",
     )
 
 
@@ -269,7 +269,7 @@ def check_gpu_memory(manifest: Manifest, force: bool) -> None:
             f"The engine is estimated to take {manifest.needed_bytes / 1e9:.2f} GB at batch "
             f"{manifest.batches[2]}; {cuda.name()} has {free / 1e9:.2f} of "
             f"{cuda.total_bytes() / 1e9:.2f} GB free.",
-            "End other programs, package with a smaller engine.batch_max or budget, or go on with --force-memory.",
+            "Close other programs, package with a smaller engine.batch_max or budget, or continue with --force-memory.",
         )
 
 
@@ -289,7 +289,7 @@ def _runtime(builder: str) -> Runtime | None:
 
 
 def trtexec_banner_version(path: str) -> str:
-    """The version that trtexec says of itself in its first line; empty when it says none."""
+    """The version that trtexec states in its first line; empty if there is none."""
     try:
         done = run_bounded([path, "--help"], seconds=BANNER_SECONDS)
     except subprocess.TimeoutExpired:
@@ -347,7 +347,7 @@ def _results(manifest: Manifest, record: EngineRecord, run: Run, out: Path) -> d
 
 
 def board(path: Path = Path("/proc/device-tree/model")) -> str:
-    """The board's name where the kernel tells it (Jetson); else empty."""
+    """The board's name if the kernel knows it (Jetson); else empty."""
     return (
         path.read_text(errors="replace", encoding="utf-8").strip("\0\n ") if path.is_file() else ""
     )
@@ -412,7 +412,11 @@ def main(arguments: list[str] | None = None, write: Callable[[str], Any] = sys.s
     )
     option("--sha256", help="the digest that the archive must have")
     option("--trust", metavar="PUBKEY", help="minisign's key that must have signed it")
-    option("--force-memory", action="store_true", help="build even if memory may be too small")
+    option(
+        "--force-memory",
+        action="store_true",
+        help="build even if the estimate says that memory is too small",
+    )
     option("--json", action="store_true", help="print results.json")
     chosen = parser.parse_args(arguments)
     archive = chosen.unpacked or chosen.archive

@@ -64,7 +64,7 @@ class Manifest:
     """``parts``: name -> SHA-256 of every other part. ``shapes``: input -> shape without its batch.
 
     ``batches``: smallest, usual, largest. ``alternatives``: target -> versions of TensorRT on the
-    same device. ``digests``: of plan and graph, for the report at home. ``needed_bytes``: the
+    same device. ``digests``: of plan and graph, for the report on the build machine. ``needed_bytes``: the
     running engine's estimated memory at the largest batch (0: not estimated).
     """
 
@@ -115,8 +115,8 @@ class Manifest:
     def check(self) -> None:
         """Raise ValueError or InputError where a value is impossible, or a check is switched off.
 
-        Whoever may write the manifest may write the references too: this keeps honest packages
-        whole, and forged ones from looking checked (docs/security.md).
+        Whoever can write the manifest can write the references too: this catches damage, and keeps
+        forged packages from looking checked (docs/security.md).
         """
         self._check_names()
         if not REQUIRED_PARTS <= set(self.parts) <= PARTS:
@@ -124,11 +124,11 @@ class Manifest:
             raise ValueError(f"its parts are not those of a package: {', '.join(odd[:5])}")
         for name, digest in self.parts.items():
             if not DIGEST.fullmatch(digest):
-                raise ValueError(f"'parts.{name}' is no SHA-256")
+                raise ValueError(f"'parts.{name}' is not a SHA-256")
         if self.model not in self.parts or self.reference.file not in self.parts:
             raise ValueError("its model or its references are not among its parts")
         if not self.expected.layers or self.expected.total_bytes <= 0:
-            raise ValueError("it expects no layers, so that no engine could differ from it")
+            raise ValueError("it expects no layers, so no engine could differ from it")
         for layer in self.expected.layers:
             checked_name(layer.name, "A layer's name")
             if not layer.nodes or layer.scheme not in SCHEMES or layer.op not in PRODUCTS:
@@ -178,9 +178,9 @@ class Manifest:
             plain_name(name, what)
         for version in (*target.versions, *(v for one in self.alternatives.values() for v in one)):
             if not VERSION.fullmatch(version):
-                raise ValueError(f"'{version}' is no version")
+                raise ValueError(f"'{version}' is not a version")
         if target.builder not in BUILDERS:
-            raise ValueError(f"its builder '{target.builder}' is none of {', '.join(BUILDERS)}")
+            raise ValueError(f"its builder '{target.builder}' is not one of {', '.join(BUILDERS)}")
         for name in (*self.shapes, *self.reference.inputs, self.reference.output):
             tensor_name(name)
 
@@ -190,6 +190,6 @@ def tensor_name(name: str) -> str:
     if TENSOR.fullmatch(checked_name(name, "An input's or output's name")):
         return name
     raise InputError(
-        f"The input or output '{name}' cannot be named to trtexec.",
+        f"trtexec cannot take the name of the input or output '{name}'.",
         "Rename it: letters, digits and . _ / : - only.",
     )

@@ -1,4 +1,4 @@
-"""Compare what an engine gave with what it must give."""
+"""Compare an engine's outputs with the references."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Run a package's reference inputs through its engine, by TensorRT's Python package or trtexec.
 
 In: the engine and the references. Out: a ``Run`` with each case's outputs and the latencies, or why
-nothing ran. Unproven: no GPU was at hand; trtexec's part was tested with a mock.
+nothing ran. Unproven: no GPU was available; trtexec's part was tested with a mock.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def _in_child(module: str, engine: Path, folder: Path, reference: Reference) -> 
     if done.returncode:
         words = " ".join(done.stderr.split())[-400:]
         raise EngineError(
-            f"The engine's process ended with code {done.returncode}: {words}",
+            f"The engine's process exited with code {done.returncode}: {words}",
             f"Log: {files['log']}",
         )
     result = read_json_object(Path(files["result"]), error=EngineError)

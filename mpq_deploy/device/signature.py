@@ -2,8 +2,8 @@
 
 In: a file, a key of minisign. Out: ``FILE.minisig`` beside it, or an error. The prehashed form:
 Ed25519 over the BLAKE2b-512 of the file, and over that signature with its trusted comment
-(minisign's documented format). The arithmetic is that of the package cryptography, which a device
-may lack: then a signature is refused, never passed over.
+(minisign's documented format). The package cryptography does the arithmetic; where a device lacks
+it, a signature is refused, never ignored.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from mpq_deploy.system.inputs import open_input, read_text
 from mpq_deploy.system.names import printable
 
 SUFFIX = ".minisig"
-# The password of an encrypted key, where nobody can be asked.
+# The variable with an encrypted key's password, for use without a terminal.
 PASSWORD = "MPQ_SIGN_PASSWORD"
 ED25519, PREHASHED, SCRYPT, BLAKE2B = b"Ed", b"ED", b"Sc", b"B2"
 KEY_FILE_BYTES = 4096
-# minisign's own limits ask for a gigabyte; a key that asks for more is none of its.
+# minisign's own limits ask for a gigabyte; a key that asks for more is not one of its.
 LARGEST_SCRYPT = 1 << 30
 UNTRUSTED, TRUSTED = "untrusted comment: ", "trusted comment: "
 PIECE = 1 << 20
@@ -41,7 +41,7 @@ class SignatureError(MpqError):
 
 @dataclass(frozen=True)
 class PublicKey:
-    """``number``: the eight bytes by which a signature names its key."""
+    """``number``: the eight bytes of the key id that a signature carries."""
 
     number: bytes
     key: bytes
@@ -66,7 +66,7 @@ def read_public_key(given: str) -> PublicKey:
     content = _decoded(text, 42)
     if content is None or content[:2] != ED25519:
         raise UsageError(
-            f"'{printable(given[:80])}' is no public key of minisign.",
+            f"'{printable(given[:80])}' is not a minisign public key.",
             "Give minisign.pub, or its second line.",
         )
     return PublicKey(content[2:10], content[10:])
@@ -78,7 +78,7 @@ def read_secret_key(path: Path) -> SecretKey:
     content = _decoded(lines[-1].strip() if lines else "", 158)
     if content is None or content[:2] != ED25519 or content[4:6] != BLAKE2B:
         raise UsageError(
-            f"{path} is no secret key of minisign.", "Make one: minisign -G (without password: -W)."
+            f"{path} is not a minisign secret key.", "Make one: minisign -G (without password: -W)."
         )
     kind, sealed = content[2:4], content[54:]
     if kind == SCRYPT:
@@ -116,7 +116,7 @@ def sign(path: Path, key: SecretKey) -> Path:
 def verify(path: Path, key: PublicKey) -> str:
     """Return the trusted comment of the signature of ``path``, which is by ``key``.
 
-    Raises SignatureError where there is none, or it is of another key, file or form.
+    Raises SignatureError if there is none, or it is of another key, file or format.
     """
     beside = path.with_name(path.name + SUFFIX)
     hint = "Get the file and its signature again from whoever signed it."
@@ -125,14 +125,14 @@ def verify(path: Path, key: PublicKey) -> str:
     signature = _decoded(lines[1], 74) if len(lines) > 1 else None
     whole = _decoded(lines[3], 64) if len(lines) > 3 else None
     if signature is None or whole is None or not lines[2].startswith(TRUSTED):
-        raise SignatureError(f"{beside} is no signature of minisign.", hint)
+        raise SignatureError(f"{beside} is not a minisign signature.", hint)
     if signature[:2] != PREHASHED:
         raise SignatureError(
             f"{beside} is of minisign's old form, over the whole file.", "Sign again: minisign -SH."
         )
     if signature[2:10] != key.number:
         raise SignatureError(
-            f"{beside} is by the key {signature[2:10][::-1].hex().upper()}, not by the trusted "
+            f"{beside} was made with the key {signature[2:10][::-1].hex().upper()}, not with the trusted "
             f"{key.number[::-1].hex().upper()}.",
             hint,
         )
@@ -144,7 +144,9 @@ def verify(path: Path, key: PublicKey) -> str:
         public.verify(signature[10:], _digest(path))
         public.verify(whole, signature[10:] + comment.encode())
     except InvalidSignature as error:
-        raise SignatureError(f"The signature of {path} is wrong: it was altered.", hint) from error
+        raise SignatureError(
+            f"The signature of {path} is wrong: the file was altered.", hint
+        ) from error
     return printable(comment)
 
 

@@ -1,13 +1,13 @@
 """Find the nodes that crash a builder by building smaller graphs, each in a child process.
 
-In: a graph that crashed the builder, and a trial (does this graph crash?). Out: ``Suspects``. Two
-questions:
+In: a graph that crashed the builder, and a trial (does this graph crash?). Out: ``Suspects``. It
+asks two questions:
 
 1. Does it still crash without any quantization? No: the smallest set of quantized layers that
    crashes together is looked for by delta debugging (Zeller, Hildebrandt 2002, "Simplifying and
    isolating failure-inducing input", ddmin); all other layers are given float weights.
-2. Yes: the shortest beginning of the graph that crashes is looked for by halving; its last node is
-   the suspect.
+2. Yes: the shortest prefix of the graph that crashes is found by bisection; its last node is the
+suspect.
 
 Weights that become float are zeros in one sparse file, so that a trial of a large model writes
 nothing large.
@@ -25,7 +25,7 @@ from pathlib import Path
 import onnx
 from onnx import TensorProto, helper
 
-# Our choices: builds at most, and seconds for all of them.
+# Our choices: the maximum number of builds, and of seconds for all of them.
 MAX_TRIALS, MAX_SECONDS = 40, 900.0
 LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 MODEL, ZEROS = "trial.onnx", "zeros.bin"
@@ -38,7 +38,7 @@ Trial = Callable[[Path], bool]
 
 @dataclass(frozen=True)
 class Suspects:
-    """``nodes`` crash the builder together; ``certain``: no smaller set was left untried.
+    """``nodes`` crash the builder together; ``certain``: every smaller set was tried.
 
     ``quantized``: their quantization is to blame (they build in float). ``trials``: builds taken.
     """
@@ -76,9 +76,9 @@ def find_suspects(
     max_trials: int = MAX_TRIALS,
     seconds: float = MAX_SECONDS,
 ) -> Suspects | None:
-    """Find what crashes; None where the graph does not crash when tried again.
+    """Find what crashes; None if the graph does not crash when tried again.
 
-    ``folder`` is empty and takes the trials: at most ``max_trials``, none begun after ``seconds``.
+    The trials go into the empty ``folder``: at most ``max_trials``, none started after ``seconds``.
     """
     proto = onnx.load(model, load_external_data=False)
     _link_weights(proto, model, folder)
@@ -99,12 +99,12 @@ def find_suspects(
                 nodes = (name,)
         certain = True
     except OutOfTrialsError:
-        pass  # what is known by now is the answer, and is not called certain
+        pass  # return what is known by now, as uncertain
     return Suspects(nodes, quantized, certain, counted.count)
 
 
 def quantized_layers(proto: onnx.ModelProto) -> list[str]:
-    """Names of the layers that read a DequantizeLinear, directly or through what moves a weight."""
+    """Names of the layers that read a DequantizeLinear, directly or through operators that move a weight."""
     producers = {output: node for node in proto.graph.node for output in node.output}
     layers = (node for node in proto.graph.node if node.op_type in LAYERS)
     return [
@@ -219,7 +219,7 @@ def _zeros(name: str, shape: tuple[int, ...], kind: int, folder: Path) -> Tensor
 
 
 def _shortest(graph: onnx.ModelProto, crashes: Callable[[onnx.ModelProto], bool]) -> Iterator[str]:
-    """Yield the last node of ever shorter beginnings of ``graph`` that crash."""
+    """Yield the last node of ever shorter prefixes of ``graph`` that crash."""
     low, high = 0, len(graph.graph.node)
     while high - low > 1:
         middle = (low + high) // 2
@@ -231,7 +231,7 @@ def _shortest(graph: onnx.ModelProto, crashes: Callable[[onnx.ModelProto], bool]
 
 
 def _beginning(proto: onnx.ModelProto, count: int) -> onnx.ModelProto:
-    """The first ``count`` nodes; what they leave unread becomes an output."""
+    """The first ``count`` nodes; values that none of them reads become outputs."""
     cut = onnx.ModelProto()
     cut.CopyFrom(proto)
     graph = cut.graph

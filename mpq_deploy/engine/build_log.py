@@ -94,7 +94,7 @@ def compute_dtype(layer: EngineLayer) -> str:
 def parse_engine_log(text: str) -> EngineLog:
     """Read the kernels and the totals from a builder's log.
 
-    Raises EngineError without a ``Layers:`` message, or for a line that cannot be read: a check
+    Raises EngineError without a ``Layers:`` message, or for a line that cannot be parsed: a check
     that understands half of a log proves nothing.
     """
     memory = totals(text)
@@ -129,7 +129,7 @@ def _layer(line: str) -> EngineLayer:
     if match is None:
         raise EngineError(
             f"A layer in the builder's log cannot be read: {line[:160]!r}.",
-            "The builder's version may write another form; report it with the log.",
+            "This version of the builder may write another format; please report it with the log.",
         )
     fields = match.groupdict()
     inputs, constants, outputs = (

@@ -1,4 +1,4 @@
-"""What a builder must know of a target. Standard library only: this also runs on a device."""
+"""What a builder needs to know about a target. Standard library only: this also runs on a device."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 # What may build an engine: two Python packages of NVIDIA, and its command-line program. A builder's
-# name becomes a module's, so that no other is ever taken.
+# name is imported as a module, so no other name is accepted.
 BUILDERS = ("tensorrt_rtx", "tensorrt", "trtexec")
 
 

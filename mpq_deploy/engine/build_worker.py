@@ -27,7 +27,7 @@ from mpq_deploy.system.typed import typed
 # A parser or build failure that was reported in ``result``, as opposed to a crash (negative return
 # code).
 REPORTED_FAILURE = 3
-# A file could not be written: the last line of stderr is "ERRNO words".
+# A file could not be written: the last line of stderr is "ERRNO message".
 DISK_FAILURE = 4
 
 
@@ -64,7 +64,7 @@ class BuildJob:
 
 
 class BuildFailedError(Exception):
-    """The parser or the builder refused the graph; ``errors`` are its own words, one per node."""
+    """The parser or the builder refused the graph; ``errors`` are its own messages, one per node."""
 
     def __init__(self, stage: str, errors: list[dict[str, str]]) -> None:
         super().__init__(stage)
@@ -74,8 +74,7 @@ class BuildFailedError(Exception):
 def make_logger(trt: Any, stream: TextIO, problems: list[str], unwritten: list[OSError]) -> Any:
     """Return a logger that writes every message to ``stream`` at once and gathers the errors.
 
-    What ``stream`` cannot take goes to ``unwritten``: an exception would pass through the builder,
-    which it crashes.
+    Errors of writing go to ``unwritten``: an exception that passes through the builder crashes it.
     """
 
     class FileLogger(trt.ILogger):  # type: ignore[misc]
@@ -121,7 +120,7 @@ def layer_information(trt: Any, engine: memoryview, logger: Any) -> str:
     """Ask TensorRT proper what it built, as JSON (needs a GPU). Unproven here."""
     loaded = trt.Runtime(logger).deserialize_cuda_engine(engine)
     if loaded is None:
-        raise BuildFailedError("inspect", _plain(["the engine does not load"]))
+        raise BuildFailedError("inspect", _plain(["the engine cannot be loaded"]))
     inspector = loaded.create_engine_inspector()
     return str(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
 
@@ -160,7 +159,7 @@ def _add_profile(builder: Any, config: Any, network: Any, job: BuildJob) -> None
 
 def main(arguments: list[str]) -> int:
     """Build the job named on the command line; return the exit code."""
-    # Without a parent nobody waits for the engine, and the next build writes the same log.
+    # If the parent is gone, nobody needs the engine, and the next build writes the same log.
     orders_from_parent()
     job = BuildJob.load(Path(arguments[0]))
     trt = importlib.import_module(job.module)
@@ -174,7 +173,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _build_and_save(trt: Any, job: BuildJob, result: dict[str, Any]) -> None:
-    """Write the engine, the log and ``result``, to which what came of it is added. Raises OSError."""
+    """Write the engine, the log and ``result``, to which the outcome is added. Raises OSError."""
     problems: list[str] = []
     unwritten: list[OSError] = []
     started = time.monotonic()

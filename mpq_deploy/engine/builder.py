@@ -47,13 +47,13 @@ from mpq_deploy.system.inputs import read_json_object
 from mpq_deploy.system.progress import Talk
 
 ENGINE, LAYERS = "model.engine", "layers.txt"
-# How the folder of a build in work begins; the number of its process follows.
+# Prefix of the folder of a running build; the process id follows.
 BUILDING = ".build-"
 # What a child process runs.
 WORKER = "mpq_deploy.engine.build_worker"
 # The file that ``bisect`` writes its smaller graphs to.
 TRIAL = "trial.onnx"
-# One build while a crash is looked into; a longer one counts as not crashed (our choice).
+# Seconds for one build of the search; a longer one counts as not crashed (our choice).
 TRIAL_SECONDS = 300.0
 # Module -> the package that has it, and our extra that installs it.
 PACKAGES = {"tensorrt_rtx": ("tensorrt-rtx", "rtx"), "tensorrt": ("tensorrt", "tensorrt")}
@@ -72,7 +72,7 @@ class BatchProfile:
         if not 1 <= self.minimum <= self.optimum <= self.maximum:
             raise UsageError(
                 f"Invalid batch sizes {self.minimum}, {self.optimum}, {self.maximum} of the engine.",
-                "They are ascending: 1 <= batch_min <= batch_opt <= batch_max.",
+                "They must be ascending: 1 <= batch_min <= batch_opt <= batch_max.",
             )
 
     def inputs(self) -> dict[str, InputShapes]:
@@ -110,7 +110,8 @@ def build_engine(
 
     The builder's full log goes to ``log`` (default: beside ``out``, named after it), also when the
     build fails, and the time taken to the file of the same name that ends in .timing.json. Problems
-    are warnings and in the record; ``EngineRecord.require_verified`` turns them into an error.
+    are warned of and kept in the record; ``EngineRecord.require_verified`` turns them into an
+    error.
 
     Raises UsageError when the target has no builder, MissingDependencyError when the builder is not
     installed, EngineError when it refuses the graph, crashes or is killed, and OSError when its
@@ -158,7 +159,9 @@ def _backend(target: BuildTarget) -> Backend:
     if target.builder == "trtexec":
         return _build_trtexec
     if target.builder not in PACKAGES:
-        raise UsageError(f"'{target.builder}' is no builder.", f"Builders: {', '.join(BUILDERS)}.")
+        raise UsageError(
+            f"'{target.builder}' is not a builder.", f"Builders: {', '.join(BUILDERS)}."
+        )
     if importlib.util.find_spec(target.builder) is None:
         purpose = f"Building an engine for '{target.name}'"
         raise MissingDependencyError(*PACKAGES[target.builder], purpose)
@@ -166,7 +169,7 @@ def _backend(target: BuildTarget) -> Backend:
 
 
 def _build_trtexec(request: BuildRequest, engine: Path, log: Path) -> RawBuild:
-    """Unproven here: written against the documented command line (no device was at hand)."""
+    """Unproven here: written against the documented command line (no device was available)."""
     model, shapes = request.model.resolve(), request.profile.inputs()
     version, layers, timing = build_with_trtexec(model, engine, request.target, shapes, log)
     text = log.read_text(encoding="utf-8")
@@ -176,12 +179,12 @@ def _build_trtexec(request: BuildRequest, engine: Path, log: Path) -> RawBuild:
 def _build_in_child(request: BuildRequest, engine: Path, log: Path) -> RawBuild:
     _check_version(request.target)
     job_file, result = _save_job(request, engine, log)
-    # The last words of an earlier build are not those of this one.
+    # The last lines of an earlier build are not those of this one.
     log.unlink(missing_ok=True)
     try:
         done = run_child(WORKER, str(job_file), seconds=BUILD_SECONDS)
     except subprocess.TimeoutExpired as error:
-        what = f"The builder was ended after {BUILD_SECONDS / 3600:.0f} hours."
+        what = f"The builder was stopped after {BUILD_SECONDS / 3600:.0f} hours."
         raise EngineError(what, f"Log: {log}") from error
     if done.returncode == DISK_FAILURE:
         code, _, text = done.stderr.splitlines()[-1].partition(" ")
@@ -203,7 +206,7 @@ def _build_in_child(request: BuildRequest, engine: Path, log: Path) -> RawBuild:
 
 
 def _save_job(request: BuildRequest, engine: Path, log: Path) -> tuple[Path, Path]:
-    """Write what a child is to build; return the job's file and where its result will be."""
+    """Write the child's job; return the job's file and where its result will be."""
     job_file, result = engine.with_name("job.json"), engine.with_name("result.json")
     BuildJob(
         module=request.target.builder,
@@ -237,7 +240,9 @@ def _located(
     def crashes(graph: Path) -> bool:
         return fatal_signal(run(graph)) in FAULTS
 
-    talk.line(f"the builder crashed; looking for the nodes by up to {MAX_TRIALS} smaller builds")
+    talk.line(
+        f"the builder crashed; searching for the nodes with up to {MAX_TRIALS} smaller builds"
+    )
     return located(crash, find_suspects(request.model, trials, crashes))
 
 

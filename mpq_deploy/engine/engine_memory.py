@@ -85,7 +85,7 @@ def refuse_too_large(estimate: MemoryEstimate, target: Target, batch: int) -> No
 
 
 def peak_alive(graph: onnx.GraphProto, sizes: Mapping[str, int], constant: set[str]) -> int:
-    """The most bytes of activations that live at the same node, in the graph's order."""
+    """The maximum over nodes, in graph order, of the bytes of activations alive there."""
     last = {name: index for index, node in enumerate(graph.node) for name in node.input}
     last.update({value.name: len(graph.node) for value in graph.output})
     live = {value.name: sizes.get(value.name, 0) for value in graph.input}

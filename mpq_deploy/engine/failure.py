@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 LAST_LINES = 4
 NAMED_NODES = 4
 PRODUCTS = ("MatMul", "Gemm")
-# What a shell adds to the signal that ended the program that it ran; what faults in a program
-# raise; what others send.
+# What a shell adds to the number of the signal that ended its program; signals of faults in the
+# program; signals that others send.
 SHELL_SIGNALS = 128
 # Windows lacks some of them.
 FAULTS = tuple(
@@ -31,10 +31,10 @@ def refused(result: dict[str, Any], builder: str, log: Path) -> EngineError:
     for error in result["errors"][:NAMED_NODES]:
         where = f"{error['node']} ({error['operator']}): " if error["node"] else ""
         parts.append(where + _short(error["message"]))
-    shown = "; ".join(dict.fromkeys(parts)) or "it gave no reason"
+    shown = "; ".join(dict.fromkeys(parts)) or "no reason given"
     verbs = {"parse": "cannot read the graph", "profile": "has no input shapes"}
     verb = verbs.get(result["stage"], "refuses the graph")
-    return EngineError(f"{builder} {result['version']} {verb}: {shown}.", f"The whole log: {log}")
+    return EngineError(f"{builder} {result['version']} {verb}: {shown}.", f"Full log: {log}")
 
 
 def fatal_signal(returncode: int) -> int:
@@ -45,34 +45,34 @@ def fatal_signal(returncode: int) -> int:
 
 
 class BuilderCrashedError(EngineError):
-    """The builder's process was ended by a signal of a fault, not of memory that ran out."""
+    """Whether the builder's process crashed: a signal of a fault, not of memory that ran out."""
 
 
 class BuilderKilledError(EngineError):
-    """Somebody else ended the builder's process: the kernel, for want of memory, or a person."""
+    """Whether the builder's process was killed: by the kernel for lack of memory, or by a person."""
 
 
 def crashed(model: Path, log: Path, returncode: int, stderr: str) -> EngineError:
-    """Describe how the builder's process died, with suspect nodes and its last words."""
+    """Describe how the builder's process died, with suspect nodes and its last output."""
     text = log.read_text(errors="replace", encoding="utf-8") if log.is_file() else ""
     last = [line for line in text.splitlines() if line.strip()][-LAST_LINES:]
     words = f"Its last words: {' / '.join(last)}" if last else "It had printed nothing yet."
     ended_by = fatal_signal(returncode)
     if not ended_by:
         message = " ".join(stderr.split())[-400:]
-        text = f"The builder's process ended with code {returncode}: {message}"
-        return EngineError(text, f"The whole log: {log}")
+        text = f"The builder's process exited with code {returncode}: {message}"
+        return EngineError(text, f"Full log: {log}")
     name = signal.Signals(ended_by).name
     if ended_by not in FAULTS:
         why = ", most likely because memory ran out" if name == "SIGKILL" else ""
         return BuilderKilledError(
             f"The builder was killed ({name}){why}. {words}",
-            "Repeat the command: it goes on with this engine. If it is killed again, build on a machine "
+            "Repeat the command: it continues with this engine. If it is killed again, build on a machine "
             f"with more memory. Log: {log}",
         )
     if importlib.util.find_spec("onnx") is None:
-        # On a device: 'mpq-deploy check' names them at home.
-        blame = " Its graph cannot be looked at here: onnx is not installed."
+        # On a device: 'mpq-deploy check' names them on the build machine.
+        blame = " Its graph cannot be analysed here: onnx is not installed."
     else:
         nodes = known_suspects(model)
         blame = " No node has a form that is known to crash it."
@@ -80,7 +80,7 @@ def crashed(model: Path, log: Path, returncode: int, stderr: str) -> EngineError
             blame = f" Suspect nodes: {', '.join(nodes)}."
     return BuilderCrashedError(
         f"The builder crashed ({name}).{blame} {words}",
-        f"Leave the suspect layers in FP16 (recipe: protect). The whole log: {log}",
+        f"Leave the suspect layers in FP16 (recipe: protect). Full log: {log}",
     )
 
 
@@ -94,18 +94,18 @@ def located(crash: BuilderCrashedError, suspects: Suspects | None) -> EngineErro
     if more > 0:
         named += f" and {more} more"
     if not suspects.quantized:
-        text = f"It crashes without any quantization too, when the graph has come to {named}"
+        text = f"It crashes even without quantization, once the graph reaches {named}"
     elif len(suspects.nodes) == 1:
-        text = f"It crashes when {named} alone is quantized, and not when nothing is"
+        text = f"It crashes when only {named} is quantized, but not when nothing is"
     else:
-        text = f"It crashes when these are quantized together: {named}; and not when nothing is"
+        text = f"It crashes when these are quantized together: {named}; but not when nothing is"
     sure = "" if suspects.certain else "; the search ended early, so fewer may be enough"
     searched = f"Suspects by {suspects.trials} smaller builds: {text}{sure}."
     return EngineError(f"{crash.message} {searched}", crash.hint)
 
 
 def known_suspects(model: Path) -> list[str]:
-    """Name the nodes of forms that are known to crash TensorRT-RTX: each with the reason.
+    """Name the nodes whose forms are known to crash TensorRT-RTX, each with the reason.
 
     1. A product whose left operand is an INT4 weight in blocks.
     2. Products that share one INT4 weight in blocks (their own copies of it are fine).
@@ -139,6 +139,6 @@ def known_suspects(model: Path) -> list[str]:
 
 
 def _short(message: str) -> str:
-    """The first sentence of a builder's message, without the noise of a missing driver."""
+    """The first sentence of a builder's message, without the noise about a missing driver."""
     lines = [line for line in message.splitlines() if "cudaerror" not in line.lower()]
     return " ".join(" ".join(lines).split())[:300].rstrip(".")

@@ -42,9 +42,7 @@ def parse_layer_information(text: str, log: str) -> EngineLog:
         if not isinstance(listed, list):
             raise KeyError("Layers")
     except (InputError, KeyError) as error:
-        text = (
-            "The builder's layer information is no JSON with 'Layers', so the engine is unchecked."
-        )
+        text = "The builder's layer information is not JSON with 'Layers', so the engine cannot be checked."
         raise EngineError(text) from error
     if any(not isinstance(layer, dict) for layer in listed):
         raise EngineError(

@@ -1,4 +1,4 @@
-"""The engine of a run's plan: batch sizes, what it must hold, and whether the target can."""
+"""The engine of a run's plan: batch sizes, what it must hold, and whether it fits the target."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def batch_profile(run: Run) -> BatchProfile:
 
 
 def expected_layers(run: Run) -> ExpectedLayers:
-    """Return what the engine of the plan must hold."""
+    """Return what the plan's engine must hold."""
     schemes = {name: SCHEMES[scheme] for name, scheme in run.plan.schemes.items()}
     graph = run.deployed / DEPLOYED
     apart = repeated_bytes(graph), widened_bytes(graph)

@@ -21,7 +21,7 @@ NAMED = 5
 
 @dataclass(frozen=True)
 class BuildTiming:
-    """What building took, kept apart from the record, which repeats exactly."""
+    """What the build took, kept apart from the record, which must repeat exactly."""
 
     build_seconds: float
     peak_rss_bytes: int

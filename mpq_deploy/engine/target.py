@@ -48,7 +48,7 @@ RTX = "tensorrt_rtx"
 
 
 class _InvalidNameError(MpqError, ValueError):
-    """So that pydantic says it beside what else is wrong."""
+    """A ValueError, so that pydantic reports it together with all other problems."""
 
 
 class Figure(BaseModel):
@@ -177,14 +177,14 @@ class Target(BaseModel):
 
     @property
     def build_target(self) -> BuildTarget:
-        """What a builder must know of it."""
+        """What a builder needs to know about it."""
         return BuildTarget(
             **{name: getattr(self, name) for name in BuildTarget.__dataclass_fields__}
         )
 
     @property
     def forms(self) -> Dialect:
-        """Its dialect, with what devices have shown."""
+        """Its dialect, with the forms that devices have proven."""
         shown: dict[str, Any] = dict.fromkeys(self.shown, True)
         return replace(dialect_named(self.dialect), **shown)
 
@@ -226,7 +226,7 @@ class Target(BaseModel):
 
 
 def _not_in_tensorrt(scheme: Scheme) -> str:
-    """Say why a simulated scheme is none that an engine could hold."""
+    """Say why no engine could hold a simulated scheme."""
     weight, activation = scheme.bits
     if weight not in (4, 8):
         return f"{weight}-bit weights do not exist in TensorRT"
@@ -261,7 +261,9 @@ def load_target(name_or_path: str | Path) -> Target:
         path = Path(text).expanduser()
         return _validated(_extended(_read(path), (), str(path)), str(path))
     if "," in text:
-        raise UsageError(f"One target is wanted here, not '{text}'.", "Several: mpq-deploy build.")
+        raise UsageError(
+            f"One target is wanted here, not '{text}'.", "Only 'mpq-deploy build' takes several."
+        )
     if text not in known_targets():
         raise UsageError(
             f"Unknown target '{text}'.",
@@ -300,7 +302,7 @@ def _extended(fields: dict[str, Any], seen: tuple[str, ...], where: str) -> dict
         return fields
     if not isinstance(base, str) or base not in known_targets() or base in seen:
         raise UsageError(
-            f"Target {where} extends '{base}', which is no shipped target that it can extend.",
+            f"Target {where} extends '{base}', which is not a shipped target that it can extend.",
             f"{nearest(str(base), known_targets())}{_known()}",
         )
     inherited = _extended(_shipped_fields(base), (*seen, base), base)

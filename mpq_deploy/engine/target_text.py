@@ -1,4 +1,4 @@
-"""A target as text of 80 columns: what it is, what it takes, why not, what is proven."""
+"""A target as text of 80 columns: what it is, what it takes, what not and why, what is proven."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def describe_target(target: Target) -> str:
     # What a shipped target refuses, one that extends it may list.
     rules = [rule for rule in target.rules if rule.when != "always" or _refuses(target, rule)]
     if rules:
-        lines += ["", "what it may not take, and why"]
+        lines += ["", "what it does not take, and why"]
         for rule in rules:
             lines += _hanging("  -", f"{_subject(rule)}: {rule.reason}", 4)
     if target.proven:
@@ -103,6 +103,6 @@ def _entry(name: str, text: str) -> list[str]:
 
 
 def _hanging(head: str, text: str, indent: int) -> list[str]:
-    """Wrap ``text`` behind ``head``; every line after the first is indented to the same column."""
+    """Wrap ``text`` after ``head``; every line after the first is indented to the same column."""
     lines = wrap(text, WIDTH - indent, break_long_words=True) or [""]
     return [f"{head:<{indent}}{lines[0]}", *(" " * indent + line for line in lines[1:])]

@@ -1,6 +1,6 @@
 """Build with trtexec, the command-line builder that comes with TensorRT and with JetPack.
 
-Unproven here: written from the documentation of TensorRT 10.3 to 11.1; no device was at hand.
+Unproven here: written from the documentation of TensorRT 10.3 to 11.1; no device was available.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from mpq_deploy.system.children import run_bounded
 from mpq_deploy.system.inputs import read_text
 from mpq_deploy.system.memory import children_peak_bytes
 
-# Where JetPack and the Debian packages put it, beside the search path.
+# Where JetPack and the Debian packages put it, besides the search path.
 PLACES = ("/usr/src/tensorrt/bin/trtexec",)
 # One build: hours on a small device (our choice). What it lists of its layers: some kilobytes each.
 BUILD_SECONDS, LAYERS_BYTES = 12 * 3600.0, 256 << 20
@@ -84,7 +84,7 @@ def build_with_trtexec(
         try:
             done = run_bounded(command, seconds=BUILD_SECONDS, log=stream)
         except subprocess.TimeoutExpired as error:
-            what = f"trtexec was ended after {BUILD_SECONDS / 3600:.0f} hours."
+            what = f"trtexec was stopped after {BUILD_SECONDS / 3600:.0f} hours."
             raise EngineError(what, f"Log: {log}") from error
     text = log.read_text(errors="replace", encoding="utf-8")
     version = trtexec_version(text)
@@ -104,14 +104,14 @@ def build_with_trtexec(
 
 
 def trtexec_trial(graph: Path, shapes: Mapping[str, InputShapes], seconds: float) -> int:
-    """Build a smaller graph by trtexec, keep nothing; return its exit code, 0 after a timeout.
+    """Build a smaller graph with trtexec, keep nothing; return its exit code, 0 after a timeout.
 
     ``shapes`` are those of the whole graph: trtexec refuses names that the smaller one lacks.
     """
     import onnx
 
     trtexec = find_trtexec()
-    assert trtexec is not None  # it has crashed before
+    assert trtexec is not None  # the graph has crashed the builder before
     names = {value.name for value in onnx.load(graph, load_external_data=False).graph.input}
     present = {name: shape for name, shape in shapes.items() if name in names}
     engine, layers = graph.with_name("trial.engine"), graph.with_name("trial.json")

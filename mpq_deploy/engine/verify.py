@@ -1,13 +1,13 @@
-"""Check an engine against the plan by the builder's own words: types, packing and bytes.
+"""Check an engine against the plan by the builder's own log: types, packing and bytes.
 
 In: an ``EngineLog`` and the ``ExpectedLayers``. Out: ``Problem`` objects; none means that
 
-1. every node of every layer is computed by a kernel that names it;
-2. w8a8 and w4a8 multiply INT8 by INT8, and no other layer does;
-3. the weights of w8* layers lie in the engine as INT8, those of w4* as INT4 (a kernel may unpack
+1. every node of every layer is computed by a kernel that names it; 2. w8a8 and w4a8 multiply INT8
+by INT8, and no other layer does; 3. the weights of w8* layers are stored in the engine as INT8,
+those of w4* as INT4 (a kernel may unpack
    them at run time);
 4. attention that is planned in FP8 reads FP8 in both products;
-5. all constants together have the planned bytes, equal ones counted once or as often as they are,
+5. all constants together have the planned bytes, equal ones counted once or each time,
    within 2 % and a stated allowance for what the builder adds.
 
 A layer that is right but slow (its whole weight is unpacked at each call although its form could be
@@ -32,8 +32,8 @@ Severity = Literal["wrong", "slow"]
 
 # How far the engine's weights may be from the plan's bytes.
 WEIGHTS_TOLERANCE = 0.02
-# It aligns each constant to 128 bytes: half of that is lost on average, by codes, scales, bias and
-# channel scales.
+# The builder aligns each constant to 128 bytes, so half of that is lost on average for each of
+# codes, scales, bias and channel scales.
 ALIGNMENT_BYTES = 4 * 64
 # It pads the channels of a convolution to 4, and those of odd products to 2.
 CHANNEL_MULTIPLE = 4
@@ -55,7 +55,10 @@ OPERANDS = tuple(
 
 @dataclass(frozen=True)
 class Problem:
-    """Something in the engine that is not as planned. ``layer`` is empty where the engine as a whole is meant."""
+    """Something in the engine that is not as planned.
+
+    ``layer`` is empty if it concerns the whole engine.
+    """
 
     layer: str
     message: str
@@ -238,7 +241,7 @@ def _check_storage(
     constants: tuple[EngineTensor, ...],
     planned: dict[str, ExpectedLayer],
 ) -> list[Problem]:
-    """One kernel may compute several layers that share an input: their weights must lie there together."""
+    """One kernel may compute several layers that share an input: it must then hold all their weights."""
     stored = layer.form.weight.engine_types
     together = {planned[node].name: planned[node] for node in kernel.nodes if node in planned}
     needed = sum(one.weights for one in together.values() if one.form.weight.engine_types == stored)
@@ -249,10 +252,10 @@ def _check_storage(
             )
             or "none"
         )
-        message = f"planned {layer.scheme}, but its weight does not lie in the engine as {stored[0]} (found: {kinds})"
+        message = f"planned {layer.scheme}, but its weight is not stored in the engine as {stored[0]} (found: {kinds})"
         return [Problem(layer.name, message)]
     if can_fuse(layer) and _held(layer, kernel.constants) < needed:
-        message = f"its {stored[0]} weight is unpacked as a whole at each call, though its form could be fused"
+        message = f"its {stored[0]} weight is unpacked in full at each call, though its form could be fused"
         return [Problem(layer.name, message, "slow")]
     return []
 
@@ -271,7 +274,7 @@ def _check_bytes(log: EngineLog, expected: ExpectedLayers) -> list[Problem]:
         f", {expected.repeated_bytes:,} of them equal to others" if expected.repeated_bytes else ""
     )
     if expected.widened_bytes:
-        repeated += f", {expected.widened_bytes:,} more where FP16 constants lie in FP32"
+        repeated += f", {expected.widened_bytes:,} more for FP16 constants stored in FP32"
     message = (
         f"the engine holds {log.weights_bytes:,} bytes of weights, the plan has {expected.total_bytes:,}{repeated} "
         f"(allowed: {WEIGHTS_TOLERANCE:.0%} and {allowance:,} bytes for padding, alignment and FP32 factors)"

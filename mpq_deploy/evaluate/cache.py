@@ -2,7 +2,7 @@
 
 An entry is one .npz file named by the digest of its key, with the SHA-256 of that file after it
 (readers of archives pass over what follows one). It is written aside and moved into place; an entry
-that is cut short or altered is made again: an archive's own checksums do not cover all of it.
+that is truncated or altered is made again: an archive's own checksums do not cover all of it.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class SampleCache:
         if not path.exists():
             return None
         try:
-            damage = "" if _sealed(path) else "it was cut short or altered"
+            damage = "" if _sealed(path) else "it was truncated or altered"
         except OSError as error:
             damage = str(error)
         if damage:
@@ -133,7 +133,7 @@ def folder_stamp(folder: Path) -> list[list[Any]]:
 def model_digest(path: Path) -> str:
     """Return the SHA-256 of an ONNX file and of the external data files that it names.
 
-    Raises ModelError when a file is missing or truncated, is no ONNX, or names data outside its
+    Raises ModelError when a file is missing or truncated, is not ONNX, or names data outside its
     folder.
     """
     digest = hashlib.sha256()

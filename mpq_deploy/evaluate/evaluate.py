@@ -440,7 +440,7 @@ def _notes(setup: Setup, kind: ImageKind, value_range: tuple[float, float]) -> l
         )
     if kind == "features":
         notes.append(
-            "The outputs are no images: PSNR and SSIM compare them as maps of tokens by channels, with the float "
+            "The outputs are not images: PSNR and SSIM compare them as maps of tokens by channels, with the float "
             f"outputs' range [{value_range[0]:.3g}, {value_range[1]:.3g}] as the peak."
         )
     if kind == "decoded":
@@ -500,6 +500,6 @@ def _common_key(setup: Setup, float_model: Path) -> dict[str, Any]:
         "seed": settings.seed,
         "sampler": settings.sampler,
         "onnxruntime": ort.__version__,
-        # Differences between devices are no part of a variant's error.
+        # Differences between devices are not part of a variant's error.
         **({} if computing_on() == Compute() else {"device": str(computing_on())}),
     }

@@ -54,9 +54,9 @@ class HalfPrecision:
         """Both, for the report."""
         if self.simulated:
             large = f" {_named(self.beyond)}." if self.beyond else ""
-            return f"{self.simulated}. What FP16 arithmetic adds is not known.{large}"
+            return f"{self.simulated}. What FP16 arithmetic adds is unknown.{large}"
         if self.unknown:
-            return f"What the deployed file's FP16 arithmetic costs is not known: {self.unknown}"
+            return f"What the deployed file's FP16 arithmetic costs is unknown: {self.unknown}"
         large = f" {_named(self.beyond)}." if self.beyond else ""
         return (
             f"The deployed file computes in FP16: on {self.calls} calls in ONNX Runtime its output's error is "

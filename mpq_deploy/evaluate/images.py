@@ -55,7 +55,7 @@ def is_picture(images: Array) -> bool:
 
 
 def data_range(reference: Array) -> tuple[float, float]:
-    """Return the range of samples that are no images (latents), so that their peak can be 1 too.
+    """Return the range of samples that are not images (latents), so that their peak can be 1 too.
 
     A constant reference has no range of its own; it gets one of width 1 [our choice].
     """

@@ -1,4 +1,4 @@
-"""On how many images a control is compared with the plan: until they can be told apart, or all.
+"""On how many images a control is compared with the plan: until they can be distinguished, or all.
 
 In: the PSNR of both on the images so far, image by image. Out: the interval of their mean difference,
 and whether it settles the comparison. Images come in groups; after each group is a look. A look has an

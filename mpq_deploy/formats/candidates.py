@@ -1,6 +1,6 @@
-"""The candidates of a layer: the schemes it may take, why not the others, their weights.
+"""The candidates of a layer: the schemes that it may take with their weights, and why not the others.
 
-In: a layer, the recipe's schemes, the target's rules, what is known of the input. Out: for each
+In: a layer, the recipe's schemes, the target's rules, the statistics of its input. Out: for each
 weight form the codes and scales that would be deployed, so that measuring, allocating and writing
 see the same weights.
 """
@@ -147,7 +147,8 @@ def round_candidates(
     """
     if not np.all(np.isfinite(weight)):
         raise ModelError(
-            f"The weight '{layer.weight}' holds NaN or Inf.", "Mend the model before quantizing it."
+            f"The weight '{layer.weight}' holds NaN or Inf.",
+            "Repair the model before quantizing it.",
         )
     work = LayerRounding(layer, weight, inputs, how)
     forms = dict(known or {})
@@ -215,7 +216,7 @@ def form_names(path: Path) -> frozenset[str]:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
-    """Open a safetensors file. Raises InputError that names it where it is none of ours."""
+    """Open a safetensors file. Raises InputError that names it where it is not one of ours."""
     from safetensors import SafetensorError, safe_open
 
     open_input(path).close()
@@ -223,7 +224,9 @@ def _opened(path: Path) -> Iterator[Any]:
         with whole(path), safe_open(path, framework="numpy") as file:
             yield file
     except SafetensorError as error:
-        raise InputError(f"{path} is no safetensors file: {error}.", "Make it again.") from error
+        raise InputError(
+            f"{path} is not a safetensors file: {error}.", "Create it again."
+        ) from error
 
 
 def _choices(metadata: dict[str, str]) -> Choices:

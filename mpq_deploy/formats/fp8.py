@@ -87,7 +87,7 @@ class RequantizedMatrix(LevelMatrix):
         return self._nearer, (self._steps[blocks], self._first(blocks))
 
     def _nearer(self, wanted: Array, step: Array, first: Array) -> tuple[Array, Array]:
-        """Of the two codes around it, take the one whose E4M3 value is nearer; ``first``: where code 0's lies."""
+        """Of the two nearest codes, take the one whose E4M3 value is nearer; ``first``: where code 0's lies."""
         xp = names_of(wanted)
         below = cast(xp.floor(wanted / step), np.int32)
         xp.clip(below, INT4.quant_min, INT4.quant_max - 1, out=below)
@@ -275,7 +275,7 @@ def _kernel_refusal(layer: Layer) -> str:
     if layer.taps <= LARGEST_AREA:
         return ""
     size = "x".join(map(str, layer.kernel))
-    return f"TensorRT computes FP8 kernels of more than {LARGEST_AREA} positions in FP16, and it has {size}"
+    return f"TensorRT computes FP8 kernels of more than {LARGEST_AREA} positions in FP16; its kernel has {size}"
 
 
 def _channel_scale(weight: Array, share: Array) -> Array:

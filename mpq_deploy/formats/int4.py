@@ -55,14 +55,14 @@ class Int4Weight(IntegerWeight):
 
     def refusal(self, layer: Layer) -> str:
         if self.block(layer) is None:
-            return f"no divisor of its reduction {layer.reduction} lies near {self.block_size}"
+            return f"no divisor of its reduction {layer.reduction} is near {self.block_size}"
         # TensorRT-RTX refuses an engine whose blocks hold one weight each; none is worth having.
         others = {"INT8": INT8_WEIGHT.bytes_of(layer), "FP16": FP16_BYTES * layer.weights}
         smallest = min(others, key=lambda name: others[name])
         size = self.bytes_of(layer)
         if size < others[smallest]:
             return ""
-        return f"its {size:,} bytes are no fewer than {others[smallest]:,} in {smallest}"
+        return f"its {size:,} bytes are not fewer than the {others[smallest]:,} of {smallest}"
 
     def stored_shape(self, layer: Layer) -> tuple[int, int]:
         shape = matrix_shape(layer)

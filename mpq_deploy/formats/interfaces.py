@@ -149,7 +149,7 @@ class WeightFormat:
         return matrix_shape(layer)
 
     def dialect_refusal(self, layer: Layer, dialect: Dialect) -> str:
-        """Say what of the weight a builder is documented to refuse, such as "size is odd"; else empty."""
+        """Say why a builder is documented to refuse the weight, such as "size is odd"; else empty."""
         return ""
 
     def bytes_of(self, layer: Layer) -> int:
@@ -219,7 +219,7 @@ class ActivationFormat:
         raise NotImplementedError
 
     def reader_bytes(self, layer: Layer) -> int:
-        """Bytes that count with each layer that reads the quantized input."""
+        """Bytes counted for each layer that reads the quantized input."""
         return 0
 
     def engine_bytes(self, layer: ExpectedLayer) -> int:
@@ -244,7 +244,7 @@ class ActivationFormat:
 class Branch:
     """A part of a layer that gets more precision beside its body; ``amount`` says how much.
 
-    This class itself is no branch, which is false: what it does is what the weight's format does.
+    This class itself means no branch, and is false: it does what the weight's format does.
     """
 
     amount: int = 0
@@ -384,7 +384,7 @@ class Scheme:
 
     @property
     def quantized(self) -> bool:
-        """Whether it is anything but FP16."""
+        """Whether it is not FP16."""
         return self.weight.quantized
 
     @property

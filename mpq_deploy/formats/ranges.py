@@ -1,6 +1,6 @@
 """Where the range of a quantized activation comes from: calibration, the timestep, or its values.
 
-An activation's range changes by the factor of ten and more along the denoising. One scale for all
+An activation's range changes by a factor of ten or more during denoising. One scale for all
 timesteps wastes codes where it is narrow. A range that moves divides the input by a ratio in (0, 1]
 before its quantizer, and multiplies the product by the same ratio: the scale stays one constant,
 as INT8 kernels want, the input never exceeds its widest range, and FP16 holds all of it. Source:
@@ -76,7 +76,7 @@ class RangeTable:
         gaps = np.diff(knots)
         slopes[1 : len(knots)] = 1 / gaps
         offsets[1 : len(knots)], offsets[0] = -knots[:-1] / gaps, 1.0
-        # Each step goes on from what FP16 has made of those before.
+        # Each step continues from what FP16 has made of those before.
         reached = 0.0
         for entry, ratio in enumerate(ratios):
             steps[entry] = np.float16(ratio - reached)
@@ -148,7 +148,7 @@ class ActivationRange:
         return 0
 
     def quantizer_kernels(self, product: bool) -> int:
-        """Kernels beside the quantizer's own; ``product``: its readers are no convolutions."""
+        """Kernels beside the quantizer's own; ``product``: its readers are not convolutions."""
         return 0
 
     def moves_input(self, product: bool) -> int:
@@ -214,7 +214,7 @@ class TimestepRange(MovingRange):
     """
 
     kind = "timestep"
-    meaning = "with ranges by timestep"
+    meaning = "with a range per timestep"
     by_timestep = True
 
     def fitted(

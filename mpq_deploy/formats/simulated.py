@@ -1,7 +1,7 @@
 """Simulated formats of 2 to 8 bits that no engine can hold; their bytes are nominal.
 
 Weights have one scale and zero point per output channel (``rounding.row_grids``), activations one
-of each per tensor. ``SharedBits`` are branches that share out a layer's bits among its output
+of each per tensor. ``SharedBits`` are branches that distribute a layer's bits over its output
 channels.
 """
 
@@ -69,7 +69,7 @@ class SimulatedWeight(WeightFormat):
 
     @property
     def bits(self) -> int:  # type: ignore[override]
-        """Bits of every weight, or of the mean one."""
+        """Bits of every weight, or their mean."""
         return self.width
 
     @property
@@ -180,7 +180,7 @@ class SharedBits(Branch):
         return packed_bytes(self.form_bits * channels) + FP16_BYTES * channels * self.residuals
 
     def rounds_first(self, scheme: Scheme) -> tuple[Scheme, ...]:
-        """All at once."""
+        """All channels at once."""
         return (scheme,)
 
     def row_forms(self, bits: int) -> tuple[list[RowForm], list[RowForm], list[RowForm]]:

@@ -1,4 +1,4 @@
-"""Graphs that another tool has quantized: refused, since rounding them again would only add to it.
+"""Graphs that another tool has quantized: refused, since rounding again would only add error.
 
 In: an ``onnx_ir.Model`` as it was read. Out: nothing, or a ModelError that names the first node.
 """

@@ -86,7 +86,7 @@ class PlainAttention:
 
 
 def plain_attention(node: ir.Node) -> PlainAttention | None:
-    """Return the attention that ends with the MatMul ``node``; None where it is none, or a mask is added."""
+    """Return the attention that ends with the MatMul ``node``; None if there is none, or a mask is added."""
     if node.op_type != "MatMul" or node.domain not in STANDARD_DOMAINS:
         return None
     softmax = sole_source(node.inputs[0], "Softmax")
@@ -107,7 +107,7 @@ def plain_attention(node: ir.Node) -> PlainAttention | None:
     if scores is None:
         return None
     operands = (scores.inputs[0], scores.inputs[1], node.inputs[1])
-    # Products with constants are layers, whose inputs and outputs are looked at.
+    # Products with constants are layers; their inputs and outputs are followed.
     queries, keys, values = operands
     if queries is None or keys is None or values is None:
         return None

@@ -19,13 +19,13 @@ TWO_ACTIVATIONS = "multiply two activations"
 AT_RUN_TIME = "have a weight that the graph computes at run time"
 BY_INPUTS = "have a weight that depends on the model's inputs"
 IN_SUBGRAPH = "lie inside a subgraph"
-# Reasons that are told; the others are counted.
+# Reasons that are listed; the others are only counted.
 TOLD = 4
 
 
 @dataclass(frozen=True)
 class NoLayers:
-    """Nodes that are no layers for one reason; ``bytes`` of their constants in FP16."""
+    """Nodes that are not layers for one reason; ``bytes`` of their constants in FP16."""
 
     reason: str
     nodes: int
@@ -41,7 +41,7 @@ class Census:
     others: tuple[NoLayers, ...]
 
     def text(self) -> str:
-        """Say it in a sentence or two, the reason that holds most bytes first."""
+        """Describe it in a sentence or two, the reason with the most bytes first."""
         total = self.nodes + sum(other.nodes for other in self.others)
         said = f"{self.nodes} of {total} Conv, Gemm and MatMul are layers ({_size(self.bytes)} in FP16)."
         parts = [

@@ -41,7 +41,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Arithmetic:
-    """How ``result`` follows from the constants ``leaves``: computed anew whenever it is asked for.
+    """How ``result`` follows from the constants ``leaves``: computed anew at each request.
 
     No more than the values still needed are held, so that a whole network of such weights takes the
     memory of one.
@@ -164,7 +164,7 @@ def _gather(node: onnx.NodeProto, shapes: list[Shape], inputs: Inputs) -> int:
 
 
 def _einsum(node: onnx.NodeProto, shapes: list[Shape], inputs: Inputs) -> int:
-    # More than it can be, where letters are summed or repeated; that is enough for a bound.
+    # Too large where letters are summed or repeated, but that is fine for an upper bound.
     equation = str(node.attribute[0].s.decode()).replace(" ", "")
     sizes = {} if "." not in equation else {"...": LARGEST + 1}
     for letters, shape in zip(equation.partition("->")[0].split(","), shapes):

@@ -2,7 +2,7 @@
 
 Sources: ``tensorrt_rtx`` 1.7.1.116 on CPU (its own ``supports_operator`` and builds,
 docs/engine-forms.md), and for TensorRT proper NvInfer.h per release, the parser's ``operators.md``
-and source. What only the latter say is documented, not proven.
+and source. What only the latter state is documented, not proven.
 """
 
 from __future__ import annotations
@@ -63,12 +63,12 @@ class Dialect:
 
     @property
     def tensorrt(self) -> bool:
-        """A TensorRT, and not ONNX Runtime."""
+        """Whether it is a TensorRT, not ONNX Runtime."""
         return self.name.startswith("trt-")
 
     @property
     def proper(self) -> bool:
-        """TensorRT proper, which no one here has built with, and not TensorRT-RTX."""
+        """Whether it is TensorRT itself, with which nothing was built here, not TensorRT-RTX."""
         return self.tensorrt and self.name != "trt-rtx"
 
 

@@ -23,7 +23,7 @@ from mpq_deploy.models.spec import Array
 Sizes = Mapping[str, tuple[int | None, ...]]
 # Numbers of a value that is followed (our choice: a shape has at most eight).
 MOST_NUMBERS = 64
-# How often ONNX's inference and the values that it does not follow are told each other.
+# Rounds in which ONNX's inference and the values that it does not follow inform each other.
 ROUNDS = 8
 
 
@@ -45,7 +45,7 @@ def known_values(proto: onnx.ModelProto, inputs: Sizes) -> dict[str, Array]:
         try:
             graph = onnx.shape_inference.infer_shapes(light, data_prop=True).graph
         except (onnx.shape_inference.InferenceError, RuntimeError, ValueError):
-            break  # a graph of which ONNX infers nothing: no more is known of it
+            break  # ONNX infers nothing of this graph, so nothing more is known
         found, sizes = _Follower(graph).follow()
         new = found.keys() - values.keys() or sizes.keys() - _declared(light.graph)
         values = found
@@ -144,7 +144,7 @@ class _Follower:
         try:
             return _FOLLOWED[node.op_type](_Node(inputs, attributes))
         except (ArithmeticError, IndexError, KeyError, TypeError, ValueError):
-            return None  # a form that is not followed: nothing is known of it
+            return None  # a form that is not followed
 
     def _size_of(self, node: onnx.NodeProto, attributes: Mapping[str, Any]) -> Array | None:
         sizes = self._sizes.get(node.input[0])

@@ -28,7 +28,7 @@ class LayerUse:
 
 @dataclass(frozen=True)
 class Window:
-    """Where the windows of a convolution lie, per spatial axis: ``pads`` before all, then after all."""
+    """The windows of a convolution, per spatial axis; ``pads``: before every axis, then after every axis."""
 
     strides: tuple[int, ...]
     dilations: tuple[int, ...]
@@ -94,7 +94,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class OtherWeight:
-    """A constant of at least two dimensions (no norm, no bias) that is no layer, and why."""
+    """A constant of at least two dimensions (no norm, no bias) that is not a layer, and why."""
 
     name: str
     op: str
@@ -104,7 +104,7 @@ class OtherWeight:
 
 @dataclass(frozen=True)
 class LayerGraph:
-    """A normalised model and what there is to decide about it. ``watched``: activations of no layer to calibrate."""
+    """A normalised model and its layers. ``watched``: activations to calibrate that no layer reads."""
 
     model: ir.Model
     layers: tuple[Layer, ...]
@@ -181,9 +181,9 @@ def refusal(node: ir.Node, index: int, value: ir.Value) -> str:
     if node.op_type == "ConvTranspose" and index == 1:
         return "TensorRT has no INT8 or INT4 ConvTranspose: it would dequantize the weight on every call"
     if node.op_type not in LAYER_OPS:
-        return f"{node.op_type} is no Conv, Gemm or MatMul"
+        return f"{node.op_type} is not a Conv, Gemm or MatMul"
     if 0 in shape:
-        return "it holds no values"
+        return "it has no elements"
     if index == 0:
         return "the weight is the left operand, which TensorRT cannot take in INT4 blocks"
     if index != 1:

@@ -47,7 +47,7 @@ SIZES_BYTES = {
 def load_model(path: Path) -> ir.Model:
     """Return the model at ``path``; its external weights are memory-mapped, not read.
 
-    Raises ModelError when the file is missing, truncated or no ONNX, or when its external data is
+    Raises ModelError when the file is missing, truncated or not ONNX, or when its external data is
     missing, too short or outside the model's folder.
     """
     proto = read_proto(path)
@@ -65,7 +65,7 @@ def load_model(path: Path) -> ir.Model:
 
 
 def _root_cause(error: BaseException) -> str:
-    """Return the first line of what went wrong at first."""
+    """Return the first line of the root cause."""
     while error.__cause__ is not None:
         error = error.__cause__
     lines = str(error).strip().splitlines()
@@ -78,7 +78,7 @@ def read_proto(path: Path) -> onnx.ModelProto:
         size = os.fstat(file.fileno()).st_size
         if size >= PROTOBUF_LIMIT:
             raise ModelError(
-                f"{path} has {size:,} bytes; a protobuf file ends at 2 GB.",
+                f"{path} has {size:,} bytes; protobuf files are limited to 2 GB.",
                 "Save it with its weights as external data.",
             )
         proto = parse_proto(file.read(), str(path))
@@ -155,14 +155,14 @@ def inline_sizes(proto: onnx.ModelProto, path: Path) -> bool:
 
 
 def _locate_in(blobs: Path, tensor: onnx.TensorProto, file: Path) -> None:
-    """Let ``tensor`` name the file that the link ``file`` leads to."""
+    """Make ``tensor`` refer to the file that the link ``file`` points to."""
     for entry in tensor.external_data:
         if entry.key == "location":
             entry.value = file.resolve().relative_to(blobs).as_posix()
 
 
 def _end(tensor: onnx.TensorProto, entries: dict[str, str], path: Path) -> int:
-    """Return where a tensor's data ends in its file. Raises ModelError where that is no place."""
+    """Return where a tensor's data ends in its file. Raises ModelError for an invalid offset or length."""
     numbers = [entries.get(key, "0") for key in ("offset", "length")]
     if not all(text.isascii() and text.isdecimal() and len(text) < 19 for text in numbers):
         raise ModelError(
@@ -214,7 +214,7 @@ def normalise(model: ir.Model, inputs: Sizes | None = None) -> ir.Model:
 
 
 def widened(model: ir.Model, inputs: Sizes | None = None) -> ir.Model:
-    """Return ``model`` in FP32 and otherwise as it is: what ONNX Runtime runs of one in bfloat16.
+    """Return ``model`` in FP32, otherwise unchanged: how ONNX Runtime runs a bfloat16 model.
 
     Raises ModelError as ``normalise`` does.
     """

@@ -1,4 +1,4 @@
-"""Weights in a file, of which each maps its own bytes."""
+"""Weights in a file, each of which maps its own bytes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class MappedTensor(ir.ExternalTensor):
 
     @classmethod
     def of(cls, tensor: ir.ExternalTensor, dtype: ir.DataType | None = None) -> MappedTensor:
-        """Return ``tensor`` with maps of its own, its bytes read as of ``dtype`` (None: of its own)."""
+        """Return ``tensor`` with its own map, its bytes read as ``dtype`` (None: its own type)."""
         return cls(
             tensor.location,
             tensor.offset,

@@ -1,4 +1,4 @@
-"""What a stranger's ONNX file may hold, looked at before anything is expanded or allocated.
+"""Checks of an untrusted ONNX file, made before anything is expanded or allocated.
 
 In: a parsed file. Out: nothing, a ModelError, or what ``onnx.checker`` says of it.
 """
@@ -93,7 +93,7 @@ def without_weights(proto: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def checker_problem(proto: onnx.ModelProto, *, strict: bool) -> tuple[str, str, str] | None:
-    """Return the first thing that onnx.checker finds: node, operator and its words; None: nothing.
+    """Return the first thing that onnx.checker finds: node, operator and message; None: nothing.
 
     ``strict``: infer types and shapes, too; else operators that ONNX does not have and outputs
     without a shape pass, which runtimes take. Weights are checked one by one, so that none is
@@ -163,9 +163,9 @@ def check_growth(model: ir.Model) -> None:
         counts.update(dict.fromkeys(node.outputs, made))
         if total > LARGEST_CONSTANTS:
             raise ModelError(
-                f"The graph makes more than {LARGEST_CONSTANTS:,} numbers of its constants, by Concats "
-                f"of Concats: '{node.outputs[0].name}' is one of them.",
-                "Export the model again, with its constants as they are.",
+                f"The graph makes more than {LARGEST_CONSTANTS:,} numbers from its constants by nested "
+                f"Concats: '{node.outputs[0].name}' is one of them.",
+                "Export the model again without nested Concats of constants.",
             )
 
 
@@ -176,7 +176,7 @@ def refuse_unsound(proto: onnx.ModelProto, name: str) -> None:
         node, op, words = problem
         where = f" at the node '{node}' ({op})" if op else ""
         raise ModelError(
-            f"{name} is no valid ONNX graph{where}: {words}.",
+            f"{name} is not a valid ONNX graph{where}: {words}.",
             "Check it with onnx.checker, and export it again.",
         )
 
@@ -223,7 +223,7 @@ def _check_references(graph: onnx.GraphProto) -> None:
             if attribute.ref_attr_name:
                 raise onnx.checker.ValidationError(
                     f"the node '{node.name}' ({node.op_type}) takes its attribute '{attribute.name}' "
-                    f"from '{attribute.ref_attr_name}', and stands in no function"
+                    f"from '{attribute.ref_attr_name}', but is not in a function"
                 )
 
 
@@ -299,7 +299,7 @@ def _check_count(count: int, name: str) -> None:
     if count > LARGEST_GRAPH:
         raise ModelError(
             f"{name} expands to more than {LARGEST_GRAPH:,} nodes through its functions.",
-            "Export the model again, without functions that multiply.",
+            "Export the model again with fewer nested functions.",
         )
 
 
@@ -337,7 +337,7 @@ def _check_version(entry: onnx.OperatorSetIdProto, name: str) -> None:
     if not 0 < entry.version < 1 << 31:
         raise ModelError(
             f"{name} declares version {entry.version} of the operators '{entry.domain or 'ai.onnx'}'.",
-            "Versions begin with 1: export the model again.",
+            "Versions start at 1: export the model again.",
         )
 
 
@@ -351,5 +351,5 @@ def _check_tensor(tensor: TensorProto, name: str) -> None:
     if any(size < 0 for size in tensor.dims):
         raise ModelError(
             f"The weight '{printable(tensor.name)}' of {name} has the shape {list(tensor.dims)[:8]}.",
-            "No dimension is negative: export the model again.",
+            "Dimensions cannot be negative: export the model again.",
         )

@@ -65,7 +65,7 @@ def with_products(graph: LayerGraph, target: Target, usual: Shapes, largest: Sha
             return product
         traffic = _traffic(layer, usual)
         if traffic is None or rates is None:
-            return replace(layer, no_product="the shapes or the target's figures are not known")
+            return replace(layer, no_product="the shapes or the target's figures are unknown")
         scheme = SCHEMES[COMPARED]
         seconds = [
             sum(layer_seconds(one, scheme, moved, rates) for moved in traffic)
@@ -81,7 +81,7 @@ def with_products(graph: LayerGraph, target: Target, usual: Shapes, largest: Sha
 def conv_window(layer: Layer, nodes: list[ir.Node]) -> tuple[Window | None, str]:
     """Return where the windows of ``layer`` lie, or None and why it cannot be a product."""
     if layer.group > 1:
-        return None, f"it has {layer.group} groups, and a product has one"
+        return None, f"it has {layer.group} groups; a product has only one"
     rank = len(layer.kernel)
     found = set()
     for node in nodes:

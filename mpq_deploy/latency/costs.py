@@ -36,7 +36,7 @@ NAMED = 4
 class PlanLatency:
     """Milliseconds per call of a plan, beside everything FP16, INT8 and INT4.
 
-    All are sums over single layers and of ``others_ms``, what is no layer: nothing here was
+    All are sums over single layers and of ``others_ms``, what is not a layer: nothing here was
     measured as a whole. ``source``: estimated, measured, or "measured and estimated" for the
     layers; ``basis`` says in words on what. ``measured`` and ``estimated`` count the solver's
     (layer, scheme) entries. ``slower_in_int8``: layers that are expected to be slower in INT8 than
@@ -69,7 +69,7 @@ class PlanLatency:
 
 
 class LatencyCosts:
-    """Nanoseconds of layers, of shared quantizers, and of what is no layer.
+    """Nanoseconds of layers, of shared quantizers, and of what is not a layer.
 
     ``shapes``: activation -> shape with the batch in it, of all that layers read and write (and of
     the others). ``groups``: layers that are one product under some schemes, as
@@ -128,7 +128,7 @@ class LatencyCosts:
     def quantizer_ns(self, tensor: str, scheme: Scheme, product: bool) -> int:
         """Estimate quantizing the activation ``tensor`` under ``scheme``, once for all readers.
 
-        ``product``: these are no convolutions. 0 without figures: then each reader's own row holds
+        ``product``: these are not convolutions. 0 without figures: then each reader's own row holds
         it.
         """
         if self.rates is None:
@@ -164,7 +164,7 @@ class LatencyCosts:
         )
 
     def plan_ns(self, layers: Iterable[Layer], schemes: Mapping[str, Scheme]) -> int:
-        """Return what a plan (layer -> scheme) takes, what is no layer included."""
+        """Return what a plan (layer -> scheme) takes, what is not a layer included."""
         total, shared = self.others_ns, dict[str, int]()
         for layer in layers:
             scheme = schemes[layer.name]
@@ -190,7 +190,7 @@ class LatencyCosts:
         return "measured and estimated" if self.estimated else "measured"
 
     def basis(self) -> str:
-        """Say on what the times rest."""
+        """Say what the times are based on."""
         said = []
         if self.measured and self.table is not None:
             rows = len(self.measured)
@@ -224,9 +224,9 @@ class LatencyCosts:
             return max(ceil(found * 1e6) - own, 0)
         if self.rates is None:
             raise UsageError(
-                f"Nothing is known of the time of {layer.name} under {scheme.name} on {self.target.name}: "
+                f"The time of {layer.name} under {scheme.name} on {self.target.name} is unknown: "
                 "the target has no figures to estimate it from"
-                + (", and the latency table no such row." if self.table else "."),
+                + (", and the latency table has no such row." if self.table else "."),
                 "Give --latency-table with every layer's rows (mpq-deploy profile), or a target with its figures.",
             )
         self.estimated.add((layer.name, scheme.name))

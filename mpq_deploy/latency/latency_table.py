@@ -1,7 +1,7 @@
 """Latency tables: milliseconds of each (layer shape, scheme) on a target, and their source.
 
 In and out: a JSON file, made by ``mpq-deploy profile`` on the machine that has the hardware, and
-read at home.
+read on the build machine.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ class LatencyTable:
         if self.target != target:
             raise UsageError(
                 f"The latency table is of the target {self.target}, not of {target}.",
-                f"Times of another device say nothing: make one with 'mpq-deploy profile --target {target}'.",
+                f"Times of another device do not apply: make one with 'mpq-deploy profile --target {target}'.",
             )
         if self.batch != batch:
             raise UsageError(

@@ -1,4 +1,4 @@
-"""Estimate what is no layer: products of two activations, norms, moves. Always FP16.
+"""Estimate what is not a layer: products of two activations, norms, moves. Always FP16.
 
 In: the graph, the shapes of activations, the target's figures. Out: seconds per call. Pointwise
 operators count nothing: TensorRT fuses them into their neighbours. Our choice, and a rough one: it
@@ -50,7 +50,7 @@ def activations_of(node: ir.Node) -> list[str]:
 
 
 def others_seconds(graph: LayerGraph, shapes: Mapping[str, tuple[int, ...]], rates: Rates) -> float:
-    """Estimate a call of all that is no layer. ``shapes``: tensor -> shape with the batch."""
+    """Estimate a call of all that is not a layer. ``shapes``: tensor -> shape with the batch."""
     return sum(node_seconds(node, shapes, rates) for node in weighed_nodes(graph))
 
 

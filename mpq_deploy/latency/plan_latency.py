@@ -66,7 +66,7 @@ def check_latency(recipe: Recipe, target: Target) -> None:
     table = read_table(recipe)
     if needs_latency(recipe) and (target.simulated or (table is None and Rates.of(target) is None)):
         raise UsageError(
-            f"Nothing is known of the speed of the target {target.name}: it has no figures to estimate latency from.",
+            f"The speed of the target {target.name} is unknown: it has no figures to estimate latency from.",
             "Choose a target of one device, give the figures in a YAML that extends it, or give --latency-table.",
         )
 

@@ -2,7 +2,7 @@
 
 In: a run (its export and calibration), a target. Out: a ``LatencyTable``. Where nothing can be
 timed, one line says why and what would be. Building on TensorRT-RTX was tested here; timing is
-unproven: no GPU was at hand.
+unproven: no GPU was available.
 """
 
 from __future__ import annotations
@@ -73,9 +73,10 @@ class Profile:
         if why:
             shapes = len({shape for shape, _ in self.jobs})
             raise UsageError(
-                f"Nothing can be timed here: {why}. It would be {len(self.jobs)} engines, of {shapes} distinct layer "
+                f"Nothing can be timed here: {why}. A table takes {len(self.jobs)} engines, of {shapes} distinct layer "
                 f"shapes under up to {len({name for _, name in self.jobs})} schemes at batch {self.batch}.",
-                f"Profile where {self.target.name} is, and bring the table home; or write estimates (--estimate).",
+                f"Run profile on a machine with {self.target.name} and copy the table here; or write estimates "
+                "(--estimate).",
             )
 
     def estimate(self) -> LatencyTable:
@@ -91,10 +92,10 @@ class Profile:
         return LatencyTable(self.target.name, rates.device, "", "estimated", self.batch, found)
 
     def measure(self, out: Path) -> LatencyTable:
-        """Build and time every engine; the table in ``out`` grows, so a stopped call goes on.
+        """Build and time every engine; the table in ``out`` grows, so an interrupted run continues.
 
-        An engine that cannot be built, or is not what its scheme means, is said and left out
-        (estimated later).
+        An engine that cannot be built, or does not compute as its scheme says, is left out with a
+        warning (estimated later).
         """
         table = self._begun(out)
         with self.talk.bar("profile layers", len(self.jobs)) as advance:
@@ -129,14 +130,14 @@ class Profile:
             why = (
                 "; ".join(str(problem) for problem in record.problems[:1])
                 or run.why
-                or "no times came back"
+                or "no times were returned"
             )
             self.talk.warn(f"{one.layer.name} as {one.scheme.name} is left out: {why}")
             return table
         builder = f"{record.backend} {record.version}"
         if table.device and (table.device, table.builder) != (run.gpu, builder):
             raise UsageError(
-                f"The table was begun on {table.device} with {table.builder}; this is {run.gpu} with {builder}.",
+                f"The table was started on {table.device} with {table.builder}; this is {run.gpu} with {builder}.",
                 "Give another file (--out).",
             )
         entries = {**table.entries, key: statistics.median(run.milliseconds)}

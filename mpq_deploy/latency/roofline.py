@@ -91,7 +91,7 @@ def quantizer_seconds(values: int, scheme: Scheme, rates: Rates, product: bool =
     """Estimate quantizing ``values`` activations under ``scheme``, by one kernel and its range's.
 
     TensorRT often fuses it into the producer; then it is cheaper than this. Readers of one tensor
-    share it; ``product``: they are no convolutions.
+    share it; ``product``: they are not convolutions.
     """
     if scheme.activation is None:
         return 0.0
@@ -143,5 +143,5 @@ def _rearranged_bytes(layer: Layer, traffic: Traffic) -> int:
 
 
 def fp16_seconds(operations: float, moved: int, rates: Rates) -> float:
-    """Estimate a kernel of FP16 arithmetic that is no layer."""
+    """Estimate a kernel of FP16 arithmetic that is not a layer."""
     return max(operations / rates.fp16, moved / rates.bandwidth) + LAUNCH_SECONDS

@@ -1,4 +1,4 @@
-"""What a user may give beside a model: conditions, scheduler, prompts, guidance scale."""
+"""What a user may give with a model: conditions, scheduler, prompts, guidance scale."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Additions:
 def read_scheduler(path: Path) -> dict[str, Any]:
     """Return the scheduler configuration at ``path``: a JSON file, scheduler or pipeline folder.
 
-    Raises UsageError when there is none, ModelError when it is no JSON object with ``_class_name``.
+    Raises UsageError when there is none, ModelError when it is not JSON object with ``_class_name``.
     """
     candidates = [path, path / SCHEDULER_FILE, path / "scheduler" / SCHEDULER_FILE]
     file = next((candidate for candidate in candidates if candidate.is_file()), None)

@@ -12,7 +12,7 @@ from mpq_deploy.errors import ModelError, UsageError, nearest
 from mpq_deploy.models.spec import Array, InputSpec
 from mpq_deploy.system.array_file import read_arrays
 
-# Entries of the file that are no inputs: the number of rows (an unconditional denoiser has one row
+# Entries of the file that are not inputs: the number of rows (an unconditional denoiser has one row
 # and no array), the row for classifier-free guidance, and what the rows are called.
 ROWS, UNCOND_ROW, LABELS = "_rows", "_uncond_row", "_labels"
 
@@ -55,7 +55,7 @@ class Conditions:
             if name in entries and (
                 entries[name].size != 1 or entries[name].dtype.kind not in "iu"
             ):
-                raise ModelError(f"'{name}' in {path} is no whole number.", WRITE)
+                raise ModelError(f"'{name}' in {path} is not a whole number.", WRITE)
         labels = tuple(str(label) for label in entries.pop(LABELS, np.array(())))
         uncond = entries.pop(UNCOND_ROW, None)
         declared = entries.pop(ROWS, None)
@@ -106,7 +106,7 @@ def check_conditions(
     for name in conditions.arrays:
         if name not in names:
             raise UsageError(
-                f"{origin} holds an array '{name}', which is no input of the model.",
+                f"{origin} holds an array '{name}', which is not an input of the model.",
                 f"{nearest(name, names)}Needed: {list_inputs(wanted) or 'no array, only _rows'}.",
             )
     inputs = []

@@ -144,7 +144,7 @@ def keep_first_token_apart(
     if not tokens:
         raise UsageError(
             "first_token: precomputed found no product that reads a text's tokens itself.",
-            "It is for the keys and values of cross-attention, as in UNet2DConditionModel; leave it quantized.",
+            "It is for the keys and values of cross-attention, as in UNet2DConditionModel; use quantized.",
         )
     note = (
         f"The first token of {', '.join(tokens)} is kept apart (MixDQ): its rows of {products} products are FP16 "
@@ -197,7 +197,8 @@ def check_repeats(model: ir.Model) -> None:
     for node in model.graph:
         if node.op_type in RANDOM and node.domain in STANDARD_DOMAINS:
             raise ModelError(
-                f"The node '{node.name}' ({node.op_type}) draws random numbers: the model never gives the same twice.",
+                f"The node '{node.name}' ({node.op_type}) draws random numbers: the model's output is not "
+                "reproducible.",
                 "Export it in evaluation mode, or with that noise as an input (one of conditions).",
             )
 

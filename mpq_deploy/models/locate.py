@@ -51,7 +51,7 @@ def locate(source: str | Path | None, talk: Talk | None = None) -> Path:
     if path.suffix in (".onnx", SINGLE_FILE) and path.is_file():
         return path
     if path.is_file():
-        raise ModelError(f"{path} is a file, but no .safetensors or .onnx file.", _other_file(path))
+        raise ModelError(f"{path} is neither a .safetensors nor an .onnx file.", _other_file(path))
     if is_hub_id(str(source)) and path.suffix not in (".onnx", SINGLE_FILE, *PICKLE_ENDINGS):
         return fetch(str(source), talk or Talk())
     raise UsageError(
@@ -69,16 +69,16 @@ def _in_folder(folder: Path) -> Path:
 
 
 def _other_file(path: Path) -> str:
-    """Say what to do with a file that is no ONNX."""
+    """Say what to do with a file that is not ONNX."""
     if path.suffix in PICKLE_ENDINGS:
         return (
-            "Pickled checkpoints are refused, because loading them runs their code: load the model in diffusers where "
-            "you trust it and write it with save_pretrained(FOLDER, safe_serialization=True), then give the folder."
+            "Pickled checkpoints are refused, because loading them runs their code: load the model in diffusers "
+            "if you trust it, and write it with save_pretrained(FOLDER, safe_serialization=True), then give the folder."
         )
     if path.suffix == ".gguf":
         return "A GGUF file is already quantized: give the float checkpoint, as a diffusers folder."
     if path.suffix in (".engine", ".plan", ".trt"):
-        return "An engine is built already: give the float checkpoint that it was made from."
+        return "This is a built engine: give the float checkpoint that it was made from."
     return "Give a diffusers folder, a checkpoint (.safetensors) or an .onnx file."
 
 
@@ -218,6 +218,6 @@ def fetch(hub_id: str, talk: Talk) -> Path:
     except (OSError, HFValidationError, RevisionResolutionError) as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise UsageError(
-            f"There is no file or folder '{hub_id}' here, and as a hub id it cannot be fetched: {reason[0]}",
+            f"There is no file or folder '{hub_id}', and it cannot be fetched as a hub id: {reason[0]}",
             "Check the name and the network; or download the model elsewhere and give its folder.",
         ) from error

@@ -195,8 +195,8 @@ def lora_loader(found: Any, config: Mapping[str, Any]) -> Any:
             return fitting[0]
     of = getattr(found, "__name__", denoiser)
     raise UsageError(
-        f"diffusers reads no LoRA for {of}.",
-        "Leave out --lora; or fuse it where it was made, and give the folder of the result.",
+        f"diffusers does not load LoRAs for {of}.",
+        "Leave out --lora; or fuse it with the tool that made it, and give the folder of the result.",
     )
 
 

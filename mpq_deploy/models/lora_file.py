@@ -27,7 +27,7 @@ from mpq_deploy.system.libraries import gist, silenced
 from mpq_deploy.system.names import printable
 
 FLOATS = ("F16", "BF16", "F32", "F64")
-FUSE_THERE = "Fuse it where it was made, write the result with save_pretrained(FOLDER), and give that folder."
+FUSE_THERE = "Fuse it with the tool that made it, write the result with save_pretrained(FOLDER), and give that folder."
 # Other kinds of adapters, by the names of their tensors; diffusers would drop parts of some.
 OTHERS: tuple[tuple[str, re.Pattern[str], str], ...] = (
     ("a DoRA (magnitudes of weights)", re.compile(r"dora_scale|lora_magnitude_vector"), FUSE_THERE),
@@ -114,7 +114,7 @@ def read_lora(option: LoraOption, loader: Any, config: Mapping[str, Any]) -> Lor
         # Converters of diffusers raise anything at all for names that they do not know.
         raise ModelError(
             f"diffusers cannot read the names in {path} as a LoRA of {_models(loader)}: {gist(error)}",
-            "It may be of another model, or of a trainer that diffusers does not know: give one that "
+            "It may be for another model, or from a trainer that diffusers does not know: give one that "
             "the pipeline's load_lora_weights takes.",
         ) from error
     parts = _parts(converted, _settings(metadata, path), loader, path)
@@ -123,7 +123,7 @@ def read_lora(option: LoraOption, loader: Any, config: Mapping[str, Any]) -> Lor
         raise ModelError(
             f"{path} holds updates of {pairs} layers; diffusers' conversion to {_models(loader)} keeps "
             f"{layers} of them.",
-            "It names layers in two ways, or is of another model: give another file.",
+            "It mixes two naming schemes, or is for another model: give another file.",
         )
     base = next((str(metadata[name]) for name in BASES if metadata.get(name)), "")
     return LoraFile(option, sha256, parts, printable(base[:80]))
@@ -263,7 +263,7 @@ def _parts(
     others += [name for name, pair in halves.items() if len(pair) < 2 or not _fit(**pair)]
     if others:
         raise ModelError(
-            f"{len(others)} tensors in {path} are no pair of a LoRA's matrices: {named_tensors(others)}.",
+            f"{len(others)} tensors in {path} are not pairs of LoRA matrices: {named_tensors(others)}.",
             "The file is damaged, or of another kind of adapter: give another.",
         )
     parts: dict[str, dict[str, LowRank]] = {}
@@ -294,7 +294,7 @@ def _settings(metadata: Mapping[str, str], path: Path) -> dict[str, Any]:
     try:
         settings = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ModelError(f"The {SETTINGS} in {path} is no JSON.", OTHER_FILE) from error
+        raise ModelError(f"The {SETTINGS} in {path} is not JSON.", OTHER_FILE) from error
     return settings if isinstance(settings, dict) else {}
 
 
@@ -315,7 +315,9 @@ def _scale(settings: Mapping[str, Any], part: str, layer: str, rank: int, path: 
             alpha = value
             break
     if not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
-        raise ModelError(f"The lora_alpha of {part} in {path} is {alpha!r}, no number.", OTHER_FILE)
+        raise ModelError(
+            f"The lora_alpha of {part} in {path} is {alpha!r}, not a number.", OTHER_FILE
+        )
     root = settings.get(f"{part}.use_rslora") is True
     return float(alpha) / (math.sqrt(rank) if root else rank)
 

@@ -22,7 +22,7 @@ class LoraOption:
 
 
 def parse_lora(text: str) -> LoraOption:
-    """Read ``FILE[:SCALE]``. Raises UsageError for a scale that is no number, 0 or not finite."""
+    """Read ``FILE[:SCALE]``. Raises UsageError for a scale that is not a number, 0 or not finite."""
     head, colon, tail = text.rpartition(":")
     if not colon or Path(text).is_file():
         return LoraOption(Path(text).expanduser())
@@ -31,12 +31,12 @@ def parse_lora(text: str) -> LoraOption:
         scale = float(tail)
     except ValueError as error:
         raise UsageError(
-            f"The scale '{printable(tail[:80])}' of the LoRA {printable(head)} is no number.",
+            f"The scale '{printable(tail[:80])}' of the LoRA {printable(head)} is not a number.",
             "Write it as FILE.safetensors:0.8; without a scale it is 1.",
         ) from error
     if scale == 0 or not math.isfinite(scale):
         raise UsageError(
-            f"The scale of the LoRA {printable(head)} is {tail}, which fuses nothing that is finite.",
+            f"The scale of the LoRA {printable(head)} is {tail}; it must be finite and not 0.",
             "Give another, such as 0.8, or leave the LoRA out.",
         )
     return LoraOption(path, scale)
@@ -50,8 +50,7 @@ def check_lora(path: Path) -> None:
     if path.suffix in PICKLE_ENDINGS:
         raise UsageError(
             f"The LoRA {path} is pickled, which is refused: loading it can run any code.",
-            "Where you trust the file, load it with torch.load and write the tensors with "
-            "safetensors.torch.save_file.",
+            "If you trust the file, load it with torch.load and write the tensors with safetensors.torch.save_file.",
         )
     if path.suffix != ".safetensors":
-        raise UsageError(f"The LoRA {path} is no .safetensors file.", OTHER_FILE)
+        raise UsageError(f"The LoRA {path} is not a .safetensors file.", OTHER_FILE)

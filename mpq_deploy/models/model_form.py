@@ -79,7 +79,7 @@ def model_class(config: dict[str, Any], folder: Path, in_pipeline: bool = False)
     is_model = isinstance(candidate, type) and issubclass(candidate, diffusers.ModelMixin)
     if not is_model or (signature_of(candidate) is None and not in_pipeline):
         raise UsageError(
-            f"{folder} holds {name or 'a model without _class_name'}, which is no denoiser of diffusers.",
+            f"{folder} holds {name or 'a model without _class_name'}, which is not a denoiser of diffusers.",
             f"{nearest(name, known)}Supported: {', '.join(known)}, and other models of diffusers that take a "
             "sample and a timestep; export others to ONNX and give the ONNX file with a YAML.",
         )
@@ -92,7 +92,7 @@ def model_form(
     """Return what a model of ``config`` takes; ``given`` are the user's own conditions;
     ``refines``: whether its pipeline gives it an aesthetic score.
 
-    Raises UsageError for a class that is no denoiser, or a configuration that is not supported.
+    Raises UsageError for a class that is not a denoiser, or a configuration that is not supported.
     """
     module_class = model_class(config, folder)
     name = str(config["_class_name"])

@@ -284,7 +284,7 @@ def _open_without_timesteps(
     sample = _input(declared[description.sample.name], description.sample, path)
     if additions.conditions is None:
         raise UsageError(
-            f"{yaml_path} names no timestep, so {path} is called once, and nothing brings its inputs.",
+            f"{yaml_path} names no timestep, so {path} is called once, and nothing provides its inputs.",
             f"Record calls of it (mpq_deploy.record) and give --calls FOLDER; or --conditions FILE.npz with the array "
             f"'{sample.name}' and the conditions' (of a denoiser name the timestep: timestep: NAME).",
         )
@@ -295,7 +295,7 @@ def _open_without_timesteps(
     if given.rows < 2:
         raise UsageError(
             f"{additions.conditions} holds {given.rows} row.",
-            "Give two at least: one is compared on.",
+            "Give at least two: one is held out to compare on.",
         )
     spec = DenoiserSpec(
         name=description.name or path.stem,
@@ -528,7 +528,7 @@ def _conditions(
         names = (*labels, *(f"class {i}" for i in range(len(labels), count)))
         return Conditions({wanted[0].name: np.arange(count)}, count, uncond, names)
     raise UsageError(
-        f"{path} takes conditions, which no file brings.",
+        f"{path} takes conditions, which no file provides.",
         f"Give --conditions FILE.npz with the arrays {list_inputs(wanted)}"
         " (for class labels, labels: [...] in the YAML is enough).",
     )

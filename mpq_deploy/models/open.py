@@ -38,13 +38,13 @@ def open_denoiser(
     path = locate(source, talk)
     if additions.config is not None and path.suffix != SINGLE_FILE:
         raise UsageError(
-            f"{path} brings its own configuration, so --config has nothing to configure.",
-            "It is for a checkpoint in one file (.safetensors).",
+            f"{path} has its own configuration, so --config does not apply.",
+            "--config is for a checkpoint in one file (.safetensors).",
         )
     try:
         return _open(path, source, additions, talk)
     except ValidationError as error:
-        # What the model's files say of it, put together, is no denoiser.
+        # What the model's files say of it, put together, is not a denoiser.
         raise ModelError(f"{path}: {first_error(error)}.", "Correct its configuration.") from error
 
 
@@ -64,7 +64,7 @@ def _open(path: Path, source: str | Path | None, additions: Additions, talk: Tal
         return replace(denoiser, notes=(note, *denoiser.notes))
     if additions.loras:
         raise UsageError(
-            f"{path} is an ONNX file, into which no LoRA can be fused.",
+            f"{path} is an ONNX file; LoRAs cannot be fused into it.",
             "Fuse it before the export to ONNX, or give the diffusers folder that the file was made from.",
         )
     from mpq_deploy.models.onnx_file import open_onnx
@@ -127,9 +127,7 @@ def _open_folder(folder: Path, source: str, additions: Additions, talk: Talk) ->
     average = f"{chosen.name}_ema" if chosen is not None else ""
     if additions.component is not None or not (folder / average / CONFIG).is_file():
         return denoiser
-    note = (
-        f"{average}, the average of training, lies beside the weights taken: --component {average}"
-    )
+    note = f"{average}, the average of training, is also in the folder; use it with --component {average}"
     talk.line(f"  {note}")
     return replace(denoiser, notes=(*denoiser.notes, note))
 

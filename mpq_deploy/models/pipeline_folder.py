@@ -55,8 +55,8 @@ def open_folder(folder: Path, source: str, additions: Additions, talk: Talk) -> 
         return _open_in_pipeline(folder, source, pipeline, part, additions, talk)
     if additions.call is not None:
         raise UsageError(
-            f"{folder} is sampled by our own sampler, which no --call can tell anything.",
-            "It is for pipeline folders whose own class runs them, without --conditions.",
+            f"{folder} is sampled by the built-in sampler, which ignores --call.",
+            "--call is for pipeline folders whose own class runs them, without --conditions.",
         )
     return _open_sampled(folder, source, pipeline, part, additions, talk)
 
@@ -115,7 +115,7 @@ def _refuse_unknown(form: ModelForm, pipeline: dict[str, Any]) -> None:
     """Raise UsageError for a class whose pipeline is named, and may call it in a way of its own."""
     if not form.known and pipeline.get("_class_name"):
         raise UsageError(
-            f"Our own sampler does not know how {pipeline['_class_name']} calls its {form.class_name}: it may "
+            f"The built-in sampler does not know how {pipeline['_class_name']} calls its {form.class_name}: it may "
             "scale timesteps or shift them.",
             "Give the whole pipeline folder without --conditions, which its own class then runs; or record the "
             "calls of your script (mpq_deploy.record) and give them with the ONNX file: --calls.",
@@ -204,10 +204,10 @@ def _denoiser_folder(folder: Path, pipeline: dict[str, Any], component: str | No
         parts = ", ".join(name for name in pipeline if not name.startswith("_"))
         raise UsageError(
             f"The pipeline in {folder} has no {' or '.join(names)} with a {CONFIG}; its parts are: {parts or 'none'}.",
-            "Name the part with --component; export others to ONNX and give the ONNX file with a YAML.",
+            "Name the component with --component; export others to ONNX and give the ONNX file with a YAML.",
         )
     raise UsageError(
-        f"{folder} is no diffusers model: it has neither {INDEX} nor {CONFIG}.",
+        f"{folder} is not a diffusers model: it has neither {INDEX} nor {CONFIG}.",
         "Give the folder that save_pretrained wrote, or an .onnx file.",
     )
 

@@ -149,13 +149,13 @@ def _names(module_class: Any, given: Arguments) -> tuple[str, str]:
     if sample not in given.tensors:
         raise ModelError(
             f"{module_class.__name__} is given no tensor '{sample}', but {', '.join(given.tensors)}.",
-            "Export it to ONNX and record calls by your own script (--calls).",
+            "Export it to ONNX and record calls in your own script (--calls).",
         )
     timestep = signature.timestep if signature else ""
     if timestep not in {*given.tensors, *given.constants}:
         raise ModelError(
             f"{module_class.__name__} is given no timestep, but {', '.join((*given.tensors, *given.constants))}.",
-            "What predicts tokens or makes an image in one call is not supported.",
+            "Models that predict tokens, or make an image in one call, are not supported.",
         )
     return sample, timestep
 
@@ -263,7 +263,7 @@ def _left_float(index: Mapping[str, Any], component: str, spec: DenoiserSpec) ->
         and entry[1:] == [spec.config["_class_name"]]
     ]
     return tuple(
-        f"{name} denoises as well and stays in float: build it with --component {name}"
+        f"{name} also denoises and stays in float; build it with --component {name}"
         for name in others
     )
 

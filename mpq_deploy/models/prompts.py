@@ -32,7 +32,7 @@ def read_prompts(path: Path) -> tuple[str, ...]:
         lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
     except UnicodeDecodeError as error:
         raise UsageError(
-            f"{path} is no UTF-8 text: {error}", "Give one prompt per line."
+            f"{path} is not UTF-8 text: {error}", "Give one prompt per line."
         ) from error
     prompts = tuple(line for line in lines if line and not line.startswith("#"))
     if not prompts:

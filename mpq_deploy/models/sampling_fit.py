@@ -14,7 +14,9 @@ from mpq_deploy.models.spec import DenoiserSpec
 from mpq_deploy.recipe import SamplerKind
 from mpq_deploy.runtime.ort import first_fraction
 
-EXTRA = "Give a model that denoises all its input channels: samplers fill in no mask and no image."
+EXTRA = (
+    "Give a model that denoises all its input channels: samplers do not fill in a mask or an image."
+)
 
 
 def check_output(spec: DenoiserSpec, shape: tuple[int, ...]) -> None:
@@ -40,7 +42,7 @@ def _misfit(sample: tuple[int, ...], output: tuple[int, ...], variance: str) -> 
         if len(output) == len(sample) and output[0] < sample[0] and output[1:] == sample[1:]:
             beyond = sample[0] - output[0]
             return (
-                f"{beyond} of its {sample[0]} channels are no noise, but a mask or an image",
+                f"{beyond} of its {sample[0]} channels are not noise, but a mask or an image",
                 EXTRA,
             )
         return (

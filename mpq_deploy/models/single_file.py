@@ -79,7 +79,7 @@ def read_single_file(path: Path) -> SingleFile:
     """
     if (path.parent / CONFIG).is_file() and path.name.startswith(STEMS):
         raise UsageError(
-            f"{path} is the weights of a folder, whose {CONFIG} lies beside it.",
+            f"{path} holds the weights of a model folder: its {CONFIG} is beside it.",
             f"Give the folder: {path.parent}",
         )
     stored = read_headers([path], DAMAGED)
@@ -111,8 +111,8 @@ def _kind(stored: Stored, path: Path) -> tuple[str, str]:
         ) from error
     if kind == UNKNOWN_KIND and not any(name.startswith(OF_UNKNOWN) for name in stored.shapes):
         raise ModelError(
-            f"{path} is no checkpoint that diffusers knows; it holds {named_tensors(stored.shapes)}.",
-            "Load it where it was made and write it with save_pretrained(FOLDER), then give the folder.",
+            f"{path} is not a checkpoint that diffusers knows; it holds {named_tensors(stored.shapes)}.",
+            "Load it in the tool that made it and write it with save_pretrained(FOLDER), then give the folder.",
         )
     return kind, repository
 
@@ -160,11 +160,11 @@ def _configuration(file: SingleFile, config: Path | None, talk: Talk) -> Path:
     folder = config if config is not None else fetch_configs(file.repository, talk)
     if folder is None:
         raise UsageError(
-            f"{file.path} holds weights alone, and the configuration of its kind, {file.kind}, is not here.",
+            f"{file.path} holds only weights, and the configuration of its kind, {file.kind}, was not found.",
             needed,
         )
     if not (folder / INDEX).is_file() and not (folder / CONFIG).is_file():
-        there = "has neither" if folder.is_dir() else "is no folder with"
+        there = "has neither" if folder.is_dir() else "is not a folder with"
         raise UsageError(f"--config {folder} {there} {INDEX} or {CONFIG}.", needed)
     files = folder_files(folder)
     refuse_links_out(one for _, one in files)
@@ -250,8 +250,8 @@ def _pipeline(file: SingleFile, folder: Path, index: Mapping[str, Any]) -> Any:
     found = pipeline_class(index, folder)
     if not hasattr(found, "from_single_file"):
         raise UsageError(
-            f"diffusers reads no checkpoint in one file for {found.__name__}.",
-            "Write it with save_pretrained(FOLDER) where it was made, and give the folder.",
+            f"diffusers cannot load a single-file checkpoint for {found.__name__}.",
+            "Write it with save_pretrained(FOLDER) in the tool that made it, and give the folder.",
         )
     given: dict[str, Any] = {}
     for name, entry in index.items():
@@ -367,8 +367,8 @@ def _write_denoiser(file: SingleFile, folder: Path, part: str, out: Path) -> Non
     found = model_class(config, place, in_pipeline=True)
     if not hasattr(found, "from_single_file"):
         raise UsageError(
-            f"diffusers reads no checkpoint in one file for {found.__name__}.",
-            "Write it with save_pretrained(FOLDER) where it was made, and give the folder.",
+            f"diffusers cannot load a single-file checkpoint for {found.__name__}.",
+            "Write it with save_pretrained(FOLDER) in the tool that made it, and give the folder.",
         )
     more = {"subfolder": part} if part else {}
     model = _converted(found, file, folder, {}, **more)

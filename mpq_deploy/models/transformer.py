@@ -131,7 +131,7 @@ def given_inputs(
     ]
     if lacking:
         raise UsageError(
-            f"{class_name} needs {', '.join(lacking)}, and nothing here makes them.",
+            f"{class_name} needs {', '.join(lacking)}, and nothing provides them.",
             "Give --conditions FILE.npz with one array per input, one row per condition; what is the same for all "
             f"samples goes into config.json as {ARGUMENTS}.",
         )

@@ -1,4 +1,4 @@
-"""Weights of a stranger's folder, looked at before a class is made or a byte of them is loaded.
+"""Checks of an untrusted folder's weights, made before a class is created or any of them is loaded.
 
 In: the folder of a diffusers or transformers model. Out: nothing, or a ModelError. A class is made
 as its config.json says, and so could fill the memory or never end; the header of the weights says
@@ -27,7 +27,7 @@ CONFIG, SAFETENSORS, INDEX = "config.json", ".safetensors", ".safetensors.index.
 # How the weights' files of diffusers and of transformers begin.
 STEMS = ("diffusion_pytorch_model", "model")
 AGAIN = "The file belongs to another config.json, or is damaged: download or save the model again."
-DAMAGED = "The file is damaged, or no safetensors: download or save it again."
+DAMAGED = "The file is damaged or not safetensors: download or save it again."
 # Numbers in a configuration up to this are taken as they are; larger ones must be a dimension of
 # some weight (our choice: widths, heads, tokens of an image, steps of training).
 USUAL_NUMBER = 16384
@@ -114,7 +114,7 @@ def find_weights(folder: Path, stem: str) -> str | None:
     if pickled:
         raise ModelError(
             f"The weights in {folder} are pickled ({pickled[0]}), which is refused: loading them can run any code.",
-            "Where you trust the file, load the model with diffusers and write it again with "
+            "If you trust the file, load the model with diffusers and save it again with "
             "save_pretrained(FOLDER, safe_serialization=True).",
         )
     raise ModelError(
@@ -147,7 +147,7 @@ def weight_paths(folder: Path, stem: str, variant: str | None) -> list[Path]:
     for part in parts.values():
         if not isinstance(part, str) or not part.endswith(SAFETENSORS):
             raise ModelError(
-                f"{index} names '{printable(str(part)[:80])}', which is no safetensors file.",
+                f"{index} names '{printable(str(part)[:80])}', which is not a safetensors file.",
                 "Pickled weights are refused: loading them can run any code. Save the model again "
                 "with safe_serialization=True.",
             )

@@ -405,8 +405,8 @@ def _evaluate(step: _Step, inputs: list[Any]) -> tuple[Any, ...]:
         said = " ".join(str(error).split())
         if OUT_OF_MEMORY in said:
             raise ModelError(
-                f"The node '{step.node}' ({step.op}) found no memory in torch: {said}.",
-                "Lower measure.batch_size, end other programs, or measure with the gain metric.",
+                f"The node '{step.node}' ({step.op}) ran out of memory in torch: {said}.",
+                "Lower measure.batch_size, close other programs, or measure with the gain metric.",
             ) from error
         raise FailedOperator(step.op, step.node, said) from error
     return result if isinstance(result, tuple) else (result,)

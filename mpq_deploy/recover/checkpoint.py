@@ -1,6 +1,6 @@
 """Checkpoints of training: one safetensors file, moved into place when it is complete.
 
-It holds its own digest: training never goes on from a state that was altered.
+It holds its own digest: training never continues from a state that was altered.
 """
 
 from __future__ import annotations
@@ -65,13 +65,13 @@ def save_checkpoint(trainer: Trainer, path: Path, key: str) -> None:
 def restore_checkpoint(trainer: Trainer, path: Path, key: str, talk: Talk) -> bool:
     """Take over the state at ``path``; return whether there is one of the same training.
 
-    One that is cut short or altered counts as none, with a warning.
+    One that is truncated or altered counts as none, with a warning.
     """
     if not path.is_file():
         return False
     read = _read(path)
     if read is None:
-        talk.warn(f"{path} was cut short or altered: training starts anew")
+        talk.warn(f"{path} was truncated or altered: training starts over")
         return False
     values, tensors = read
     if values.get("format") != CHECKPOINT_FORMAT or values.get("key") != key:

@@ -26,7 +26,7 @@ GAINS = (0.0, 0.5, 1.0, -0.5, -1.0)
 def initialize_from_error(
     student: Student, calls: Sequence[Mapping[str, Tensor]]
 ) -> Counter[float]:
-    """Start adapters from their layer's quantization error where that helps; count the gains.
+    """Start adapters from their layer's quantization error if that helps; count the gains.
 
     ``calls``: inputs of some calls of the float model, on whose values each layer's output error is
     measured.

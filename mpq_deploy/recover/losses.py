@@ -100,7 +100,7 @@ class LossTerms:
         if spaces:
             if spec.prediction_type == "flow_prediction":
                 raise UsageError(
-                    f"The loss '{spaces[0]}' needs a noise schedule, and this model predicts flow.",
+                    f"The loss '{spaces[0]}' needs a noise schedule, but this model predicts flow.",
                     "Use the loss 'output'.",
                 )
             self._alphas = np.asarray(alphas_cumprod(spec.scheduler), np.float64)

@@ -120,7 +120,7 @@ def _trained(
         chosen = initialize_from_error(student, _some_calls(student, trainer, pool))
         starts = {f"{gain:g}": count for gain, count in sorted(chosen.items())}
     if restore_checkpoint(trainer, checkpoint, key, talk):
-        talk.line(f"  recovery goes on from step {trainer.progress.step}")
+        talk.line(f"  recovery continues from step {trainer.progress.step}")
     progress = trainer.train(lambda: save_checkpoint(trainer, checkpoint, key))
     if progress.stopped:
         talk.warn(f"recovery stopped: {progress.stopped}; the best state before it is kept")
@@ -158,7 +158,7 @@ def write_recovered(
     if abs(error - after) > WRITTEN_TOLERANCE * after:
         raise MpqError(
             f"The recovered graph has a held-out NMSE of {error:.3e} in ONNX Runtime, {after:.3e} in torch.",
-            "This is a defect: please report it with the model's structure.",
+            "This is a bug: please report it with the model's structure.",
         )
     return written
 

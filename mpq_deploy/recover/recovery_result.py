@@ -70,5 +70,5 @@ class Recovery:
     def load(cls, folder: Path) -> Recovery:
         """Read what ``save`` wrote."""
         values = read_json(folder / FILE)
-        read: Recovery = model_of(cls, values, str(folder / FILE), hint="Make it again.")
+        read: Recovery = model_of(cls, values, str(folder / FILE), hint="Create it again.")
         return read

@@ -1,7 +1,7 @@
 """The training loop: distil the float model into the quantized one, keep the best state.
 
 Everything random comes from (seed, step), so a step depends on the state before it and on nothing
-else: interrupted training goes on from its last checkpoint and ends as if it had not been
+else: interrupted training continues from its last checkpoint and ends as if it had not been
 interrupted.
 """
 

@@ -147,7 +147,7 @@ class TrajectoryRecorder:
             return cycled_rows(self._spec, self._conditions, count, seed)
         if known < 2:
             raise UsageError(
-                f"Recovery needs two inputs at least, one to learn from and one held out; there is {known}.",
+                f"Recovery needs at least two inputs, one to learn from and one held out; there is {known}.",
                 "Raise component_samples.",
             )
         apart = max(1, known // 4)

@@ -59,7 +59,7 @@ def interval(correlation: Correlation) -> str:
 
 
 def correlation_chart(result: AuditResult) -> Markup | None:
-    """Draw each metric's pooled rank correlation with its interval, a dot per class of schemes."""
+    """Draw each metric's pooled rank correlation with its interval, and a dot per class of schemes."""
     rows = [(row, row.pooled) for row in result.metrics if row.pooled is not None]
     if not rows:
         return None
@@ -70,7 +70,9 @@ def correlation_chart(result: AuditResult) -> Markup | None:
     y = Axis(0, len(rows), top, height - BOTTOM)
     shown = [(t, f"{t:g}".replace("-", "−")) for t in ticks]
     parts = [
-        x_axis(x, y, shown, "rank correlation with the exhaustive truth, within schemes", grid=True)
+        x_axis(
+            x, y, shown, "rank correlation with exhaustive measurement, within schemes", grid=True
+        )
     ]
     parts.append(_legend(_families(result), LABEL_WIDTH))
     for number, (row, pooled) in enumerate(rows):
@@ -259,7 +261,7 @@ def _legend(families: Sequence[str], left: float) -> Markup:
 
 
 def _dots(family: str, places: Sequence[tuple[float, float]], large: bool = False) -> Markup:
-    """Draw points of a family of schemes as one path: lines of no length with round ends."""
+    """Draw points of a family of schemes as one path: zero-length lines with round ends."""
     path = "".join(f"M{x:.1f} {y:.1f}h0" for x, y in places)
     kind = "dots large" if large else "dots"
     return Markup('<path class="{} scheme-{}" d="{}"/>').format(kind, family, path)

@@ -85,7 +85,7 @@ def audit_markdown(result: AuditResult, pictures: Sequence[str] = ()) -> str:
         f"```sh\n{result.command}\n```",
         *([f"> **Note:** {plain(result.synthetic)}"] if result.synthetic else []),
         " ".join(plain(line) for line in findings(result)),
-        "## Agreement with the exhaustive truth",
+        "## Agreement with exhaustive measurement",
         _about(result),
         table(header, agreement_rows(result)),
         *_picture("correlation", "Rank correlation of each metric with the truth", pictures),
@@ -106,7 +106,7 @@ def audit_markdown(result: AuditResult, pictures: Sequence[str] = ()) -> str:
 
 
 def findings(result: AuditResult) -> list[str]:
-    """Summarize in sentences which metric orders layers best, and what orthogonality is worth."""
+    """Summarize in sentences which metric ranks layers best, and what orthogonality is worth."""
     ordered = [
         (row, row.pooled)
         for row in result.metrics
@@ -116,7 +116,7 @@ def findings(result: AuditResult) -> list[str]:
     if ordered:
         best, correlation = max(ordered, key=lambda pair: pair[1].rho or -1.0)
         parts.append(
-            f"Best agreement with the truth: {best.title}, rank correlation {interval(correlation)}."
+            f"Best agreement with exhaustive measurement: {best.title}, rank correlation {interval(correlation)}."
         )
     orm = result.metric("orm")
     if orm is not None and orm.pooled is not None and orm.pooled.rho is not None:
@@ -135,7 +135,7 @@ def _verdict(correlation: Correlation) -> str:
         return "Here it does"
     if low > 0:
         return "Here only in part"
-    return "Here it does not" if high > 0 else "Here it orders layers the wrong way round"
+    return "Here it does not" if high > 0 else "Here it ranks layers in reverse"
 
 
 def _orm_plans(result: AuditResult, orm: MetricResult) -> list[str]:
@@ -273,17 +273,19 @@ def _about(result: AuditResult) -> str:
     truth = result.truth
     which = "every" if truth.complete else f"{truth.pairs} of {truth.of}"
     return (
-        f"The truth: one layer quantized at a time, the denoiser run, its output compared. {which.capitalize()} "
+        f"The truth is measured exhaustively: one layer quantized at a time, the denoiser run, its output "
+        f"compared. {which.capitalize()} "
         f"(layer, scheme) {'pair' if truth.complete else 'pairs'} of {result.layers} layers"
         f"{f' ({truth.pairs})' if truth.complete else ''}, {result.calls} calls at each of {result.timesteps} "
-        f"timesteps. {NO_ORDER.capitalize()}: the metric gives all layers the same. Seconds are processor seconds."
+        f"timesteps. {NO_ORDER.capitalize()}: the metric gives all layers the same value. Seconds are CPU seconds."
     )
 
 
 def _about_plans(result: AuditResult) -> str:
     used = result.evaluation
     return (
-        f"Measured on {used['images']} images of {used['steps']} steps whose noise nothing was fitted on: the error of "
+        f"Measured on {used['images']} images of {used['steps']} steps, from noise that nothing was fitted on: "
+        "the error of "
         "the denoiser's output with its standard error over images, and the PSNR of the images from the same noise."
     )
 

@@ -219,7 +219,7 @@ def _size_limits(line: Sequence[Stop], own: Stop | None) -> list[int]:
 def _time_limits(stops: Sequence[Stop], own: Stop | None, times: PlanTimes) -> list[float]:
     """Return the slider's limits in milliseconds: the fastest plan's, this run's, FP16's, others.
 
-    Not the slowest plan's: that is no limit.
+    Not the slowest plan's: that is not a limit.
     """
     known = sorted({stop.latency_ms for stop in stops if stop.latency_ms is not None})
     evenly = np.linspace(known[0], known[-1], TIME_STEPS)[:-1]

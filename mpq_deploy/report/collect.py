@@ -208,7 +208,7 @@ class _Evaluated:
 
 
 def _not_finite(result: Evaluation) -> list[str]:
-    """Name measured errors that are no number: left out, they would look as if never measured."""
+    """Warn of measured errors that are NaN or infinite: left out silently, they would look unmeasured."""
     return [
         f"the measured error of {name} is not finite and is left out"
         for name, variant in result.variants.items()
@@ -246,11 +246,13 @@ def _engine(run: Run) -> tuple[EngineInfo | None, str]:
         verified=record.verified,
         checks=(
             Check(
-                what="every layer computes and lies as planned",
+                what="every layer is stored and computed as planned",
                 passed=not wrong,
                 detail="; ".join(wrong),
             ),
-            Check(what="weights memory agrees with the plan", passed=not wrong, detail=planned),
+            Check(
+                what="the weights' memory agrees with the plan", passed=not wrong, detail=planned
+            ),
         ),
         build_seconds=seconds,
         notes=slow,
@@ -386,7 +388,7 @@ def _importance(run: Run, plan: PrecisionPlan, table: SensitivityTable) -> Impor
 
 
 def _orm_settings(run: Run, metric: str) -> str:
-    """Say which of the options stand behind the importances."""
+    """Say which options the importances were computed with."""
     options = run.recipe.measure.orm
     activations = {
         "int8": "INT8 activations wherever the target allows",
@@ -460,7 +462,7 @@ class Summary:
 
 
 def summarise(run: Run, last: str) -> Summary:
-    """Say what a command ended with: files and figures."""
+    """Summarize a command's result: files and figures."""
     values: dict[str, Any] = {
         "run": str(run.path),
         "stages": {

@@ -35,7 +35,7 @@ class Difference:
 
     @property
     def within_noise(self) -> bool:
-        """Whether 0 lies inside the interval: the images do not tell the two apart."""
+        """Whether 0 lies inside the interval: the images show no difference."""
         return self.interval is not None and self.interval[0] <= 0.0 <= self.interval[1]
 
 
@@ -132,7 +132,7 @@ def compare_reports(reports: Sequence[ReadReport]) -> Comparison:
     """Compare the first report with each other one; UsageError below two."""
     if len(reports) < 2:
         raise UsageError(
-            f"There is {len(reports)} run to compare.",
+            f"Only {len(reports)} run was given to compare.",
             "Give two or more run folders or report.json files.",
         )
     first = reports[0]
@@ -296,11 +296,11 @@ def _notes(first: ReadReport, other: ReadReport, comparable: bool) -> list[str]:
         parts.append("One of the plans is simulated: its bytes are nominal.")
     if comparable and not (first.model.digest and other.model.digest):
         parts.append(
-            "A report does not record the float model's digest: the models agree in name and layers."
+            "A report lacks the float model's digest; the models were matched by name and layers."
         )
     if comparable and not (first.psnr_db_each and other.psnr_db_each):
         parts.append(
-            "Not both reports keep the PSNR of each image, so the difference has no interval."
+            "At least one report lacks the PSNR of each image, so the difference has no interval."
         )
     if (
         first.frechet
@@ -309,7 +309,7 @@ def _notes(first: ReadReport, other: ReadReport, comparable: bool) -> list[str]:
         and not model_obstacle(first, other)
     ):
         parts.append(
-            "Their Frechet distances differ in network, images, sampler or seed: not compared."
+            "Their Frechet distances differ in network, images, sampler or seed, and are not compared."
         )
     if bool(first.frechet) != bool(other.frechet):
         lacking = other if first.frechet else first

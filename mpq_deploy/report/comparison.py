@@ -119,7 +119,7 @@ def about(report: ReadReport) -> list[str]:
 
 
 def distances(report: ReadReport) -> list[str]:
-    """Say each Frechet distance of a run, beside the float model's own to the same."""
+    """Return each Frechet distance of a run, beside the float model's own."""
     return [
         f"{one.described}: {one.distance:.4g}"
         + (f", the float model {one.floor:.4g}" if one.against == "real" else "")
@@ -131,7 +131,7 @@ def sentences(pair: Pair) -> list[str]:
     """Describe a run against the first: bytes, quality or why it does not compare, and the plan."""
     parts = [f"Size: {_more(pair.size_bytes, 'bytes')}."]
     if pair.obstacles:
-        parts += [*pair.obstacles, "So the quality figures are not subtracted."]
+        parts += [*pair.obstacles, "So their quality is not compared."]
     for name, difference, places, unit in (
         ("PSNR", pair.psnr_db, 2, " dB"),
         ("SSIM", pair.ssim, 5, ""),
@@ -174,7 +174,7 @@ def layer_rows(plan: PlanChange) -> list[list[str]]:
 
 def _plan_sentences(plan: PlanChange | None) -> list[str]:
     if plan is None:
-        return ["Plan: not compared, for the models' layers differ."]
+        return ["Plan: not compared, because the models' layers differ."]
     parts = [f"Plan: {plan.changed} of {words.count(plan.common, 'common layer')} changed scheme."]
     for names, where in ((plan.only_first, "the first"), (plan.only_other, "this one")):
         if names:

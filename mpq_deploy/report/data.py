@@ -100,9 +100,11 @@ class Control(Quality):
     size_bytes: int = Field(ge=0)
     size_ratio: float = Field(ge=0)
     layers: dict[str, int] = Field(
-        default_factory=dict, description="how many have which family of schemes"
+        default_factory=dict, description="number of layers by family of schemes"
     )
-    calls: int | None = Field(None, description="of each timestep, that its error was measured on")
+    calls: int | None = Field(
+        None, description="calls at each timestep on which its error was measured"
+    )
     behind_db: float | None = Field(
         None, description="the plan's PSNR minus its own, mean over the images that it has"
     )
@@ -214,7 +216,7 @@ class LayerRow(Part):
 
 
 class OtherRow(Part):
-    """A constant that is no layer, and why it stays in FP16."""
+    """A constant that is not a layer, and why it stays in FP16."""
 
     name: str
     op: str
@@ -229,7 +231,7 @@ class StageRow(Part):
     seconds: float = Field(ge=0)
     peak_rss_bytes: int | None = Field(None, ge=0)
     cached: bool
-    device: str = Field("cpu", description="what computed it")
+    device: str = Field("cpu", description="the device that computed it")
 
 
 class SolverInfo(Part):
@@ -252,7 +254,7 @@ class ExpectedLatency(Part):
     """The plan's expected time per call at ``batch``, beside everything FP16, INT8 and INT4.
 
     Sums over single layers, never a measurement of the engine. ``source``: estimated, measured
-    (layer by layer) or both; ``basis``: on what, in words. ``others_ms``: what is no layer, always
+    (layer by layer) or both; ``basis``: on what, in words. ``others_ms``: what is not a layer, always
     estimated. ``slower_in_int8``: layers expected to be slower in INT8 than in FP16; ``taken``:
     those that the plan has in INT8. ``limit_ms``: the limit asked for. Where the plan is slower than
     FP16: ``fastest_ms`` within the budget with ``fastest_loss``, and ``as_fast_at``, the share of
@@ -299,7 +301,7 @@ class ExpectedLatency(Part):
 
     @property
     def words(self) -> str:
-        """The expectation as a clause that says that it is no measurement."""
+        """The expectation as a clause that says that it is not a measurement."""
         return (
             f"{self.ours_ms:.3g} ms expected at batch {self.batch} "
             f"({self.source} layer by layer; {self.basis}), not measured"
@@ -557,11 +559,11 @@ class ReportData(Quality):
 
     model: ModelInfo
     target: TargetInfo
-    budget: float = Field(gt=0, description="asked for, as a fraction of the FP16 size")
+    budget: float = Field(gt=0, description="the requested size, as a fraction of the FP16 size")
     budget_bytes: int = Field(ge=0)
     size_bytes: int = Field(ge=0)
     fp16_size_bytes: int = Field(gt=0)
-    fixed_bytes: int = Field(0, ge=0, description="constants that are no layers")
+    fixed_bytes: int = Field(0, ge=0, description="constants that are not layers")
     predicted_nmse: float | None = Field(
         ge=0, description="None: the metric ranks layers and predicts no error"
     )
@@ -581,7 +583,7 @@ class ReportData(Quality):
     engine_note: str = ""
     cpu_latency: CpuLatencyInfo | None = None
     expected_latency: ExpectedLatency | None = Field(
-        None, description="None: nothing is known of the target's speed"
+        None, description="None: the target's speed is unknown"
     )
     devices: tuple[DeviceInfo, ...] = Field((), description="from installed packages")
     layers: tuple[LayerRow, ...]
@@ -613,7 +615,7 @@ class ReportData(Quality):
     @computed_field  # type: ignore[prop-decorator]
     @property
     def schema_version(self) -> int:
-        """Version of report.json's form."""
+        """Version of report.json's schema."""
         return SCHEMA_VERSION
 
     @computed_field  # type: ignore[prop-decorator]
@@ -673,7 +675,9 @@ class KeptReason:
     kind: Literal["layer", "other"]
 
 
-CHOSEN_FP16 = "it could be quantized, but at this budget the bytes are better spent here"
+CHOSEN_FP16 = (
+    "it could be quantized, but at this budget its bytes are better kept here than elsewhere"
+)
 
 
 def kept_in_fp16(data: ReportData) -> tuple[KeptReason, ...]:

@@ -1,4 +1,4 @@
-"""Limits that a run must keep to be released: size, quality, latency, distance to a baseline.
+"""Limits that a run must meet to be released: size, quality, latency, distance to a baseline.
 
 In: a report (``report.read``), limits, a baseline's report. Out: a ``GateResult``, as text,
 Markdown, JSON and JUnit XML. A figure that was not measured fails its limit. The point estimate
@@ -79,7 +79,7 @@ class Outcome:
 
     @property
     def passed(self) -> bool:
-        """Whether the limit is kept; what was not measured does not keep it."""
+        """Whether the limit is met; a figure that was not measured does not meet it."""
         return self.status == "passed"
 
 
@@ -96,7 +96,7 @@ class GateResult:
 
     @property
     def passed(self) -> bool:
-        """Whether every limit is kept."""
+        """Whether every limit is met."""
         return all(outcome.passed for outcome in self.outcomes)
 
     def as_json(self) -> dict[str, Any]:
@@ -110,7 +110,7 @@ def check_gate(
     baseline: ReadReport | None = None,
     allow_estimate: bool = False,
 ) -> GateResult:
-    """Hold ``report`` against ``limits``; ``allow_estimate`` accepts an estimated latency.
+    """Check ``report`` against ``limits``; ``allow_estimate`` accepts an estimated latency.
 
     Raises UsageError without any limit, for a limit without its baseline, a baseline without a
     limit that uses it, and a baseline of another model.
@@ -143,7 +143,7 @@ def check_gate(
 def _check(report: ReadReport, limits: Limits, baseline: ReadReport | None) -> None:
     if all(getattr(limits, field.name) is None for field in fields(limits)):
         raise UsageError(
-            "There is no limit to hold the run against.",
+            "No limit was given to check the run against.",
             "Give at least one, such as --max-size 0.36.",
         )
     if limits.max_psnr_drop is not None and baseline is None:
@@ -180,7 +180,7 @@ def _size(report: ReadReport, limit: Budget) -> Outcome:
 def _missing(
     name: str, required: str, bound: float, why: str, shown: str = words.NOT_MEASURED
 ) -> Outcome:
-    """Return the outcome of a limit whose figure is missing: it is not kept."""
+    """Return the outcome of a limit whose figure is missing: it is not met."""
     return Outcome(name, required, shown, "not measured", None, bound, detail=why)
 
 
@@ -204,7 +204,7 @@ def _ssim(report: ReadReport, limit: float) -> Outcome:
 def _at_least(
     name: str, value: float | None, ends: Interval | None, limit: float, report: ReadReport
 ) -> Outcome:
-    """Hold a mean over images against its lower limit."""
+    """Check a mean over images against its lower limit."""
     unit, places = (" dB", 2) if name == "PSNR" else ("", 4)
     required, interval = f"at least {limit:g}{unit}", _ends(ends)
     if value is None:
@@ -233,8 +233,8 @@ def _frechet(report: ReadReport, limit: float, baseline: ReadReport | None) -> O
     increases = [(one.distance - floor, one) for one, floor in floors if floor is not None]
     if len(increases) < len(floors):
         text = (
-            "The baseline has no distance of the same network, kind, number of images, sampler and seed; measure it "
-            "there, too."
+            "The baseline has no distance of the same network, kind, number of images, sampler and seed; "
+            "measure one there too."
         )
         return _missing(name, required, limit, text, "not comparable")
     worst, of = max(increases, key=lambda pair: pair[0])
@@ -282,7 +282,7 @@ def _latency(report: ReadReport, limit: float, allow_estimate: bool) -> Outcome:
 
 
 def _no_latency(report: ReadReport, limit: float, required: str, allow_estimate: bool) -> Outcome:
-    """Fail for want of a measurement, unless there is an expectation and it is to be taken."""
+    """Fail for lack of a measurement, unless there is an estimate and it is accepted."""
     expected = report.expected_latency
     if expected is not None and allow_estimate:
         status = _status(expected.ours_ms <= limit)
@@ -291,23 +291,23 @@ def _no_latency(report: ReadReport, limit: float, required: str, allow_estimate:
             "latency", required, shown, status, expected.ours_ms, limit, detail=f"{expected.words}."
         )
     parts = [
-        "No engine latency was measured. Run 'mpq-deploy package RUN', install the package on the device, and take its "
-        "results in with 'mpq-deploy report RUN --device results.json'."
+        "No engine latency was measured. Run 'mpq-deploy package RUN', install the package on the device, and "
+        "add its results with 'mpq-deploy report RUN --device results.json'."
     ]
     if expected is not None:
         parts.append(
-            f"There is only an estimate, which --allow-estimate would take: {expected.words}."
+            f"There is only an estimate, which --allow-estimate would accept: {expected.words}."
         )
     if report.cpu_latency is not None:
         cpu = report.cpu_latency
         parts.append(
-            f"The report's {cpu.ours_ms:g} ms are no latency of the engine ({cpu.source})."
+            f"The report's {cpu.ours_ms:g} ms are not a latency of the engine ({cpu.source})."
         )
     return _missing("latency", required, limit, " ".join(parts))
 
 
 def _psnr_drop(report: ReadReport, limit: float, baseline: ReadReport | None) -> Outcome:
-    """Hold the PSNR against the baseline's, image by image where both reports keep them."""
+    """Compare the PSNR with the baseline's, image by image where both reports keep them."""
     assert baseline is not None  # checked by _check
     name, required = "PSNR against the baseline", f"at most {limit:g} dB lower"
     different = obstacles(baseline, report)
@@ -321,7 +321,7 @@ def _psnr_drop(report: ReadReport, limit: float, baseline: ReadReport | None) ->
             name, required, "identical images", "passed", None, limit, detail="An infinite PSNR."
         )
     if baseline.identical:
-        text = "The baseline's images are identical to the float model's, these are not."
+        text = "The baseline's images are identical to the float model's; these are not."
         return Outcome(
             name,
             required,
@@ -338,9 +338,7 @@ def _psnr_drop(report: ReadReport, limit: float, baseline: ReadReport | None) ->
         return _missing(name, required, limit, text)
     interval = difference.interval
     if interval is None:
-        text = (
-            "Not paired by image: not both reports keep the PSNR of each, so there is no interval."
-        )
+        text = "Not paired by image: at least one report lacks the PSNR of each image, so there is no interval."
     else:
         text = _about(-limit, interval, " dB", f"{_images(report)}, paired")
         if difference.within_noise:
@@ -373,7 +371,7 @@ def _lpips(report: ReadReport, limit: float) -> Outcome:
 
 
 def _clip_drop(report: ReadReport, limit: float) -> Outcome:
-    """Hold the CLIP score against the float model's own, of the same noise and prompts."""
+    """Compare the CLIP score with the float model's own, from the same noise and prompts."""
     name, required, measured = (
         "CLIP score",
         f"at most {limit:g} below the float model's",
@@ -410,10 +408,10 @@ def _about(
 ) -> str:
     """State the interval; point out a limit inside it, which other images might cross."""
     if interval is None:
-        return "No interval: the report keeps no figure of each image, or of one only."
+        return "No interval: the report has figures of fewer than two images."
     text = f"95 % interval {interval[0]:.4g} to {interval[1]:.4g}{unit} over {over}."
     if interval[0] <= limit <= interval[1]:
-        text += f" The limit lies inside it: other noise might decide otherwise. Raise {more} to be surer."
+        text += f" The limit lies inside it: other noise might decide otherwise. Raise {more} to narrow it."
     return text
 
 
@@ -452,7 +450,7 @@ _MARKS: dict[Status, str] = {"passed": "passed", "failed": "FAILED", "not measur
 
 
 def gate_line(target: str, result: GateResult) -> str:
-    """Return the outcome in one line, with the limits that are not kept."""
+    """Return the outcome in one line, with the limits that are not met."""
     wrong = ", ".join(outcome.name for outcome in result.outcomes if not outcome.passed)
     return f"{target}: {headline(result).removesuffix('.')}{f' (not {wrong})' if wrong else ''}"
 
@@ -460,7 +458,7 @@ def gate_line(target: str, result: GateResult) -> str:
 def headline(result: GateResult) -> str:
     """Return one sentence: whether the gate is passed, and by how many limits."""
     kept = sum(outcome.passed for outcome in result.outcomes)
-    return f"{'Passed' if result.passed else 'FAILED'}: {kept} of {words.count(len(result.outcomes), 'limit')} kept."
+    return f"{'Passed' if result.passed else 'FAILED'}: {kept} of {words.count(len(result.outcomes), 'limit')} met."
 
 
 def gate_markdown(*results: GateResult) -> str:

@@ -129,7 +129,7 @@ def layer_details(data: ReportData) -> list[dict[str, object]]:
 
 
 def byte_price(data: ReportData) -> float | None:
-    """Return what a byte is worth at this run's size: the slope of the minimum error over size.
+    """Return the predicted error that a byte saves at this run's size: the slope of the minimum error over size.
 
     Taken between the nearest plans on both sides; None where one is missing or it does not fall.
     """
@@ -159,11 +159,11 @@ def why(layer: LayerRow, data: ReportData, price: float | None) -> list[str]:
             f"{larger.scheme} would cost {size(larger.bytes - layer.bytes)}{_change(layer, larger, 'take off')}."
         )
     if smaller is None and larger is None:
-        return ["It is the only scheme that this layer may take, or no other is of use."]
+        return ["It is the only scheme that this layer may take, or the only useful one."]
     if smaller is None:
-        parts.append("Nothing smaller is open to it.")
+        parts.append("It may take no smaller scheme.")
     if larger is None and layer.predicted_loss is not None:
-        parts.append("Nothing larger would lower its predicted error.")
+        parts.append("No larger scheme would lower its predicted error.")
     if price is not None and layer.predicted_loss is not None:
         parts.append(
             f"At this size 1 kB is worth about {error(1000 * price)} of predicted error anywhere in the network."
@@ -179,8 +179,8 @@ def _change(layer: LayerRow, option: LayerOption, verb: str) -> str:
     apart = abs(option.bytes - layer.bytes)
     if change <= 0 and verb == "add":
         return (
-            " without more predicted error of its own; what speaks against it is a quantizer or branch that it needs, "
-            "or how its error adds up with other layers'"
+            " without adding predicted error of its own; against it stands a quantizer or branch that it needs, "
+            "or how its error adds up with those of other layers"
         )
     return f" and {verb} {error(abs(change))} ({error(1000 * abs(change) / apart)} per kB)"
 

@@ -68,7 +68,7 @@ def read_report(path: Path) -> ReadReport:
     version = raw.get("schema_version")
     if type(version) is not int:
         raise UsageError(
-            f"{file} is no report of mpq-deploy: its schema_version is {version!r}.", FOREIGN
+            f"{file} is not a report of mpq-deploy: its schema_version is {version!r}.", FOREIGN
         )
     if version != SCHEMA_VERSION:
         raise UsageError(
@@ -144,7 +144,7 @@ def _object(file: Path) -> tuple[str, dict[str, Any]]:
     text = read_text(file, limit=REPORT_BYTES, error=UsageError, hint=FOREIGN)
     raw = parse_json(text, str(file), error=UsageError, hint=AGAIN)
     return text, as_object(
-        raw, f"{file} is no report of mpq-deploy: it", error=UsageError, hint=FOREIGN
+        raw, f"{file} is not a report of mpq-deploy: it", error=UsageError, hint=FOREIGN
     )
 
 

@@ -1,4 +1,4 @@
-"""The digest in report.json, by which a changed figure is noticed.
+"""The digest in report.json, which reveals changed figures.
 
 It covers the values, not the text: indentation, order of keys and the form of numbers may be
 another tool's. It is no signature: whoever changes a figure on purpose can compute it again. Our

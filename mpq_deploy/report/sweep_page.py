@@ -63,7 +63,7 @@ def _lead(points: list[dict[str, Any]], simulated: bool) -> str:
 
 def _note(result: dict[str, Any]) -> str:
     if not result.get("curve"):
-        return "The plans are this sweep's own."
+        return "The plans are those of this sweep."
     objective = result.get("objective", "quality")
     if objective == "quality":
         return (
@@ -72,7 +72,7 @@ def _note(result: dict[str, Any]) -> str:
         )
     return (
         f"The measured plans are those of the recipe's objective ({objective}), which chooses faster ones than the "
-        "line's: they may lie above it."
+        "line's, so they may lie above it."
     )
 
 

@@ -1,4 +1,4 @@
-"""Numbers and sentences as people read them, the same in Markdown and HTML."""
+"""Numbers and sentences for people, the same in Markdown and HTML."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def intervals_note(data: ReportData) -> str:
         else " over the images"
     )
     errors = "" if none else "; that of the error by a t interval of its logarithm"
-    return f"In brackets: the 95 % interval of the mean, by a bootstrap{number}{errors}. {none}".strip()
+    return f"In parentheses: the 95 % interval of the mean, by a bootstrap{number}{errors}. {none}".strip()
 
 
 FRECHET_COLUMNS = (
@@ -126,7 +126,7 @@ FRECHET_COLUMNS = (
 
 
 def frechet_about(row: FrechetInfo) -> str:
-    """Say what a Frechet distance depends on, and the distances that it is to be held against."""
+    """Say what a Frechet distance depends on, and which distances to compare it with."""
     named = f"{row.against_samples:,}" in row.against_source
     known = f" ({count(row.against_samples, 'image')})" if row.against_samples and not named else ""
     parts = [
@@ -135,7 +135,7 @@ def frechet_about(row: FrechetInfo) -> str:
     ]
     if row.against == "float":
         parts.append(
-            f"Other noise alone makes {digits(row.other_noise)} between two sets of the float model."
+            f"Two sets of the float model's images from different noise are {digits(row.other_noise)} apart."
         )
     else:
         parts.append(
@@ -235,15 +235,16 @@ SCORE_COLUMNS: dict[str, tuple[str, ...]] = {
 
 
 def score_about(row: ScoreInfo) -> str:
-    """Say what a score depends on, and what it is to be held against."""
+    """Say what a score depends on, and what to compare it with."""
     text = f"{row.title}, {count(row.samples, 'image')}, {_sampler(row)}, seed {row.seed}"
     if row.score == "lpips":
         return (
-            f"{text}, each to the float model's image from the same noise; less is better. The float model's images "
+            f"{text}, each to the float model's image from the same noise; lower is better. The float model's images "
             f"from other noise have {row.other_noise:.3g}."
         )
     return (
-        f"{text}, each image with its prompt; more is better. The float model's own: {row.floor:.4g}, from other noise "
+        f"{text}, each image with its prompt; higher is better. The float model's own: {row.floor:.4g}, from "
+        "other noise "
         f"{row.other_noise:.4g}."
     )
 
@@ -335,8 +336,8 @@ def controls_note(data: ReportData) -> str:
     if not said:
         return ""
     rest = (
-        f" A control gets no more images, and no more calls for its error, once the interval (95 % over all looks "
-        f"at it) is clear of zero by {MARGIN_DB:g} dB."
+        f" A control gets no more images, and no more calls for its error, once its 95 % interval (over all "
+        f"interim looks) is clear of zero by {MARGIN_DB:g} dB."
     )
     return (
         f"The plan's PSNR minus a control's, image by image: {'; '.join(said)} of {samples} images."
@@ -355,7 +356,7 @@ def headline(data: ReportData) -> list[str]:
         parts.append("The images are identical to the original model's.")
     elif data.psnr_db is not None:
         parts.append(
-            f"The images match the original model's to {decibels(data.psnr_db)} PSNR (more is closer)."
+            f"The images match the original model's to {decibels(data.psnr_db)} PSNR (higher is closer)."
         )
     else:
         parts.append("The images have not been compared with the original model's.")
@@ -402,11 +403,11 @@ def prediction(data: ReportData) -> str:
 def curve_note(data: ReportData) -> str:
     """Say what the predictions of other plans are, and how this run's own plan lies to them."""
     if data.predicted_nmse is None:
-        return f"The metric {data.sensitivity} predicts no error.".replace("  ", " ")
+        return f"The metric {data.sensitivity} does not predict errors.".replace("  ", " ")
     objective = data.expected_latency.objective if data.expected_latency else "quality"
     note = ""
     if data.sensitivity == "probe":
-        note = "Predictions have the cross terms between layers. "
+        note = "Predictions include the cross terms between layers. "
     if objective in PLACES:
         return f"{note}{PLACES[objective]}"
     if data.sensitivity == "probe":
@@ -436,7 +437,7 @@ def engine_state(data: ReportData) -> tuple[str, str]:
     """Return a word and a line about the engine."""
     engine = data.engine
     if engine is None:
-        return "not built", data.engine_note or "no engine was asked for"
+        return "not built", data.engine_note or "no engine was requested"
     built = (
         f", built in {duration(engine.build_seconds)}" if engine.build_seconds is not None else ""
     )
@@ -454,11 +455,11 @@ def latency(data: ReportData) -> tuple[str, str]:
 
 
 def expected_latency(info: ExpectedLatency) -> str:
-    """Say what a call is expected to take, and that this is no measurement of the engine."""
+    """Say what a call is expected to take, and that this is not a measurement of the engine."""
     word = {"estimated": "Estimated", "measured": "Summed from measured layers"}.get(
         info.source, "Summed from measured and estimated layers"
     )
-    limit = f", at most {digits(info.limit_ms)} ms asked for" if info.limit_ms is not None else ""
+    limit = f", at most {digits(info.limit_ms)} ms requested" if info.limit_ms is not None else ""
     return (
         f"{word}, not measured: {digits(info.ours_ms)} ms per call at batch {info.batch}{limit}; everything FP16 "
         f"{digits(info.fp16_ms)} ms, everything INT8 {digits(info.int8_ms)} ms ({info.basis})"

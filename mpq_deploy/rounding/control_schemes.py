@@ -130,7 +130,7 @@ def beyond_scales(layer: Layer, scheme: Scheme, stats: CalibrationStats) -> str:
     most = LARGEST_SCALE if scheme.range.moves else LARGEST_ACTIVATION
     if scheme.activation is None or largest <= most:
         return ""
-    return f"its input reaches {largest:.3g}, beyond INT8 codes under an FP16 scale"
+    return f"its input reaches {largest:.3g}, too large for INT8 codes with an FP16 scale"
 
 
 def rank_refusal(layer: Layer, scheme: Scheme, ranks: Mapping[str, int]) -> str:
@@ -142,6 +142,6 @@ def rank_refusal(layer: Layer, scheme: Scheme, ranks: Mapping[str, int]) -> str:
             found = "an unknown number of" if rank is None else rank
             wanted = " or ".join(map(str, allowed))
             return (
-                f"{scheme.family} takes inputs of {wanted} dimensions, and '{tensor}' has {found}"
+                f"{scheme.family} takes inputs of {wanted} dimensions, but '{tensor}' has {found}"
             )
     return ""

@@ -1,4 +1,4 @@
-"""Weights whose levels are no integers: what their matrices have in common, and GPTQ onto them.
+"""Weights whose levels are not integers: what their matrices have in common, and GPTQ onto them.
 
 In: a weight W float32 [O, K] and a ``LevelMatrix`` with scales. Out: the matrix with codes. Rounding
 compensates errors as for integers (``quantizers.compensate``), then moves each code to the best

@@ -352,7 +352,8 @@ def _groups(planned: list[_Planned], settings: QuantizeSettings) -> list[list[_P
         need = sum(p.bytes(settings.hessian_width) for p in set(uses))
         if need > cap:
             raise UsageError(
-                f"The Hessians of layer '{layer.name}' take {need:,} bytes; quantize.memory_mb leaves them {cap:,}.",
+                f"The Hessians of layer '{layer.name}' take {need:,} bytes; quantize.memory_mb leaves {cap:,} "
+                "for them.",
                 f"Raise quantize.memory_mb to at least {ceil(need / (1 - WAITING_SHARE) / MIB)}, "
                 f"or lower quantize.hessian_width (now {settings.hessian_width}).",
             )

@@ -228,7 +228,7 @@ def rounding_calls(run: Run) -> RecordedCalls:
     rounded_on, _ = run.calibration.inputs.split(run.recipe.measure.samples)
     if run.recipe.quantize.noise_draws and not has_forward_process(exported.spec):
         run.talk.line(
-            "  weights are rounded on the recorded calls alone: no fresh noise can be added"
+            "  weights are rounded on the recorded calls only: no fresh noise can be added"
         )
     rounded_on = renoised(rounded_on, exported.spec, run.recipe.quantize.noise_draws)
     return RecordedCalls(rounded_on, exported.spec)

@@ -93,7 +93,7 @@ def fitted(recipe: Recipe, seconds: Seconds) -> tuple[Recipe, str]:
                 f"Give at least --time {_minutes(taken)}, fewer allocate.schemes, or evaluate.controls: false "
                 "('--dry-run' shows what takes how long).",
             )
-    # What it came to stays with the run; what it was asked for would be compared with other work.
+    # What it came to stays with the run; what it was requested would be compared with other work.
     found = found.model_copy(update={"time": None})
     changed = [c.setting for c in free if get(found, c.setting) != get(recipe, c.setting)]
     if not changed:

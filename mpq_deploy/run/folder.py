@@ -85,7 +85,7 @@ class RunFolder:
         try:
             record = typed(StageRecord, read_json(self.stage(name) / RECORD))
         except (InputError, ValueError):
-            # Missing, cut short or altered: the stage is made again.
+            # Missing, truncated or altered: the stage is made again.
             return None
         plain = all(_inside(file) for file in record.outputs)
         return record if plain and record.stage == name else None
@@ -267,7 +267,7 @@ def refuse_altered(files: Iterable[Path]) -> None:
 def open_run(path: Path) -> Iterator[RunFolder]:
     """Create or open the run folder at ``path`` and hold its lock for the time of the block.
 
-    Raises RunFolderError for a folder that is in use, has another format, is no run folder, or
+    Raises RunFolderError for a folder that is in use, has another format, is not a run folder, or
     cannot be written.
     """
     missing = [place for place in (path, *path.parents) if not place.exists()]

@@ -292,9 +292,9 @@ def forecast(run: Run, model: ModelWork, speed: Speed, stages: Iterable[str]) ->
         found[name] = StageForecast(seconds[name], size, _fewer(run.recipe, name))
     notes = []
     if model.spec.pipeline is not None:
-        notes.append("what a pipeline computes beside its denoiser is not in it")
+        notes.append("what a pipeline computes besides its denoiser is not included")
     if not isinstance(crew, Alone):
-        notes.append("but for rounding, workers are not counted as faster")
+        notes.append("workers are counted as faster for rounding only")
     return Forecast(found, tuple(notes))
 
 
@@ -365,7 +365,7 @@ class Outlook:
     def text(self) -> str:
         """Return the same in words; empty where hardly anything is left."""
         left = self.left
-        return f"{duration_text(left)} left of all" if left >= 1 else ""
+        return f"{duration_text(left)} left in all" if left >= 1 else ""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
-"""How fast this machine is on one model: a call of the float graph, a pass back, products, rounding.
+"""How fast this machine is on one model: a call of the float graph, a backward pass, products, rounding.
 
 In: an exported run. Out: a ``Speed``, which the run folder keeps beside its stages, never in them:
-what a clock says is no part of what must repeat byte for byte, and what is decided by it (counts of
+what a clock says is not part of what must repeat byte for byte, and what is decided by it (counts of
 an effort) must not change at the next call.
 """
 

@@ -463,7 +463,7 @@ def _row_bytes(patches: Patches, recipe: Recipe) -> int:
 
 
 def _adjoint(size: ModelSize, directions: int, calls: int) -> int:
-    """Return what a pass back through the graph holds: all of it, or a part where it takes several times its bound."""
+    """Return what a backward pass holds: the whole graph, or a part where it takes several times its bound."""
     if (
         PASS_COPIES * DISTINCT_SHARE * size.values + directions * size.outputs
         > WHOLE_SHARE * MEASURE_BYTES

@@ -72,7 +72,7 @@ class Pipeline:
         # Why the recipe's compute device cannot be used; None: it can.
         self.no_device: UsageError | None = None
         self._outlook, self.only_looked = Outlook({}), False
-        # No result depends on who computes shards, so the crew is no part of the recipe.
+        # No result depends on who computes shards, so the crew is not part of the recipe.
         self.run = Run(recipe, folder, talk, crew or Alone(), self.results)
 
     def run_until(self, last: str) -> Summary:
@@ -213,7 +213,7 @@ class Pipeline:
                 raise
             said = _said(error)
         run.talk.warn(
-            f"{stage.name} failed on {place} and is made on the CPU (--device cpu spares the try): {said}"
+            f"{stage.name} failed on {place} and runs on the CPU (--device cpu avoids the attempt): {said}"
         )
         with (
             compute_on(Compute()),

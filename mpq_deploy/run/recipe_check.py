@@ -30,7 +30,7 @@ def check_recipe(recipe: Recipe) -> None:
     if recipe.evaluate.seed == recipe.calibrate.seed:
         raise UsageError(
             f"evaluate.seed and calibrate.seed are both {recipe.evaluate.seed}.",
-            "Evaluate on noise that was not calibrated on.",
+            "Give them different seeds: evaluate on noise that calibration has not used.",
         )
 
 

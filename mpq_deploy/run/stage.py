@@ -40,7 +40,7 @@ class Stage:
     reads: tuple[str, ...] = ()
     after: tuple[str, ...] = ()
     applies: Callable[[Recipe], bool] = _always
-    hint: str = "End other programs, or"
+    hint: str = "Close other programs, or"
     computes: bool = True
 
     @property

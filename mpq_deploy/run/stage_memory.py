@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 # Stages whose batch follows memory.
 BATCHED = ("calibrate", "evaluate")
-MORE = "use a machine with more memory, or set MPQ_DEPLOY_MEMORY to what may be taken if you know better."
+MORE = "use a machine with more memory, or set MPQ_DEPLOY_MEMORY to what may be taken if the estimate is wrong."
 
 
 def check_memory(run: Run, stage: Stage) -> StageMemory:
@@ -56,7 +56,7 @@ def _batch_size(run: Run, stage: str) -> int:
 
 def saying_memory_ran_out(stage: Stage) -> AbstractContextManager[None]:
     """Turn a failed allocation in the block, which makes ``stage``, into MemoryRanOutError."""
-    kept = "What is finished is kept: the next call goes on from there."
+    kept = "Finished work is kept: run the command again to continue from there."
     return memory.saying_memory_ran_out(
         f"the stage '{stage.name}'", f"{stage.hint} use a machine with more memory. {kept}"
     )

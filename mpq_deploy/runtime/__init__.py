@@ -1,1 +1,1 @@
-"""Run a denoiser: ONNX Runtime today, TensorRT where present."""
+"""Run a denoiser with ONNX Runtime, or TensorRT where present."""

@@ -85,7 +85,8 @@ class CorrectedScheduler:
         predicts = scheduler.config.get("prediction_type")
         if predicts is not None and predicts != correction.prediction_type:
             raise UsageError(
-                f"The scheduler expects {predicts}, but the correction is for a model of {correction.prediction_type}.",
+                f"The scheduler expects {predicts}, but the correction is for a model that predicts "
+                f"{correction.prediction_type}.",
                 "Set the scheduler's prediction_type to the model's.",
             )
         if not -1 <= residual_correlation <= 1:
@@ -169,7 +170,7 @@ def _reach(scheduler: Any) -> tuple[Reach | None, str]:
     """Return how the noise of ``scheduler`` is reduced (None: not at all), and that in words."""
     name, config = type(scheduler).__name__, scheduler.config
     if name not in (*DDPM, *DDIM):
-        return None, f"slope and bias only: {name} adds no noise, or none that can be reached"
+        return None, f"slope and bias only: {name} adds no noise, or none that can be changed"
     if config.prediction_type not in PREDICTIONS:
         return None, f"slope and bias only: the prediction type is {config.prediction_type}"
     if config.thresholding:
@@ -190,8 +191,8 @@ def _one_timestep(timestep: Any) -> float:
     values = torch.as_tensor(timestep).flatten()
     if not len(values) or bool((values != values[0]).any()):
         raise UsageError(
-            f"A step was asked for at {len(values)} timesteps at once.",
-            "Take the step of each timestep by itself.",
+            f"One step was called with {len(values)} different timesteps.",
+            "Call step once per timestep.",
         )
     return float(values[0])
 

@@ -28,7 +28,7 @@ from mpq_deploy.system.inputs import read_json
 # Raised with every change of what the file holds.
 FORMAT: Literal[1] = 1
 FILE = "correction.json"
-# Less than half of the float output's amplitude is no float output with some noise. Our choice.
+# Less than half of the float output's amplitude is not a float output with some noise. Our choice.
 LEAST_GAIN = 0.5
 BiasPer = Literal["channel", "scalar"]
 
@@ -104,9 +104,9 @@ class Correction(BaseModel):
     def _consistent(self) -> Correction:
         width = self.channels if self.bias_per == "channel" else 1
         if any(len(step.bias) != width for step in self.steps):
-            raise ValueError(f"a bias has not {width} values")
+            raise ValueError(f"a bias does not have {width} values")
         if any(b.timestep <= a.timestep for a, b in zip(self.steps, self.steps[1:])):
-            raise ValueError("the timesteps do not ascend")
+            raise ValueError("the timesteps are not ascending")
         return self
 
     def at(self, timestep: float) -> StepCorrection:
@@ -140,7 +140,7 @@ class Correction(BaseModel):
         """Raise ModelError unless an output of ``found`` channels can be corrected."""
         if found not in (self.channels, 2 * self.channels):
             raise ModelError(
-                f"The output has {found} channels, the correction was fitted for {self.channels}.",
+                f"The output has {found} channels, but the correction was fitted for {self.channels}.",
                 "Use the correction that was made with this model.",
             )
 
@@ -197,12 +197,12 @@ def read_correction(path: Path) -> Correction:
         raise UsageError(
             f"There is no correction {path}.", "Set evaluate.correction: ptqd, and build."
         )
-    values = read_json(path, error=ModelError, hint="Make it again.")
+    values = read_json(path, error=ModelError, hint="Create it again.")
     version = values.get("format") if isinstance(values, dict) else None
     if version != FORMAT:
         raise ModelError(
             f"{path} is of format {version!r}; this version reads {FORMAT}.",
-            "Make it again with this version, or use the version that made it.",
+            "Create it again with this version, or use the version that made it.",
         )
     try:
         return Correction.model_validate(values)
@@ -210,5 +210,5 @@ def read_correction(path: Path) -> Correction:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise ModelError(
-            f"{path} is damaged: {where}: {first['msg']}.".replace(": :", ":"), "Make it again."
+            f"{path} is damaged: {where}: {first['msg']}.".replace(": :", ":"), "Create it again."
         ) from error

@@ -123,7 +123,7 @@ class RuntimeUNet(torch.nn.Module):  # type: ignore[misc]
         if len(leading) > len(by_place):
             raise UsageError(
                 f"{len(leading)} inputs were given without a name.",
-                "Name all but sample and timestep.",
+                "Pass all except sample and timestep by name.",
             )
         added = named.pop("added_cond_kwargs", None) or {}
         return {**_flat({**by_place, **named}), **_flat(added)}
@@ -145,8 +145,8 @@ class RuntimeUNet(torch.nn.Module):  # type: ignore[misc]
                 continue
             if fixed_text(value) != expected:
                 raise UsageError(
-                    f"'{name}' is not what the model was exported with, where it is a constant.",
-                    "Use the image's size and the call's arguments that it was built with (--call).",
+                    f"'{name}' differs from its value at the export, where it became a constant.",
+                    "Use the image size and the call arguments that the model was built with (--call).",
                 )
             self._checked[name] = value
         taken = [item.name for item in self.spec.conditions]
@@ -247,7 +247,7 @@ def _first(given: dict[str, Any], names: tuple[str, ...], what: str) -> Any:
     for name in names:
         if name in given:
             return given.pop(name)
-    raise UsageError(f"The denoiser needs a {what}, and none was given.")
+    raise UsageError(f"The denoiser needs a {what}, but none was given.")
 
 
 BY_ORT = "take backend='onnxruntime'"
@@ -265,7 +265,7 @@ def load(
     ``source``: a run folder, an engine, or an ONNX file with ``denoiser.json`` beside it (or in a
     run folder). ``backend`` "auto" takes the engine where its library and a GPU are present, else
     ONNX Runtime; ``device`` None is cuda where the backend runs there. ``threads`` 0: one per core.
-    Raises UsageError for a source that is none of these or a backend that cannot run it here, and
+    Raises UsageError for a source that is not one of these or a backend that cannot run it here, and
     RunFolderError for files of a run that were altered since they were made.
     """
     if backend not in BACKENDS:
@@ -293,7 +293,7 @@ def load(
     if not models:
         raise UsageError(
             f"{path} holds no quantized ONNX model.",
-            "Finish the build of that run, or give another.",
+            "Finish the build of that run, or give another run.",
         )
     chosen = torch.device(device or "cpu")
     # On a CPU the twin with FP32 arithmetic: the deployed graph without FP16 kernels.
@@ -328,13 +328,14 @@ def _found(path: Path) -> tuple[Path, Path | None, dict[str, Path]]:
     described = next((place for place in places if place.is_file()), None)
     if described is None:
         raise UsageError(
-            f"Nothing beside {path} says what it takes ({SPEC}).",
-            "Give a run folder, or put it there.",
+            f"There is no {SPEC} beside {path}, which says what it takes.",
+            "Give a run folder, or put the file there.",
         )
     if path.is_file():
         if path.suffix not in (".onnx", ".engine"):
             raise UsageError(
-                f"{path} is no .onnx and no .engine file.", "Give one of these, or the run folder."
+                f"{path} is neither an .onnx nor an .engine file.",
+                "Give one of these, or the run folder.",
             )
         engine = path if path.suffix == ".engine" else None
         return described, engine, {} if engine else {path.name: path}

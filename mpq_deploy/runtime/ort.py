@@ -103,7 +103,7 @@ def make_session(
 ) -> ort.InferenceSession:
     """Open ``model`` (a file, or bytes without external data), checked, by default on the compute device.
 
-    Raises ModelError for a file that is truncated, no ONNX, has data outside its folder, or that
+    Raises ModelError for a file that is truncated, not ONNX, has data outside its folder, or that
     ONNX Runtime refuses; UsageError for an unknown execution provider.
     """
     return make_session_with(model, session_options(threads, fake_quant_only), providers)
@@ -151,7 +151,7 @@ def make_session_with(
         reason = " ".join(str(error).split())
         raise ModelError(
             f"ONNX Runtime cannot load {where}: {reason}",
-            "Check it with onnx.checker; operators and types that ONNX Runtime has not on the CPU must be exported as "
+            "Check it with onnx.checker; export operators and types that ONNX Runtime lacks on the CPU as "
             "others (bfloat16 as FP32).",
         ) from error
 
@@ -228,7 +228,7 @@ class OrtDenoiser:
 class BatchSession:
     """A session that is given as many rows at once as a GPU's memory holds.
 
-    Where that does not suffice for all rows of a call they are run in parts, and where it does not
+    Where that is not enough for all rows of a call they are run in parts, and where it does not
     suffice for one, on the CPU from then on; both are said.
     """
 
@@ -274,7 +274,7 @@ class BatchSession:
     def _take_less(self, rows: int) -> None:
         """Run fewer rows at once than ``rows``, or go on on the CPU."""
         free_cached_memory()
-        what = f"The GPU's memory does not suffice for a batch of {rows}"
+        what = f"The GPU's memory is not enough for a batch of {rows}"
         inputs = [value for value in self.session.get_inputs() if value.name in self._batched]
         if rows > 1 and not any(isinstance(value.shape[0], int) for value in inputs):
             self._most = rows // 2
@@ -333,7 +333,8 @@ def model_feeds(
         fraction = first_fraction(rows) if spec.timestep.dtype.startswith("int") else None
         if fraction is not None:
             raise ModelError(
-                f"The timestep '{spec.timestep.name}' is {spec.timestep.dtype}, and {fraction:g} is no whole number.",
+                f"The timestep '{spec.timestep.name}' is {spec.timestep.dtype}, and {fraction:g} is not a whole "
+                "number.",
                 "Use a scheduler of whole timesteps, or export the model with a float timestep.",
             )
         feeds[spec.timestep.name] = _cast(rows, spec.timestep)
@@ -352,7 +353,7 @@ def model_feeds(
 
 
 def first_fraction(values: Array) -> float | None:
-    """Return the first of ``values`` that is no whole number; None: all are."""
+    """Return the first of ``values`` that is not a whole number; None: all are."""
     fractions = values[values != np.round(values)]
     return float(fractions.flat[0]) if fractions.size else None
 

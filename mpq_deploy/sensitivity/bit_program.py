@@ -98,6 +98,6 @@ def _solve(
     if outcome.status != "Optimal":
         raise MpqError(
             f"HiGHS ended with '{outcome.status}' on the bit widths.",
-            "This is a defect: please report it.",
+            "This is a bug: please report it.",
         )
     return outcome.values

@@ -321,7 +321,7 @@ def measured_layers(
     strangers = [name for name in candidates if name not in names]
     if strangers:
         raise ModelError(
-            f"There are candidates for '{strangers[0]}', which is no layer of the graph.",
+            f"There are candidates for '{strangers[0]}', which is not a layer of the graph.",
             "The candidates were made for another graph: make them again.",
         )
     return tuple(layer for layer in graph.layers if layer.name in candidates)

@@ -46,7 +46,7 @@ class Calls:
         self.count = min(samples, recorded) // multiple * multiple
         if not self.count:
             raise ModelError(
-                f"The model takes {multiple} samples at once, but only {min(samples, recorded)} are to be measured.",
+                f"The model takes {multiple} samples at once, but only {min(samples, recorded)} would be measured.",
                 "Export it with a free batch axis, or calibrate and measure more samples.",
             )
         self.timesteps = calibration.timesteps

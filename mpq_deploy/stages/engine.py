@@ -51,7 +51,7 @@ def make(run: Run, folder: Path) -> str:
         )
     except BuilderKilledError as error:
         raise EngineError(
-            f"The stage 'engine' was cut short. {error.message}", error.hint
+            f"The stage 'engine' was interrupted. {error.message}", error.hint
         ) from error
     record.require_verified()
     return f"{record.backend} {record.version}, {record.weights_bytes or 0:,} bytes of weights, verified"

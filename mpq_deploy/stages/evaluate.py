@@ -72,7 +72,7 @@ def make(run: Run, folder: Path) -> str:
     if half.warning:
         run.talk.warn(half.warning)
     replace(result, notes=(*result.notes, half.note)).save(folder)
-    # What a clock said is no part of what must repeat byte for byte.
+    # What a clock said is not part of what must repeat byte for byte.
     if (folder / LATENCY).exists():
         (folder / LATENCY).replace(run.path / LATENCY)
     measured = [

@@ -68,7 +68,7 @@ def make(run: Run, folder: Path) -> str:
     if not graph.layers:
         raise UsageError(
             f"{recipe.model} has no layer to quantize: {census.text()}",
-            "Export it with its weights as constants that Conv, Gemm or MatMul take as they are.",
+            "Export it with its weights as constants that Conv, Gemm or MatMul read directly.",
         )
     run.talk.line(f"  {census.text()}")
     spec = denoiser.spec
@@ -106,5 +106,5 @@ STAGE = Stage(
     "export",
     make,
     inputs,
-    hint="End other programs, export the model to ONNX elsewhere, or",
+    hint="Close other programs, export the model to ONNX elsewhere, or",
 )

@@ -38,7 +38,7 @@ def check_deployed(run: Run, folder: Path, written: int) -> None:
     if written != run.plan.size_bytes:
         raise MpqError(
             f"The deployed file holds {written:,} bytes of constants, the plan says {run.plan.size_bytes:,}.",
-            "This is a defect: please report it with the model's structure.",
+            "This is a bug: please report it with the model's structure.",
         )
     check_dialect(run, folder / DEPLOYED)
     (folder / "size.json").write_text(canonical_json({"size_bytes": written}), encoding="utf-8")

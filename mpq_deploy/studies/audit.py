@@ -1,4 +1,4 @@
-"""The audit: measure the truth and every metric, and compare them and the plans they choose."""
+"""The audit: measure the truth and every metric, and compare both and the plans that they choose."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def audit_run(recipe: Recipe, out: Path | None) -> Path:
     default = default_run(recipe)
     run = out or default.with_name(f"audit-{default.name}")
     if (run / "allocate").exists():
-        raise UsageError(f"{run} holds a build.", "Give the audit a run folder of its own.")
+        raise UsageError(f"{run} holds a build.", "Give the audit its own run folder.")
     return run
 
 
@@ -221,7 +221,7 @@ def _notes(run: Run, losses: Losses, truth: Truth, rows: Iterable[MetricResult])
         f"Truth and metrics see the same {losses.samples} calls at each of {len(losses.calls.timesteps)} timesteps, "
         f"none of which weights were rounded on; gain injects its noise into at most 4 of them."
         if losses.unseen
-        else "Truth and metrics are measured on the samples that the weights were rounded on: all are optimistic."
+        else "Truth and metrics are measured on the samples that the weights were rounded on, so all are optimistic."
     ]
     if not truth.complete:
         notes.append(

@@ -77,7 +77,7 @@ class Losses:
         self.unseen = held_out is not inputs
         if samples > held_out.count:
             raise UsageError(
-                f"The audit is to measure {samples} calls per timestep, but there are {held_out.count}.",
+                f"The audit needs {samples} calls per timestep, but there are {held_out.count}.",
                 f"Choose --samples {held_out.count} or fewer, or raise measure.samples and calibrate.samples.",
             )
         order = dealt(held_out.rows, np.arange(held_out.count))

@@ -64,7 +64,7 @@ def read_arrays(
         try:
             archive = zipfile.ZipFile(file)
         except _BAD_ZIP as problem:
-            what = f"{shown} is no file of NumPy arrays (.npz): {printable(str(problem))}."
+            what = f"{shown} is not a file of NumPy arrays (.npz): {printable(str(problem))}."
             raise error(what, hint) from problem
         with archive:
             members = archive.infolist()
@@ -115,7 +115,7 @@ def _array(file: Any, size: int, shown: str, error: type[MpqError], hint: str) -
     except Exception as problem:
         # NumPy reads a header with Python's own tokenizer and parser, and passes on what these raise.
         text = printable(" ".join(str(problem).split())[:200])
-        raise error(f"{shown} is no NumPy array: {text}.", hint) from problem
+        raise error(f"{shown} is not a NumPy array: {text}.", hint) from problem
     if dtype.hasobject:
         raise error(f"{shown} holds Python objects, which are never loaded.", hint)
     wanted = math.prod(shape) * dtype.itemsize
@@ -124,7 +124,7 @@ def _array(file: Any, size: int, shown: str, error: type[MpqError], hint: str) -
         raise error(f"{what}, but {size - file.tell():,} bytes of data.", hint)
     content = _read(file, wanted)
     if len(content) < wanted:
-        raise error(f"{shown} is cut short: {len(content):,} of {wanted:,} bytes are there.", hint)
+        raise error(f"{shown} is truncated: {len(content):,} of {wanted:,} bytes are there.", hint)
     flat: Array = np.frombuffer(content, dtype)
     return flat.reshape(shape, order="F" if fortran else "C")
 

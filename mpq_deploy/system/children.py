@@ -100,7 +100,7 @@ def run_bounded(
             stream.end()
     if any(stream.full for stream in streams):
         limit = LOG_BYTES if log else OUTPUT_BYTES
-        raise EngineError(f"{command[0]} wrote more than {limit:,} bytes, and was ended.")
+        raise EngineError(f"{command[0]} wrote more than {limit:,} bytes, and was stopped.")
     if any(stream.failed for stream in streams):
         raise next(stream.failed for stream in streams if stream.failed)
     out, errors = ([stream.text() for stream in streams] + [""])[:2]
@@ -197,4 +197,4 @@ def fate(code: int) -> str:
     """Say how a process ended, from its exit code, in words after "it"."""
     if code < 0:
         return f"was killed by {signal.Signals(-code).name}"
-    return f"ended with exit code {code}"
+    return f"exited with code {code}"

@@ -1,7 +1,8 @@
 """The device that computes: the CPU, or an NVIDIA GPU, for ONNX Runtime and for torch.
 
-In: a wish (auto, cpu, cuda, cuda:N). Out: where sessions run and tensors lie, for this process and,
-through its environment, for the workers that it starts. Devices are named here alone.
+In: the requested device (auto, cpu, cuda, cuda:N). Out: where sessions run and tensors lie, for
+this process and, through its environment, for the workers that it starts. Devices are named here
+alone.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ NO_LIBRARIES = (
     "pip install 'onnxruntime-gpu[cuda,cudnn]' brings CUDA's libraries, or give --device cpu."
 )
 NO_DRIVER = "Install NVIDIA's driver (nvidia-smi shows whether it works), or give --device cpu."
-INSTALL_TORCH = "Install a build of torch for CUDA (pytorch.org, Get started)."
+INSTALL_TORCH = "Install a CUDA build of torch (pytorch.org, Get started)."
 # What ONNX Runtime, cuBLAS and cuDNN say when the GPU's memory does not suffice; all of it is text.
 NO_MEMORY = re.compile(
     r"Failed to allocate memory|is smaller than requested bytes|out of memory|_ALLOC_FAILED"
@@ -157,7 +158,7 @@ def find_compute(wish: str) -> Compute:
     if against:
         if wish == AUTO:
             return Compute()
-        raise UsageError(f"The compute device '{wish}' is not here: {against}.", NO_DRIVER)
+        raise UsageError(f"The compute device '{wish}' is not available: {against}.", NO_DRIVER)
     if wish == AUTO:
         return Compute(*(None if why else number for why in whys_no_cuda(number)))
     for reason, hint in zip(whys_no_cuda(number), (_runtime_hint(), INSTALL_TORCH), strict=True):
@@ -188,7 +189,7 @@ def why_no_cuda_runtime(number: int = 0) -> str:
     if CUDA_PROVIDER not in ort.get_available_providers():
         if hidden_runtime():
             return BOTH_INSTALLED
-        return f"ONNX Runtime {ort.__version__} is a build for the CPU (onnxruntime-gpu is missing)"
+        return f"ONNX Runtime {ort.__version__} is a CPU build (onnxruntime-gpu is missing)"
     _find_cuda_libraries()
     options = ort.SessionOptions()
     options.log_severity_level = _log_level(LOG_NOTHING)
@@ -217,7 +218,7 @@ def why_no_cuda_torch(number: int = 0) -> str:
     with silenced():
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if number >= count:
-        why = "is a build for the CPU" if torch.version.cuda is None else f"finds {count} GPUs"
+        why = "is a CPU build" if torch.version.cuda is None else f"finds {count} GPUs"
         return f"torch {torch.__version__} {why}"
     return ""
 
@@ -230,8 +231,8 @@ def start_session(
     """Open a session on ``providers``, or where this process computes.
 
     On a GPU constants are dequantized once, when the session is opened, by the kernels for the CPU:
-    the same numbers, also in formats for which the GPU has no kernel. Where its memory does not
-    suffice for the constants the session is opened on the CPU, which is said.
+    the same numbers, also in formats for which the GPU has no kernel. If its memory does not hold
+    the constants, the session is opened on the CPU, with a warning.
 
     Raises whatever ONNX Runtime raises, and UsageError where it left out the first of the providers
     (which it does, with a line in its log, when a library is missing).
@@ -247,11 +248,13 @@ def start_session(
         if first != CUDA_PROVIDER or not out_of_memory(error):
             raise
         free_cached_memory()
-        say_once("The GPU's memory does not suffice for a model's weights: it runs on the CPU.")
+        say_once("The GPU's memory is not enough for a model's weights: it runs on the CPU.")
         return ort.InferenceSession(source, options, providers=[CPU_PROVIDER])
     if first not in session.get_providers():
         why = f": {_missing_library()}" if first == CUDA_PROVIDER and _missing_library() else ""
-        raise UsageError(f"ONNX Runtime opened no session on its {first}{why}.", NO_LIBRARIES)
+        raise UsageError(
+            f"ONNX Runtime could not open a session with its {first}{why}.", NO_LIBRARIES
+        )
     return session
 
 
@@ -261,7 +264,7 @@ def out_of_memory(error: BaseException | None) -> bool:
 
 
 def free_cached_memory() -> None:
-    """Give back what torch keeps of the GPU's memory for later."""
+    """Release the GPU memory that torch caches."""
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
         # What an error held, in circles of frames.
@@ -271,7 +274,7 @@ def free_cached_memory() -> None:
 
 @cache
 def say_once(text: str) -> None:
-    """Warn on stderr, the first time in this process: computing moves to where nobody asked for it.
+    """Warn on stderr, once per process, that computing moves to another device than requested.
 
     Not under ``--quiet``.
     """

@@ -119,12 +119,16 @@ def why_not_build(target: Target) -> str:
     if target.builder == "none":
         return ""
     if target.builder == "trtexec":
-        return "" if find_trtexec() else "trtexec is not here: its engines are built on the device"
+        return (
+            ""
+            if find_trtexec()
+            else "trtexec is not installed here: its engines are built on the device"
+        )
     if importlib.util.find_spec(target.builder) is None:
         return f"the package {target.builder} is not installed"
     found = _version(target.builder)
     if found and not target.build_target.takes_version(found):
-        return f"{target.builder} {found} is here, the target is for {' or '.join(target.versions)}"
+        return f"{target.builder} {found} is installed, but the target is for {' or '.join(target.versions)}"
     return ""
 
 
@@ -143,7 +147,7 @@ def why_not_run(target: Target, gpus: list[Gpu]) -> str:
         return f"the package {runtime} is not installed"
     wanted = target.compute_capabilities
     if wanted and not any(gpu.compute_capability in wanted for gpu in gpus):
-        return f"its engines are for {', '.join(wanted)}; here is {_names(gpus)}"
+        return f"its engines are for {', '.join(wanted)}; this machine has {_names(gpus)}"
     return ""
 
 
@@ -185,7 +189,7 @@ def _machine() -> list[Finding]:
 
 
 def _memory() -> str:
-    """The machine's memory and what of it may be taken, in GB, with what else bounds it."""
+    """The machine's memory and how much of it is available, in GB, with what else limits it."""
     machine, room = machine_memory(), memory_room()
     total = f"{machine.total / 1e9:.1f} GB" if machine else "unknown"
     if room is None:
@@ -215,7 +219,7 @@ def _onnxruntime() -> Finding:
 
 
 def _compute() -> Finding:
-    """What ``--device auto`` takes; a line per library that cannot use the GPU, and how it could."""
+    """What ``--device auto`` chooses; a line per library that cannot use the GPU, with the fix."""
     from mpq_deploy.system.compute import (
         AUTO,
         BOTH_INSTALLED,
@@ -267,7 +271,7 @@ def _gpu_findings(gpus: list[Gpu]) -> list[Finding]:
             )
         )
     if not gpus:
-        detail = "none with a driver: engines can be built for RTX targets, not run"
+        detail = "none with a driver: RTX engines can be built but not run"
         return [*findings, Finding("gpu", "NVIDIA GPU", "missing", detail)]
     for gpu in gpus:
         detail = f"{gpu.name}, {gpu.compute_capability or 'capability unknown'}, driver {gpu.driver}, {gpu.memory}"

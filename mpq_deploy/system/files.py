@@ -54,7 +54,7 @@ def read_sealed(path: Path) -> Fields:
         return unsealed(text)
     except ValueError as problem:
         what = f"{printable(str(path))} cannot be used: {printable(str(problem))}."
-        raise InputError(what, "Make it again.") from problem
+        raise InputError(what, "Create it again.") from problem
 
 
 def _values_digest(values: Fields) -> str:
@@ -85,7 +85,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write ``content`` aside and move it into place, so that a reader or a kill never sees half of it.
+    """Write ``content`` to a temporary file and move it into place, so that no reader ever sees half of it.
 
     A link at ``path`` is replaced, not followed. Raises OSError naming a folder at ``path``.
     """
@@ -120,7 +120,7 @@ def refuse_links(folder: Path, error: type[MpqError] = InputError) -> None:
             if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
                 kind = "a symbolic link" if stat.S_ISLNK(mode) else "neither a file nor a folder"
                 raise error(
-                    f"{printable(str(path))} is {kind}, and nothing is written beside such.",
+                    f"{printable(str(path))} is {kind}; nothing is written into a folder that holds one.",
                     "Copy the folder without it: cp -rL copies what links point to.",
                 )
 
@@ -144,7 +144,7 @@ def disk_error(error: OSError, path: Path | None) -> MpqError:
             free = shutil.disk_usage(there).free if there is not None else 0
             what = f"The disk is full: {free / 1e6:.0f} MB are left under {printable(str(there))}."
         return DiskError(
-            what, "Free some space, or give another run folder with -o; what is finished is kept."
+            what, "Free some space, or give another run folder with -o; finished work is kept."
         )
     if error.errno in FORBIDDEN:
         return DiskError(

@@ -71,10 +71,10 @@ class Shrinking(Generic[Opened]):
             # Outside of the handler: the error holds what the work had made.
             if halve(pieces[0]):
                 self._halvings, pieces = self._halvings + 1, _halved(pieces, halve)
-                then = "half as much is computed at once"
+                then = "the batch is halved"
             else:
                 self._place, self._opened = replace(self._place, torch=None), None
-                then = "the CPU computes the rest"
+                then = "the rest runs on the CPU"
             self._talk.line(f"  {self._what}: the GPU's memory ran out, {then}")
             free_cached_memory()
         return done

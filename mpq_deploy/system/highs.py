@@ -82,7 +82,7 @@ def solve_program(program: LinearProgram, start: Array | None = None, **options:
         raise MpqError(
             f"HiGHS claims an objective of {claimed:.6g} for a solution of "
             f"{float(program.cost @ outcome.values):.6g}.",
-            "This is a defect of the solver: please report the run's folder.",
+            "This is a bug in the solver: please report it with the run folder.",
         )
     return outcome
 

@@ -35,6 +35,6 @@ def refuse_links_out(files: Iterable[Path]) -> None:
         root = cache_root(file)
         if root is not None and not file.resolve().is_relative_to(root.resolve()):
             raise ModelError(
-                f"{file} lies in a cache of the hub, and is a link out of {root.name}.",
-                "The cache was altered: remove this model from it and fetch it again.",
+                f"{file} is in a hub cache, and links to a file outside of {root.name}.",
+                "The cache was altered: remove this model from it and download it again.",
             )

@@ -1,4 +1,4 @@
-"""Nothing is imported from the current folder: a stranger's model may lie there beside a json.py.
+"""Nothing is imported from the current folder, where an untrusted model may come with a json.py.
 
 Only ``os`` and ``sys``, which are loaded before any folder is searched; devices use it, too.
 """

@@ -76,7 +76,7 @@ def read_bytes(
         except OSError as problem:
             raise error(f"{_shown(path)} cannot be read: {_why(problem)}.", hint) from problem
     if len(content) > limit:
-        what = f"{_shown(path)} has more than {limit:,} bytes, the most that is read here."
+        what = f"{_shown(path)} has more than {limit:,} bytes, the maximum."
         raise error(what, hint)
     return content
 
@@ -96,7 +96,7 @@ def decoded(
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError as problem:
-        what = f"{printable(source)} is no UTF-8 text: byte {problem.start:,} is wrong."
+        what = f"{printable(source)} is not UTF-8 text: byte {problem.start:,} is wrong."
         raise error(what, hint) from problem
 
 
@@ -146,7 +146,7 @@ def parse_json(
     """Return the values of a JSON text; ``source`` names it in errors.
 
     ``infinite``: infinities are taken, as diffusers writes them into schedulers' files. Raises
-    ``error`` for text that is no JSON, a key that occurs twice, NaN, numbers of more than
+    ``error`` for text that is not JSON, a key that occurs twice, NaN, numbers of more than
     ``DIGITS`` digits, more than ``DEPTH`` levels or ``VALUES`` values.
     """
     try:
@@ -158,7 +158,7 @@ def parse_json(
         raise error(what, hint) from problem
     except ValueError as problem:
         raise error(
-            f"{printable(source)} is no JSON: {printable(str(problem))}.", hint
+            f"{printable(source)} is not JSON: {printable(str(problem))}.", hint
         ) from problem
     check_values(values, source, infinite=infinite, error=error, hint=hint)
     return values
@@ -182,12 +182,12 @@ def check_values(
         if len(place) > DEPTH:
             problem = f"is nested more than {DEPTH} levels deep"
         elif count >= VALUES:
-            problem = f"comes after {VALUES:,} values, the most that are read here"
+            problem = f"comes after {VALUES:,} values, the maximum"
         elif isinstance(value, float) and not math.isfinite(value):
             if math.isnan(value) or not infinite:
-                problem = f"is {value}, not a number that can be used"
+                problem = f"is {value}, which is not a usable number"
         elif isinstance(value, str) and not value.isascii() and _lone_surrogate(value):
-            problem = "holds half a character (a lone surrogate)"
+            problem = "holds a lone surrogate (half a character)"
         if problem:
             where = ".".join(map(str, place))[:200]
             where = f"'{printable(where)}'" if where else "its content"
@@ -241,8 +241,10 @@ def whole(path: Path, error: type[MpqError] = InputError, hint: str = "") -> Ite
         *(RuntimeError, TypeError, ValueError),
     ) as problem:
         said = printable(" ".join(str(problem).split())[:200])
-        what = f"{_shown(path)} does not hold what it should ({type(problem).__name__}: {said})."
-        raise error(what, hint or "It was altered: make it again.") from problem
+        what = (
+            f"{_shown(path)} does not have the expected content ({type(problem).__name__}: {said})."
+        )
+        raise error(what, hint or "It was altered: create it again.") from problem
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -263,7 +265,7 @@ def _integer(digits: str) -> int:
 
 
 def _kind(values: Any) -> str:
-    names = {list: "a list", str: "text", bool: "a truth value", type(None): "nothing"}
+    names = {list: "a list", str: "text", bool: "a boolean", type(None): "nothing"}
     return names.get(type(values), "a number")
 
 

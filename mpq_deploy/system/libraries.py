@@ -1,4 +1,4 @@
-"""What other libraries log, print and warn of: kept from the user, or shown whole under ``--debug``."""
+"""What other libraries log, print and warn of: hidden, or shown in full with ``--debug``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Locks between processes of a machine. They end with the process that holds them, however it ends."""
+"""Locks between processes of a machine, released when the process that holds them ends, however it ends."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def check_private(folder: Path) -> None:
         reason = f"may be written by others (mode {status.st_mode & 0o777:o})"
     if reason:
         raise UsageError(
-            f"{folder} {reason}, so that files in it cannot be trusted.",
+            f"{folder} {reason}, so files in it cannot be trusted.",
             "Remove it, or set TMPDIR to a folder of your own.",
         )
 

@@ -60,7 +60,7 @@ class Room:
     whose: str
 
     def holds(self, size: int) -> bool:
-        """Whether work of ``size`` bytes may begin: the one limit, of stages, workers and recovery alike."""
+        """Whether work of ``size`` bytes may start: the limit for stages, workers and recovery alike."""
         return size <= self.bytes
 
     def __str__(self) -> str:

@@ -32,7 +32,7 @@ def plain_name(name: object, what: str, error: type[MpqError] = InputError) -> s
     if isinstance(name, str) and PLAIN.fullmatch(name) and not _RESERVED.fullmatch(name):
         return name
     raise error(
-        f"{what} is {_quoted(name)}, which is no plain name.",
+        f"{what} is {_quoted(name)}, which is not a plain name.",
         "A plain name has letters, digits, '.', '_' and '-' only, and starts with a letter or digit.",
     )
 

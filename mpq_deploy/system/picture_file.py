@@ -1,4 +1,4 @@
-"""Pictures from others: decoded only after their size was looked at."""
+"""Images from users: decoded only after their size was checked."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def read_picture(
 ) -> Image.Image:
     """Return a picture's first frame in Pillow's ``mode``; ``opaque`` refuses transparency.
 
-    Raises ``error`` for a file that is no picture of ``FORMATS``, is damaged, or has more than
+    Raises ``error`` for a file that is not a picture of ``FORMATS``, is damaged, or has more than
     ``pixels`` pixels.
     """
     shown = printable(str(path))
@@ -45,7 +45,7 @@ def read_picture(
                     raise error(what, hint or "Make it smaller.")
                 if opaque and (picture.mode in ALPHA or "transparency" in picture.info):
                     what = f"{shown} has transparency."
-                    raise error(what, "Lay it over a background first.")
+                    raise error(what, "Flatten it onto a background first.")
                 decoded: Image.Image = picture.convert(mode)
                 return decoded
         except MpqError:
@@ -54,7 +54,7 @@ def read_picture(
             what = f"{shown} has more than {pixels:,} pixels."
             raise error(what, hint or "Make it smaller.") from problem
         except UnidentifiedImageError as problem:
-            raise error(f"{shown} is no picture ({', '.join(FORMATS)}).", hint) from problem
+            raise error(f"{shown} is not an image ({', '.join(FORMATS)}).", hint) from problem
         except Exception as problem:
             # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, IndexError and
             # more for damaged files.

@@ -12,7 +12,7 @@ from mpq_deploy.errors import InputError, MpqError
 from mpq_deploy.system.inputs import check_values, read_text
 from mpq_deploy.system.names import printable
 
-# PyYAML reads about 100 kB a second: what takes longer than some seconds is no recipe (our choice).
+# PyYAML reads about 100 kB a second: what takes longer than some seconds is not a recipe (our choice).
 YAML_BYTES = 512 << 10
 
 
@@ -43,7 +43,7 @@ def parse_yaml(
 ) -> Any:
     """Return the values of one YAML document; ``source`` names it in errors.
 
-    Raises ``error`` for text that is no YAML, tags that make objects, keys that occur twice or are
+    Raises ``error`` for text that is not YAML, tags that make objects, keys that occur twice or are
     no text, numbers that are not finite, and values beyond the limits of ``system.inputs``, aliases
     counted each time.
     """
@@ -55,7 +55,7 @@ def parse_yaml(
         mark = problem.problem_mark
         where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
         text = ", ".join(part for part in (problem.context, problem.problem) if part)
-        what = f"{printable(source)} is no YAML that can be used: {where}{printable(text)}."
+        what = f"{printable(source)} is not usable YAML: {where}{printable(text)}."
         raise error(what, hint) from problem
     except (
         yaml.YAMLError,
@@ -68,6 +68,6 @@ def parse_yaml(
         # PyYAML itself fails with ValueError on dates such as 2024-13-01 and on long numbers, with
         # the others on odd keys.
         text = printable(" ".join(str(problem).split()))
-        raise error(f"{printable(source)} is no YAML that can be used: {text}.", hint) from problem
+        raise error(f"{printable(source)} is not usable YAML: {text}.", hint) from problem
     check_values(values, source, error=error, hint=hint)
     return values

@@ -24,7 +24,7 @@ def choice(layer: Layer, *schemes: str) -> LayerChoice:
 
 
 def test_every_byte_beyond_four_bits_has_a_reason() -> None:
-    grouped = conv("grouped", no_product="it has 2 groups, and a product has one")
+    grouped = conv("grouped", no_product="it has 2 groups; a product has only one")
     layers = [conv("conv_in"), grouped, conv("small"), conv("chosen")]
     choices = [
         choice(layers[0], "fp16"),

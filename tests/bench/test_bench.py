@@ -165,7 +165,7 @@ def test_a_run_is_held_against_its_float_model_and_the_report_takes_it_in(
     assert device.median_ms == found["latency"]["p50_ms"]
     assert "of float's time" in (run / "report.md").read_text(encoding="utf-8")
     assert "the graph itself" in (run / "report.html").read_text(encoding="utf-8")
-    # A CPU's milliseconds are no latency of the engine that the run is for.
+    # A CPU's milliseconds are not a latency of the engine that the run is for.
     gated = call("gate", run, "--max-latency", "10s")
     assert gated.returncode == 1
     assert "No engine latency was measured" in gated.stdout
@@ -187,14 +187,14 @@ def test_a_process_that_dies_is_an_error_that_says_so(
     ("arguments", "words"),
     [
         (["nowhere.onnx"], "There is no nowhere.onnx"),
-        (["readme.txt"], r"readme.txt is no .onnx and no .engine file"),
-        (["m.engine"], "m.engine cannot be timed: No NVIDIA driver is here"),
+        (["readme.txt"], r"readme.txt is neither an .onnx nor an .engine file"),
+        (["m.engine"], "m.engine cannot be timed: No NVIDIA driver was found"),
         (["m.onnx", "--backend", "tensorrt"], "is a graph: tensorrt runs engines"),
-        (["m.onnx", "--backend", "tensort"], "'tensort' is none of"),
+        (["m.onnx", "--backend", "tensort"], "'tensort' is not one of"),
         (["m.onnx", "--calls", "10", "--rounds", "3"], "10 calls in 3 rounds"),
-        (["m.onnx", "--shape", "x=1"], "'x=1' is no shape"),
+        (["m.onnx", "--shape", "x=1"], "'x=1' is not the shape"),
         (["m.onnx", "--batch", "0"], "Invalid batch 0"),
-        (["m.onnx", "--device", "cuda"], "No NVIDIA driver is here"),
+        (["m.onnx", "--device", "cuda"], "No NVIDIA driver was found"),
         (["m.onnx"], "cannot be read as ONNX"),
     ],
 )
@@ -205,7 +205,7 @@ def test_bad_input_is_one_message(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(sources, "why_no_gpu", lambda: "No NVIDIA driver is here")
+    monkeypatch.setattr(sources, "why_no_gpu", lambda: "No NVIDIA driver was found")
     monkeypatch.chdir(tmp_path)
     for name in ("m.onnx", "m.engine", "readme.txt"):
         (tmp_path / name).write_text("no model", encoding="utf-8")

@@ -206,7 +206,7 @@ def test_calls_of_another_model_are_refused(recorded: tuple[Path, Path], tmp_pat
     )
     onnx.save(model, tmp_path / "other.onnx")
     recipe = recipe_for(tmp_path / "other.onnx", calls=str(recorded[1]), target="onnxruntime-cpu")
-    with pytest.raises(UsageError, match=r"around another model: at timestep \d+ its output has"):
+    with pytest.raises(UsageError, match=r"with another model: at timestep \d+ its output has"):
         build(recipe, tmp_path / "run")
 
 

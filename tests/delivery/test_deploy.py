@@ -105,7 +105,7 @@ def test_an_upload_goes_on_after_what_arrived_if_that_is_its_beginning(
     (there / "n.part").write_bytes(archive.read_bytes()[:300_000])
     notes = Notes()
     upload(device, archive, "n", notes)
-    assert notes.lines == ["going on after 300,000 bytes that arrived before"]
+    assert notes.lines == ["resuming after 300,000 bytes that arrived before"]
     assert (there / "n").read_bytes() == archive.read_bytes()
     notes = Notes()
     upload(device, archive, "n", notes)
@@ -134,11 +134,11 @@ def test_a_connection_that_breaks_in_the_middle_is_resumed(server: Path, tmp_pat
     broken.chmod(0o755)
     with pytest.raises(EngineError) as caught:
         upload(Remote("device", (str(broken),), str(there)), archive, "n", Talk())
-    assert "goes on where it stopped" in caught.value.hint
+    assert "continues where it stopped" in caught.value.hint
     assert (there / "n.part").stat().st_size == 400_000
     notes = Notes()
     upload(remote(server, there), archive, "n", notes)
-    assert "going on after 400,000 bytes" in notes.lines[0]
+    assert "resuming after 400,000 bytes" in notes.lines[0]
     assert (there / "n").read_bytes() == archive.read_bytes()
 
 
@@ -177,7 +177,7 @@ def test_an_installer_that_fails_there_says_why(
 
 @pytest.mark.parametrize("destination", ["", "-oProxyCommand=touch /tmp/owned"])
 def test_a_destination_that_is_an_option_is_refused(destination: str) -> None:
-    with pytest.raises(UsageError, match="no ssh destination"):
+    with pytest.raises(UsageError, match="not an ssh destination"):
         Remote(destination)
 
 

@@ -1,4 +1,4 @@
-"""What a device measured, taken in by the report at home."""
+"""What a device measured, taken in by the report on the build machine."""
 
 from __future__ import annotations
 
@@ -87,14 +87,14 @@ def test_results_of_another_plan_are_refused_and_former_ones_left_out(
         assert len(device_infos(pipeline.run)) == 1
         kept.write_text(json.dumps(results({"allocate": "0", "quantize": "0"})), encoding="utf-8")
         assert device_infos(pipeline.run) == ()
-    assert any("former plan" in line for line in notes.lines)
+    assert any("earlier plan" in line for line in notes.lines)
 
 
 def test_a_file_that_is_none_is_refused(run: tuple[Recipe, Path], tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text("{}", encoding="utf-8")
     with (
         open_pipeline(*run, Talk()) as pipeline,
-        pytest.raises(UsageError, match=r"no results\.json of format 1"),
+        pytest.raises(UsageError, match=r"not a results\.json of format 1"),
     ):
         take_in(pipeline.deployed(), tmp_path / "x.json")
 

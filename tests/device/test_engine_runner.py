@@ -105,7 +105,7 @@ def test_a_cache_that_the_library_refuses_is_made_anew(tmp_path: Path) -> None:
 
 def test_a_folder_that_cannot_be_written_only_costs_the_cache(tmp_path: Path) -> None:
     opened = open_context(fake, fake.ICudaEngine(), tmp_path / "gone" / "model.engine")
-    with pytest.warns(UserWarning, match="runtime cache .* is not kept"):
+    with pytest.warns(UserWarning, match="runtime cache .* cannot be written"):
         opened.keep_cache()
 
 

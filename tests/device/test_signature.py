@@ -86,7 +86,7 @@ def test_every_altered_byte_of_a_signature_or_file_is_refused(signed: Path) -> N
 
 
 def test_another_key_an_old_form_and_no_signature_are_refused(signed: Path, tmp_path: Path) -> None:
-    with pytest.raises(SignatureError, match="not by the trusted"):
+    with pytest.raises(SignatureError, match="not with the trusted"):
         verify(signed, read_public_key(str(REAL / "sealed.pub")))
     key = read_public_key(str(REAL / "plain.pub"))
     signed.with_name(signed.name + ".minisig").unlink()
@@ -130,13 +130,13 @@ def test_an_archive_is_what_trust_says_before_anything_of_it_is_read(
 
     # It is no package: that is what is said once it is trusted.
     for good in (Trust(digest), Trust(key=pub), Trust(digest.upper(), pub)):
-        with pytest.raises(ArchiveError, match="no package"):
+        with pytest.raises(ArchiveError, match="not a package"):
             install(good)
     with pytest.raises(ArchiveError, match="has the SHA-256"):
         install(Trust("0" * 64))
-    with pytest.raises(UsageError, match=r"is no SHA-256"):
+    with pytest.raises(UsageError, match=r"is not a SHA-256"):
         install(Trust("12"))
-    with pytest.raises(SignatureError, match="not by the trusted"):
+    with pytest.raises(SignatureError, match="not with the trusted"):
         install(Trust(digest, str(REAL / "sealed.pub")))
     with pytest.raises(UsageError, match="is a folder"):
         installer.install(tmp_path, tmp_path, installer.Talk(), trust=Trust(digest))
@@ -152,7 +152,7 @@ def test_what_is_asked_for_with_an_empty_text_is_refused(
     """A shell makes it of a variable that is not set; it must not be as if nothing was asked."""
     out = tmp_path / "out"
     trust = Trust(**{"key" if option == "--trust" else "sha256": ""})
-    with pytest.raises(UsageError, match=r"is empty|is no SHA-256"):
+    with pytest.raises(UsageError, match=r"is empty|is not a SHA-256"):
         installer.install(signed, out, installer.Talk(), trust=trust)
     assert installer.main([str(signed), "-o", str(out), option, ""]) == 2
     result = CliRunner().invoke(app, ["install", str(signed), "-o", str(out), option, ""])

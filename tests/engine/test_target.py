@@ -178,7 +178,7 @@ def test_a_users_file_extends_a_shipped_target_and_may_allow_what_it_forbids(
         ("extends: [rtx]\n", "extends '['rtx']'"),
         ("name: bare\n", "title: Field required"),
         ("- rtx\n", "holds list"),
-        ("a: [1\n", "is no YAML"),
+        ("a: [1\n", "is not usable YAML"),
         ("extends: rtx\nrules: 3\n", "rules"),
         ("extends: rtx\nschemes: 3\n", "schemes"),
         ("", "holds NoneType"),

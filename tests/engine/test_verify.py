@@ -207,7 +207,7 @@ def test_an_int4_constant_of_another_layer_does_not_count() -> None:
     stranger = kernel("kgen", "", (INT4_WEIGHT,), "other/weight_dequantize", out="other")
     product = kernel("gemm", "x:Half w:Half", (EngineTensor("w16", (8, 8), "Half"),), "fc")
     (problem,) = problems_of(stranger, product)
-    assert "does not lie in the engine as Int4 (found: Half [8, 8])" in problem.message
+    assert "is not stored in the engine as Int4 (found: Half [8, 8])" in problem.message
 
 
 def test_a_layer_that_no_kernel_names_is_wrong() -> None:

@@ -23,13 +23,15 @@ def test_a_layer_of_one_input_stays_out_of_blocks(op: str) -> None:
     choices = choices_for(layer, (SCHEMES["w8a8"], *BLOCKS), lambda *_: "")
     assert [scheme.name for scheme in choices.schemes] == ["fp16", "w8a8"]
     assert set(choices.refused) == {scheme.name for scheme in BLOCKS}
-    assert all("bytes are no fewer than 64 in FP16" in why for why in choices.refused.values())
+    assert all("bytes are not fewer than the 64 of FP16" in why for why in choices.refused.values())
 
 
 def test_two_inputs_are_enough() -> None:
     assert SCHEMES["w4a16-b32"].refusal(linear(32, 2)) == ""
     # With INT8's scale beside that of the only block nothing is saved over INT8.
-    assert "160 bytes are no fewer than 128 in INT8" in SCHEMES["w4a8-b32"].refusal(linear(32, 2))
+    assert "160 bytes are not fewer than the 128 of INT8" in SCHEMES["w4a8-b32"].refusal(
+        linear(32, 2)
+    )
 
 
 @pytest.mark.parametrize("into", [1, 2, 3, 4, 6, 9, 48, 320])

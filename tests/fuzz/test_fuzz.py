@@ -50,7 +50,7 @@ def test_what_was_found_before_ends_in_one_line(path: Path, bases: Bases) -> Non
     arguments = tuple(str(path) if one == "{}" else one for one in command)
     outcome = run_case(path.parent.name, 0, lambda folder: arguments, bases)
     assert not outcome.problem, f"{outcome.problem}\n{outcome.said}"
-    assert outcome.code, "it is none of the files that are accepted"
+    assert outcome.code, "it is not one of the files that are accepted"
     assert outcome.seconds < 30
 
 

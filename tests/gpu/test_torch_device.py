@@ -260,7 +260,7 @@ def test_a_few_steps_of_training(wanted: str, tmp_path: Path) -> None:
             found.append(made.recovery)
     assert found[1].before == pytest.approx(found[0].before, rel=1e-2)
     assert found[1].after == pytest.approx(found[0].after, rel=5e-2)
-    # It goes on from a checkpoint, and in bfloat16.
+    # It continues from a checkpoint, and in bfloat16.
     with compute_on(ON_GPU):
         more = options.replace(steps=6, precision="auto")
         recover(task, more, case.recorder(), Talk(), tmp_path / "gpu", "gpu")
@@ -282,6 +282,6 @@ def test_memory_that_runs_out_is_said_and_the_cpu_goes_on(mixed: Setting) -> Non
             found = measure_probe(Subject(*mixed, options, talk)).losses
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0, 0)
-    assert lines and lines[-1].endswith("the GPU's memory ran out, the CPU computes the rest")
+    assert lines and lines[-1].endswith("the GPU's memory ran out, the rest runs on the CPU")
     for layer, row in expected.items():
         assert found[layer] == pytest.approx(row, rel=1e-2)

@@ -117,7 +117,7 @@ def test_nested_subgraphs_are_bounded(tmp_path: Path) -> None:
 
 
 MUTATIONS: dict[str, tuple[Callable[[onnx.ModelProto], object], str]] = {
-    "negative": (lambda m: m.graph.initializer[0].dims.append(-1), "No dimension is negative"),
+    "negative": (lambda m: m.graph.initializer[0].dims.append(-1), "Dimensions cannot be negative"),
     "escape": (lambda m: setattr(m.graph.node[0], "name", "a\x1b[2J"), "control character"),
     "line": (lambda m: setattr(m.graph.input[0], "name", "a\nb"), "control character"),
     "direction": (lambda m: setattr(m.graph.node[0], "op_type", "a\u202eb"), "control character"),
@@ -146,7 +146,7 @@ MUTATIONS: dict[str, tuple[Callable[[onnx.ModelProto], object], str]] = {
     ),
     "negative size in a function": (
         lambda m: m.functions.append(holding(function("f", "Relu"), [-1])),
-        "No dimension is negative",
+        "Dimensions cannot be negative",
     ),
 }
 

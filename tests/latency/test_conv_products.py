@@ -115,7 +115,7 @@ def test_low_rank_branches_stand_beside_convolutions_alone() -> None:
     graph, shapes = conv_graph(8)
     scheme = SCHEMES["w4a16-b128+lowrank8"]
     (product,) = with_products(graph, load_target("rtx"), shapes, shapes).layers
-    assert "beside a product" in scheme.refusal(product)
+    assert "beside a convolution written as a product" in scheme.refusal(product)
     assert scheme.refusal(graph.layers[0]) == ""
 
 

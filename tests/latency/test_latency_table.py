@@ -74,5 +74,5 @@ def test_a_file_that_is_missing_or_cut_short_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="There is no file"):
         LatencyTable.load(tmp_path / "none.json")
     (tmp_path / "cut.json").write_text('{"format": 1, "entr', encoding="utf-8")
-    with pytest.raises(UsageError, match="no JSON"):
+    with pytest.raises(UsageError, match="not JSON"):
         LatencyTable.load(tmp_path / "cut.json")

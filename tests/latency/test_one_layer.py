@@ -148,7 +148,7 @@ def test_a_timed_layer_becomes_a_row_with_its_provenance(
     monkeypatch.undo()
     monkeypatch.setattr(profile, "run_engine", lambda *arguments: replace(times, gpu="another GPU"))
     wanted.jobs[one.shape, "fp16"] = product("fp16")
-    with pytest.raises(profile.UsageError, match="begun on a GPU"):
+    with pytest.raises(profile.UsageError, match="started on a GPU"):
         wanted.measure(tmp_path / "table.json")
 
 

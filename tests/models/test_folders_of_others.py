@@ -188,7 +188,7 @@ def test_what_a_folder_of_optimum_lacks_is_named(tmp_path: Path) -> None:
     ("name", "said"),
     [
         ("model.gguf", "already quantized: give the float checkpoint"),
-        ("model.engine", "An engine is built already"),
+        ("model.engine", "This is a built engine"),
     ],
 )
 def test_files_that_are_no_onnx_say_what_to_give(tmp_path: Path, name: str, said: str) -> None:

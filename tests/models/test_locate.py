@@ -36,7 +36,7 @@ def test_without_network_the_message_says_so(monkeypatch: pytest.MonkeyPatch) ->
         raise LocalEntryNotFoundError("no network\nmore words")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
-    with pytest.raises(UsageError, match="cannot be fetched: no network Check"):
+    with pytest.raises(UsageError, match="cannot be fetched as a hub id: no network Check"):
         open_denoiser("some-org/some-model")
 
 

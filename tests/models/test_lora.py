@@ -349,7 +349,7 @@ ONE = torch.ones(3, 3)
 WRONG: dict[str, tuple[Callable[[dict[str, Any]], dict[str, Any]], str]] = {
     "nan": (with_nan, r"holds 1 values that are NaN or infinite"),
     "float8": (eight_bits, r"holds tensors of the type F8_E4M3"),
-    "half of a pair": (one_half, r"1 tensors in .* are no pair of a LoRA's matrices"),
+    "half of a pair": (one_half, r"1 tensors in .* are not pairs of LoRA matrices"),
     "zero": (
         lambda tensors: {n: v * ("lora_A" in n) for n, v in tensors.items()},
         r"changes no weight of this model: its layers are",
@@ -363,7 +363,7 @@ WRONG: dict[str, tuple[Callable[[dict[str, Any]], dict[str, Any]], str]] = {
     "peft's own": (renamed("unet.", "base_model.model."), r"an adapter as peft saves it"),
     "another tensor": (
         more(unet__norm__scale=ONE),
-        r"1 tensors in .* no pair .* 'unet\.norm\.scale'",
+        r"1 tensors in .* not pairs .* 'unet\.norm\.scale'",
     ),
     "another layer": (
         renamed("attn1", "attn7"),
@@ -403,7 +403,7 @@ def test_files_that_are_not_there_or_no_safetensors_are_refused(tmp_path: Path) 
     folder = tiny_text_pipeline_folder(tmp_path, **WHOLE_LEVEL)
     for name, content, message in (
         ("a.bin", b"x", "is pickled, which is refused: loading it can run any code"),
-        ("a.gguf", b"x", r"is no \.safetensors file"),
+        ("a.gguf", b"x", r"is not a \.safetensors file"),
         ("a.safetensors", b"x" * 40, "cannot be read"),
         ("b.safetensors", (2**40).to_bytes(8, "little") + b"{}", "cannot be read"),
     ):
@@ -419,13 +419,13 @@ def test_files_that_are_not_there_or_no_safetensors_are_refused(tmp_path: Path) 
 def test_models_that_diffusers_reads_no_lora_for_are_named(tmp_path: Path) -> None:
     _, parts = sd(tmp_path / "t")
     file = LoraOption(diffusers_file(tmp_path / "a.safetensors", named(parts), ATTENTION))
-    with pytest.raises(UsageError, match=r"diffusers reads no LoRA for DDIMPipeline"):
+    with pytest.raises(UsageError, match=r"diffusers does not load LoRAs for DDIMPipeline"):
         opened(tiny_unet_folder(tmp_path), file)
-    with pytest.raises(UsageError, match=r"diffusers reads no LoRA for UNet2DModel"):
+    with pytest.raises(UsageError, match=r"diffusers does not load LoRAs for UNet2DModel"):
         opened(tiny_unet_folder(tmp_path) / "unet", file, scheduler=tmp_path / "tiny_unet")
     from tests.tiny_models import tiny_onnx_with_yaml
 
-    with pytest.raises(UsageError, match=r"is an ONNX file, into which no LoRA can be fused"):
+    with pytest.raises(UsageError, match=r"is an ONNX file; LoRAs cannot be fused into it"):
         opened(tiny_onnx_with_yaml(tmp_path, scheduler=tiny_scheduler()), file)
 
 
@@ -459,10 +459,10 @@ def test_another_file_or_scale_is_another_export(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("a.safetensors:much", "The scale 'much' of the LoRA a.safetensors is no number"),
-        ("a.safetensors:", "The scale '' of the LoRA a.safetensors is no number"),
-        ("a.safetensors:nan", "is nan, which fuses nothing that is finite"),
-        ("a.safetensors:0", "is 0, which fuses nothing that is finite"),
+        ("a.safetensors:much", "The scale 'much' of the LoRA a.safetensors is not a number"),
+        ("a.safetensors:", "The scale '' of the LoRA a.safetensors is not a number"),
+        ("a.safetensors:nan", "is nan; it must be finite and not 0"),
+        ("a.safetensors:0", "is 0; it must be finite and not 0"),
     ],
 )
 def test_a_scale_is_a_number(text: str, message: str) -> None:

@@ -74,7 +74,7 @@ def test_fractions_of_timesteps_need_a_float_input() -> None:
 def test_no_call_cuts_a_timestep_off() -> None:
     sample = np.zeros((2, 4, 8, 8), np.float32)
     assert model_feeds(spec(dtype="int64"), sample, 7.0, {})["timestep"].tolist() == [7, 7]
-    with pytest.raises(ModelError, match=r"7\.5 is no whole number"):
+    with pytest.raises(ModelError, match=r"7\.5 is not a whole number"):
         model_feeds(spec(dtype="int64"), sample, 7.5, {})
 
 
@@ -95,7 +95,7 @@ def nine_to_four(folder: Path) -> Path:
 def test_an_onnx_file_with_an_image_among_its_channels(tmp_path: Path) -> None:
     path = nine_to_four(tmp_path)
     onnx.checker.check_model(onnx.load(path))
-    with pytest.raises(ModelError, match="5 of its 9 channels are no noise"):
+    with pytest.raises(ModelError, match="5 of its 9 channels are not noise"):
         build(recipe_for(path), tmp_path / "run", "export")
 
 

@@ -237,15 +237,15 @@ def test_without_a_configuration_it_says_whose_is_needed(
     monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
     with pytest.raises(
         UsageError,
-        match=r"holds weights alone, and the configuration of its kind, v1, is not here\. Give --config FOLDER: "
+        match=r"holds only weights, and the configuration of its kind, v1, was not found\. Give --config FOLDER: "
         r"the folder of its pipeline in diffusers' layout.*such as those of stable-diffusion-v1-5/",
     ):
         open_denoiser(checkpoint)
     with pytest.raises(UsageError, match=r"--config .* has neither model_index\.json or config"):
         open_denoiser(checkpoint, Additions(config=tmp_path))
-    with pytest.raises(UsageError, match="is no folder with"):
+    with pytest.raises(UsageError, match="is not a folder with"):
         open_denoiser(checkpoint, Additions(config=tmp_path / "none"))
-    with pytest.raises(UsageError, match="brings its own configuration"):
+    with pytest.raises(UsageError, match="has its own configuration"):
         open_denoiser(folder, Additions(config=config))
     lacking = without_weights(folder, tmp_path / "lacking")
     for path in (lacking / "tokenizer").iterdir():
@@ -299,7 +299,7 @@ def test_files_of_no_denoiser_and_pickles_are_refused(
 ) -> None:
     save_file({"layers.0.weight": torch.ones(2)}, tmp_path / "other.safetensors")
     with pytest.raises(
-        ModelError, match=r"is no checkpoint that diffusers knows; it holds 'layers"
+        ModelError, match=r"is not a checkpoint that diffusers knows; it holds 'layers"
     ):
         read_single_file(tmp_path / "other.safetensors")
     (tmp_path / "cut.safetensors").write_bytes(checkpoint.read_bytes()[:2000])
@@ -309,7 +309,9 @@ def test_files_of_no_denoiser_and_pickles_are_refused(
     lora = kohya_file(tmp_path / "l.safetensors", {"unet": unet}, ("to_q",))
     with pytest.raises(UsageError, match=r"is a LoRA, not a model.*and --lora "):
         open_denoiser(lora)
-    with pytest.raises(UsageError, match=r"is the weights of a folder.*Give the folder: .*unet"):
+    with pytest.raises(
+        UsageError, match=r"holds the weights of a model folder.*Give the folder: .*unet"
+    ):
         open_denoiser(folder / "unet" / "diffusion_pytorch_model.safetensors")
     (tmp_path / "model.ckpt").write_bytes(b"x")
     with pytest.raises(ModelError, match="Pickled checkpoints are refused"):

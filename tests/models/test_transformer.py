@@ -137,7 +137,7 @@ def test_a_denoiser_that_nobody_listed_is_called_as_its_signature_says(tmp_path:
     # The embedding takes the sine of 1000 times the timestep: a last digit of 1e6 shows.
     assert export_denoiser(denoiser, tmp_path / "export").max_relative_error < 1e-2
     np.savez(tmp_path / "d.npz", encoder_hidden_state=text)
-    with pytest.raises(UsageError, match="no input of the model"):
+    with pytest.raises(UsageError, match="not an input of the model"):
         open_denoiser(tmp_path / "aura", Additions(scheduler=folder, conditions=tmp_path / "d.npz"))
     # It calls its text optional, and fails without it.
     with pytest.raises(ModelError, match="cannot export AuraFlow"):
@@ -208,7 +208,7 @@ def test_linear_attention_keeps_what_it_adds_to_its_divisor(tmp_path: Path) -> N
 def test_what_is_no_denoiser_is_refused(tmp_path: Path) -> None:
     folder = tiny_transformer_folder(tmp_path, "DiTTransformer2DModel", vae=True)
     with pytest.raises(
-        UsageError, match=r"AutoencoderKL, which is no denoiser.*take a sample and a timestep"
+        UsageError, match=r"AutoencoderKL, which is not a denoiser.*take a sample and a timestep"
     ):
         open_denoiser(folder / "vae", Additions(scheduler=folder))
     config = folder / "transformer" / "config.json"

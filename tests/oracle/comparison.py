@@ -31,7 +31,7 @@ class Comparison:
 
     Both are parts of the largest value of the tensor that is compared, at least 1.
 
-    ``constants``: tensors that are no inputs of the graph, as they are the same in every call.
+    ``constants``: tensors that are not inputs of the graph, as they are the same in every call.
     """
 
     denoiser: str
@@ -107,7 +107,7 @@ def _difference(expected: Array, got: Array) -> float:
 
 
 def _constants(names: tuple[str, ...], observed: Observed) -> tuple[str, ...]:
-    """Return the tensors that are no inputs. Raises AssertionError for one that changes or comes and goes."""
+    """Return the tensors that are not inputs. Raises AssertionError for one that changes or comes and goes."""
     first = observed.calls[0]
     constants = tuple(name for name in first if name not in names)
     for call in observed.calls:

@@ -1,4 +1,4 @@
-"""An audit of the tiny model: what it writes, that it goes on where it stopped, and what users can get wrong."""
+"""An audit of the tiny model: what it writes, that it continues where it stopped, and what users can get wrong."""
 
 from __future__ import annotations
 

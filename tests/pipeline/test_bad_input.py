@@ -66,7 +66,7 @@ def test_a_folder_that_is_no_model(cli: Cli, tmp_path: Path) -> None:
     refused(
         bad_model(cli, tmp_path, tmp_path / "photos"),
         2,
-        "is no diffusers model",
+        "is not a diffusers model",
         "model_index.json",
     )
 
@@ -86,7 +86,7 @@ def test_pickled_weights(cli: Cli, tmp_path: Path) -> None:
     refused(
         bad_model(cli, tmp_path, tmp_path / "model.ckpt"),
         1,
-        "model.ckpt is a file, but no .safetensors or .onnx",
+        "model.ckpt is neither a .safetensors nor an .onnx",
         "safe_serialization",
     )
 
@@ -302,7 +302,7 @@ def test_a_folder_of_another_format(cli: Cli, run: Path) -> None:
     before = stage_bytes(run)
     refused(cli("allocate", run, "--budget", "0.5"), 1, "mpq-deploy 9.9", "format 99")
     (run / "run.json").write_text("{", encoding="utf-8")
-    refused(cli("allocate", run, "--budget", "0.5"), 1, "run.json is no JSON")
+    refused(cli("allocate", run, "--budget", "0.5"), 1, "run.json is not JSON")
     assert stage_bytes(run) == before
 
 

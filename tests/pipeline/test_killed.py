@@ -1,4 +1,4 @@
-"""A build that is killed goes on where it stopped, and ends with the bytes of one that was not."""
+"""A build that is killed continues where it stopped, and ends with the bytes of one that was not."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_stopped_by_the_user(model: Path, tmp_path: Path, finished: Built) -> No
     assert process.returncode == 130
     assert (
         err.splitlines()[-1]
-        == "mpq-deploy: stopped; the next call goes on from the last finished stage"
+        == "mpq-deploy: stopped; the next call continues from the last finished stage"
     )
     assert "Traceback" not in err
     assert not (run / ".measure.partial").exists()
@@ -185,7 +185,7 @@ def test_the_builder_itself_is_killed(
     assert process.returncode == 1 and "Traceback" not in said
     line, hint = said.splitlines()[-2:]
     assert line.startswith(
-        "mpq-deploy: The stage 'engine' was cut short. The builder was killed (SIGKILL)"
+        "mpq-deploy: The stage 'engine' was interrupted. The builder was killed (SIGKILL)"
     )
     assert (
         "printed nothing yet" if moment == "starting" else "last words: ["

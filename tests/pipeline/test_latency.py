@@ -199,12 +199,14 @@ def test_a_table_of_another_target_is_refused_before_anything_is_made(
 def test_profiling_without_the_hardware_says_what_would_be_measured(
     run: Path, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mpq_deploy.latency.profile.why_no_gpu", lambda: "No NVIDIA driver is here")
+    monkeypatch.setattr(
+        "mpq_deploy.latency.profile.why_no_gpu", lambda: "No NVIDIA driver was found"
+    )
     monkeypatch.setattr("mpq_deploy.latency.profile.find_trtexec", lambda: None)
     count = len(estimated_table(run, cli, tmp_path / "table.json").entries)
     refused = cli("profile", run, "-o", tmp_path / "measured.json")
     assert refused.code == 2
-    assert f"no NVIDIA driver is here. It would be {count} engines, of " in refused.err
+    assert f"no NVIDIA driver was found. A table takes {count} engines, of " in refused.err
     refused = cli("profile", run, "--target", "jetson-agx-orin", "-o", tmp_path / "measured.json")
     assert "trtexec is not on this machine" in refused.err
     assert not (tmp_path / "measured.json").exists()

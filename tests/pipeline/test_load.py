@@ -46,7 +46,7 @@ def test_a_run_that_is_not_done_or_a_file_of_another_kind(run: Path) -> None:
         (run / "quantize" / name).unlink()
     with pytest.raises(UsageError, match="no quantized ONNX model"):
         mpq_deploy.load(run, backend="onnxruntime")
-    with pytest.raises(UsageError, match=r"no \.onnx and no \.engine"):
+    with pytest.raises(UsageError, match=r"neither an \.onnx nor an \.engine"):
         mpq_deploy.load(run / "quantize" / "weights.bin")
 
 
@@ -57,7 +57,7 @@ def test_what_was_altered_does_not_answer(run: Path, name: str) -> None:
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
-    with pytest.raises((RunFolderError, ModelError), match=f"{name} was altered|is no ONNX"):
+    with pytest.raises((RunFolderError, ModelError), match=f"{name} was altered|is not ONNX"):
         mpq_deploy.load(run, backend="onnxruntime")
 
 

@@ -136,7 +136,7 @@ def test_what_a_former_plan_measured_is_dropped_in_one_line(
     build(recipe_for(model, budget=0.6), run)
     said = cli("metrics", run, "--images", IMAGES, "--seed", 60, "--workers", 1)
     assert said.code == 0
-    assert "metrics.json is of a former plan: dropped" in " ".join(said.err.split())
+    assert "metrics.json is of an earlier plan: dropped" in " ".join(said.err.split())
     assert [
         row["seed"]
         for row in json.loads((run / "report.json").read_text(encoding="utf-8"))["frechet"]
@@ -188,7 +188,7 @@ def test_a_stale_or_damaged_result_is_left_out_and_said(
 ) -> None:
     assert cli("metrics", run, "--images", IMAGES, "--workers", 1).code == 0
     other = build(recipe_for(model, budget=0.6), run)
-    assert any("metrics.json is of a former plan" in line for line in other.said)
+    assert any("metrics.json is of an earlier plan" in line for line in other.said)
     assert other.report["frechet"] == []
     (run / "metrics.json").write_text('{"format": 1, "frechet": [{}]}', encoding="utf-8")
     damaged = build(recipe_for(model, budget=0.6), run)

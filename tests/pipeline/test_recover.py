@@ -99,7 +99,7 @@ def test_killed_training_goes_on_and_ends_with_the_same_bytes(
     code, _ = build_in_child(recipe_for(model, **SETTINGS), run, _die_at_the_second_checkpoint)
     assert code < 0 and (run / CHECKPOINT).exists() and not (run / "recover").exists()
     again = build(recipe_for(model, **SETTINGS), run)
-    assert any("goes on from step 8" in line for line in again.said)
+    assert any("continues from step 8" in line for line in again.said)
     assert stage_bytes(run, ("recover",)) == stage_bytes(recovered.run, ("recover",))
     assert not (run / CHECKPOINT).exists()
 

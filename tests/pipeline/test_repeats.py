@@ -36,7 +36,7 @@ def test_another_folder_and_process_give_the_same_bytes(
 def test_a_model_elsewhere_gives_the_same_bytes(
     model: Path, tmp_path: Path, finished: Built
 ) -> None:
-    """Where the model lies is no part of what is made, but of what it was made from."""
+    """Where the model lies is not part of what is made, but of what it was made from."""
     copy = Path(shutil.copytree(model.parent, tmp_path / "elsewhere")) / model.name
     build(recipe_for(copy), tmp_path / "run")
     here, there = (

@@ -1,4 +1,4 @@
-"""Reports of runs that are not whole, or measured what is no number; plans of other budgets; sweeps along the curve."""
+"""Reports of incomplete runs or with values that are NaN; plans of other budgets; sweeps along the curve."""
 
 from __future__ import annotations
 

@@ -81,7 +81,7 @@ def test_the_last_rounds_are_drawn_from(case: Case) -> None:
         np.testing.assert_array_equal(
             samples_of(trainer._trajectories(step).calls), np.concatenate(expected, axis=1)
         )
-    # Training that goes on from there draws from the same calls in the same order.
+    # Training that continues from there draws from the same calls in the same order.
     mine, other = later._trajectories(6), trainer._trajectories(6)
     np.testing.assert_array_equal(mine.outputs, other.outputs)
     for step in range(len(mine.calls.timesteps)):
@@ -143,7 +143,7 @@ def test_an_altered_checkpoint_is_as_good_as_none(case: Case, tmp_path: Path) ->
         state.write_bytes(content)
         heard = Heard()
         assert not restore_checkpoint(trainer, state, "key", heard)
-        assert heard.warnings == [f"{state} was cut short or altered: training starts anew"]
+        assert heard.warnings == [f"{state} was truncated or altered: training starts over"]
     assert all(
         torch.equal(before[name], value) for name, value in trainer.student.named_parameters()
     )

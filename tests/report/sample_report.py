@@ -292,7 +292,7 @@ def make_report(**changes):
                 name="class_embedding.weight",
                 op="Gather",
                 elements=8 * 256,
-                reason="Gather is no Conv, Gemm or MatMul",
+                reason="Gather is not a Conv, Gemm or MatMul",
             ),
             OtherRow(
                 name="up.weight",

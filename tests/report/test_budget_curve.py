@@ -164,7 +164,7 @@ def test_a_metric_that_predicts_nothing_has_plans_but_no_curve():
             budgets=silent, predicted_nmse=None, measured_nmse=None, sensitivity="orm", controls={}
         )
     )
-    assert "predicts no error" in text and "cross terms" not in text
+    assert "does not predict errors" in text and "cross terms" not in text
     assert "largest plan within it" in " ".join(text.split())
 
 

@@ -107,7 +107,7 @@ def test_figures_of_other_conditions_are_not_subtracted(reported, changes, said)
     assert (pair.psnr_db, pair.ssim, pair.nmse_ratio) == (None, None, None)
     flat = " ".join(comparison_text(comparison).split())
     assert said in flat
-    assert "quality figures are not subtracted" in flat
+    assert "quality is not compared" in flat
 
 
 def test_other_models_are_said_plainly(reported):
@@ -171,8 +171,8 @@ def test_keys_of_a_later_release_of_the_same_schema_are_passed_over(reported):
     ("content", "said"),
     [
         (None, "There is no report"),
-        ("", "is no JSON"),
-        (b"\xff\xfe{", "no UTF-8 text"),
+        ("", "is not JSON"),
+        (b"\xff\xfe{", "not UTF-8 text"),
         ("[]", "holds a list"),
         ("[" * 100_000, "nested more than"),
         ("{}", "schema_version is None"),
@@ -201,7 +201,7 @@ def test_a_report_that_was_cut_short_is_refused(tmp_path, share):
     text = json.dumps(make_report().as_json())
     path = tmp_path / "report.json"
     path.write_text(text[: int(share * len(text))], encoding="utf-8")
-    with pytest.raises(UsageError, match="is no JSON"):
+    with pytest.raises(UsageError, match="is not JSON"):
         read_report(path)
 
 
@@ -237,7 +237,7 @@ def test_a_run_folder_is_read_and_a_former_plan_s_report_refused(tmp_path):
 
 
 def test_one_run_alone_is_refused(reported):
-    with pytest.raises(UsageError, match="1 run to compare"):
+    with pytest.raises(UsageError, match="Only 1 run"):
         compare_reports([reported()])
 
 

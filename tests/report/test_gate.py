@@ -137,7 +137,7 @@ def test_what_was_not_measured_fails_with_the_way_to_measure_it(reported, limits
 def test_a_cpu_s_time_is_no_latency_of_the_engine(reported):
     found = outcome(reported(), max_latency=ms(120.0))
     assert found.value is None
-    assert "9.4 ms are no latency of the engine" in found.detail
+    assert "9.4 ms are not a latency of the engine" in found.detail
 
 
 def test_an_estimate_counts_only_when_asked_for_and_says_so(reported):
@@ -346,7 +346,7 @@ def test_markdown_and_text_name_every_limit(reported):
     for name in ("size", "PSNR", "SSIM", "output error (NMSE)", "Frechet increase", "latency"):
         assert f"\n| {name} |" in gate_markdown(result)
         assert f" {name}: " in gate_text(result)
-    assert "FAILED: 4 of 6 limits kept." in gate_text(result)
+    assert "FAILED: 4 of 6 limits met." in gate_text(result)
     assert max(map(len, gate_text(result).splitlines())) <= 80
 
 
@@ -360,7 +360,7 @@ def test_simulated_plans_say_so(reported):
 @pytest.mark.parametrize(
     ("limits", "said"),
     [
-        ({}, "no limit"),
+        ({}, "No limit"),
         ({"max_psnr_drop": 1.0}, "needs a baseline"),
         ({"min_psnr": math.nan}, "finite"),
         ({"max_nmse": -1.0}, "negative"),

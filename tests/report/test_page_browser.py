@@ -533,7 +533,7 @@ def test_frechet_distances_are_a_table_with_network_count_and_interval(open_page
 def test_scores_are_tables_of_the_plan_and_the_controls(open_page):
     page = open_page(html_page(make_report(scores=scores())))
     lpips, clip = (page.locator("#scores table").nth(number) for number in (0, 1))
-    assert "less is better" in page.locator("#scores p").first.inner_text()
+    assert "lower is better" in page.locator("#scores p").first.inner_text()
     assert lpips.locator("tbody tr").count() == clip.locator("tbody tr").count() == 2
     assert lpips.locator("thead th").count() == 4
     assert "fits worse" in clip.locator("tbody tr").first.inner_text()

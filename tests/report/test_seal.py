@@ -93,7 +93,7 @@ def test_every_other_change_is_noticed(report, change):
 def test_a_report_cut_short_is_no_json(report, share):
     text = report.read_text(encoding="utf-8")
     report.write_text(text[: int(share * len(text))], encoding="utf-8")
-    refused(report, "is no JSON")
+    refused(report, "is not JSON")
 
 
 def as_javascript(value):

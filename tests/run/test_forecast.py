@@ -113,7 +113,7 @@ def test_rounding_grows_with_forms_width_and_refinements() -> None:
 def test_what_is_left_follows_what_stages_took() -> None:
     now = 0.0
     ahead = Outlook({"calibrate": 100.0, "measure": 200.0, "evaluate": 700.0}, lambda: now)
-    assert ahead.left == 1000 and ahead.text() == "17 min left of all"
+    assert ahead.left == 1000 and ahead.text() == "17 min left in all"
     ahead.start("calibrate")
     now = 40.0
     assert ahead.left == 960

@@ -113,7 +113,7 @@ def test_every_truncation_is_refused(tmp_path: Path) -> None:
     whole = path.read_text(encoding="utf-8")
     for length in range(0, len(whole) - 2, 7):
         path.write_text(whole[:length], encoding="utf-8")
-        with pytest.raises(ModelError, match="is no JSON"):
+        with pytest.raises(ModelError, match="is not JSON"):
             read_correction(path)
 
 
@@ -122,7 +122,7 @@ def test_every_truncation_is_refused(tmp_path: Path) -> None:
     [
         ("format", 2, "format 2; this version reads 1"),
         ("format", None, "format None"),
-        ("channels", 3, "a bias has not 3 values"),
+        ("channels", 3, "a bias does not have 3 values"),
         ("steps", [], "steps"),
         ("surprise", 1, "surprise"),
         ("method", "magic", "method"),
@@ -141,7 +141,7 @@ def test_damage_is_named(tmp_path: Path, key: str, value: Any, words: str) -> No
         ({"slope": -0.9}, "slope"),
         ({"slope": float("nan")}, "slope"),
         ({"residual_variance": -1.0}, "residual_variance"),
-        ({"timestep": 300.0}, "do not ascend"),
+        ({"timestep": 300.0}, "are not ascending"),
     ],
 )
 def test_a_damaged_step_is_named(tmp_path: Path, change: dict[str, Any], words: str) -> None:

@@ -137,7 +137,7 @@ def test_where_memory_runs_out_less_is_computed_at_once(
             error = np.linalg.norm(found[layer][scheme] - vector)
             assert error <= 1e-3 * np.linalg.norm(vector) + 1e-9, (layer, scheme)
     assert all("probes: the GPU's memory ran out, " in line for line in talk.lines)
-    assert [line.endswith("the CPU computes the rest") for line in talk.lines].count(True) == (
+    assert [line.endswith("the rest runs on the CPU") for line in talk.lines].count(True) == (
         fails == 99
     )
     assert len(talk.lines) >= min(fails, 3)

@@ -75,7 +75,7 @@ def test_a_child_ends_when_its_parent_is_killed(module: str, tmp_path: Path, bus
 
 
 def test_the_fate_is_named() -> None:
-    assert fate(ORPHANED) == "ended with exit code 5"
+    assert fate(ORPHANED) == "exited with code 5"
     assert fate(-signal.SIGTERM) == "was killed by SIGTERM"
 
 

@@ -92,13 +92,15 @@ def test_unknown_words_are_refused() -> None:
 
 def test_without_a_driver_auto_is_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     def none() -> int:
-        raise EngineError("No NVIDIA driver is here (libcuda.so.1 cannot be loaded).")
+        raise EngineError("No NVIDIA driver was found (libcuda.so.1 cannot be loaded).")
 
     # A fake where there is a driver.
     monkeypatch.setattr(compute, "count_gpus", none)
     assert find_compute("auto") == Compute()
     error = refusal("cuda:1")
-    assert error.message.startswith("The compute device 'cuda:1' is not here: no NVIDIA driver")
+    assert error.message.startswith(
+        "The compute device 'cuda:1' is not available: no NVIDIA driver"
+    )
     assert "--device cpu" in (error.hint or "")
 
 
@@ -111,7 +113,7 @@ def test_a_gpu_that_is_not_there_is_refused() -> None:
 @pytest.mark.usefixtures("one_gpu")
 def test_a_build_of_onnxruntime_for_the_cpu_is_named() -> None:
     error = refusal("cuda")
-    assert "is a build for the CPU (onnxruntime-gpu is missing)" in error.message
+    assert "is a CPU build (onnxruntime-gpu is missing)" in error.message
     assert "pip install onnxruntime-gpu" in (error.hint or "")
     assert find_compute("auto").runtime is None
 
@@ -147,7 +149,7 @@ def test_missing_libraries_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_build_of_torch_for_the_cpu_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     # A fake: ONNX Runtime can use the GPU.
     monkeypatch.setattr(compute, "why_no_cuda_runtime", lambda number: "")
-    assert f"torch {torch.__version__} is a build for the CPU" in refusal("cuda").message
+    assert f"torch {torch.__version__} is a CPU build" in refusal("cuda").message
     assert find_compute("auto") == Compute(0, None)
 
 
@@ -156,7 +158,10 @@ def test_a_build_of_torch_for_the_cpu_is_named(monkeypatch: pytest.MonkeyPatch) 
 def test_a_session_that_silently_lacks_the_gpu_is_refused(exported: ExportedModel) -> None:
     source = str(exported.model)
     for providers in (None, Compute(0).providers):
-        with compute_on(Compute(0)), pytest.raises(UsageError, match="no session on its CUDA"):
+        with (
+            compute_on(Compute(0)),
+            pytest.raises(UsageError, match="could not open a session with its CUDA"),
+        ):
             start_session(source, session_options(1), providers)
 
 

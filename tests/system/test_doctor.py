@@ -68,12 +68,14 @@ def test_the_drivers_files_are_read_without_nvidia_smi(tmp_path: Path) -> None:
 def test_what_stands_against_building(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "find_trtexec", lambda: None)
     monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: None)
-    assert "trtexec is not here" in why_not_build(load_target("jetson-thor"))
+    assert "trtexec is not installed here" in why_not_build(load_target("jetson-thor"))
     assert "tensorrt_rtx is not installed" in why_not_build(load_target("rtx"))
     assert why_not_build(load_target("onnxruntime-cpu")) == ""
     monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: object())
     monkeypatch.setattr(doctor, "_version", lambda package: "11.4.1")
-    assert "11.4.1 is here, the target is for 10." in why_not_build(load_target("tensorrt-10"))
+    assert "11.4.1 is installed, but the target is for 10." in why_not_build(
+        load_target("tensorrt-10")
+    )
     assert why_not_build(load_target("tensorrt-11")) == ""
 
 

@@ -52,7 +52,7 @@ def test_pieces_are_halved_until_they_fit(fits: int, sizes: list[int]) -> None:
     assert tried.count(8) == (2 if fits == 8 else 1)
     assert opened == [Compute(None, 0)] + [Compute()] * (fits == 0)
     assert len(talk.lines) == {8: 0, 3: 2, 0: 4}[fits]
-    assert (fits > 0) == (not talk.lines or "the CPU computes the rest" not in talk.lines[-1])
+    assert (fits > 0) == (not talk.lines or "the rest runs on the CPU" not in talk.lines[-1])
 
 
 def test_other_errors_and_the_cpu_s_pass() -> None:

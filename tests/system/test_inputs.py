@@ -31,8 +31,8 @@ def test_json_is_read_as_the_standard_library_reads_it(values: Any) -> None:
 
 
 BAD_JSON = {
-    "": "is no JSON",
-    "{": "is no JSON",
+    "": "is not JSON",
+    "{": "is not JSON",
     '{"a": 1, "a": 2}': "'a' occurs twice",
     '{"a": {"b": [1, NaN]}}': "'a.b.1' is nan",
     '{"a": 1e999}': "'a' is inf",
@@ -53,7 +53,7 @@ def test_json_beyond_the_limits_is_refused_in_one_line(
     path = tmp_path / "values.json"
     path.write_text(text, encoding="utf-8")
     with pytest.raises(UsageError) as caught:
-        read_json(path, error=UsageError, hint="Make it again.")
+        read_json(path, error=UsageError, hint="Create it again.")
     assert message in caught.value.message
     assert str(path) in caught.value.message
     assert "\n" not in str(caught.value)
@@ -97,7 +97,7 @@ def test_only_regular_files_are_opened(tmp_path: Path) -> None:
 
 def test_text_of_another_encoding_and_lists_are_refused(tmp_path: Path) -> None:
     (tmp_path / "latin").write_bytes(b'{"a": "\xe9"}')
-    with pytest.raises(InputError, match="no UTF-8 text: byte 7"):
+    with pytest.raises(InputError, match="not UTF-8 text: byte 7"):
         read_json(tmp_path / "latin")
     (tmp_path / "list").write_text("[1]", encoding="utf-8")
     with pytest.raises(InputError, match="holds a list, not an object"):
@@ -109,13 +109,13 @@ BAD_YAML = {
     "a: 1\na: 2": "'a' occurs twice",
     "a: .nan": "'a' is nan",
     "a: !!python/object:os.system x": "could not determine a constructor",
-    "a: 2024-13-01": "no YAML that can be used",
+    "a: 2024-13-01": "not usable YAML",
     "a: &x [*x]": "nested more than 64",
     "[" * 5000: "nested too deeply",
-    "a: " + "9" * 5000: "no YAML that can be used",
+    "a: " + "9" * 5000: "not usable YAML",
     "? [a]\n: 1": "unhashable",
     "a: 1\n---\nb: 2": "another document",
-    "\x1b": "is no YAML",
+    "\x1b": "is not usable YAML",
 }
 
 

@@ -95,7 +95,7 @@ def _model(weights: Path):  # type: ignore[no-untyped-def]  # a class of torch-f
         state = torch.load(weights, weights_only=True, map_location="cpu")
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
         raise UsageError(
-            f"{weights} cannot be read as weights of tensors alone: {error}",
+            f"{weights} cannot be read as plain tensors: {error}",
             f"Get {FILE} of torch-fidelity again.",
         ) from error
     # torch-fidelity unpickles whatever its path holds, so it is given a file that was written here.

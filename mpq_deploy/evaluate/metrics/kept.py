@@ -95,11 +95,11 @@ class ImageMetrics:
         """Return what of these holds for images made from ``now`` (None: nothing); say what does not, if anything."""
         changed = now.changed(self.made_from)
         if changed:
-            return None, f"{FILE} is of a former {changed}"
+            return None, f"{FILE} is of an earlier {changed}"
         own = tuple(row for row in self.scores if row.variant == OURS)
         if now.controls == self.made_from.controls or (not self.controls and own == self.scores):
             return self, ""
-        return replace(self, controls={}, scores=own), f"{FILE} holds figures of former controls"
+        return replace(self, controls={}, scores=own), f"{FILE} holds figures of earlier controls"
 
     def added_to(self, earlier: ImageMetrics) -> tuple[ImageMetrics, str]:
         """Return these with what still holds of ``earlier``, and what of it does not hold.

@@ -181,7 +181,7 @@ def _stored(weights: Path) -> list[tuple[Any, Any]]:
         state = torch.load(weights, weights_only=True, map_location="cpu")
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
         raise UsageError(
-            f"{weights} cannot be read as weights of tensors alone: {str(error).splitlines()[0]}",
+            f"{weights} cannot be read as plain tensors: {str(error).splitlines()[0]}",
             f"Get {FILE} again.",
         ) from error
     names = [f"features.{place}" for place in (0, 3, 6, 8, 10)]

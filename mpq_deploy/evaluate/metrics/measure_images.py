@@ -366,7 +366,7 @@ class _Measure:
 
 def _sets(ours: Array, reference: Array, against: Array) -> dict[str, float | None]:
     """KID, precision and recall of ours against other images, with those of the float model."""
-    # Images from the same noise are no independent sets, which all three presume: hence never
+    # Images from the same noise are not independent sets, which all three presume: hence never
     # float's own.
     precision, recall = precision_recall(ours, against)
     precision_floor, recall_floor = precision_recall(reference, against)

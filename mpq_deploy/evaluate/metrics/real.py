@@ -21,7 +21,7 @@ SEED = 0
 # What float32 statistics may be off by, relative to the largest entry (our choice: a hundred times
 # its precision).
 ROUNDING = 1e-5
-HINT = "Give a folder of pictures, an .npz with images uint8 [N, H, W, C], or one with mean, cov and count of features."
+HINT = "Give a folder of images, an .npz with images uint8 [N, H, W, C], or one with mean, cov and count of features."
 # What to do about a picture that cannot be used.
 REPLACE = "Remove or replace it."
 
@@ -77,7 +77,7 @@ def real_set(
 def read_folder(folder: Path, shape: tuple[int, ...]) -> Array:
     """Read every picture directly in ``folder``, by name, uint8 [N, H, W, C]; ``shape``: [H, W, C] that they must have.
 
-    Raises UsageError for an empty folder, a file that is no picture, transparency, and pictures of
+    Raises UsageError for an empty folder, a file that is not a picture, transparency, and pictures of
     different sizes.
     """
     from mpq_deploy.system.picture_file import read_picture
@@ -86,7 +86,7 @@ def read_folder(folder: Path, shape: tuple[int, ...]) -> Array:
         raise UsageError(f"There are no real images at {folder}.", HINT)
     files = sorted(file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES)
     if not files:
-        raise UsageError(f"{folder} holds no pictures ({', '.join(SUFFIXES)}).", HINT)
+        raise UsageError(f"{folder} holds no images ({', '.join(SUFFIXES)}).", HINT)
     found: list[Array] = []
     for file in files:
         mode = "RGB" if shape[2] == 3 else "L"
@@ -95,7 +95,7 @@ def read_folder(folder: Path, shape: tuple[int, ...]) -> Array:
         pixels = pixels.reshape(*pixels.shape[:2], -1)
         if found and pixels.shape != found[0].shape:
             raise UsageError(
-                f"The pictures differ in size: {files[0].name} has {_size(found[0].shape)}, {file.name} has "
+                f"The images differ in size: {files[0].name} has {_size(found[0].shape)}, {file.name} has "
                 f"{_size(pixels.shape)}.",
                 "Bring all to the size of the model's samples; nothing is resized for you.",
             )
@@ -107,7 +107,7 @@ def read_folder(folder: Path, shape: tuple[int, ...]) -> Array:
 
 
 def check_images(images: Array, shape: tuple[int, ...], source: Path) -> None:
-    """Refuse arrays that are no pictures of the samples' shape. Raises UsageError."""
+    """Refuse arrays that are not pictures of the samples' shape. Raises UsageError."""
     if images.dtype != np.uint8 or images.ndim != 4:
         raise UsageError(f"The images of {source} are {images.dtype} {list(images.shape)}.", HINT)
     if images.shape[1:] != shape:
@@ -170,7 +170,7 @@ def _statistics(path: Path, arrays: dict[str, Array], network: FeatureNetwork) -
 
 
 def _check_moments(path: Path, moments: Moments, network: FeatureNetwork) -> None:
-    """Refuse what is no covariance, of which a distance would be nonsense: even 0. Raises UsageError."""
+    """Refuse what is not a covariance, of which a distance would be nonsense: even 0. Raises UsageError."""
     covariance = moments.covariance
     hint = f"Make them again, of the features of '{network.name}'."
     if not (np.isfinite(moments.mean).all() and np.isfinite(covariance).all()):

@@ -201,7 +201,7 @@ def _sampler_name(spec: DenoiserSpec, settings: EvaluateSettings) -> str:
 def image_shape(model: FloatModel) -> tuple[int, ...]:
     """Return [H, W, C] of the images; the decoder lies beside the model, if there is one.
 
-    Raises UsageError where the samples are no images: latents without a decoder.
+    Raises UsageError where the samples are not images: latents without a decoder.
     """
     spec = model.spec
     _check_pixels(spec)
@@ -224,8 +224,8 @@ def _pipeline_shape(model: FloatModel) -> tuple[int, ...]:
     made = runs.image(0, SHAPE_STEPS, 0)
     if made.ndim != 4 or not is_picture(made):
         raise UsageError(
-            f"{runs.short_name} returns an array {list(made.shape)}: no feature network can look at it.",
-            "Feature networks judge pictures alone.",
+            f"{runs.short_name} returns an array {list(made.shape)}: no feature network can use it.",
+            "Feature networks need images.",
         )
     return (*made.shape[2:], made.shape[1])
 
@@ -320,14 +320,14 @@ def _opened(model: Path, changed: int, spec: str, threads: int, is_float: bool) 
 def _check_pixels(spec: DenoiserSpec) -> None:
     if spec.recorded:
         raise UsageError(
-            "The model's calls were recorded by a script, which leaves no images.",
+            "The model's calls were recorded by a script, which does not give images.",
             "Compare images in your script: mpq_deploy.load(RUN) takes the model's place.",
         )
     if spec.pipeline is not None:
         return
     if spec.decoder is None and spec.pixel_range is None:
         raise UsageError(
-            "The samples are latents and there is no decoder: no feature network can look at them.",
+            "The samples are latents and there is no decoder: no feature network can use them.",
             "Give the pipeline folder its VAE; an ONNX file's YAML can name a decoder, or a pixel_range.",
         )
     if len(spec.sample.shape) != 3:

@@ -91,7 +91,7 @@ def has_prompts(spec: DenoiserSpec) -> bool:
 
 
 def prompts_of(spec: DenoiserSpec, rows: Array) -> tuple[str, ...]:
-    """Return each image's prompt by its condition row; empty where labels are no prompts.
+    """Return each image's prompt by its condition row; empty where labels are not prompts.
 
     Raises UsageError for a row without a label.
     """

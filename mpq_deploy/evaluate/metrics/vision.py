@@ -103,7 +103,7 @@ def from_folder(kind: Any, folder: Path, name: str, **options: Any) -> Any:
             )
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         raise UsageError(
-            f"{folder} is no '{name}' of the transformers library: {str(error).splitlines()[0]}",
+            f"{folder} is not a '{name}' of the transformers library: {str(error).splitlines()[0]}",
             "Give a folder that it saved.",
         ) from error
     finally:

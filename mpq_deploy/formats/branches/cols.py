@@ -64,7 +64,7 @@ class Cols(Branch):
     """
 
     kind = "cols"
-    meaning = "the outlier input channels in FP16 beside it"
+    meaning = "its outlier input channels in FP16"
     # The gathering and the small product: TensorRT-RTX fuses an addition into the product before
     # it.
     kernels = 2
@@ -77,13 +77,13 @@ class Cols(Branch):
         return body.activation is not None and not body.simulated
 
     def columns(self, layer: Layer) -> int:
-        """How many input channels are taken out."""
+        """Number of input channels that are moved out."""
         return outlier_count(input_channels(layer), self.amount)
 
     def refusal(self, layer: Layer) -> str:
         if 2 * self.columns(layer) <= input_channels(layer):
             return ""
-        return f"its {input_channels(layer)} input channels are too few to take some out"
+        return f"its {input_channels(layer)} input channels are too few to move some out"
 
     def parts(self, layer: Layer, scheme: Scheme) -> tuple[tuple[Layer, Scheme], ...]:
         shape = list(layer.weight_shape)
@@ -107,7 +107,7 @@ class Cols(Branch):
         return np.sort(stats.outliers[: outlier_count(len(stats.outliers), self.amount)])
 
     def round(self, scheme: Scheme, layer: LayerRounding, forms: Forms) -> ColsMatrix:
-        """Errors and sizes of the outlier channels are none of the body's concern."""
+        """Errors and sizes of the outlier channels do not affect the body."""
         assert layer.inputs.outliers is not None, (
             "branches that take outlier channels out need to know them"
         )

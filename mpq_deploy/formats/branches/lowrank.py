@@ -53,7 +53,7 @@ class LowRank(Branch):
     """Two FP16 factors of rank ``amount``: two nodes apply them to the same input, and Add joins the product."""
 
     kind = "lowrank"
-    meaning = "two FP16 factors beside it"
+    meaning = "two FP16 low-rank factors beside it"
     # The two factors: TensorRT-RTX fuses an addition into the product before it.
     kernels = 2
 
@@ -63,11 +63,11 @@ class LowRank(Branch):
     def refusal(self, layer: Layer) -> str:
         if layer.window is not None:
             # Built: the engine holds it all, and no kernel of the log names the second factor.
-            return "its engine cannot be verified beside a product over windows"
+            return "its engine cannot be verified beside a convolution written as a product"
         if 2 * self.amount <= min(layer.out_channels, layer.reduction):
             return ""
         size = f"{layer.out_channels} x {layer.reduction}"
-        return f"a rank of {self.amount} is no small part of its {size} weight"
+        return f"rank {self.amount} is not small compared with its {size} weight"
 
     def parts(self, layer: Layer, scheme: Scheme) -> tuple[tuple[Layer, Scheme], ...]:
         """The second factor is a 1x1 convolution, or a product as the layer is one."""

@@ -1,4 +1,4 @@
-"""The branch ``omq``: channels of highest kurtosis get a bit more, as many a bit less.
+"""The branch ``omq``: the channels of highest kurtosis get one bit more, as many others one bit less.
 
 MPQ-DM (arXiv 2412.11549): m channels get N + 1 bits and m get N - 1, so the mean stays N; m in {0,
 k, 2k, ...} up to half the channels, k = O // 10, by the error of the layer's output.
@@ -23,12 +23,12 @@ class Omq(SharedBits):
     """Outlier-driven mixed quantization."""
 
     kind = "omq"
-    meaning = "the outlier channels have a bit more, as many others a bit less"
+    meaning = "outlier channels with one bit more, as many others with one bit less"
     # Which of three widths a channel has.
     form_bits = 2
 
     def steps(self, errors: Sequence[Array], kurtosis: Array | None) -> Array:
-        assert kurtosis is not None, "outlier-driven bits need to know the outliers"
+        assert kurtosis is not None, "outlier-driven bits need the list of outlier channels"
         return outlier_steps(kurtosis, *errors)
 
 

@@ -50,7 +50,7 @@ class Prescaled(Branch):
     """``amount`` tenths of the activation's range move to the weight. Nothing is computed beside the body."""
 
     kind = "scale"
-    meaning = "the input's channels multiplied by factors that even out their ranges"
+    meaning = "input channels scaled to even out their ranges"
     rescales = True
 
     @property

@@ -82,7 +82,7 @@ class Rows(Branch):
     """
 
     kind = "rows"
-    meaning = "the salient output channels in 8-bit weights beside it"
+    meaning = "its salient output channels in 8-bit weights"
     # The second product, and the joining of channels.
     kernels = 2
     promotes = True
@@ -97,7 +97,7 @@ class Rows(Branch):
     def refusal(self, layer: Layer) -> str:
         if self.promoted(layer):
             return ""
-        return f"a tenth of its {layer.out_channels} output channels is none"
+        return f"a tenth of its {layer.out_channels} output channels is less than one"
 
     def parts(self, layer: Layer, scheme: Scheme) -> tuple[tuple[Layer, Scheme], ...]:
         count = self.promoted(layer)

@@ -27,9 +27,7 @@ class ZeroResidual(SharedBits):
     """Binary residuals."""
 
     kind = "zres"
-    meaning = (
-        "channels have binary residuals over a grid of a bit less, or grids, where either is better"
-    )
+    meaning = "each channel with binary residuals over a grid of one bit less, or a plain grid, whichever is better"
     # Which of five forms a channel has; one of two residuals takes the place of one with none.
     form_bits = 3
     residuals = 1
@@ -49,7 +47,7 @@ def with_residuals(bits: int, orders: int) -> RowForm:
 
 
 def balanced_steps(fewer: Array, same: Array, more: Array) -> Array:
-    """Return channels with a bit more (1) and less (-1), int64 [O], for the minimum error.
+    """Return the channels with one bit more (1) and less (-1), int64 [O], that minimize the error.
 
     Exact, by dynamic programming over the channels and the balance so far. Our choice.
     """

@@ -1,4 +1,4 @@
-"""What all passes share: onnx_ir's infrastructure, with refusals that reach the user as they are."""
+"""What all passes share: onnx_ir's infrastructure, with refusals that reach the user unchanged."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def require_names(model: ir.Model) -> None:
     names = [node.name for node in model.graph]
     if not all(names) or len(set(names)) < len(names):
         raise ir.passes.PreconditionError(
-            "Two nodes have one name, or one has none: run NameNodesPass before."
+            "Two nodes share a name, or one has none: run NameNodesPass first."
         )
 
 

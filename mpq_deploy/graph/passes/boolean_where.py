@@ -1,4 +1,4 @@
-"""Write a Where between booleans as And and Or: ONNX Runtime has none for them on the CPU."""
+"""Write a Where between booleans as And and Or: ONNX Runtime's CPU kernels lack it for booleans."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from mpq_deploy.graph.passes.base import GraphPass, ensure
 
 
 class BooleanWherePass(GraphPass):
-    """Write every Where whose choices are booleans without it (masks of text in HunyuanVideo).
+    """Replace every Where whose choices are booleans (text masks in HunyuanVideo).
 
     1. ``Where(c, a, b)`` of booleans: ``Or(And(c, a), And(Not(c), b))``, which broadcasts alike.
     2. A Where of anything else, or of unknown types, stays.

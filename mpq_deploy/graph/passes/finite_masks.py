@@ -1,4 +1,4 @@
-"""Make infinities in masks finite: gradients, observers and FP16 have no use for them."""
+"""Make infinities in masks finite: gradients, observers and FP16 cannot handle them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import onnx_ir as ir
 from mpq_deploy.graph.passes.base import GraphPass, ensure
 from mpq_deploy.models.spec import Array
 
-# Readers that hand a mask's values on, or limit others by them. Comparisons with infinity stay what
+# Readers that pass a mask's values on, or limit others by them. Comparisons with infinity stay as
 # they are.
 HANDING_ON = ("Add", "Where", "Concat", "Expand", "Pad", "ScatterND", "Trilu", "Max", "Min", "Clip")
 

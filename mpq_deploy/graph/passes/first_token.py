@@ -26,20 +26,21 @@ def common_first_token(name: str, texts: Array) -> Array:
     tokens = np.asarray(texts[:, 0], np.float64)
     if texts.shape[1] < 2:
         raise UsageError(
-            f"The condition '{name}' has {texts.shape[1]} token.",
-            "Leave first_token as it is: quantized.",
+            f"The condition '{name}' has only {texts.shape[1]} token.",
+            "Use first_token: quantized (the default).",
         )
     apart = token_distance(tokens, tokens[0])
     if apart > SAME_TOKEN:
         raise UsageError(
             f"The first tokens of '{name}' differ between prompts by {apart:.2g} of their largest value.",
-            "first_token: precomputed is for encoders that begin every text alike, as CLIP's do; leave it quantized.",
+            "first_token: precomputed is for encoders whose first token is the same for every text, such as "
+            "CLIP's; use quantized.",
         )
     return np.asarray(tokens.mean(axis=0))
 
 
 def token_distance(tokens: Array, token: Array) -> float:
-    """Return how far ``tokens`` [N, C] lie from ``token`` [C], over its largest value."""
+    """Return the distance of ``tokens`` [N, C] from ``token`` [C], over its largest value."""
     largest = max(float(np.abs(token).max()), float(np.finfo(np.float32).tiny))
     return float(np.abs(tokens - token).max()) / largest
 

@@ -45,8 +45,8 @@ class FoldBranchesPass(GraphPass):
             raise ModelError(
                 f"The node '{node.name}' (If) takes one of two branches by '{node.inputs[0].name}', "  # type: ignore[union-attr]
                 "which is known only at run time.",
-                "Export the model without branches that depend on data, or give every size in the YAML: "
-                "a branch that sizes decide is folded.",
+                "Export the model without data-dependent branches, or give every size in the YAML: branches "
+                "that depend on sizes alone are folded.",
             )
         raise ModelError(
             f"The node '{node.name}' ({node.op_type}) holds a subgraph.",

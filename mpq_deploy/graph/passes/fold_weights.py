@@ -1,4 +1,4 @@
-"""Compute weights that the graph computes from weights: they are layers like all others."""
+"""Fold weights that the graph computes from other weights, so that they are layers like all others."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 MOST = 1 << 34
 # Numbers of one that is kept in memory; larger ones are computed whenever they are read.
 KEPT = 1 << 16
-# Endings by which parametrizations of torch call what a weight is computed from.
+# Suffixes that torch's parametrizations give to what a weight is computed from.
 ENDINGS = (
     ".parametrizations.weight.original1",
     ".parametrizations.weight.original",
@@ -137,7 +137,7 @@ def _alone(value: ir.Value) -> bool:
 
 
 def _computed(value: ir.Value, opset: int) -> _Result | None:
-    """Return the result for ``value``; None where it is no float or too large."""
+    """Return the result for ``value``; None where it is not a float or too large."""
     arithmetic = arithmetic_of(value, opset)
     leaves = {
         name: tensor
@@ -164,7 +164,7 @@ def _tensor(arithmetic: Arithmetic, array: Array, name: str) -> Array | ir.Tenso
 
     def again() -> ir.TensorProtocol:
         computed = arithmetic.compute()
-        assert computed is not None  # it was small enough before
+        assert computed is not None  # its size was checked before
         return ir.tensor(computed, name=name)
 
     return ir.LazyTensor(

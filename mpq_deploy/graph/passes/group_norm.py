@@ -24,7 +24,7 @@ class GroupNormPass(GraphPass):
     2. Scale and bias become a Mul and an Add with weights [C, 1, ...]; the weights keep their
        names.
     3. Per-group scales (opset 18 to 20) are repeated for each channel of their group.
-    4. An input of unknown rank or channels, or a per-group scale that is no weight, is a
+    4. An input of unknown rank or channels, or a per-group scale that is not a weight, is a
        ModelError.
     """
 
@@ -48,7 +48,7 @@ class GroupNormPass(GraphPass):
                 )
             if per_group and any(value is None or value.const_value is None for value in weights):
                 raise ModelError(
-                    f"GroupNormalization '{node.name}' has a scale or bias per group that is no weight.",
+                    f"GroupNormalization '{node.name}' has a scale or bias per group that is not a weight.",
                     f"Export the model with opset {PER_CHANNEL_OPSET}.",
                 )
 

@@ -1,4 +1,4 @@
-"""Keep the exporter's optimizer from taking scalars that are nearly 0 or 1 for 0 and 1."""
+"""Keep the exporter's optimizer from treating scalars that are nearly 0 or 1 as 0 or 1."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import onnx_ir as ir
 from mpq_deploy.graph.constants import add_constant
 from mpq_deploy.graph.passes.base import GraphPass, ensure
 
-# The optimizer's tolerances: a term within the first of 0 is none to it, a factor within the second
-# of 1 neither.
+# The optimizer's tolerances: it drops a term within the first of 0, and a factor within the second
+# of 1.
 NEAR_ZERO, NEAR_ONE = 1e-8, 1e-5
 
 

@@ -36,7 +36,7 @@ class LowerOpsetPass(GraphPass):
             reason = _reason(node, self.opset)
             if reason:
                 raise ModelError(
-                    f"The node '{node.name}' ({node.op_type}) {reason}, and the target reads no newer one.",
+                    f"The node '{node.name}' ({node.op_type}) {reason}, and the target reads no newer opset.",
                     f"Export the model again with opset {self.opset} or lower.",
                 )
 

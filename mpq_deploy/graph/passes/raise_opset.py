@@ -19,9 +19,9 @@ SMALL_BYTES = 1024
 class RaiseOpsetPass(GraphPass):
     """Convert a model to at least ``opset`` by ONNX's own converter.
 
-    1. A model at or above the wanted opset is left alone.
-    2. The weights do not go through the converter: they stand in as graph inputs meanwhile.
-    3. What the converter cannot convert is a ModelError with its words. The model is not to be used
+    1. A model at or above the wanted opset is left alone. 2. The weights do not go through the
+    converter: they stand in as graph inputs meanwhile. 3. What the converter cannot convert is a
+    ModelError with its message. The model is not to be used
        after it.
     """
 
@@ -31,7 +31,7 @@ class RaiseOpsetPass(GraphPass):
     def requires(self, model: ir.Model) -> None:
         """Functions are inlined: the converter does not look into them."""
         if model.functions:
-            raise ir.passes.PreconditionError("The model has functions: run InlinePass before.")
+            raise ir.passes.PreconditionError("The model has functions: run InlinePass first.")
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Convert the graph without its weights, and give it its weights back."""

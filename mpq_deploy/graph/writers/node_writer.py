@@ -1,4 +1,4 @@
-"""What formats and branches write their constants and nodes with.
+"""The tools with which formats and branches write their constants and nodes.
 
 Everything is written in FP32 here; the FP16 passes turn scales into what is deployed.
 """
@@ -20,7 +20,7 @@ from mpq_deploy.graph.layers import Layer
 from mpq_deploy.models.spec import Array
 
 Attributes = dict[str, Any]
-# Beyond every size, as an end of a Slice.
+# Larger than every size, as the end of a Slice.
 TO_THE_END = 2**31 - 1
 
 
@@ -67,7 +67,7 @@ class NodeWriter:
         name: str,
         dtypes: Sequence[str],
     ) -> ir.Node:
-        """Make a node of an ``operator`` (domain, name) of no ONNX, not yet inserted, with outputs of ``dtypes``."""
+        """Make a node of a non-ONNX ``operator`` (domain, name), not yet inserted, with outputs of ``dtypes``."""
         domain, op = operator
         self.graph.opset_imports.setdefault(domain, 1)
         node = ir.node(op, inputs, attributes, domain=domain, name=name, num_outputs=len(dtypes))

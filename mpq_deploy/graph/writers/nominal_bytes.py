@@ -67,13 +67,13 @@ def _check_channels(model: ir.Model, layer: Layer, recorded: dict[str, Any]) -> 
     # Channels of one bit keep its size in place of a scale.
     room = residual_room(layer, scheme)
     if int((orders - (grid_bits == 0)).sum()) > room:
-        raise _defect(layer, f"more residuals than the {room} that there is room for")
+        raise _defect(layer, f"more residuals than the {room} that fit")
 
 
 def _defect(layer: Layer, found: str) -> MpqError:
     return MpqError(
         f"The simulated weight of {layer.name} holds {found}.",
-        "This is a defect: please report it with the model's structure.",
+        "This is a bug: please report it with the model's structure.",
     )
 
 

@@ -108,11 +108,11 @@ def _bias_refusal(layer: Layer, own: list[ir.Node]) -> str:
     if bias is None:
         return ""
     if bias.const_value is None or list(bias.const_value.shape.numpy()) != [layer.out_channels]:
-        return "its bias is no constant with one number for each output channel"
+        return "its bias is not a constant with one number per output channel"
     if len(bias.uses()) > 1:
         return "its bias is shared with other nodes"
     if own[0].op_type == "Gemm" and own[0].attributes.get_float("beta", 1.0) != 1.0:
-        return "its Gemm scales the bias"
+        return "its Gemm scales the bias (beta)"
     return ""
 
 
@@ -183,7 +183,7 @@ class InputWriter:
         layer, inputs = self.rewrite.layer, {value.name for value in self.to.model.graph.inputs}
         if self.rewrite.scheme.range.by_timestep and self.timestep not in inputs:
             raise ModelError(
-                f"'{layer.name}' has a range by timestep, and the graph has no timestep input.",
+                f"'{layer.name}' has a range per timestep, but the graph has no timestep input.",
                 "Leave 'timestep' out of allocate.ranges.",
             )
         convolved = layer.op == "Conv"

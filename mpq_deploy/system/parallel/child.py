@@ -47,7 +47,7 @@ class Worker:
     def _run(self, number: int, task: Any) -> Result:
         if self._work is None:
             raise ShardError(
-                "A worker was given a shard before its job.", "This is a defect: please report it."
+                "A worker was given a shard before its job.", "This is a bug: please report it."
             )
         return self._work(task, self._talk(number))
 
@@ -70,7 +70,7 @@ def sendable(error: Exception, root: Path) -> MpqError:
     if isinstance(error, OSError) and isinstance(found := disk_error(error, root), DiskError):
         return found
     failed = ShardError(
-        f"A worker failed: {type(error).__name__}: {error}.", "--debug shows where."
+        f"A worker failed: {type(error).__name__}: {error}.", "Run with --debug to see where."
     )
     failed.__dict__[TRACEBACK] = "\n" + "".join(
         traceback.format_exception(type(error), error, error.__traceback__)

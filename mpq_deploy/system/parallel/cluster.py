@@ -111,7 +111,7 @@ def _packed(ray: Any, job: Job) -> Packed:
 
 def _store_is_full(error: Exception) -> ShardError:
     return ShardError(
-        f"Ray's object store can take no more: {str(error).splitlines()[0]}",
+        f"Ray's object store is full: {str(error).splitlines()[0]}",
         "Free space where Ray spills to ('ray start --temp-dir'), or give it more with --object-store-memory.",
     )
 
@@ -247,7 +247,7 @@ class _ClusterPool:
         elif time.monotonic() - self.last_sign > WAITING_SECONDS:
             raise ShardError(
                 f"The Ray cluster started no worker within {WAITING_SECONDS:.0f} s.",
-                "Look at 'ray status': its processors may be taken, or its nodes lost.",
+                "Check 'ray status': its processors may be in use, or its nodes lost.",
             )
         return [actor for actor in self.actors if actor.asked in found]
 
@@ -271,7 +271,7 @@ class _ClusterPool:
         ):
             return None
         except (errors.RaySystemError, errors.RuntimeEnvSetupError) as error:
-            raise ShardError(f"The Ray cluster failed: {error}", "Look at 'ray status'.") from error
+            raise ShardError(f"The Ray cluster failed: {error}", "Check 'ray status'.") from error
         except (errors.OutOfDiskError, errors.ObjectStoreFullError) as error:
             raise _store_is_full(error) from error
         if actor.open:
@@ -292,7 +292,8 @@ class _ClusterPool:
                 )
         if here.processor != facts.processor:
             self._say(
-                "warn", "a node has another processor than this machine: last digits may differ"
+                "warn",
+                "a node has another processor type than this machine: last digits may differ",
             )
 
     def _lost(
@@ -313,7 +314,7 @@ class _ClusterPool:
         elif self.losses > self.crew.repeats * (len(self.actors) + 1):
             raise ShardError(
                 f"{self.losses} workers were lost on the Ray cluster, the last while it opened its job.",
-                "Look at 'ray status' and the nodes' memory.",
+                "Check 'ray status' and the nodes' memory.",
             )
         # Where the cluster has no room for it, the others go on without.
         self._add(self._processors(self._sizes()))
@@ -323,7 +324,7 @@ class _ClusterPool:
         return [int(node["Resources"].get("CPU", 0)) for node in self.ray.nodes() if node["Alive"]]
 
     def _unfit(self, actor: _Actor, why: str, waiting: deque[int]) -> None:
-        """Go on without a node that cannot keep files; its shard waits again, before the others."""
+        """Continue without a node that cannot keep files; its shard goes back to the front of the queue."""
         self.actors.remove(actor)
         self.ray.kill(actor.handle)
         if actor.busy is not None:
@@ -331,7 +332,7 @@ class _ClusterPool:
         nodes = {node["NodeID"]: node for node in self.ray.nodes() if node["Alive"]}
         if actor.node not in self.unfit:
             self.unfit[actor.node] = f"{_name(actor.node, nodes.get(actor.node))}: {why}"
-            self._say("warn", f"{self.unfit[actor.node]}; the work goes on without it")
+            self._say("warn", f"{self.unfit[actor.node]}; the work continues without it")
         if self.actors:
             return
         fit = [
@@ -342,7 +343,7 @@ class _ClusterPool:
         if not fit:
             raise ShardError(
                 f"No node of the Ray cluster can keep the files of {self.job.name}. {'; '.join(self.unfit.values())}.",
-                "Free some space there, or start Ray on it with TMPDIR=FOLDER, a folder on a disk that has some.",
+                "Free some space there, or start Ray on it with TMPDIR=FOLDER, a folder on a disk with free space.",
             )
         for node in fit[: self.crew.workers]:
             self._add(self._processors(self._sizes()), node)

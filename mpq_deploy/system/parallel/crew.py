@@ -1,4 +1,4 @@
-"""From options to who computes."""
+"""From options to workers."""
 
 from __future__ import annotations
 

@@ -248,8 +248,8 @@ def _hint(fitting: int, room: Room) -> str:
         first = f"Give --workers {fitting}, which fit"
     else:
         first = (
-            "Leave --workers and --threads out: one process holds less"
+            "Leave out --workers and --threads: one process needs less"
             if fitting
-            else "Not one of them fits"
+            else "Not even one fits"
         )
-    return f"{first}; or set MPQ_DEPLOY_MEMORY to what may be taken if you know better."
+    return f"{first}; or set MPQ_DEPLOY_MEMORY to the memory that may be used, if the estimate is wrong."

@@ -46,7 +46,7 @@ class RemoteError(Exception):
 
 
 class ShardError(MpqError):
-    """A shard's worker was lost too often, or something failed in it that is no error of ours."""
+    """A shard's worker was lost too often, or something failed in it that is not one of our errors."""
 
 
 @dataclass(frozen=True)
@@ -242,7 +242,7 @@ def lost_too_often(shard: Shard, times: int, how: str, workers: int) -> ShardErr
     """Return the error of a shard of which no worker lived to the end."""
     fewer = f"fewer than {workers} workers, " if workers > 1 else ""
     return ShardError(
-        f"The shard '{shard.name}' was lost {times} times, at last because its worker {how}.",
-        f"A worker that is killed has most often run out of memory: try {fewer}smaller batches or more memory. "
+        f"The shard '{shard.name}' was lost {times} times, the last time because its worker {how}.",
+        f"A killed worker has usually run out of memory: try {fewer}smaller batches or more memory. "
         "Finished shards are kept where the stage keeps them.",
     )

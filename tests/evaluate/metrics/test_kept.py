@@ -113,7 +113,7 @@ def test_other_images_drop_all_and_say_why(field, said):
     )
     merged, why = metrics(distance()).added_to(earlier)
     assert merged == metrics(distance())
-    assert why == f"metrics.json is of a former {said}"
+    assert why == f"metrics.json is of an earlier {said}"
 
 
 def test_other_controls_drop_only_theirs():

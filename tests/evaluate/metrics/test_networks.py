@@ -142,7 +142,7 @@ def test_nothing_in_a_weights_file_can_run(fidelity, tmp_path):
 
     path = tmp_path / "weights.pth"
     fidelity.save({"scale": Trap()}, path)
-    with pytest.raises(UsageError, match="tensors alone"):
+    with pytest.raises(UsageError, match="plain tensors"):
         open_network(INCEPTION, NetworkOptions(weights=((INCEPTION, path),)))
     assert not marker.exists()
     fidelity.save({"other": fidelity.zeros(1)}, path)

@@ -120,10 +120,10 @@ def damaged(path):
     [
         (different_sizes, r"differ in size: 000.png has 8 x 8 .* zzz.png has 16 x 16"),
         (transparent, "transparency"),
-        (broken, "bbb.png is no picture"),
-        (empty, "holds no pictures"),
+        (broken, "bbb.png is not an image"),
+        (empty, "holds no images"),
         (lambda path: path / "none", "no real images at"),
-        (damaged, "is no file of NumPy arrays"),
+        (damaged, "is not a file of NumPy arrays"),
         (saved(images=pictures(6, 16)), "16 x 16 pixels, 3 channels, the model's samples 8 x 8"),
         (saved(images=pictures(6).astype(np.float32)), "float32"),
         (saved(images=pictures(4)), "too few for the covariance of the 4 features.*at least 5"),

@@ -138,7 +138,7 @@ class Trap:
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ("trap", "tensors alone"),
+        ("trap", "plain tensors"),
         ("text", "cannot be read"),
         ({}, "no features.0.weight"),
         ([1], "a list"),

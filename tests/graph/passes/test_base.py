@@ -268,7 +268,9 @@ def test_a_norm_per_group_needs_weights() -> None:
     one, model = group_norm()
     model.graph.opset_imports[""] = 20
     model.graph.initializers["scale"].const_value = None
-    with pytest.raises(ModelError, match="'norm' has a scale or bias per group that is no weight"):
+    with pytest.raises(
+        ModelError, match="'norm' has a scale or bias per group that is not a weight"
+    ):
         one(model)
 
 

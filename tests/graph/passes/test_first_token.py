@@ -216,7 +216,7 @@ def test_tensorrt_builds_it_in_int8(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        (texts(1.0)[:, :1], "has 1 token"),
+        (texts(1.0)[:, :1], "has only 1 token"),
         (np.ones((2, 3, 4)) * np.array([1, 1 + 2 * SAME_TOKEN])[:, None, None], "differ"),
     ],
 )

@@ -116,7 +116,7 @@ def test_data_decides_nothing() -> None:
 
     with pytest.raises(ModelError, match="known only at run time") as caught:
         normalise(ir.from_proto(model_of(condition)), {"x": (None, 1, 6)})
-    assert "branches that depend on data" in caught.value.hint
+    assert "data-dependent branches" in caught.value.hint
 
 
 @pytest.mark.parametrize("yes", [True, False])

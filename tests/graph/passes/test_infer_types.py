@@ -39,7 +39,7 @@ def test_concats_that_double_a_constant_are_refused(
 ) -> None:
     path = joined(60, tmp_path / "m.onnx", as_node=as_node, kind=kind)
     started = time.monotonic()
-    with pytest.raises(ModelError, match="more than 10,000,000 numbers of its constants"):
+    with pytest.raises(ModelError, match="more than 10,000,000 numbers from its constants"):
         normalise(load_model(path))
     assert time.monotonic() - started < 5
 

@@ -52,7 +52,7 @@ def conv_model(
     inputs = ["x", *(one.name for one in constants)]
     nodes = [
         helper.make_node("Conv", inputs, ["c"], name="/conv", **attributes),
-        # Both graphs end in an operator that is no layer, and so names the output.
+        # Both graphs end in an operator that is not a layer, and so names the output.
         helper.make_node("Relu", ["c"], ["y"], name="/relu"),
     ]
     shape = ["batch", channels, *(f"s{axis}" for axis in range(len(kernel)))]

@@ -178,7 +178,7 @@ def test_the_timestep_may_be_a_number_or_one_for_each_sample(tmp_path: Path, for
 def test_no_timestep_input_is_said_in_a_line(tmp_path: Path) -> None:
     path = one_layer("Conv").save(tmp_path / "model.onnx")
     with pytest.raises(
-        ModelError, match="'layer' has a range by timestep, and the graph has no timestep"
+        ModelError, match="'layer' has a range per timestep, but the graph has no timestep"
     ):
         write(path, "w8a8-timestep", tmp_path / "out", timestep="")
 

@@ -292,7 +292,7 @@ class Telling(Heard):
 
     def warn(self, text):
         super().warn(text)
-        if "the work goes on without it" in text:
+        if "the work continues without it" in text:
             self.told.touch()
 
 
@@ -306,7 +306,7 @@ def over_all(nodes, root, heard):
 
 
 def left_out(heard):
-    return [text for text in heard.warnings if "the work goes on without it" in text]
+    return [text for text in heard.warnings if "the work continues without it" in text]
 
 
 @pytest.mark.slow
@@ -334,7 +334,7 @@ def test_a_node_whose_folder_cannot_be_used_is_left_out_by_name(tmp_path, nodes)
 
 
 def test_a_disk_that_fills_in_the_middle_of_a_shard_leaves_its_node_out(tmp_path, nodes):
-    """Simulated: the shard raises what the system would. One worker was asked for: it goes to the other node."""
+    """Simulated: the shard raises what the system would. One worker was requested: it goes to the other node."""
     heard = Heard()
     parts = shards(
         PARTS, **{f"at{n}": Task(n, f"full once {tmp_path / 'node'}") for n in range(PARTS)}

@@ -23,7 +23,7 @@ JOB = Job("probes", never, Path(), (), GB)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
-    ("free", "advice"), [(3, "--workers 3"), (1, "one process"), (0, "Not one")]
+    ("free", "advice"), [(3, "--workers 3"), (1, "one process"), (0, "Not even one")]
 )
 def test_workers_are_refused_with_the_number_that_fits(
     monkeypatch: pytest.MonkeyPatch, free: int, advice: str
