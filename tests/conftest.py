@@ -28,8 +28,9 @@ SECOND_EXPORT = "test_a_second_export"
 CONFIGURED = ("diffusers.", "transformers.")
 
 
-# Whole builds and exports.
-HEAVY_ROOMS = ("pipeline", "oracle", "models", "recover")
+# Whole builds, exports, children and browsers. Beside all rooms: one build per recipe.
+HEAVY_ROOMS = ("pipeline", "oracle", "models", "recover", "delivery", "engine", "report", "run")
+HEAVY_FILES = ("test_recipes.py",)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -41,7 +42,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     long = {
         item.path
         for item in items
-        if item.get_closest_marker("slow") or item.path.parent.name in HEAVY_ROOMS
+        if item.get_closest_marker("slow")
+        or item.path.parent.name in HEAVY_ROOMS
+        or item.path.name in HEAVY_FILES
     }
     items.sort(key=lambda item: (item.path.parent.name != "fuzz", item.path not in long))
 
@@ -96,6 +99,26 @@ def shared_exports(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(TorchNetwork, "_exported", exported)
         _register_operators_once(patch)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def machine_timed_once() -> Iterator[None]:
+    """Time what a model takes on this machine once: hundreds of builds are of the same few models."""
+    from mpq_deploy.run import machine_speed
+
+    timed, known = machine_speed.time_machine, dict[Any, Any]()
+
+    def once(run: Any, *rest: Any) -> Any:
+        recipe = run.recipe
+        sizes = recipe.calibrate.batch_size, recipe.evaluate.batch_size
+        key = (run.digest("export"), *sizes, machine_speed._wants_torch(recipe))
+        if key not in known:
+            known[key] = timed(run, *rest)
+        return known[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(machine_speed, "time_machine", once)
         yield
 
 
