@@ -10,8 +10,13 @@ import importlib.util
 import json
 import os
 import re
+import sys
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,10 +31,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 SECOND_EXPORT = "test_a_second_export"
 # Classes that are known by their configuration; what a test's own module computes is in no key.
 CONFIGURED = ("diffusers.", "transformers.")
+KEPT_SECONDS = 14 * 86400
 
 
-# Whole builds and exports.
-HEAVY_ROOMS = ("pipeline", "oracle", "models", "recover")
+# Whole builds, exports, children and browsers. Beside all rooms: one build per recipe.
+HEAVY_ROOMS = ("pipeline", "oracle", "models", "recover", "delivery", "engine", "report", "run")
+HEAVY_FILES = ("test_recipes.py",)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -41,7 +48,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     long = {
         item.path
         for item in items
-        if item.get_closest_marker("slow") or item.path.parent.name in HEAVY_ROOMS
+        if item.get_closest_marker("slow")
+        or item.path.parent.name in HEAVY_ROOMS
+        or item.path.name in HEAVY_FILES
     }
     items.sort(key=lambda item: (item.path.parent.name != "fuzz", item.path not in long))
 
@@ -53,11 +62,14 @@ def pytest_collection_finish() -> None:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def shared_exports(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def shared_exports(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[None]:
     """Trace each tiny module once: PyTorch's exporter takes most of the suite's time.
 
-    The exporter's graph, before any pass of ours, is kept by module, weights, inputs and how the
-    module is called, for all processes of the suite.
+    The exporter's graph, before any pass of ours, is kept by module, weights, inputs, how the
+    module is called, the source of ``models/`` and the libraries' versions, for all processes of
+    the suite and, in pytest's cache, for the next suites.
     """
     if importlib.util.find_spec("torch") is None or importlib.util.find_spec("onnxscript") is None:
         yield
@@ -69,6 +81,9 @@ def shared_exports(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
     base = tmp_path_factory.getbasetemp()
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "exports"
+    if (kept := getattr(request.config, "cache", None)) is not None:
+        folder = kept.mkdir("exports")
+        _forget(folder)
     folder.mkdir(exist_ok=True)
     original = TorchNetwork._exported
 
@@ -87,6 +102,7 @@ def shared_exports(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
                 ir.save(made, aside, format="protobuf")
                 aside.replace(path)
                 return made
+        os.utime(path)
         model = ir.load(path)
         # Passes name what they add by these: a graph that was read gets the names of a new one.
         counters = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
@@ -96,6 +112,26 @@ def shared_exports(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(TorchNetwork, "_exported", exported)
         _register_operators_once(patch)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def machine_timed_once() -> Iterator[None]:
+    """Time what a model takes on this machine once: hundreds of builds are of the same few models."""
+    from mpq_deploy.run import machine_speed
+
+    timed, known = machine_speed.time_machine, dict[Any, Any]()
+
+    def once(run: Any, *rest: Any) -> Any:
+        recipe = run.recipe
+        sizes = recipe.calibrate.batch_size, recipe.evaluate.batch_size
+        key = (run.digest("export"), *sizes, machine_speed._wants_torch(recipe))
+        if key not in known:
+            known[key] = timed(run, *rest)
+        return known[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(machine_speed, "time_machine", once)
         yield
 
 
@@ -113,9 +149,32 @@ def _register_operators_once(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(cache(ONNXRegistry.from_torchlib)))
 
 
+def _forget(folder: Path) -> None:
+    """Delete exports that no suite of late has asked for."""
+    for path in folder.glob("*.onnx"):
+        with suppress(OSError):
+            if time.time() - path.stat().st_mtime > KEPT_SECONDS:
+                path.unlink()
+
+
+@cache
+def _exporter() -> bytes:
+    """A digest of the code that exports: our own sources, and the versions of others."""
+    import mpq_deploy
+
+    digest = hashlib.sha256(sys.version.encode())
+    for name in ("torch", "diffusers", "transformers", "onnxscript", "onnx-ir", "peft"):
+        with suppress(PackageNotFoundError):
+            digest.update(f"{name} {version(name)}".encode())
+    package = Path(mpq_deploy.__file__).parent
+    for path in (*sorted((package / "models").rglob("*.py")), Path(__file__)):
+        digest.update(path.read_bytes())
+    return digest.digest()
+
+
 def _export_key(network: Any) -> str:
     """A digest of all that the exporter's graph depends on."""
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(_exporter())
     module = network.module
     told = [type(module).__qualname__, _configuration(module), network.output]
     told += [repr(item) for item in network.inputs]

@@ -174,5 +174,6 @@ def _prices(slopes: Array, count: int) -> list[float]:
     """Return prices between which every choice changes; none where nothing is saved."""
     if not len(slopes):
         return []
-    # A little beyond both ends, where nothing and everything is saved.
-    return [float(price) for price in np.geomspace(slopes.min() / 2, slopes.max() * 2, count)]
+    # A little beyond both ends, where nothing and everything is saved; those of the least floats are 0.
+    first, last = np.maximum((slopes.min() / 2, slopes.max() * 2), np.finfo(np.float64).tiny)
+    return [float(price) for price in np.geomspace(first, last, count)]

@@ -20,6 +20,7 @@ import numpy as np
 from mpq_deploy.bench.timed_subject import ORT, Subject
 from mpq_deploy.errors import MissingDependencyError, MpqError, UsageError
 from mpq_deploy.system.children import orders_from_parent
+from mpq_deploy.system.libraries import start_lightly
 from mpq_deploy.system.memory import peak_rss_bytes
 from mpq_deploy.system.stdout import claim_stdout
 
@@ -190,6 +191,7 @@ def main() -> int:
     """Serve the parent; return the exit code."""
     lines = orders_from_parent(lambda stream: stream.readline())
     claim_stdout()
+    start_lightly()
 
     def order() -> str:
         return lines.get().decode()

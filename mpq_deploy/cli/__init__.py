@@ -9,6 +9,7 @@ from pathlib import Path
 from mpq_deploy.cli.app import State, app
 from mpq_deploy.errors import MpqError, UsageError
 from mpq_deploy.system.import_path import drop_current_folder
+from mpq_deploy.system.libraries import start_lightly
 from mpq_deploy.system.names import printable
 from mpq_deploy.system.stdout import claim_stdout
 
@@ -35,6 +36,7 @@ def _stop(number: int, frame: object) -> None:
 def main() -> None:
     """Run the command line; every error becomes a message and an exit code, without a traceback."""
     claim_stdout()
+    start_lightly()
     drop_current_folder()
     signal.signal(signal.SIGINT, _stop)
     try:

@@ -195,9 +195,7 @@ class Target(BaseModel):
 
     def nearest(self, op: str, scheme: Scheme) -> str:
         """Name the family or simulated scheme nearest to ``scheme`` that layers of ``op`` take."""
-        plain = (s for s in SCHEMES.values() if s.quantized and not s.branch)
-        offered = tuple(s for s in plain if s.family in self.schemes[op])
-        return nearest_scheme(scheme, offered).series if offered else "fp16"
+        return _nearest(scheme, tuple(self.schemes[op]))
 
     def refusal(self, layer: Layer, scheme: Scheme) -> str:
         """Return why ``layer`` may not take ``scheme`` on this target; empty when it may."""
@@ -223,6 +221,13 @@ class Target(BaseModel):
         if scheme.branch and scheme.branch.kind not in self.branches.get(op, ()):
             return f"a {scheme.branch.kind} branch beside a {op} is unproven on {self.name}"
         return ""
+
+
+@cache
+def _nearest(scheme: Scheme, families: tuple[str, ...]) -> str:
+    plain = (s for s in SCHEMES.values() if s.quantized and not s.branch)
+    offered = tuple(s for s in plain if s.family in families)
+    return nearest_scheme(scheme, offered).series if offered else "fp16"
 
 
 def _not_in_tensorrt(scheme: Scheme) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import prod
 
-import networkx as nx
 import onnx_ir as ir
 
 LAYER_OPS = ("Conv", "Gemm", "MatMul")
@@ -161,15 +160,14 @@ def layer_graph(model: ir.Model) -> LayerGraph:
     return LayerGraph(model, tuple(layers), tuple(others))
 
 
-def dataflow(model: ir.Model) -> nx.DiGraph:
-    """Return the nodes' names as a directed graph: an edge for each tensor handed on."""
-    graph = nx.DiGraph()
+def dataflow(model: ir.Model) -> dict[str, set[str]]:
+    """Return the nodes' names, and of each the nodes that it hands a tensor to."""
+    graph: dict[str, set[str]] = {str(node.name): set() for node in model.graph}
     for node in model.graph:
-        graph.add_node(node.name, op=node.op_type)
         for value in node.inputs:
             producer = value.producer() if value is not None else None
             if producer is not None:
-                graph.add_edge(producer.name, node.name)
+                graph[str(producer.name)].add(str(node.name))
     return graph
 
 

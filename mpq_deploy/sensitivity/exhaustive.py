@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-import networkx as nx
 import numpy as np
 
 from mpq_deploy.calibrate.stats import CalibrationStats
@@ -236,11 +235,19 @@ def _chained_uses(graph: LayerGraph, layers: Collection[Layer]) -> tuple[str, ..
     chained = [
         layer.name
         for layer in layers
-        if any(
-            a is not b and nx.has_path(flow, a.node, b.node) for a in layer.uses for b in layer.uses
-        )
+        if any({use.node for use in layer.uses} & _after(use.node, flow) for use in layer.uses)
     ]
     return tuple(
         f"uses of '{name}' feed one another: later ones were taken on float inputs"
         for name in chained
     )
+
+
+def _after(node: str, flow: Mapping[str, Collection[str]]) -> set[str]:
+    """Name the nodes that ``node`` feeds, directly or through others."""
+    found, waiting = set[str](), [node]
+    while waiting:
+        new = set(flow[waiting.pop()]) - found
+        found |= new
+        waiting += new
+    return found

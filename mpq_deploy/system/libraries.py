@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import io
 import logging
 import os
@@ -11,6 +13,10 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from importlib import import_module
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
+from importlib.util import LazyLoader
+from typing import Any
 
 from mpq_deploy.system.names import printable
 
@@ -31,6 +37,32 @@ SETTINGS = {
 WARNING_MODULES = (
     r"(torch|torchmetrics|diffusers|transformers|huggingface_hub|onnx\w*|matplotlib)(\.|$)"
 )
+
+
+# What onnx_ir imports for arithmetic with open axes, which a graph that is read has none of: a third
+# of the time in which a command starts.
+IMPORTED_LATE = ("sympy", "onnx_ir._symbolic_shapes")
+
+
+class _Late(MetaPathFinder):
+    """Finds the modules of ``IMPORTED_LATE``, which run at the first look into them."""
+
+    def find_spec(self, fullname: str, path: Any, target: Any = None) -> ModuleSpec | None:
+        """Find ``fullname`` where others find it."""
+        spec = PathFinder.find_spec(fullname, path) if fullname in IMPORTED_LATE else None
+        if spec is not None and spec.loader is not None:
+            spec.loader = LazyLoader(spec.loader)
+        return spec
+
+
+def start_lightly() -> None:
+    """Let this process, which is ours alone, import ``IMPORTED_LATE`` late and end without a last garbage collection.
+
+    The collector's passes over all that torch and onnx import take longer than most commands.
+    """
+    if not any(isinstance(finder, _Late) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Late())
+        atexit.register(gc.freeze)
 
 
 def quiet_libraries() -> None:

@@ -102,3 +102,10 @@ def test_layers_with_one_scheme_are_a_plan() -> None:
     layer = LayerChoice("only", ("x",), {"fp16": 10}, {"fp16": 0.0})
     (plan,) = front(Problem([layer], 5, 100))
     assert (plan.size_bytes, plan.loss, plan.latency_ns) == (15, 0.0, 0)
+
+
+def test_the_least_errors_that_a_float_can_hold_have_prices() -> None:
+    least = float(np.nextafter(0.0, 1.0))
+    layer = LayerChoice("one", ("x",), {"fp16": 80, "w8a8": 41}, {"fp16": 0.0, "w8a8": least})
+    # With the scale of its activations.
+    assert [plan.size_bytes for plan in front(Problem([layer], 0, 10**9))] == [43, 80]

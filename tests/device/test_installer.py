@@ -39,7 +39,6 @@ BLOCKED = (
     "pydantic",
     "typer",
     "yaml",
-    "networkx",
     "ml_dtypes",
     "rich",
     "highspy",

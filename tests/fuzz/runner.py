@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import multiprocessing
 import os
@@ -122,6 +123,8 @@ def _in_child(arguments: Arguments, folder: Path) -> tuple[int | None, float, in
 
 def _child(arguments: Arguments, folder: Path) -> None:
     """Run the command line in this process; write what it says into ``folder``."""
+    # The garbage collector passes over what the case makes, not over all that was imported.
+    gc.freeze()
     os.environ["HOME"] = str(folder / "home")
     os.environ["TMPDIR"] = tempfile.tempdir = str(folder / "home")
     os.chdir(folder / "here")

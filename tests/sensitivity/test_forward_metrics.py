@@ -17,7 +17,7 @@ from mpq_deploy.formats.scheme import SCHEMES
 from mpq_deploy.graph.layers import layer_graph
 from mpq_deploy.recipe import MeasureSettings
 from mpq_deploy.sensitivity import measure as measure_module
-from mpq_deploy.sensitivity.exhaustive import measure_exhaustive
+from mpq_deploy.sensitivity.exhaustive import _chained_uses, measure_exhaustive
 from mpq_deploy.sensitivity.gain import measure_gain, propagation_gains
 from mpq_deploy.sensitivity.layer_weights import float_matrix, form_stack
 from mpq_deploy.sensitivity.local_error import local_errors, measure_local_error
@@ -324,3 +324,17 @@ def test_stacks_hold_each_form_once() -> None:
             candidate.weight_matrix(SCHEMES[name].weight_form) - weight,
             atol=1e-7,
         )
+
+
+@pytest.mark.parametrize(("second", "fed"), [("between", True), ("x", False)])
+def test_uses_of_a_layer_that_feed_one_another_are_named(second: str, fed: bool) -> None:
+    """Through other nodes; uses side by side are none."""
+    graph = GraphBuilder()
+    x, weight = graph.input("x", ["batch", 4]), graph.random("shared.weight", 4, 4)
+    first = graph.op("Relu", [graph.op("MatMul", [x, weight], "first")], "between")
+    other = graph.op("MatMul", [first if second == "between" else x, weight], "second")
+    graph.op("Add", [first, other], "sum")
+    graph.nodes[-1].output[0] = graph.output("out", ["batch", 4])
+    layers = layer_graph(ir.from_proto(graph.model()))
+    assert [len(layer.uses) for layer in layers.layers] == [2]
+    assert bool(_chained_uses(layers, layers.layers)) == fed

@@ -13,6 +13,7 @@ import pytest
 pytest.importorskip("diffusers", reason="needs diffusers: pip install mpq-deploy[torch]")
 
 from mpq_deploy.system.libraries import SETTINGS, gist, no_bars
+from tests.graphs import denoiser_graph
 from tests.tiny_models import tiny_unet_folder
 
 pytestmark = pytest.mark.torch
@@ -138,3 +139,21 @@ def chained(*texts: str) -> Exception:
 )
 def test_the_gist_of_an_error_is_what_went_wrong_at_first(error: Exception, said: str) -> None:
     assert gist(error) == said
+
+
+def test_what_a_graph_seldom_needs_is_imported_when_it_is(tmp_path: Path) -> None:
+    """A command reads a graph without sympy; arithmetic with its open axes imports it."""
+    code = """
+import sys
+from pathlib import Path
+from mpq_deploy.system.libraries import start_lightly
+start_lightly()
+import onnx_ir as ir
+from mpq_deploy.graph.load import load_model
+batch = load_model(Path(sys.argv[1])).graph.inputs[0].shape[0]
+assert isinstance(batch, ir.SymbolicDim) and "sympy.core" not in sys.modules
+assert (batch * 2 + batch).simplify().value == f"3*{batch.value}" and "sympy.core" in sys.modules
+"""
+    model = denoiser_graph(channels=16, size=8).save(tmp_path / "model.onnx")
+    done = subprocess.run([sys.executable, "-c", code, model], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -32,6 +32,7 @@ UNIX_ONLY = [
 ]
 REFUSED = ("os.symlink", "os.link", "os.fork", "os.forkpty")
 MOVES = ("os.rename", "os.remove", "os.rmdir")
+WATCHED = frozenset((*REFUSED, *MOVES))
 
 
 def held() -> set[str]:
@@ -55,7 +56,7 @@ class Rules:
 
     def __call__(self, event: str, values: tuple[object, ...]) -> None:
         """Refuse what Windows would."""
-        if self._looking or event not in (*REFUSED, *MOVES):
+        if event not in WATCHED or self._looking:
             return
         self._looking = True
         try:

@@ -20,6 +20,7 @@ from mpq_deploy.errors import DiskError, MpqError
 from mpq_deploy.system.children import ORPHANED, orders_from_parent, read_frame, write_frame
 from mpq_deploy.system.compute import compute_on, computing_on
 from mpq_deploy.system.files import disk_error
+from mpq_deploy.system.libraries import start_lightly
 from mpq_deploy.system.parallel.work import TRACEBACK, Result, ShardError, Within, Work, stepper
 from mpq_deploy.system.stdout import claim_stdout
 
@@ -82,6 +83,7 @@ def main() -> None:
     """Obey until the order to end comes, or the starter is gone."""
     orders = orders_from_parent(read_frame)
     claim_stdout()
+    start_lightly()
     # Descriptor 1 is stderr from here on; print goes there, too.
     answers, sys.stdout = sys.stdout, sys.stderr
     worker = Worker(lambda answer: write_frame(answers.buffer, pickle.dumps(answer)))
