@@ -8,8 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import prod
+from typing import TYPE_CHECKING
 
 import onnx_ir as ir
+
+if TYPE_CHECKING:
+    import networkx as nx
 
 LAYER_OPS = ("Conv", "Gemm", "MatMul")
 # The domain of ONNX's own operators, by its two names.
@@ -160,14 +164,17 @@ def layer_graph(model: ir.Model) -> LayerGraph:
     return LayerGraph(model, tuple(layers), tuple(others))
 
 
-def dataflow(model: ir.Model) -> dict[str, set[str]]:
-    """Return the nodes' names, and of each the nodes that it hands a tensor to."""
-    graph: dict[str, set[str]] = {str(node.name): set() for node in model.graph}
+def dataflow(model: ir.Model) -> nx.DiGraph:
+    """Return the nodes' names as a directed graph: an edge for each tensor handed on."""
+    import networkx as nx
+
+    graph = nx.DiGraph()
     for node in model.graph:
+        graph.add_node(node.name, op=node.op_type)
         for value in node.inputs:
             producer = value.producer() if value is not None else None
             if producer is not None:
-                graph[str(producer.name)].add(str(node.name))
+                graph.add_edge(producer.name, node.name)
     return graph
 
 

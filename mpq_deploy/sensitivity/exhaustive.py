@@ -231,23 +231,17 @@ def _in_onnxruntime(subject: Subject, calls: Calls, chosen: Chosen) -> Iterator[
 
 def _chained_uses(graph: LayerGraph, layers: Collection[Layer]) -> tuple[str, ...]:
     """Name the layers of which one use feeds another: errors on float inputs are not exact there."""
+    import networkx as nx
+
     flow = dataflow(graph.model)
     chained = [
         layer.name
         for layer in layers
-        if any({use.node for use in layer.uses} & _after(use.node, flow) for use in layer.uses)
+        if any(
+            a is not b and nx.has_path(flow, a.node, b.node) for a in layer.uses for b in layer.uses
+        )
     ]
     return tuple(
         f"uses of '{name}' feed one another: later ones were taken on float inputs"
         for name in chained
     )
-
-
-def _after(node: str, flow: Mapping[str, Collection[str]]) -> set[str]:
-    """Name the nodes that ``node`` feeds, directly or through others."""
-    found, waiting = set[str](), [node]
-    while waiting:
-        new = set(flow[waiting.pop()]) - found
-        found |= new
-        waiting += new
-    return found

@@ -77,7 +77,7 @@ def test_the_best_plan_that_keeps_them_alike_is_found(problem: Problem, penalty:
     assert found.report.loss == pytest.approx(problem.plan_loss(plan))
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(problems())
 def test_plans_of_the_front_keep_them_alike(problem: Problem) -> None:
     together, free = tied(problem), replace(problem, budget_bytes=10**9)

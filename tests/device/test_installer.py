@@ -39,6 +39,7 @@ BLOCKED = (
     "pydantic",
     "typer",
     "yaml",
+    "networkx",
     "ml_dtypes",
     "rich",
     "highspy",
