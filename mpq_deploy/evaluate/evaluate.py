@@ -152,14 +152,16 @@ def _float_model(
     pieces = float_pieces(common, setup.rows, size, store, sample)
     calls, outputs = joined_pieces(pieces)
     if setup.pipeline is None:
-        images, owners = np.concatenate, _images_of(setup, calls.count)
+        images = np.concatenate([piece["images"] for piece in pieces])
+        owners = _images_of(setup, calls.count)
     else:
-        from mpq_deploy.calls.record_pipeline import joined_images as images
+        from mpq_deploy.calls.record_pipeline import joined_images
 
+        images = joined_images([piece["images"] for piece in pieces])
         # Image by image, each with about as many calls.
         owners = np.arange(calls.count) * count // calls.count
     return {
-        "images": images([piece["images"] for piece in pieces]),
+        "images": images,
         **in_turn(calls, outputs, settings.calls, owners),
         "sampler": pieces[0]["sampler"],
     }
