@@ -13,9 +13,11 @@ from math import prod
 from pathlib import Path
 
 import onnx
+import onnx_ir as ir
 
 from mpq_deploy.engine.target import Target
 from mpq_deploy.errors import UsageError
+from mpq_deploy.graph.attention import plain_attention
 from mpq_deploy.graph.shapes import inferred_graph
 
 # Context, library and compiled kernels of a process that runs one engine (our choice, not
@@ -27,6 +29,8 @@ WORKSPACE_BYTES, COPIES = 8_400_000, 3
 # On the host, the child process that builds: the library with its compiler, per node of the graph,
 # and copies of the weights (fitted to peaks).
 BUILDER_BYTES, BUILDER_NODE_BYTES, BUILDER_COPIES = 220 << 20, 265_000, 3
+# Channels of a head whose attention is one kernel.
+FUSED_HEADS = (32, 128)
 WEIGHT_FORMS = (
     *("DequantizeLinear", "QuantizeLinear", "Reshape", "Transpose", "Cast", "Identity"),
     *("Concat", "Gather"),
@@ -55,7 +59,8 @@ def estimate_memory(
 
     Tensors whose shape cannot be inferred count nothing, so the estimate is then too low.
     """
-    graph = inferred_graph(onnx.load(model, load_external_data=False), shapes)
+    proto = onnx.load(model, load_external_data=False)
+    graph = inferred_graph(proto, shapes)
     sizes = {
         value.name: _bytes(value) for value in (*graph.input, *graph.value_info, *graph.output)
     }
@@ -67,7 +72,8 @@ def estimate_memory(
         ):
             constant.update(node.output)
             unpacked = max(unpacked, *(sizes.get(name, 0) for name in node.output))
-    activations = WORKSPACE_BYTES + COPIES * peak_alive(graph, sizes, constant)
+    nowhere = constant | _scores(proto, graph)
+    activations = WORKSPACE_BYTES + COPIES * peak_alive(graph, sizes, nowhere)
     return MemoryEstimate(weights_bytes, activations, unpacked)
 
 
@@ -100,6 +106,24 @@ def peak_alive(graph: onnx.GraphProto, sizes: Mapping[str, int], constant: set[s
             if last.get(name, index) <= index:
                 live.pop(name, None)
     return peak
+
+
+def _scores(proto: onnx.ModelProto, graph: onnx.GraphProto) -> set[str]:
+    """Scores and probabilities of attentions that one kernel computes, which never holds them all (engine-forms.md)."""
+    channels = {
+        value.name: value.type.tensor_type.shape.dim[-1].dim_value
+        for value in (*graph.input, *graph.value_info)
+        if value.type.tensor_type.shape.dim
+    }
+    least, most = FUSED_HEADS
+    found = [plain_attention(node) for node in ir.from_proto(proto).graph]
+    return {
+        value.name or ""
+        for one in found
+        if one is not None and least <= channels.get(one.queries.name or "", 0) <= most
+        for node in one.dropped
+        for value in node.outputs
+    }
 
 
 def _pieces(graph: onnx.GraphProto) -> set[str]:

@@ -30,6 +30,7 @@ from mpq_deploy.evaluate.cache import (
 )
 from mpq_deploy.evaluate.decode import decode
 from mpq_deploy.evaluate.evaluation_result import Evaluation, ImageKind, VariantResult
+from mpq_deploy.evaluate.float_samples import float_pieces, joined_pieces
 from mpq_deploy.evaluate.images import (
     as_maps,
     data_range,
@@ -103,15 +104,13 @@ def evaluate(
     talk = talk or Talk()
     _check(variants, model.spec)
     setup = Setup.of(model, settings, talk)
-    store, common = SampleCache(cache, talk), _common_key(setup, model.path)
+    store, common = SampleCache(cache, talk), reference_key(setup, model.path)
     files, job = _job(setup, [model.path, *(variant.path for variant in variants.values())])
     results: dict[str, VariantResult] = {}
     # A pipeline's files, and recorded calls, are on this machine alone.
     here = setup.pipeline is not None or setup.calls is not None
     with (crew if crew and not here else Alone()).open(job, talk) as pool:
-        task = Part(FLOAT, files.below(model.path))
-        part = Shard("float", task, settings.steps, {**common, "part": "float"})
-        (reference,) = run_shards(pool, "sample the float model", [part], talk, store)
+        reference = _float_model(setup, files.below(model.path), common, pool, store)
         kind, value_range = _pixels(setup, reference["images"])
         images = {FLOAT: to_uint8(reference["images"], value_range)}
         compared = _Compared(setup, files, variants, common, reference, value_range)
@@ -130,6 +129,42 @@ def evaluate(
         float_digest=str(common["float"]),
         notes=(*_notes(setup, kind, value_range), *_further_notes(setup, variants)),
     )
+
+
+def _float_model(
+    setup: Setup, path: Path, common: dict[str, Any], pool: Pool, store: SampleCache
+) -> dict[str, Array]:
+    """Return the float model's images, and the calls that variants are compared on, with its outputs."""
+    settings, count = setup.settings, len(setup.rows)
+
+    def sample(images: range | None) -> dict[str, Array]:
+        task = Part(FLOAT, path, images=images)
+        shard = Shard("float", task, settings.steps, {**common, "part": "float"})
+        kept = store if images is None else None
+        (made,) = run_shards(pool, "sample the float model", [shard], setup.talk, kept)
+        return made
+
+    if setup.calls is not None:
+        return sample(None)
+    size = 1 if setup.pipeline is not None else settings.batch_size
+    if setup.pipeline is None and not keeps_samples_apart(_sampler(setup)[0]):
+        size = count
+    pieces = float_pieces(common, setup.rows, size, store, sample)
+    calls, outputs = joined_pieces(pieces)
+    if setup.pipeline is None:
+        images = np.concatenate([piece["images"] for piece in pieces])
+        owners = _images_of(setup, calls.count)
+    else:
+        from mpq_deploy.calls.record_pipeline import joined_images
+
+        images = joined_images([piece["images"] for piece in pieces])
+        # Image by image, each with about as many calls.
+        owners = np.arange(calls.count) * count // calls.count
+    return {
+        "images": images,
+        **in_turn(calls, outputs, settings.calls, owners),
+        "sampler": pieces[0]["sampler"],
+    }
 
 
 def _job(setup: Setup, models: list[Path]) -> tuple[Files, Job]:
@@ -244,31 +279,32 @@ def _open(setup: Setup, root: Path, talk: Talk) -> Work:
             setup, decoder=None if setup.decoder is None else root / setup.decoder, talk=inner
         )
         if part.reference is None:
-            return _reference(here, root / part.path)
+            return _reference(here, part, root / part.path)
         return _variant(here, part, root / part.path)
 
     return work
 
 
-def _reference(setup: Setup, path: Path) -> dict[str, Array]:
-    """Sample the float model; keep its images, and its calls and outputs at the chosen timesteps."""
+def _reference(setup: Setup, part: Part, path: Path) -> dict[str, Array]:
+    """Sample the float model; keep the part's images, and its calls and outputs at the chosen timesteps."""
     settings = setup.settings
     if setup.pipeline is not None:
         from mpq_deploy.evaluate.pipeline_samples import pipeline_reference
 
-        return pipeline_reference(setup, path)
+        return pipeline_reference(setup, part, path)
     if setup.calls is not None:
         return recorded_reference(setup, OrtDenoiser(path, setup.spec))
     sampler = make_sampler(setup.spec.scheduler, settings.steps, settings.seed, settings.sampler)
     chosen = stride_midpoints(len(sampler.timesteps), settings.timesteps)
     watched = _Watched(FLOAT, {int(index) for index in chosen})
-    samples = _sample(setup, OrtDenoiser.in_lanes(path, setup.spec), watched)
+    samples = _sample(setup, OrtDenoiser.in_lanes(path, setup.spec), watched, part)
     inputs, outputs, rows = watched.recorded()
     timesteps = np.asarray(sampler.timesteps, np.float64)[chosen]
     calls = CallSet.of_samples(setup.spec, inputs, timesteps, rows, setup.conditions)
     return {
         "images": _decoded(setup, samples),
-        **in_turn(calls, outputs, settings.calls, _images_of(setup, calls.count)),
+        **calls.arrays(),
+        "outputs": outputs,
         "sampler": np.array(sampler.name),
     }
 
@@ -344,13 +380,13 @@ def _sample(
     setup: Setup,
     denoiser: OrtDenoiser,
     watched: _Watched,
-    part: Part | None = None,
+    part: Part,
 ) -> Array:
     settings = setup.settings
-    sampler, _ = _sampler(setup, None if part is None else part.correction)
+    sampler, _ = _sampler(setup, part.correction)
     noise = first_samples(setup.spec, setup.rows, setup.conditions, settings.seed)
     chosen = slice(None)
-    if part is not None and part.images is not None:
+    if part.images is not None:
         chosen = slice(part.images.start, part.images.stop)
     model = GuidedDenoiser(denoiser, setup.spec, setup.conditions, watched, denoiser.lanes)
     rows = setup.rows[chosen]
@@ -478,7 +514,8 @@ def _applied(setup: Setup, correction: Correction) -> str:
     return correction_note(setup, correction)
 
 
-def _common_key(setup: Setup, float_model: Path) -> dict[str, Any]:
+def reference_key(setup: Setup, float_model: Path) -> dict[str, Any]:
+    """Return what images and calls of the float model depend on."""
     spec = setup.spec.model_dump(
         mode="json", exclude={"name", "source", "labels", "synthetic", "pixel_range"}
     )

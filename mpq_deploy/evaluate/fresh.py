@@ -16,8 +16,10 @@ from mpq_deploy.calls.loop import GuidedDenoiser
 from mpq_deploy.calls.recorded import CallSet, RecordedCalls
 from mpq_deploy.calls.sampler import make_sampler
 from mpq_deploy.calls.trajectories import record_trajectories
+from mpq_deploy.evaluate.cache import SampleCache
+from mpq_deploy.evaluate.evaluate import reference_key
 from mpq_deploy.evaluate.recorded_outputs import kept_calls
-from mpq_deploy.evaluate.setup import spread_rows
+from mpq_deploy.evaluate.setup import Setup, spread_rows
 from mpq_deploy.models.spec import Array, FloatModel
 from mpq_deploy.recipe import CalibrateSettings, EvaluateSettings
 from mpq_deploy.runtime.ort import OrtDenoiser
@@ -28,19 +30,34 @@ from mpq_deploy.system.progress import Talk
 class FreshCalls:
     """The float model's calls at every step of fresh trajectories, and its outputs."""
 
-    def __init__(self, model: FloatModel, settings: EvaluateSettings, talk: Talk) -> None:
+    def __init__(
+        self,
+        model: FloatModel,
+        settings: EvaluateSettings,
+        talk: Talk,
+        cache: Path | None = None,
+    ) -> None:
+        """``cache``: a folder in which the calls are kept by what they depend on."""
+        self._spec, self._batch_size = model.spec, settings.batch_size
+        key = {**reference_key(Setup.of(model, settings, talk), model.path), "part": "fresh"}
+        kept = SampleCache(cache, talk).get(key, lambda: self._made(model, settings, talk))
+        self.inputs = CallSet.of_arrays(kept)
+        self._outputs = kept["float"]
+        self._power = np.array([np.square(output).sum() / len(output) for output in self._outputs])
+
+    def _made(self, model: FloatModel, settings: EvaluateSettings, talk: Talk) -> dict[str, Array]:
+        """Return the calls, and the outputs of all of them as ``float`` [K, N, ...]."""
         spec = model.spec
-        self._spec, self._batch_size = spec, settings.batch_size
         denoiser = OrtDenoiser.in_lanes(model.path, spec)
-        self.inputs: CallSet = (
+        inputs = (
             kept_calls(model, None, settings.samples)
             if spec.recorded
             else _of_sampler(model, denoiser, settings, talk)
             if spec.pipeline is None
             else _of_pipeline(model, denoiser, settings, talk)
         )
-        self._outputs = [self._run(denoiser, step) for step in range(len(self.inputs.timesteps))]
-        self._power = np.array([np.square(output).sum() / len(output) for output in self._outputs])
+        outputs = [self._run(denoiser, inputs, step) for step in range(len(inputs.timesteps))]
+        return {**inputs.arrays(), "float": np.stack(outputs)}
 
     def errors(self, model: Path) -> Array:
         """Return each call's squared error over the timestep's mean output, averaged, float64 [N].
@@ -50,12 +67,14 @@ class FreshCalls:
         denoiser = OrtDenoiser.in_lanes(model, self._spec, fake_quant_only=True)
         squares = []
         for step, expected in enumerate(self._outputs):
-            error = np.square((self._run(denoiser, step) - expected).astype(np.float64))
+            error = np.square(
+                (self._run(denoiser, self.inputs, step) - expected).astype(np.float64)
+            )
             squares.append(error.reshape(len(error), -1).sum(axis=1) / self._power[step])
         return np.asarray(np.mean(squares, axis=0))
 
-    def _run(self, denoiser: OrtDenoiser, step: int) -> Array:
-        calls = RecordedCalls(self.inputs, self._spec)
+    def _run(self, denoiser: OrtDenoiser, inputs: CallSet, step: int) -> Array:
+        calls = RecordedCalls(inputs, self._spec)
         batches = calls.batches(self._batch_size, range(step, step + 1))
         feeds = (batch.feed for batch in batches)
         return np.concatenate(list(in_lanes(denoiser.run, feeds, denoiser.lanes)))

@@ -11,7 +11,7 @@ from mpq_deploy.calls.pipeline_lanes import Image, images_in_lanes
 from mpq_deploy.calls.pipeline_runs import PipelineRuns, image_seed, shown_call
 from mpq_deploy.calls.record_pipeline import Runs, joined_images, pipeline_folder, record_pipeline
 from mpq_deploy.evaluate.images import as_maps
-from mpq_deploy.evaluate.setup import Part, Setup, finite_output, in_turn
+from mpq_deploy.evaluate.setup import Part, Setup, finite_output
 from mpq_deploy.models.spec import Array
 from mpq_deploy.runtime.correction import Correction
 from mpq_deploy.runtime.ort import OrtDenoiser
@@ -38,10 +38,11 @@ def forget_pipeline() -> None:
     _LOADED.clear()
 
 
-def pipeline_reference(setup: Setup, path: Path) -> dict[str, Array]:
-    """Run the pipeline with the float model as its denoiser."""
-    settings = setup.settings
-    runs = Runs([int(row) for row in setup.rows], settings.steps, settings.seed)
+def pipeline_reference(setup: Setup, part: Part, path: Path) -> dict[str, Array]:
+    """Run the pipeline with the float model as its denoiser, for the images of ``part``."""
+    settings, images = setup.settings, part.images or range(len(setup.rows))
+    numbers = [int(setup.rows[place]) for place in images]
+    runs = Runs(numbers, settings.steps, settings.seed, images.start)
     denoiser = OrtDenoiser.in_lanes(path, setup.spec)
     with tempfile.TemporaryDirectory() as folder:
         made = record_pipeline(
@@ -54,12 +55,10 @@ def pipeline_reference(setup: Setup, path: Path) -> dict[str, Array]:
             outputs=True,
             lanes=denoiser.lanes,
         )
-        # Image by image, each with about as many calls.
-        calls = made.calls.count
-        images = np.arange(calls) * len(setup.rows) // calls
         return {
             "images": as_maps(made.images),
-            **in_turn(made.calls, made.outputs, settings.calls, images),
+            **made.calls.arrays(),
+            "outputs": made.outputs,
             "sampler": np.array(made.name),
         }
 

@@ -7,7 +7,8 @@ al., arXiv 1604.06174), with one recomputation for all directions instead of one
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,11 +19,24 @@ from mpq_deploy.onnx_torch.pass_memory import PASS_COPIES, WHOLE_SHARE
 from mpq_deploy.onnx_torch.torch_graph import Footprint, TorchGraph
 
 
-def parts_within(footprint: Footprint, gradients: int, most: int) -> tuple[slice, ...]:
-    """Cut a graph whose values and ``gradients`` (bytes) take several times ``most``."""
-    if PASS_COPIES * sum(footprint.made) + gradients <= WHOLE_SHARE * most:
-        return (slice(0, len(footprint.made)),)
-    return footprint.parts(most // PASS_COPIES)
+def parts_within(footprint: Footprint, gradients: Sequence[int], most: int) -> tuple[slice, ...]:
+    """Cut a graph whose values and ``gradients`` (bytes, by node) take several times ``most``."""
+    taken = [PASS_COPIES * made + more for made, more in zip(footprint.made, gradients)]
+    if sum(taken) <= WHOLE_SHARE * most:
+        return (slice(0, len(taken)),)
+    return footprint.parts(taken, most)
+
+
+def gradient_bytes(
+    footprint: Footprint, uses: Iterable[LayerUse], directions: int, through: Collection[int] = ()
+) -> list[int]:
+    """Return by node the bytes of what ``layer_gradients`` returns of the ``uses`` whose outputs it makes."""
+    sizes = {name: size for outputs in footprint.outputs for name, size in outputs.items()}
+    held = Counter[str]()
+    for number, use in enumerate(uses):
+        back = sizes.get(use.input, 0) if number in through else 0
+        held[use.output] += directions * (sizes.get(use.output, 0) + back)
+    return [sum(held[name] for name in outputs) for outputs in footprint.outputs]
 
 
 @dataclass(frozen=True)
@@ -129,4 +143,4 @@ def _back(
     return into, by_wanted
 
 
-__all__ = ["layer_gradients", "parts_within"]
+__all__ = ["gradient_bytes", "layer_gradients", "parts_within"]

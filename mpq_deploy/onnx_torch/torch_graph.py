@@ -69,25 +69,26 @@ class _Step:
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes that each node makes, views of its inputs left out, and that are alive after it."""
+    """Bytes that each node makes, views of its inputs left out, that are alive after it, and of its outputs."""
 
     made: tuple[int, ...]
     alive: tuple[int, ...]
+    outputs: tuple[Mapping[str, int], ...]
 
-    def parts(self, most: int) -> tuple[slice, ...]:
-        """Cut the nodes into parts that make at most ``most`` bytes each, or are one node.
+    def parts(self, taken: Sequence[int], most: int) -> tuple[slice, ...]:
+        """Cut the nodes, which take ``taken`` bytes, into parts of at most ``most`` each, or of one node.
 
         Cuts lie at the minimum of live bytes, in the later half of what fits.
         """
         parts, start, total = [], 0, 0
-        for number, size in enumerate(self.made):
+        for number, size in enumerate(taken):
             total += size
             while total > most and number > start:
                 last = min(range((start + number) // 2, number), key=lambda i: self.alive[i])
                 parts.append(slice(start, last + 1))
                 start = last + 1
-                total = sum(self.made[start : number + 1])
-        return (*parts, slice(start, len(self.made)))
+                total = sum(taken[start : number + 1])
+        return (*parts, slice(start, len(taken)))
 
 
 def _storages(values: Mapping[str, Any]) -> dict[int, int]:
@@ -202,12 +203,13 @@ class TorchGraph:
 
         Returns what each node takes, and the graph's outputs.
         """
-        values, made, alive = dict(feeds), [], []
+        values, made, alive, outputs = dict(feeds), [], [], []
         for number, step in enumerate(self._steps):
             before = _storages(values)
             values = self.run_part(slice(number, number + 1), values, step.outputs)
             for name in step.outputs:
                 see(name, values[name])
+            outputs.append({name: values[name].nbytes for name in step.outputs})
             made.append(
                 sum(size for place, size in _storages(values).items() if place not in before)
             )
@@ -215,7 +217,7 @@ class TorchGraph:
                 if name in step.last_uses and name not in self.outputs:
                     del values[name]
             alive.append(sum(_storages(values).values()))
-        return Footprint(tuple(made), tuple(alive)), values
+        return Footprint(tuple(made), tuple(alive), tuple(outputs)), values
 
     def apply(self, node: str, inputs: list[Any]) -> Any:
         """Return the first output of one node, by its name, for other inputs."""

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 # Layer number -> its output channels, most salient first, beside the candidates' files.
 ROW_ORDERS = "row-orders.npz"
 # Candidates that are kept in memory once they were read (our choice).
-HELD_BYTES = 512 << 20
+HELD_BYTES, HELD_SHARE = 512 << 20, 2
 
 
 def wanted_schemes(recipe: Recipe) -> tuple[Scheme, ...]:
@@ -45,8 +45,9 @@ def wanted_schemes(recipe: Recipe) -> tuple[Scheme, ...]:
 class StoredCandidates(Mapping[str, LayerCandidates]):
     """The candidates of ``layers`` (None: all) in ``folder``, read when they are asked for.
 
-    Those asked for first are kept in memory, up to ``limit`` bytes (None: ``HELD_BYTES``): all
-    forms of 860 M weights are gigabytes of codes. ``orders``: layer name -> its output channels,
+    Those asked for first are kept in memory, up to ``limit`` bytes. None: ``HELD_BYTES``, but
+    nothing where all take several times as much (860 M weights have gigabytes of codes), as a
+    small part of them saves hardly any time. ``orders``: layer name -> its output channels,
     most salient first, where a scheme promotes them.
     """
 
@@ -59,11 +60,14 @@ class StoredCandidates(Mapping[str, LayerCandidates]):
         limit: int | None = None,
     ) -> None:
         self.folder, self._graph, self._orders = folder, graph, orders
-        self._limit = HELD_BYTES if limit is None else limit
         chosen = {layer.name for layer in (graph.layers if layers is None else layers)}
         self._numbers = {
             layer.name: i for i, layer in enumerate(graph.layers) if layer.name in chosen
         }
+        if limit is None:
+            files = (candidate_file(folder, number) for number in self._numbers.values())
+            limit = held_bytes(sum(file.stat().st_size for file in files if file.is_file()))
+        self._limit = limit
         self._held: dict[str, LayerCandidates] = {}
         self._bytes = 0
 
@@ -100,6 +104,11 @@ class StoredCandidates(Mapping[str, LayerCandidates]):
         candidates = load_candidates(layer, weight, candidate_file(self.folder, number))
         order = self._orders.get(layer.name)
         return candidates if order is None else with_promoted_rows(candidates, order)
+
+
+def held_bytes(whole: int) -> int:
+    """Return how many bytes of candidates are kept in memory where all of them take ``whole``."""
+    return HELD_BYTES if whole <= HELD_SHARE * HELD_BYTES else 0
 
 
 def candidate_file(folder: Path, number: int) -> Path:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from mpq_deploy.rounding.quantizers import TOGETHER_BYTES, rounding_bytes, rounding_threads
 from mpq_deploy.run.effort import COUNTS, fitted, get, least
 from mpq_deploy.run.machine_speed import FILE, Speed, probe_batch, speed_of
-from mpq_deploy.run.memory_model import StageMemory, estimate_engine, estimate_stage
+from mpq_deploy.run.memory_model import StageMemory, estimate_engine
 from mpq_deploy.run.stage_memory import check_memory, stage_memory
 from mpq_deploy.run.stage_work import (
     LayerWork,
@@ -27,6 +27,7 @@ from mpq_deploy.run.stage_work import (
     hessian_products,
     works,
 )
+from mpq_deploy.stages.calibrate import kept_counts
 from mpq_deploy.system import memory
 from mpq_deploy.system.compute import computing_on
 from mpq_deploy.system.parallel.processes import Processes
@@ -281,6 +282,9 @@ def forecast(run: Run, model: ModelWork, speed: Speed, stages: Iterable[str]) ->
     """Return what making ``stages`` will take, by the recipe of ``run``."""
     crew = run.crew
     rounders = min(crew.workers, physical_cores()) if isinstance(crew, Processes) else 0
+    stages = list(stages)
+    if "calibrate" in stages:
+        model = replace(model, kept=kept_counts(run))
     seconds = stage_seconds(run.recipe, model, speed, rounders)
     # Libraries that earlier stages have loaded stay.
     held = memory.held_memory()
@@ -313,12 +317,9 @@ def _memory(run: Run, model: ModelWork, stage: str) -> StageMemory:
         whole = int(run.exported.facts["fp16_size_bytes"])
         size = recipe.budget.bytes(whole, weights) if _builds(recipe, model) else 0
         return estimate_engine(size, model.size.nodes)
-    if stage in ("evaluate", "correction"):
-        # Sessions and batches, as calibration has them.
-        batch = works(recipe, model)[stage].batch
-        section = recipe.calibrate.model_copy(update={"batch_size": batch})
-        like = recipe.model_copy(update={"calibrate": section})
-        return estimate_stage("calibrate", model.size, like, 0)
+    if stage == "correction":
+        # A float and a quantized session, as evaluation has them.
+        return stage_memory(run, "evaluate", recipe.calibrate.batch_size)
     return stage_memory(run, stage)
 
 

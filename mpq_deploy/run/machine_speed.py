@@ -242,7 +242,7 @@ def _time_torch(run: Run, model: ModelWork, clock: Clock) -> tuple[float, float]
     """Return the seconds of a call in torch, and of one pass back through it; zeros where torch cannot."""
     import torch
 
-    from mpq_deploy.onnx_torch.adjoint import layer_gradients, parts_within
+    from mpq_deploy.onnx_torch.adjoint import gradient_bytes, layer_gradients, parts_within
     from mpq_deploy.onnx_torch.torch_graph import TorchGraph, UnsupportedOperator
 
     exported = run.exported
@@ -261,7 +261,8 @@ def _time_torch(run: Run, model: ModelWork, clock: Clock) -> tuple[float, float]
         one = graph.feed(example_feed(exported.model, 1))
         single = _timed(lambda: finished(graph.run(one)), clock)
         footprint, _ = graph.footprint(one, lambda *_: None)
-    parts = parts_within(footprint, 2 * model.size.outputs, MEMORY_BYTES)
+    gradients = gradient_bytes(footprint, uses, run.recipe.measure.probes, range(len(uses)))
+    parts = parts_within(footprint, gradients, MEMORY_BYTES)
     batch = probe_batch(run.recipe, model) if 3 * single <= LONGEST and len(parts) == 1 else 1
     feeds = graph.feed(example_feed(exported.model, batch))
 

@@ -28,7 +28,7 @@ from mpq_deploy.onnx_torch.pass_memory import (
     VALUE_SHARE,
     WHOLE_SHARE,
 )
-from mpq_deploy.rounding.candidate_store import HELD_BYTES
+from mpq_deploy.rounding.candidate_store import held_bytes
 from mpq_deploy.rounding.hessian import BATCH_SIZE as HESSIAN_BATCH
 from mpq_deploy.rounding.hessian import ROWS_PER_COLUMN, WAITING_SHARE
 from mpq_deploy.rounding.quantizers import (
@@ -483,7 +483,7 @@ def _measure(size: ModelSize, recipe: Recipe, forms: int) -> StageMemory:
     values = _adjoint(size, probes, max(1, min(batch, most)))
     stacks = size.weights * (1 + forms)
     kept = min(stacks, STACK_BYTES) if stacks < HELD_SHARE * STACK_BYTES else 0
-    kept += min(HELD_BYTES, size.weights * (FLOAT32_BYTES + forms) // FLOAT32_BYTES)
+    kept += held_bytes(size.weights * (FLOAT32_BYTES + forms) // FLOAT32_BYTES)
     largest = FLOAT32_BYTES * size.largest
     at_once = min(largest * forms, max(LARGE_STACK_BYTES, largest))
     work = largest * STACK_ARRAYS + at_once + kept

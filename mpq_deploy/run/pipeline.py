@@ -34,7 +34,7 @@ from mpq_deploy.stages import (
 from mpq_deploy.system.compute import AUTO, Compute, compute_on, computing_on, find_compute
 from mpq_deploy.system.files import Fields, write_text
 from mpq_deploy.system.inputs import read_text
-from mpq_deploy.system.memory import metered
+from mpq_deploy.system.memory import metered, spare_address_space
 from mpq_deploy.system.parallel.work import Alone, Crew
 from mpq_deploy.system.progress import Talk
 from mpq_deploy.system.quantities import duration_text
@@ -246,6 +246,7 @@ def open_pipeline(
     only stages run the model, so a compute device that is not here is refused by the first of
     those that must be made. Raises UsageError for a device that is not here.
     """
+    spare_address_space()
     if run.is_dir():
         check_one_run(run)
     check_recipe(recipe)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -81,7 +82,25 @@ def stage_memory(run: Run, stage: str, batch: int | None = None) -> StageMemory:
     if stage in BATCHED:
         # To look at a pipeline's class takes seconds of imports, which other stages are spared.
         rows = (batch or _batch_size(run, stage)) * rows_per_step(run.exported.spec)
-    return estimate_stage(stage, size, run.recipe, forms, _rounding_workers(run, stage), rows)
+    found = estimate_stage(stage, size, run.recipe, forms, _rounding_workers(run, stage), rows)
+    if stage in BATCHED and run.exported.spec.pipeline is not None:
+        more, code = _other_parts(run)
+        found = replace(found, weights=found.weights + more, code=found.code + code)
+    return found
+
+
+def _other_parts(run: Run) -> tuple[int, int]:
+    """Return what a pipeline holds beside its denoiser: weights, in float32, and the libraries that run them."""
+    from mpq_deploy.models.additions import LEFT_OUT
+    from mpq_deploy.run.memory_model import EXPORT_BYTES, source_size
+
+    spec, folder = run.exported.spec.pipeline, run.exported.model.pipeline
+    if spec is None or folder is None:
+        return 0, 0
+    others = {path.name: path for path in sorted(folder.iterdir()) if path.is_dir()}
+    for name in (spec.component, *LEFT_OUT):
+        others.pop(name, None)
+    return sum(source_size(_weight_files(part))[0] for part in others.values()), EXPORT_BYTES
 
 
 def _rounding_workers(run: Run, stage: str) -> int:

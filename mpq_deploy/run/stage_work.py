@@ -100,7 +100,8 @@ class ModelWork:
 
     ``guided``: rows of the model per sample and step; ``available``: calls to calibrate on and to
     compare on, where somebody recorded them or a component has inputs of its own; None: any number.
-    ``builds``: whether the target's engine can be built here.
+    ``builds``: whether the target's engine can be built here; ``kept``: trajectories that were run before,
+    and calls of each timestep that were observed before (``forecast`` sets them).
     """
 
     spec: DenoiserSpec
@@ -110,6 +111,7 @@ class ModelWork:
     guided: int
     available: tuple[int, int] | None
     builds: bool = True
+    kept: tuple[int, int] = (0, 0)
     _steps: dict[tuple[int, str], int] = field(default_factory=dict, compare=False)
 
     @classmethod
@@ -209,14 +211,15 @@ def _calibrate(recipe: Recipe, model: ModelWork) -> Work:
     section, steps = recipe.calibrate, timesteps(recipe, model)
     recorded = recorded_calls(recipe, model)
     seen = min(section.observed, recorded)
-    observed, parts = seen * steps, 1 + ((seen - 1) // FIRST_PART).bit_length()
+    parts = 1 + ((seen - 1) // FIRST_PART).bit_length()
+    observed = max(seen - model.kept[1], 0) * steps
     sampled = 0
     if not model.spec.recorded:
         total = model.steps(recipe, section.steps)
         # Trajectories end with the last step that is recorded; pipelines go to their end.
         kept = kept_timesteps(total, steps)
         last = int(sampled_steps(total, kept)[-1]) + 1 if model.spec.sampled else total
-        sampled = recorded * last
+        sampled = max(recorded - model.kept[0] * model.guided, 0) * last
     # One call of each timestep is looked at for values beyond FP16, and compared with a script's.
     looked = steps * (1 + model.spec.recorded)
     floats = sampled + looked

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +32,7 @@ from mpq_deploy.system.compute import (
 )
 from mpq_deploy.system.hub_cache import hub_blobs
 from mpq_deploy.system.lanes import lanes_for
+from mpq_deploy.system.memory import memory_room
 from mpq_deploy.system.threads import may_spin, runtime_threads
 
 # All errors that ONNX Runtime raises for a model it cannot run; they share no base class.
@@ -51,6 +53,8 @@ WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 # From so many bytes of weights on, sessions on the CPU leave them where the file is mapped (our
 # choice: smaller models run faster with weights in the layout of each kernel, which are copies).
 LARGE_WEIGHTS_BYTES = 1 << 30
+# Opening a quantized graph that is dequantized at once takes so many times its weights in float (over 2.15, seen).
+FOLD_COPIES = 3
 # A session's copies of smaller weights, in the layouts of its kernels, beside the mapped ones
 # (fitted to peaks).
 SESSION_COPIES = 0.5
@@ -84,6 +88,21 @@ def spare_memory(options: ort.SessionOptions) -> None:
     # The level above brings the weights of convolutions into blocks of channels.
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
     options.add_session_config_entry("session.disable_prepacking", "1")
+
+
+def dequantize_in_turn(options: ort.SessionOptions) -> None:
+    """Make a session dequantize each weight in every run, and hold none of them in float before or after."""
+    spare_memory(options)
+    options.add_session_config_entry("optimization.disable_specified_optimizers", "ConstantFolding")
+    # The arena would keep areas for weights of every size.
+    options.enable_cpu_mem_arena = False
+    options.enable_mem_pattern = False
+
+
+def _dequantized_bytes(proto: onnx.ModelProto) -> int:
+    """Return the bytes in float32 of the constants that the graph dequantizes."""
+    read = {node.input[0] for node in proto.graph.node if node.op_type == "DequantizeLinear"}
+    return sum(4 * prod(one.dims) for one in proto.graph.initializer if one.name in read)
 
 
 def session_for_few_calls(model: Path) -> ort.InferenceSession:
@@ -135,6 +154,9 @@ def make_session_with(
             options.add_session_config_entry(WEIGHTS_FOLDER, str(model.resolve().parent))
         if on_cpu and sum(file.stat().st_size for file in files) >= LARGE_WEIGHTS_BYTES:
             spare_memory(options)
+        room, wide = memory_room(), _dequantized_bytes(proto) if on_cpu else 0
+        if wide >= LARGE_WEIGHTS_BYTES and room is not None and not room.holds(FOLD_COPIES * wide):
+            dequantize_in_turn(options)
     if VERSION < FUSES_FP8 and any(one.data_type in FP8 for one in proto.graph.initializer):
         options.add_session_config_entry("session.disable_quant_qdq", "1")
     available = ort.get_available_providers()

@@ -25,7 +25,12 @@ import torch
 from mpq_deploy.errors import ModelError
 from mpq_deploy.formats.fp8 import FP8_SCHEME, FloatGrid, operand_grids
 from mpq_deploy.graph.layers import Layer, LayerUse
-from mpq_deploy.onnx_torch.adjoint import UseGradients, layer_gradients, parts_within
+from mpq_deploy.onnx_torch.adjoint import (
+    UseGradients,
+    gradient_bytes,
+    layer_gradients,
+    parts_within,
+)
 from mpq_deploy.onnx_torch.pass_memory import PASS_COPIES, pass_bytes
 from mpq_deploy.onnx_torch.torch_graph import TorchGraph
 from mpq_deploy.sensitivity.layer_weights import (
@@ -205,6 +210,10 @@ class _Probing:
     def _places(self) -> list[LayerUse]:
         return [*(item.use for item in self._uses), *(one.use for one in self._operands)]
 
+    @property
+    def _rounded(self) -> list[int]:
+        return [number for number, item in enumerate(self._uses) if item.roundings]
+
     def plan(self) -> tuple[int, tuple[int, ...], tuple[str, ...]]:
         """Return how many samples to evaluate at once, where parts of the graph end, and notes.
 
@@ -212,26 +221,15 @@ class _Probing:
         embedding of a scalar timestep) is measured rightly only one sample at a time. There is more
         than one part only where one batch takes several times the memory allowed.
         """
-        seen = {name: 0 for use in self._places for name in (use.input, use.output)}
-
         finite = _Finite()
-
-        def see(name: str, value: Any) -> None:
-            finite.look(name, value)
-            if name in seen:
-                seen[name] = value.numel() * value.element_size()
-
         with torch.no_grad():
             footprint, _ = self._graph.footprint(
-                self._graph.feed(self._calls.feeds(0, self._calls.first)), see
+                self._graph.feed(self._calls.feeds(0, self._calls.first)), finite.look
             )
         finite.refuse()
-        gradients = self._settings.probes * sum(
-            seen[u.use.output] + (seen[u.use.input] if u.roundings else 0) for u in self._uses
-        )
-        gradients += self._settings.probes * sum(seen[one.tensor] for one in self._operands)
+        gradients = gradient_bytes(footprint, self._places, self._settings.probes, self._rounded)
         one, most = (
-            PASS_COPIES * sum(footprint.made) + gradients,
+            PASS_COPIES * sum(footprint.made) + sum(gradients),
             pass_bytes(self._device, MEMORY_BYTES),
         )
         whole, parts = (len(footprint.made),), parts_within(footprint, gradients, most)
@@ -280,9 +278,8 @@ class _Probing:
             return [one.reshape(output.shape) for one in noise]
 
         products: list[tuple[Any, Any]] = []
-        rounded = [number for number, item in enumerate(self._uses) if item.roundings]
         for came in layer_gradients(
-            self._graph, feeds, parts, self._places, {self._output: seeds}, rounded
+            self._graph, feeds, parts, self._places, {self._output: seeds}, self._rounded
         ):
             with torch.no_grad():
                 if came.number >= len(self._uses):

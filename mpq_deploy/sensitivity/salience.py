@@ -19,7 +19,7 @@ from mpq_deploy.calls.recorded import RecordedCalls
 from mpq_deploy.formats.candidates import LayerCandidates
 from mpq_deploy.graph.layers import Layer, LayerGraph
 from mpq_deploy.models.spec import Array
-from mpq_deploy.onnx_torch.adjoint import layer_gradients, parts_within
+from mpq_deploy.onnx_torch.adjoint import gradient_bytes, layer_gradients, parts_within
 from mpq_deploy.onnx_torch.pass_memory import PASS_COPIES, WHOLE_SHARE, pass_bytes
 from mpq_deploy.onnx_torch.torch_graph import TorchGraph
 from mpq_deploy.sensitivity.layer_weights import Kept, float_matrix, node_attributes
@@ -117,7 +117,8 @@ class _OnDevice:
         with torch.no_grad():
             feeds = self._graph.feed(calls.feeds(0, calls.first))
             footprint, _ = self._graph.footprint(feeds, lambda *_: None)
-        self._parts = parts_within(footprint, 0, memory)
+        gradients = gradient_bytes(footprint, (use for _, use in self._uses), 1)
+        self._parts = parts_within(footprint, gradients, memory)
         # One batch of several takes no more than one call may.
         most = max(1, WHOLE_SHARE * memory // max(1, PASS_COPIES * sum(footprint.made)))
         self.batch = calls.fixed_batch or min(SALIENCE_BATCH, calls.count, most)

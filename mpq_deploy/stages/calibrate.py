@@ -19,7 +19,7 @@ from mpq_deploy.system.compute import computing_on
 from mpq_deploy.system.files import Fields
 
 if TYPE_CHECKING:
-    from mpq_deploy.calibrate.spread_calibration import KeptCalls
+    from mpq_deploy.calibrate.spread_calibration import CalibrationSetup, KeptCalls
     from mpq_deploy.run.view import Run
 
 
@@ -53,25 +53,15 @@ def make(run: Run, folder: Path) -> str:
     """Make the stage in ``folder``; return a few words for the log."""
     from mpq_deploy.calibrate.calibrate import calibrate
     from mpq_deploy.calibrate.fp16_range import WIDE_FROM, large_values, named, save_beyond
-    from mpq_deploy.calibrate.spread_calibration import (
-        CalibrationSetup,
-        kept_observed,
-        kept_samples,
-    )
+    from mpq_deploy.calibrate.spread_calibration import kept_observed, kept_samples
 
     section = run.recipe.calibrate
     exported = run.exported
     check_memory(run, STAGE)
-    section = section.replace(batch_size=batch_within_memory(run, STAGE.name))
+    batch = batch_within_memory(run, STAGE.name)
     check_dialect(run, exported.path, OPERATOR_RULES)
-    # A component without timesteps has so many inputs and no more.
-    rows = exported.spec.calibration_rows
-    if rows is not None:
-        section = section.replace(samples=min(section.samples, rows))
-    sampler = run.recipe.evaluate.sampler
-    attention = run.recipe.allocate.attention != "fp16"
-    operands = operand_names(exported.graph.model) if attention else ()
-    setup = CalibrationSetup(exported.model, section, sampler, operands)
+    setup = _setup(run, batch)
+    section = setup.settings
     kept = _kept(run)
     recorded, stats, seen = calibrate(
         setup, exported.graph, run.talk, scratch=run.scratch(), crew=run.crew, kept=kept
@@ -94,6 +84,31 @@ def make(run: Run, folder: Path) -> str:
     before = kept_observed(kept, setup)
     known += f", {len(before.calls)} of them observed before" if before else ""
     return f"{len(recorded.timesteps)} timesteps x {count} calls{known}, {len(stats.activations)} activations"
+
+
+def _setup(run: Run, batch: int) -> CalibrationSetup:
+    from mpq_deploy.calibrate.spread_calibration import CalibrationSetup
+
+    exported, section = run.exported, run.recipe.calibrate.replace(batch_size=batch)
+    # A component without timesteps has so many inputs and no more.
+    rows = exported.spec.calibration_rows
+    if rows is not None:
+        section = section.replace(samples=min(section.samples, rows))
+    attention = run.recipe.allocate.attention != "fp16"
+    operands = operand_names(exported.graph.model) if attention else ()
+    return CalibrationSetup(exported.model, section, run.recipe.evaluate.sampler, operands)
+
+
+def kept_counts(run: Run) -> tuple[int, int]:
+    """Return how many trajectories the stage would keep from before, and how many observed calls of each timestep."""
+    from mpq_deploy.calibrate.spread_calibration import kept_observed, kept_samples
+
+    kept = _kept(run)
+    if kept is None:
+        return 0, 0
+    setup = _setup(run, run.recipe.calibrate.batch_size)
+    seen = kept_observed(kept, setup)
+    return kept_samples(kept, setup), 0 if seen is None else len(seen.calls)
 
 
 def _kept(run: Run) -> KeptCalls | None:

@@ -86,14 +86,13 @@ class PlanQuality:
 
     def _measure(self, schemes: dict[str, str]) -> dict[str, Any]:
         """Measure a plan, stored or not."""
-        model = self._exported.model
+        model, cache = self._exported.model, self.run.base / SAMPLES
         if self._calls is None:
-            self._calls = FreshCalls(model, self.settings, self.run.talk)
+            self._calls = FreshCalls(model, self.settings, self.run.talk, cache)
         with tempfile.TemporaryDirectory(dir=self.run.scratch()) as folder:
             write_plan(self.run, schemes, Path(folder))
             graph = Path(folder) / SIMULATED
             errors = self._calls.errors(graph)
-            cache = self.run.base / ".samples"
             sampled = evaluate({"plan": Variant(graph)}, model, self.settings, cache=cache)
         psnr = sampled.variants["plan"].psnr_db
         return {

@@ -8,6 +8,7 @@ do. Nothing else outside the standard library is needed.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import sys
@@ -30,6 +31,8 @@ MACHINE, ADDRESS_SPACE, SAID = (
     "the limit on address space (ulimit -v)",
     f"the variable {VARIABLE}",
 )
+# glibc's malloc.h: M_ARENA_MAX; M_MMAP_THRESHOLD, from which size on a block is a mapping of its own.
+ARENAS, APART = (-8, 1), (-3, 1 << 20)
 # How NumPy, ONNX Runtime, torch, CUDA's libraries and the system say that an allocation failed.
 FAILED = (
     "bad_alloc",
@@ -187,6 +190,19 @@ def held_memory() -> int:
         return 0
     held = psutil.Process().memory_info()
     return int(held.rss) - int(getattr(held, "shared", 0))
+
+
+def spare_address_space() -> None:
+    """Where address space is limited, have the allocator of C (glibc's) give back what is freed.
+
+    By default blocks of up to 32 MiB come from a heap that tensors of many sizes leave full of
+    holes, and each thread reserves 64 MiB. Calls without such a limit are spared the system's work.
+    """
+    if any(_address_space()):
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+        for setting in ARENAS, APART:
+            if mallopt is not None:
+                mallopt(*setting)
 
 
 def memory_room(root: Path = Path("/")) -> Room | None:

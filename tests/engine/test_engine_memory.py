@@ -50,6 +50,30 @@ def test_what_lives_at_once_is_counted_by_hand(batch: int, tmp_path: Path) -> No
     assert found.total_bytes == 1000 + found.activation_bytes + RUNTIME_BYTES
 
 
+@pytest.mark.parametrize(("channels", "fused"), [(16, False), (64, True), (160, False)])
+def test_scores_of_an_attention_in_one_kernel_are_nowhere(
+    channels: int, fused: bool, tmp_path: Path
+) -> None:
+    nodes = [
+        helper.make_node("MatMul", ["q", "k"], ["scores"]),
+        helper.make_node("Softmax", ["scores"], ["shares"]),
+        helper.make_node("MatMul", ["shares", "v"], ["y"]),
+    ]
+    shapes = {"q": (2, 512, channels), "k": (2, channels, 512), "v": (2, 512, channels)}
+    sides = [
+        helper.make_tensor_value_info(name, TensorProto.FLOAT16, shape)
+        for name, shape in {**shapes, "y": shapes["v"]}.items()
+    ]
+    graph = helper.make_graph(nodes, "attention", sides[:3], sides[3:])
+    opset = [helper.make_opsetid("", 21)]
+    onnx.save(helper.make_model(graph, opset_imports=opset, ir_version=10), tmp_path / "model.onnx")
+    found = estimate_memory(tmp_path / "model.onnx", shapes, 1000)
+    # Of one kernel q, k and v; else the scores twice, or once beside all three.
+    one, scores = 2 * 2 * 512 * channels, 2 * 2 * 512 * 512
+    alive = 3 * one if fused else max(2 * scores + one, scores + 3 * one)
+    assert found.activation_bytes == WORKSPACE_BYTES + COPIES * alive
+
+
 def test_more_batch_takes_more_and_weights_are_no_activations(tmp_path: Path) -> None:
     written = write_plan(tmp_path, lambda number, layer: FAMILIES[number % len(FAMILIES)])
     found = [

@@ -15,6 +15,7 @@ from mpq_deploy.errors import ModelError, UsageError
 from mpq_deploy.evaluate import evaluate as module
 from mpq_deploy.evaluate.evaluate import Variant, evaluate
 from mpq_deploy.evaluate.evaluation_result import Evaluation
+from mpq_deploy.evaluate.fresh import FreshCalls
 from mpq_deploy.evaluate.images import psnr_db, to_unit
 from mpq_deploy.evaluate.output_error import nmse
 from mpq_deploy.evaluate.setup import spread_rows
@@ -287,14 +288,67 @@ def test_only_what_changed_is_sampled_again(files, tmp_path, monkeypatch):
     assert changed.variants["ours"].measured_nmse > cold.variants["ours"].measured_nmse
     opened.clear()
     run(files, cache=tmp_path / "cache", settings=SETTINGS.replace(samples=4))
-    assert len(opened) == 3
+    assert opened == ["ours.onnx", "int4.onnx"]
+    run(files, cache=tmp_path / "cache", settings=SETTINGS.replace(steps=5))
+    assert opened[2:] == ["float.onnx", "ours.onnx", "int4.onnx"]
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+@pytest.mark.parametrize("sampler", ["DDIMScheduler", "EulerAncestralDiscreteScheduler"])
+def test_more_samples_run_the_float_model_on_those_that_are_missing(
+    files, tmp_path, monkeypatch, sampler, guidance
+):
+    """Conditions are cycled from four samples on: more samples begin as fewer, in batches of two."""
+    scheduler = {"_class_name": sampler, "num_train_timesteps": 100}
+    more = {"guidance_scale": guidance, "uncond_row": 3} if guidance > 1 else {}
+    spec, rows = specification(scheduler=scheduler, **more), []
+    real = module._sample
+
+    def sampled(setup, denoiser, watched, part):
+        rows.append(
+            (part.name, len(setup.rows[slice(part.images.start, part.images.stop)]))
+            if part.images
+            else (part.name, len(setup.rows))
+        )
+        return real(setup, denoiser, watched, part)
+
+    monkeypatch.setattr(module, "_sample", sampled)
+    fewer, cache = SETTINGS, tmp_path / "cache"
+    run(files, spec, fewer, cache=cache)
+    rows.clear()
+    # What only chooses among the calls runs nothing of the float model.
+    run(files, spec, fewer.replace(calls=2), cache=cache)
+    assert not [name for name, _ in rows if name == module.FLOAT]
+    rows.clear()
+    found = run(files, spec, fewer.replace(samples=9), cache=cache)
+    assert dict(rows)[module.FLOAT] == (5 if sampler == "DDIMScheduler" else 9)
+    fresh = run(files, spec, fewer.replace(samples=9))
+    assert found.as_json() == fresh.as_json()
+    assert all(np.array_equal(found.images[name], fresh.images[name]) for name in fresh.images)
+
+
+def test_fresh_calls_are_kept_by_what_they_depend_on(files, tmp_path, monkeypatch):
+    model, opened = float_model(files), []
+    real = module.OrtDenoiser.in_lanes
+    monkeypatch.setattr(
+        module.OrtDenoiser,
+        "in_lanes",
+        lambda path, *a, **k: opened.append(path.name) or real(path, *a, **k),
+    )
+    errors = [
+        FreshCalls(model, settings, Talk(), tmp_path / "cache").errors(files["ours"])
+        for settings in (SETTINGS, SETTINGS, SETTINGS.replace(seed=7))
+    ]
+    assert opened == [*("float.onnx", "ours.onnx"), "ours.onnx", *("float.onnx", "ours.onnx")]
+    assert np.array_equal(errors[0], errors[1]) and not np.array_equal(errors[0], errors[2])
 
 
 @pytest.mark.parametrize("damage", [b"", b"no archive", None])
 def test_a_damaged_cache_entry_is_made_again(files, tmp_path, damage):
     cold = run(files, cache=tmp_path / "cache")
     entries = sorted((tmp_path / "cache").iterdir())
-    assert len(entries) == 3
+    # Two variants, and the float model's batches of two of five images.
+    assert len(entries) == 5
     for entry in entries:
         content = bytearray(entry.read_bytes())
         # In the values of the first array: what the zip says of its members may change without harm.
@@ -302,7 +356,7 @@ def test_a_damaged_cache_entry_is_made_again(files, tmp_path, damage):
         entry.write_bytes(bytes(content) if damage is None else damage)
     heard = Heard()
     assert run(files, cache=tmp_path / "cache", talk=heard).as_json() == cold.as_json()
-    assert len(heard.warnings) == 3 and "made again" in heard.warnings[0]
+    assert len(heard.warnings) >= 3 and "made again" in heard.warnings[0]
     assert sorted((tmp_path / "cache").iterdir()) == entries
 
 

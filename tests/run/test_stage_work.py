@@ -4,21 +4,25 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnxruntime as ort
 import pytest
+from safetensors.numpy import load_file
 
 import mpq_deploy
 from mpq_deploy.models.spec import DenoiserSpec, InputSpec
 from mpq_deploy.recipe import EvaluateSettings, Recipe
-from mpq_deploy.run.memory_model import hessian_groups
+from mpq_deploy.run.memory_model import estimate_stage, hessian_groups
 from mpq_deploy.run.pipeline import STAGES, open_pipeline
+from mpq_deploy.run.stage_memory import stage_memory
 from mpq_deploy.run.stage_work import ModelWork, images_of_control, works
+from mpq_deploy.stages.calibrate import kept_counts
 from tests.graphs import denoiser_graph
-from tests.pipeline.runs import Notes, recipe_for, save_denoiser
+from tests.pipeline.runs import Notes, build, recipe_for, save_denoiser
 from tests.tiny_models import ONE_LEVEL, tiny_text_pipeline_folder
 
 torch = pytest.importorskip("torch")
@@ -111,6 +115,36 @@ def test_stages_run_what_is_counted(
     assert_counts(recipe_for(save_denoiser(tmp_path), **changes), tmp_path / "run", seen)
 
 
+@pytest.mark.parametrize(
+    ("first", "then", "kept"),
+    [
+        ({"samples": 6}, {"samples": 11}, (4, 0)),
+        ({"samples": 16, "observed": 13}, {"samples": 18, "observed": 18}, (16, 12)),
+        ({"samples": 6}, {"samples": 6, "seed": 9}, (0, 0)),
+    ],
+)
+def test_calls_that_are_kept_are_not_counted_again(
+    tmp_path: Path,
+    seen: Counter[str],
+    first: dict[str, int],
+    then: dict[str, int],
+    kept: tuple[int, int],
+) -> None:
+    source = save_denoiser(tmp_path, denoiser_graph(channels=8, size=4))
+    before, after = (
+        recipe_for(source, **{f"calibrate__{name}": value for name, value in counts.items()})
+        for counts in (first, then)
+    )
+    build(before, tmp_path / "run", "calibrate")
+    with open_pipeline(after, tmp_path / "run", Notes()) as pipeline:
+        run = pipeline.current("export")
+        model = replace(ModelWork.of(run), kept=kept_counts(run))
+        seen.clear()
+        pipeline.ensure("calibrate")
+    work = works(after, model)["calibrate"]
+    assert model.kept == kept and seen["float"] == work.floats + work.observed
+
+
 def test_calls_run_again_for_each_group_of_hessians(tmp_path: Path, seen: Counter[str]) -> None:
     changes = {"quantize__memory_mb": 32, "calibrate__samples": 9}
     model = save_denoiser(tmp_path, denoiser_graph(channels=64))
@@ -127,6 +161,15 @@ def test_a_pipeline_runs_what_is_counted(tmp_path: Path, seen: Counter[str]) -> 
     recipe = recipe_for(folder, **options)
     # Of guidance: two rows of the denoiser for each image.
     assert assert_counts(recipe, tmp_path / "run", seen).guided == 2
+    # The memory of its other parts, beside that of the same denoiser alone.
+    with open_pipeline(recipe, tmp_path / "run", Notes()) as pipeline:
+        run = pipeline.current("export")
+        found, size = stage_memory(run, "evaluate"), run.exported.size
+    alone = estimate_stage("evaluate", size, recipe, 0, rows=2 * recipe.evaluate.batch_size)
+    parts = [load_file(file) for file in folder.rglob("*.safetensors") if "unet" not in file.parts]
+    elements = sum(array.size for part in parts for array in part.values())
+    assert len(parts) > 1 and found.weights - alone.weights == 4 * elements
+    assert found.values == alone.values and found.code > alone.code
 
 
 def test_calls_of_a_script_are_run_as_counted(tmp_path: Path, seen: Counter[str]) -> None:

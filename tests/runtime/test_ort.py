@@ -14,6 +14,7 @@ from mpq_deploy.models.open import open_denoiser
 from mpq_deploy.models.spec import InputSpec
 from mpq_deploy.runtime import ort
 from mpq_deploy.runtime.ort import OrtDenoiser, make_session, spare_memory
+from mpq_deploy.system.memory import Room
 from tests.graphs import GraphBuilder
 from tests.tiny_models import tiny_onnx_with_yaml
 
@@ -174,3 +175,25 @@ def test_fake_quantization_equals_arithmetic_by_hand(exported: ExportedModel) ->
     expected = rounded.astype(np.float64) @ (codes * 0.01)
     got = OrtDenoiser(model, spec, fake_quant_only=True)(x, 0.0, {})
     np.testing.assert_allclose(got, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("left", [10**12, 10**4])
+def test_a_large_quantized_graph_is_dequantized_in_turn_where_memory_is_short(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left: int
+) -> None:
+    model, opened = tmp_path / "model.onnx", []
+    model.write_bytes(quantized_pair())
+    x = np.random.default_rng(1).standard_normal((4, 64), np.float32)
+
+    def outputs() -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
+        session = make_session(model, fake_quant_only=True)
+        feeds = {"sample": x, "timestep": np.zeros(4, np.float32)}
+        return np.asarray(session.run(["out"], feeds)[0])
+
+    usual = outputs()
+    in_turn = ort.dequantize_in_turn
+    monkeypatch.setattr(ort, "dequantize_in_turn", lambda options: opened.append(in_turn(options)))
+    monkeypatch.setattr(ort, "LARGE_WEIGHTS_BYTES", 1)
+    monkeypatch.setattr(ort, "memory_room", lambda: Room(left, "this machine"))
+    np.testing.assert_allclose(outputs(), usual, rtol=1e-5, atol=1e-6)
+    assert len(opened) == (left == 10**4)

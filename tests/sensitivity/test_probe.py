@@ -13,7 +13,7 @@ from scipy.stats import spearmanr
 torch = pytest.importorskip("torch")
 
 from mpq_deploy.errors import ModelError, UsageError  # noqa: E402
-from mpq_deploy.onnx_torch.adjoint import parts_within  # noqa: E402
+from mpq_deploy.onnx_torch.adjoint import gradient_bytes, parts_within  # noqa: E402
 from mpq_deploy.onnx_torch.torch_graph import TorchGraph  # noqa: E402
 from mpq_deploy.recipe import MeasureSettings, make_recipe  # noqa: E402
 from mpq_deploy.sensitivity import layer_weights  # noqa: E402
@@ -176,14 +176,19 @@ def test_parts_of_the_graph_give_the_same_products(
 
 def parts_of(case: Setting, memory_bytes: int) -> tuple[slice, ...]:
     graph = TorchGraph(case.graph.model)
+    uses = [use for layer in case.graph.layers for use in layer.uses]
     with torch.no_grad():
         footprint, _ = graph.footprint(
             graph.feed({n: v[:1] for n, v in case.feeds(0).items()}), lambda *_: None
         )
-    found = parts_within(footprint, 0, memory_bytes)
+    gradients = gradient_bytes(footprint, uses, 2, range(len(uses)))
+    found = parts_within(footprint, gradients, memory_bytes)
     assert [part.start for part in found] == [0, *(part.stop for part in found[:-1])]
-    most = max(memory_bytes // 2, *footprint.made)
-    assert all(sum(footprint.made[part]) <= most for part in found)
+    taken = [2 * made + more for made, more in zip(footprint.made, gradients, strict=True)]
+    assert all(sum(taken[part]) <= memory_bytes or part.stop == part.start + 1 for part in found)
+    sizes = {name: size for outputs in footprint.outputs for name, size in outputs.items()}
+    by_hand = sum(2 * (sizes[use.output] + sizes.get(use.input, 0)) for use in uses)
+    assert sum(gradients) == by_hand
     return found
 
 

@@ -234,3 +234,30 @@ def test_what_this_process_holds_grows_with_it() -> None:
     kept = bytearray(b"x" * (64 << 20))
     assert held_memory() - before > 48 << 20
     assert len(kept) and memory.MACHINE in str(Room(GB, memory.MACHINE))
+
+
+HOLES = """
+import resource, numpy as np
+from mpq_deploy.system import memory
+resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
+memory.{call}
+before = memory.memory_room().bytes
+# Freed but for one in thirty, which lie all over the heap.
+kept = [np.ones(1 << 20) for _ in range(90)]
+kept = kept[::30]
+print((before - memory.memory_room().bytes) >> 20)
+"""
+
+
+@pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="address space is limited on Linux"
+)
+def test_freed_arrays_leave_limited_address_space() -> None:
+    """With holes in a heap that never shrinks nearly all of it would stay taken."""
+
+    def taken(call: str) -> int:
+        code = [sys.executable, "-c", HOLES.format(call=call)]
+        return int(subprocess.run(code, capture_output=True, text=True, check=True).stdout)
+
+    assert taken("spare_address_space()") < 40
+    assert taken("memory_room()") >= taken("spare_address_space()")
