@@ -33,7 +33,7 @@ from mpq_deploy.device.generate.generation_folder import (
 from mpq_deploy.device.generate.schedulers import scheduler_from_config
 from mpq_deploy.errors import ModelError, UsageError
 from mpq_deploy.graph.load import external_files, read_proto
-from mpq_deploy.models.additions import pipeline_index, read_scheduler
+from mpq_deploy.models.additions import pipeline_index
 from mpq_deploy.models.pipeline_graphs import pipeline_length
 from mpq_deploy.system.files import write_text
 from mpq_deploy.system.release import __version__
@@ -74,9 +74,10 @@ def write_generation(
         raise UsageError(f"A {kind} pipeline needs {names}.", "Export all parts.")
     if out.exists() and any(out.iterdir()):
         raise UsageError(f"{out} is not empty.", "Give a new folder.")
-    scheduler = read_scheduler(folder)
-    scheduler_from_config(scheduler)
     pipeline = load_pipeline(folder, pipeline_index(folder))
+    # As the pipeline holds it: its index names the class, and it corrects old settings.
+    scheduler = json.loads(pipeline.scheduler.to_json_string())
+    scheduler_from_config(scheduler)
     written = {name: _write_part(name, file, out, pipeline) for name, file in parts.items()}
     tokenizers = {
         name: _write_tokenizer(pipeline, name, out / name)

@@ -40,9 +40,7 @@ def export_pipeline(
     name = "unet" if getattr(pipeline, "unet", None) is not None else "transformer"
     export_denoiser(denoiser, out / name, talk)
     files = {name: out / name / MODEL}
-    size = getattr(pipeline, name).config.sample_size if spec.sample.shape[1:2] else None
-    side = int(size) if size else pipeline.default_sample_size
-    networks |= vae_networks(pipeline, side, images)
+    networks |= vae_networks(pipeline, latent_size(spec.sample.shape), images)
     for part, network in networks.items():
         model = network.to_onnx(talk)
         check_finite(model)
@@ -70,6 +68,14 @@ def text_networks(pipeline: Any, kind: str) -> dict[str, TorchNetwork]:
     return networks
 
 
+def latent_size(shape: tuple[int, ...]) -> tuple[int, int]:
+    """Return (height, width) of latents from the denoiser's sample; packed ones are square."""
+    if len(shape) == 3:
+        return shape[1], shape[2]
+    side = 2 * round(shape[0] ** 0.5)
+    return side, side
+
+
 def pipeline_length(pipeline: Any) -> int:
     """Return the tokens that the pipeline gives its T5 by default."""
     import inspect
@@ -94,12 +100,12 @@ def _text_call(outputs: tuple[str, ...], last: bool) -> Any:
     return call
 
 
-def vae_networks(pipeline: Any, side: int, images: bool) -> dict[str, TorchNetwork]:
-    """Return the VAE's halves, for latents of ``side`` x ``side``."""
+def vae_networks(pipeline: Any, size: tuple[int, int], images: bool) -> dict[str, TorchNetwork]:
+    """Return the VAE's halves, for latents of ``size`` (height, width)."""
     vae = pipeline.vae
     channels, factor = int(vae.config.latent_channels), int(pipeline.vae_scale_factor)
-    latents = (InputSpec(name=DECODED, shape=(channels, side, side)),)
-    pixels = (InputSpec(name=ENCODED, shape=(3, side * factor, side * factor)),)
+    latents = (InputSpec(name=DECODED, shape=(channels, *size)),)
+    pixels = (InputSpec(name=ENCODED, shape=(3, *(factor * one for one in size))),)
 
     def decode(model: Any, z: torch.Tensor) -> Any:
         return model.decode(z, return_dict=False)[0]
