@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
 import numpy as np
 
 from mpq_deploy.device.generate.noise_schedule import Array, spaced_timesteps
@@ -22,7 +25,7 @@ SIGMA_DATA = 0.5  # of consistency models' boundary conditions (Luo et al. 2023)
 class DDIMScheduler(AlphaScheduler):
     """Song et al. 2020, formula 12, without added noise."""
 
-    defaults = {**LEADING, "set_alpha_to_one": True}
+    defaults: ClassVar[Mapping[str, Any]] = {**LEADING, "set_alpha_to_one": True}
 
     def _schedule(
         self, steps: int, sigmas: Array | None, mu: float | None, strength: float
@@ -49,8 +52,8 @@ class DDIMScheduler(AlphaScheduler):
 class DDPMScheduler(AlphaScheduler):
     """Ho et al. 2020, formula 7; noise at every timestep but 0."""
 
-    defaults = {**LEADING, "variance_type": "fixed_small"}
-    choices = {
+    defaults: ClassVar[Mapping[str, Any]] = {**LEADING, "variance_type": "fixed_small"}
+    choices: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         "beta_schedule": ("linear", "scaled_linear", "squaredcos_cap_v2", "laplace", "sigmoid"),
         "variance_type": ("fixed_small", "fixed_small_log", "fixed_large"),
     }
@@ -84,7 +87,7 @@ class DDPMScheduler(AlphaScheduler):
 class LCMScheduler(AlphaScheduler):
     """Latent consistency models (Luo et al. 2023): noise after every step but the last."""
 
-    defaults = {
+    defaults: ClassVar[Mapping[str, Any]] = {
         **LEADING,
         "beta_start": 0.00085,
         "beta_end": 0.012,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -65,7 +65,7 @@ class SigmaScheduler(Scheduler):
 class EulerDiscreteScheduler(SigmaScheduler):
     """Karras et al. 2022, algorithm 2 without churn."""
 
-    defaults = {
+    defaults: ClassVar[Mapping[str, Any]] = {
         **DIFFUSION,
         **CONVERTED,
         "interpolation_type": "linear",
@@ -74,7 +74,7 @@ class EulerDiscreteScheduler(SigmaScheduler):
         "timestep_type": "discrete",
         "final_sigmas_type": "zero",
     }
-    choices = {
+    choices: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         "interpolation_type": ("linear", "log_linear"),
         "timestep_type": ("discrete", "continuous"),
     }
@@ -108,7 +108,9 @@ class EulerDiscreteScheduler(SigmaScheduler):
 class EulerAncestralDiscreteScheduler(SigmaScheduler):
     """Euler's step to a lower sigma, and noise back up to the next one."""
 
-    choices = {"prediction_type": ("epsilon", "v_prediction")}
+    choices: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "prediction_type": ("epsilon", "v_prediction")
+    }
 
     def _schedule(
         self, steps: int, sigmas: Array | None, mu: float | None, strength: float
@@ -131,7 +133,7 @@ class EulerAncestralDiscreteScheduler(SigmaScheduler):
 class FlowMatchEulerDiscreteScheduler(Scheduler):
     """Euler's steps along a flow from noise (sigma 1) to the sample (sigma 0)."""
 
-    defaults = {
+    defaults: ClassVar[Mapping[str, Any]] = {
         **CONVERTED,
         "num_train_timesteps": 1000,
         "shift": 1.0,

@@ -160,13 +160,13 @@ def _generation(folder: Path, read: Mapping[str, Any]) -> Generation:
 
 
 def _part(folder: Path, name: str, values: Mapping[str, Any]) -> Part:
-    tensors = [
+    inputs, outputs = (
         {key: Tensor(str(one["dtype"]), tuple(one["shape"])) for key, one in values[way].items()}
         for way in ("inputs", "outputs")
-    ]
+    )
     place = path_inside(folder / COMPONENTS, name, "A part", InputError)
     file = path_inside(place, str(values["file"]), "A part's file", InputError)
-    return Part(name, file, *tensors, values.get("vocabulary"), values.get("largest_batch"))
+    return Part(name, file, inputs, outputs, values.get("vocabulary"), values.get("largest_batch"))
 
 
 def _check_parts(generation: Generation) -> None:

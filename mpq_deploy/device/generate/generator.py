@@ -22,7 +22,12 @@ from mpq_deploy.device.generate.generation_folder import (
     Generation,
     open_generation,
 )
-from mpq_deploy.device.generate.graph_runner import OpenPart, OutOfMemory, open_part, run_in_rows
+from mpq_deploy.device.generate.graph_runner import (
+    OpenPart,
+    PartMemoryError,
+    open_part,
+    run_in_rows,
+)
 from mpq_deploy.device.generate.image_arrays import (
     check_same_size,
     image_array,
@@ -115,7 +120,7 @@ class Generator:
     def generate(self, wish: Wish) -> Iterator[Made]:
         """Yield each image as it is done.
 
-        Raises UsageError for what cannot be made; OutOfMemory where it breaks off, after the images
+        Raises UsageError for what cannot be made; PartMemoryError where it breaks off, after the images
         that are done.
         """
         wish = self._completed(wish)
@@ -183,8 +188,8 @@ class Generator:
         for picture, what in ((image, "image"), (mask, "mask")):
             if picture is not None:
                 check_same_size(picture, size, what)
-        filled = {"steps": steps, "guidance": guidance, "strength": strength, "size": size}
-        return replace(wish, image=image, mask=mask, **filled)
+        filled: dict[str, Any] = {"steps": steps, "guidance": guidance, "strength": strength}
+        return replace(wish, image=image, mask=mask, size=size, **filled)
 
     @property
     def _painting(self) -> bool:
@@ -233,9 +238,9 @@ class Generator:
             images = self._decoded(latents)
             if self._alone:
                 self._free("vae_decoder")
-        except (MemoryError, OutOfMemory) as error:
+        except (MemoryError, PartMemoryError) as error:
             what = f"Memory ran out at image {done + 1} of {given.wish.count}"
-            raise OutOfMemory(
+            raise PartMemoryError(
                 f"{what}; the {done} before it are kept. {error}".strip(),
                 "Give a smaller --batch, or --one-at-a-time.",
             ) from error

@@ -29,7 +29,7 @@ class OpenPart(Protocol):
         """Give its memory back."""
 
 
-class OutOfMemory(EngineError):
+class PartMemoryError(EngineError):
     """A part did not fit into memory."""
 
 
@@ -88,7 +88,7 @@ def _failure(part: Part, error: Exception, what: str) -> EngineError:
     """ONNX Runtime's errors share no base class; those for memory say so."""
     words = " ".join(str(error).split())[:300]
     short = isinstance(error, MemoryError) or "allocate" in words.lower()
-    return (OutOfMemory if short else EngineError)(f"The {part.name} {what}: {words}")
+    return (PartMemoryError if short else EngineError)(f"The {part.name} {what}: {words}")
 
 
 class EnginePart:

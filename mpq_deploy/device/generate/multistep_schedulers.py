@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -98,7 +98,7 @@ class MultistepScheduler(Scheduler):
 class DPMSolverMultistepScheduler(MultistepScheduler):
     """DPM-Solver++ of order 1 to 3 (Lu et al. 2022), and its SDE form."""
 
-    defaults = {
+    defaults: ClassVar[Mapping[str, Any]] = {
         **SOLVER,
         "algorithm_type": "dpmsolver++",
         "solver_type": "midpoint",
@@ -107,7 +107,7 @@ class DPMSolverMultistepScheduler(MultistepScheduler):
         "lambda_min_clipped": -float("inf"),
         "variance_type": None,
     }
-    choices = {
+    choices: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         "prediction_type": PREDICTED,
         "solver_order": (1, 2, 3),
         "algorithm_type": ("dpmsolver++", "sde-dpmsolver++"),
@@ -206,7 +206,7 @@ class DPMSolverMultistepScheduler(MultistepScheduler):
 class UniPCMultistepScheduler(MultistepScheduler):
     """UniPC (Zhao et al. 2023): a predictor, and a corrector of the sample before it."""
 
-    defaults = {
+    defaults: ClassVar[Mapping[str, Any]] = {
         **SOLVER,
         "predict_x0": True,
         "solver_type": "bh2",
@@ -216,7 +216,7 @@ class UniPCMultistepScheduler(MultistepScheduler):
         "sigma_max": None,
         "shift_terminal": None,
     }
-    choices = {
+    choices: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         "prediction_type": PREDICTED,
         "solver_order": (1, 2, 3),
         "solver_type": ("bh1", "bh2"),

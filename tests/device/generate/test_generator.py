@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from mpq_deploy.cli import app
 from mpq_deploy.device.generate.generator import Generator, Wish
-from mpq_deploy.device.generate.graph_runner import OutOfMemory
+from mpq_deploy.device.generate.graph_runner import PartMemoryError
 from mpq_deploy.errors import InputError, UsageError
 from mpq_deploy.system.progress import Talk
 from tests.device.generate.folders import SameNoise, same_noise, written
@@ -188,9 +188,9 @@ def test_memory_that_runs_out_in_a_batch_keeps_the_images_done(
         return decode(latents)
 
     monkeypatch.setattr(generator, "_decoded", decoded)
-    with pytest.raises(OutOfMemory, match="at image 3 of 4; the 2 before it are kept"):
+    with pytest.raises(PartMemoryError, match="at image 3 of 4; the 2 before it are kept"):
         for one in generator.generate(Wish(PROMPT, steps=1, count=4)):
-            done.append(one)  # noqa: PERF402
+            done.append(one)
     assert [one.seed for one in done] == [0, 1]
     assert not generator._open
 
