@@ -28,13 +28,14 @@ def token_ids(use: TokenizerUse, texts: list[str]) -> tuple[Array, list[str]]:
         )
     tokenizer.no_padding()
     tokenizer.no_truncation()
-    whole = [tokenizer.encode(text).ids for text in texts]
+    whole = [tokenizer.encode(text) for text in texts]
     tokenizer.enable_truncation(use.length)
     ids = np.full((len(texts), use.length), use.pad, np.int64)
     cut = []
     for row, (text, before) in enumerate(zip(texts, whole)):
         kept = tokenizer.encode(text).ids
         ids[row, : len(kept)] = kept
-        # As diffusers says it: what follows the last token that is kept, without the end.
-        cut.append(tokenizer.decode(before[use.length - 1 : -1]) if kept != before else "")
+        # The user's own words from the first token on that is not kept.
+        longer = len(before.ids) > use.length
+        cut.append(text[before.offsets[use.length - 1][0] :] if longer else "")
     return ids, cut

@@ -240,7 +240,7 @@ def test_an_encoder_is_needed_for_an_image_alone(broken: Path) -> None:
     change(broken, parts=read["parts"])
     Generator(broken)(PROMPT, steps=1)
     with pytest.raises(InputError, match="no vae_encoder, what turns a given image"):
-        Generator(broken)(PROMPT, steps=1, image=Image.new("RGB", (16, 16)))
+        Generator(broken)(PROMPT, steps=2, image=Image.new("RGB", (16, 16)))
 
 
 def test_a_tokenizer_of_another_vocabulary_is_refused(broken: Path) -> None:
