@@ -15,14 +15,14 @@ from mpq_deploy.system.stdout import claim_stdout
 
 # Importing a group of commands adds it to the application; --help shows the groups in this order.
 # isort: off
-from mpq_deploy.cli import build, results, devices, machine
+from mpq_deploy.cli import build, results, devices, generate, machine
 # isort: on
 
 # Exit code for an error of our own (EX_SOFTWARE of sysexits.h); the others: docs/troubleshooting.md.
 UNEXPECTED = 70
 LONGEST_LINE = 300
 
-__all__ = ["app", "build", "devices", "machine", "main", "results"]
+__all__ = ["app", "build", "devices", "generate", "machine", "main", "results"]
 
 
 class _Stopped(BaseException):

@@ -47,7 +47,7 @@ INSTALLER, SCRIPT = "install.pyz", "build.sh"
 TOLERANCE_FACTOR, TOLERANCE_FLOOR = 10.0, 1e-4
 # What runs on a device, and nothing that needs more than NumPy: tests run it with everything else
 # blocked.
-DEVICE_ROOMS = ("bench", "device", "formats", "formats/branches")
+DEVICE_ROOMS = ("bench", "device", "device/generate", "formats", "formats/branches")
 DEVICE_MODULES = (
     *("__init__.py", "api.py", "errors.py", "install.py"),
     *(

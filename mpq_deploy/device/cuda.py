@@ -86,10 +86,14 @@ class Cuda:
         return self._memory()[1]
 
     def allocate(self, size: int) -> int:
-        """Return the address of ``size`` bytes; they live as long as the process."""
+        """Return the address of ``size`` bytes, which live until ``free``."""
         pointer = ctypes.c_uint64()
         self._call("cuMemAlloc_v2", ctypes.byref(pointer), ctypes.c_size_t(max(size, 1)))
         return pointer.value
+
+    def free(self, address: int) -> None:
+        """Give back what ``allocate`` returned."""
+        self._call("cuMemFree_v2", ctypes.c_uint64(address))
 
     def to_device(self, address: int, host: Any) -> None:
         """Copy a contiguous array."""

@@ -30,6 +30,7 @@ class EngineRunner:
         self._graph: Any = None
         self._host: dict[str, Array] = {}
         self._place: dict[str, int] = {}
+        self._sizes: dict[str, int] = {}
 
     def tensors(self) -> tuple[list[str], list[str]]:
         """Names of the inputs and of the outputs."""
@@ -91,8 +92,18 @@ class EngineRunner:
         copied: Array = host.copy()
         return copied
 
+    def close(self) -> None:
+        """Free the buffers, the context and the engine; nothing can be called afterwards."""
+        for address in self._place.values():
+            self._cuda.free(address)
+        self._place, self._sizes, self._graph = {}, {}, None
+        self.opened.context = self.opened.engine = None
+
     def _address(self, name: str, size: int) -> int:
-        self._place[name] = self._cuda.allocate(size)
+        if self._sizes.get(name, -1) < size:
+            if name in self._place:
+                self._cuda.free(self._place[name])
+            self._place[name], self._sizes[name] = self._cuda.allocate(size), size
         self.opened.context.set_tensor_address(name, self._place[name])
         return self._place[name]
 

@@ -51,7 +51,8 @@ Forward = Callable[..., torch.Tensor]
 class TorchNetwork:
     """A PyTorch module with plain tensors in and one tensor out.
 
-    ``call`` gets the module and the inputs in their order (batch first), and returns the output.
+    ``call`` gets the module and the inputs in their order (batch first), and returns the output, or
+    a tuple with ``more_outputs`` behind it (then there is no ``reference``).
     """
 
     tolerance = TOLERANCE
@@ -62,9 +63,11 @@ class TorchNetwork:
         inputs: Sequence[InputSpec],
         output: str,
         call: Forward,
+        more_outputs: Sequence[str] = (),
     ) -> None:
         self.module = module.eval()
         self.inputs, self.output, self._call = tuple(inputs), output, call
+        self.more_outputs = tuple(more_outputs)
 
     def to_onnx(self, talk: Talk) -> ir.Model:
         """Export with ``torch.onnx.export`` (dynamo), name everything, raise the declared opset."""
@@ -108,7 +111,7 @@ class TorchNetwork:
                     opset_version=EXPORT_OPSET,
                     dynamic_shapes=(axes,),
                     input_names=[item.name for item in self.inputs],
-                    output_names=[self.output],
+                    output_names=[self.output, *self.more_outputs],
                     optimize=False,
                     verbose=False,
                 )

@@ -170,6 +170,9 @@ class FakeCuda:
         self.kept[array.ctypes.data] = array
         return int(array.ctypes.data)
 
+    def free(self, address: int) -> None:
+        del self.kept[address]
+
     def to_device(self, address: int, host: Any) -> None:
         ctypes.memmove(address, host.ctypes.data, host.nbytes)
 

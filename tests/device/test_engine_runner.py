@@ -144,3 +144,15 @@ def test_an_engine_of_another_gpu_is_refused_before_it_is_loaded(tmp_path: Path)
         json.dumps({"compute_capabilities": [], "target": "tensorrt-10"}), encoding="utf-8"
     )
     refuse_other_gpu(path, "SM70")
+
+
+def test_buffers_are_kept_for_calls_of_the_same_size_and_freed_at_the_end(tmp_path: Path) -> None:
+    cuda: Any = fake.FakeCuda()
+    runner = EngineRunner(fake, cuda, engine_file(tmp_path), None)
+    runner.bind(feeds(2))
+    count = len(cuda.kept)
+    for rows in (2, 1, 3, 2):
+        runner.bind(feeds(rows, seed=rows))
+        assert len(cuda.kept) == count
+    runner.close()
+    assert not cuda.kept

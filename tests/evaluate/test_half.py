@@ -124,5 +124,5 @@ def test_a_file_without_kernels_here_is_said_to_be_unknown(tmp_path: Path) -> No
     files = ComparedFiles(model, tmp_path / "foreign.onnx", model)
     found = half_precision(files, RecordedCalls(calls, SPEC), Talk())
     assert (
-        found.warning == found.note and "not known" in found.note and "NoSuchOperator" in found.note
+        found.warning == found.note and "unknown" in found.note and "NoSuchOperator" in found.note
     )

@@ -1,0 +1,108 @@
+"""Images from a prompt, on a device or here."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
+from typing import Annotated, Any, Optional, get_type_hints
+
+import typer
+
+from mpq_deploy.cli.app import DEVICE, app, make_talk, print_result
+from mpq_deploy.cli.options import LARGEST_SEED, output_file
+from mpq_deploy.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options of ``generate``."""
+
+    folder: Annotated[
+        Path, typer.Argument(metavar="FOLDER", help="A generation folder.", show_default=False)
+    ]
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="What the image shows.")]
+    out: Annotated[
+        Path,
+        typer.Option(
+            "--out", "-o", metavar="PNG", help="With --count: NAME-SEED.png.", callback=output_file
+        ),
+    ] = Path("image.png")
+    negative: Annotated[
+        Optional[str], typer.Option("--negative", help="What it does not show.")
+    ] = None
+    steps: Annotated[Optional[int], typer.Option("--steps", min=1, help="Denoising steps.")] = None
+    guidance: Annotated[
+        Optional[float],
+        typer.Option("--guidance", min=0, help="How closely it follows the prompt."),
+    ] = None
+    seed: Annotated[
+        int, typer.Option("--seed", min=0, max=LARGEST_SEED, help="Of the first image's noise.")
+    ] = 0
+    size: Annotated[
+        Optional[str], typer.Option("--size", metavar="WxH", help="Such as 512x512.")
+    ] = None
+    image: Annotated[Optional[Path], typer.Option("--image", help="An image to start from.")] = None
+    mask: Annotated[
+        Optional[Path], typer.Option("--mask", help="White is painted anew; needs --image.")
+    ] = None
+    strength: Annotated[
+        Optional[float],
+        typer.Option("--strength", min=0, max=1, help="How far from --image it goes."),
+    ] = None
+    count: Annotated[int, typer.Option("--count", "-n", min=1, help="Number of images.")] = 1
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Images made at once.")] = 1
+    one_at_a_time: Annotated[
+        bool, typer.Option("--one-at-a-time", help="Hold one part in memory, never two.")
+    ] = False
+
+
+def _generate(**given: Any) -> None:
+    """Make images from a prompt, without PyTorch."""
+    from mpq_deploy.device.generate.generator import Generator, Wish
+
+    options = Options(**given)
+    names = ("prompt", "negative", "steps", "guidance", "seed", "image", "mask", "strength")
+    wish = Wish(
+        **{name: given[name] for name in (*names, "count", "batch")}, size=_size(options.size)
+    )
+    talk = make_talk()
+    generator = Generator(options.folder, one_at_a_time=options.one_at_a_time, talk=talk)
+    written = []
+    for made in generator.generate(wish):
+        name = f"{options.out.stem}-{made.seed}{options.out.suffix or '.png'}"
+        path = options.out if wish.count == 1 else options.out.with_name(name)
+        made.image.save(path)
+        written.append({"file": str(path), "seed": made.seed})
+    print_result({"images": written}, "\n".join(str(one["file"]) for one in written))
+
+
+def _size(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    match = re.fullmatch(r"(\d{1,5})x(\d{1,5})", text)
+    if match is None:
+        raise UsageError(f"Invalid size '{text}'.", "Give WIDTHxHEIGHT, such as 512x512.")
+    return int(match[1]), int(match[2])
+
+
+# typer reads a command's options from its signature.
+_HINTS = get_type_hints(Options, include_extras=True)
+_generate.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+    [
+        inspect.Parameter(
+            one.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            annotation=_HINTS[one.name],
+            default=inspect.Parameter.empty if one.default is MISSING else one.default,
+        )
+        for one in fields(Options)
+    ]
+)
+_generate.__annotations__ = _HINTS
+app.command(
+    name="generate",
+    rich_help_panel=DEVICE,
+    epilog='Example: mpq-deploy generate sd15.generation --prompt "a red bicycle" -o bicycle.png',
+)(_generate)

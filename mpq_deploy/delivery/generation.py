@@ -1,0 +1,183 @@
+"""Write a GENERATION folder: what ``mpq_deploy.Generator`` and ``mpq-deploy generate`` open.
+
+In: a diffusers pipeline folder, ``{part: ONNX graph or engine}``. Out: the folder that
+``mpq_deploy.device.generate.generation_folder`` reads. Nothing in it needs torch or diffusers.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from mpq_deploy.calls.pipeline_runs import load_pipeline
+from mpq_deploy.device.generate.generation_folder import (
+    COMPONENTS,
+    FILE,
+    FLUX,
+    FORMAT,
+    NEEDED,
+    SCHEDULER,
+    SD,
+    SD3,
+    SDXL,
+    TOKENIZER,
+    WHAT,
+    Generation,
+    open_generation,
+)
+from mpq_deploy.device.generate.schedulers import scheduler_from_config
+from mpq_deploy.errors import ModelError, UsageError
+from mpq_deploy.graph.load import external_files, read_proto
+from mpq_deploy.models.additions import pipeline_index
+from mpq_deploy.models.pipeline_graphs import pipeline_length
+from mpq_deploy.system.files import write_text
+from mpq_deploy.system.release import __version__
+
+# Classes by kind; image-to-image and inpainting are calls of the same parts.
+_TASKS = ("", "Img2Img", "Inpaint")
+KINDS = {
+    **{f"StableDiffusion{task}Pipeline": SD for task in _TASKS},
+    **{f"StableDiffusionXL{task}Pipeline": SDXL for task in _TASKS},
+    "StableDiffusion3Pipeline": SD3,
+    "FluxPipeline": FLUX,
+}
+# diffusers' own defaults of these pipelines' calls: steps, guidance.
+DEFAULTS = {SD: (50, 7.5), SDXL: (50, 5.0), SD3: (28, 7.0), FLUX: (28, 3.5)}
+STRENGTH = 0.8
+
+
+def pipeline_kind(folder: Path) -> str:
+    """Return the kind of the pipeline in ``folder``. UsageError for a class that is not supported."""
+    name = str(pipeline_index(folder).get("_class_name"))
+    if name not in KINDS:
+        raise UsageError(f"{folder} is a {name}.", f"Supported: {', '.join(KINDS)}.")
+    return KINDS[name]
+
+
+def write_generation(
+    folder: Path, parts: Mapping[str, Path], out: Path, defaults: Mapping[str, Any] | None = None
+) -> Generation:
+    """Write ``out`` from the pipeline in ``folder`` and ``parts`` (see ``models.pipeline_graphs``).
+
+    ``defaults`` replaces ``steps``, ``guidance`` or ``strength``. Raises UsageError for a pipeline or
+    scheduler that is not supported, a part that is missing, or a folder that is not empty.
+    """
+    kind = pipeline_kind(folder)
+    missing = [name for name in NEEDED[kind] if name not in parts]
+    if missing:
+        names = ", ".join(f"{name} ({WHAT[name]})" for name in missing)
+        raise UsageError(f"A {kind} pipeline needs {names}.", "Export all parts.")
+    if out.exists() and any(out.iterdir()):
+        raise UsageError(f"{out} is not empty.", "Give a new folder.")
+    pipeline = load_pipeline(folder, pipeline_index(folder))
+    # As the pipeline holds it: its index names the class, and it corrects old settings.
+    scheduler = json.loads(pipeline.scheduler.to_json_string())
+    scheduler_from_config(scheduler)
+    written = {name: _write_part(name, file, out, pipeline) for name, file in parts.items()}
+    tokenizers = {
+        name: _write_tokenizer(pipeline, name, out / name)
+        for name in ("tokenizer", "tokenizer_2", "tokenizer_3")
+        if getattr(pipeline, name, None) is not None
+    }
+    denoiser = pipeline.unet if kind in (SD, SDXL) else pipeline.transformer
+    steps, guidance = DEFAULTS[kind]
+    described = {
+        "format": FORMAT,
+        "made_by": __version__,
+        "pipeline": type(pipeline).__name__,
+        "kind": kind,
+        "parts": written,
+        "tokenizers": tokenizers,
+        "defaults": {
+            **{"steps": steps, "guidance": guidance, "strength": STRENGTH},
+            **(defaults or {}),
+        },
+        "sizes": [_size(written, kind, pipeline)],
+        "vae": _vae(pipeline),
+        "settings": _settings(pipeline, denoiser, kind),
+    }
+    write_text(out / SCHEDULER, _json(scheduler))
+    write_text(out / FILE, _json(described))
+    return open_generation(out)
+
+
+def _json(values: Any) -> str:
+    return json.dumps(values, indent=1, sort_keys=True) + "\n"
+
+
+def _vae(pipeline: Any) -> dict[str, Any]:
+    config = pipeline.vae.config
+    names = ("scaling_factor", "shift_factor", "latents_mean", "latents_std", "latent_channels")
+    values = {name: config.get(name) for name in names}
+    return {**values, "scale_factor": int(pipeline.vae_scale_factor)}
+
+
+def _settings(pipeline: Any, denoiser: Any, kind: str) -> dict[str, Any]:
+    config = pipeline.config
+    if config.get("requires_aesthetics_score"):
+        raise UsageError("The refiner's aesthetic scores are not supported.", "Use the base model.")
+    if kind == SDXL:
+        return {"zeros_for_no_negative": bool(config.get("force_zeros_for_empty_prompt", True))}
+    if kind == SD3:
+        return {
+            "patch_size": int(denoiser.config.patch_size),
+            "text_width": int(denoiser.config.joint_attention_dim),
+            "t5_length": pipeline_length(pipeline),
+        }
+    return {}
+
+
+def _size(parts: Mapping[str, Any], kind: str, pipeline: Any) -> list[int]:
+    """Return [width, height] of the images that the decoder's graph makes."""
+    given = next(iter(parts["vae_decoder"]["inputs"].values()))["shape"]
+    factor = int(pipeline.vae_scale_factor)
+    return [int(given[3]) * factor, int(given[2]) * factor]
+
+
+def _write_part(name: str, file: Path, out: Path, pipeline: Any) -> dict[str, Any]:
+    """Copy a graph with its weights; return what generation.json says of it."""
+    proto = read_proto(file)
+    place = out / COMPONENTS / name
+    place.mkdir(parents=True)
+    for one in (file, *external_files(proto, file)):
+        shutil.copyfile(one, place / one.name)
+    described: dict[str, Any] = {
+        "file": file.name,
+        "inputs": {one.name: _tensor(one) for one in proto.graph.input},
+        "outputs": {one.name: _tensor(one) for one in proto.graph.output},
+    }
+    if name.startswith("text_encoder"):
+        described["vocabulary"] = int(getattr(pipeline, name).config.vocab_size)
+    return described
+
+
+def _tensor(value: onnx.ValueInfoProto) -> dict[str, Any]:
+    kind = value.type.tensor_type
+    dtype = onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type)
+    shape = [dim.dim_value if dim.HasField("dim_value") else None for dim in kind.shape.dim]
+    return {"dtype": str(dtype), "shape": shape}
+
+
+def _write_tokenizer(pipeline: Any, name: str, place: Path) -> dict[str, Any]:
+    """Write tokenizer.json; return what generation.json says of it."""
+    tokenizer = getattr(pipeline, name)
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise ModelError(
+            f"The {name} is a {type(tokenizer).__name__}, which the library tokenizers has not."
+        )
+    place.mkdir(parents=True)
+    backend.no_padding()
+    backend.no_truncation()
+    backend.save(str(place / TOKENIZER))
+    t5 = "T5" in type(tokenizer).__name__
+    return {
+        "length": pipeline_length(pipeline) if t5 else int(tokenizer.model_max_length),
+        "pad": int(tokenizer.pad_token_id),
+        "vocabulary": int(backend.get_vocab_size()),
+    }

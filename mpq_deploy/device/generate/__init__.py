@@ -1,0 +1,1 @@
+"""Images from a prompt on a device: NumPy, Pillow, tokenizers and an engine, no PyTorch."""

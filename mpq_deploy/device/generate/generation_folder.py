@@ -1,0 +1,194 @@
+"""A GENERATION folder, read and checked: what ``mpq_deploy.delivery.generation`` writes.
+
+``generation.json`` names the pipeline, its parts with their tensors, its tokenizers and the
+defaults of a call; beside it ``scheduler_config.json``, ``tokenizer*/`` and ``components/NAME/``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mpq_deploy.errors import InputError, UsageError
+from mpq_deploy.system.inputs import read_json_object
+from mpq_deploy.system.names import path_inside
+
+FORMAT = 1
+FILE, SCHEDULER, COMPONENTS = "generation.json", "scheduler_config.json", "components"
+TOKENIZER = "tokenizer.json"
+AGAIN = "Write the folder again on the build machine."
+SD, SDXL, SD3, FLUX = "sd", "sdxl", "sd3", "flux"
+# What each part is, and whether a kind needs it (T5 of SD3 is optional: then its states are zeros).
+WHAT = {
+    "text_encoder": "the CLIP text encoder",
+    "text_encoder_2": "the second text encoder",
+    "text_encoder_3": "the T5 text encoder",
+    "unet": "the denoiser",
+    "transformer": "the denoiser",
+    "vae_decoder": "what turns latents into the image",
+    "vae_encoder": "what turns a given image into latents",
+}
+NEEDED = {
+    SD: ("text_encoder", "unet", "vae_decoder"),
+    SDXL: ("text_encoder", "text_encoder_2", "unet", "vae_decoder"),
+    SD3: ("text_encoder", "text_encoder_2", "transformer", "vae_decoder"),
+    FLUX: ("text_encoder", "text_encoder_2", "transformer", "vae_decoder"),
+}
+# Outputs that a kind takes of a text encoder: all tokens' states, one vector per text.
+STATES, POOLED = "hidden_states", "pooled"
+TEXT_OUTPUTS: dict[str, dict[str, tuple[str, ...]]] = {
+    SD: {"text_encoder": (STATES,)},
+    SDXL: {"text_encoder": (STATES,), "text_encoder_2": (STATES, POOLED)},
+    SD3: {
+        "text_encoder": (STATES, POOLED),
+        "text_encoder_2": (STATES, POOLED),
+        "text_encoder_3": (STATES,),
+    },
+    FLUX: {"text_encoder": (POOLED,), "text_encoder_2": (STATES,)},
+}
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A tensor of a part: NumPy's name of its type; None in ``shape`` is any size."""
+
+    dtype: str
+    shape: tuple[int | None, ...]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of the pipeline. ``largest_batch``: None where its graph takes any."""
+
+    name: str
+    file: Path
+    inputs: Mapping[str, Tensor]
+    outputs: Mapping[str, Tensor]
+    vocabulary: int | None = None
+    largest_batch: int | None = None
+
+    @property
+    def rows(self) -> int | None:
+        """The fixed batch of its graph; None where it takes any."""
+        return next((one.shape[0] for one in self.inputs.values() if len(one.shape) > 1), None)
+
+
+@dataclass(frozen=True)
+class TokenizerUse:
+    """A tokenizer: its file, the length that prompts are padded to and with what, its words."""
+
+    file: Path
+    length: int
+    pad: int
+    vocabulary: int
+
+
+@dataclass(frozen=True)
+class Generation:
+    """The folder's content. ``sizes``: (width, height) that its graphs take."""
+
+    folder: Path
+    kind: str
+    parts: Mapping[str, Part]
+    tokenizers: Mapping[str, TokenizerUse]
+    scheduler: Mapping[str, Any]
+    defaults: Mapping[str, Any]
+    sizes: tuple[tuple[int, int], ...]
+    vae: Mapping[str, Any]
+    settings: Mapping[str, Any]
+
+    def part(self, name: str) -> Part:
+        """Return a part. InputError says what a missing one would have been."""
+        if name not in self.parts:
+            raise InputError(f"{self.folder} has no {name}, {WHAT.get(name, 'a part')}.", AGAIN)
+        return self.parts[name]
+
+    @property
+    def denoiser(self) -> Part:
+        """The part that is called at each step."""
+        return self.part("unet" if self.kind in (SD, SDXL) else "transformer")
+
+    def check_size(self, size: tuple[int, int]) -> None:
+        """Raise UsageError with the list where no graph takes images of ``size``."""
+        if size not in self.sizes:
+            sizes = ", ".join(f"{width}x{height}" for width, height in self.sizes)
+            raise UsageError(f"{self.folder} makes no images of {size[0]}x{size[1]}.", sizes)
+
+
+def open_generation(folder: Path) -> Generation:
+    """Read and check ``folder``; InputError says in one line what is wrong."""
+    file = folder / FILE
+    hint = f"Give a folder that holds {FILE}."
+    read = read_json_object(file, error=InputError, hint=hint)
+    if read.get("format") != FORMAT:
+        what = f"{file} is of format {read.get('format')!r}; this version reads {FORMAT}."
+        raise InputError(what, AGAIN)
+    try:
+        generation = _generation(folder, read)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        what = f"{file} is incomplete: {type(error).__name__} at {error}."
+        raise InputError(what, AGAIN) from error
+    _check_parts(generation)
+    return generation
+
+
+def _generation(folder: Path, read: Mapping[str, Any]) -> Generation:
+    kind = str(read["kind"])
+    if kind not in NEEDED:
+        raise InputError(f"The kind '{kind}' is not known.", f"Known: {', '.join(NEEDED)}.")
+    parts = {name: _part(folder, name, values) for name, values in read["parts"].items()}
+    tokenizers = {
+        name: TokenizerUse(
+            path_inside(folder, name, "A tokenizer", InputError) / TOKENIZER,
+            *(int(values[key]) for key in ("length", "pad", "vocabulary")),
+        )
+        for name, values in read["tokenizers"].items()
+    }
+    sizes = tuple((int(width), int(height)) for width, height in read["sizes"])
+    scheduler = read_json_object(folder / SCHEDULER, infinite=True, error=InputError, hint=AGAIN)
+    defaults = {key: read["defaults"][key] for key in ("steps", "guidance", "strength")}
+    vae = {key: read["vae"][key] for key in ("scaling_factor", "scale_factor", "latent_channels")}
+    if not sizes or vae["scale_factor"] < 1 or not vae["scaling_factor"]:
+        raise ValueError("sizes or vae")
+    return Generation(
+        *(folder, kind, parts, tokenizers, scheduler, defaults, sizes),
+        {**read["vae"], **vae},
+        dict(read["settings"]),
+    )
+
+
+def _part(folder: Path, name: str, values: Mapping[str, Any]) -> Part:
+    inputs, outputs = (
+        {key: Tensor(str(one["dtype"]), tuple(one["shape"])) for key, one in values[way].items()}
+        for way in ("inputs", "outputs")
+    )
+    place = path_inside(folder / COMPONENTS, name, "A part", InputError)
+    file = path_inside(place, str(values["file"]), "A part's file", InputError)
+    return Part(name, file, inputs, outputs, values.get("vocabulary"), values.get("largest_batch"))
+
+
+def _check_parts(generation: Generation) -> None:
+    for name in NEEDED[generation.kind]:
+        generation.part(name)
+    for part in generation.parts.values():
+        if not part.file.is_file():
+            what = f"{generation.folder} lacks {part.file.name} of {part.name}"
+            raise InputError(f"{what}, {WHAT.get(part.name, 'a part')}.", AGAIN)
+    for name, outputs in TEXT_OUTPUTS[generation.kind].items():
+        if name not in generation.parts:
+            continue
+        part = generation.parts[name]
+        absent = [one for one in outputs if one not in part.outputs]
+        if absent:
+            what = f"The {name} gives {', '.join(part.outputs)}, and no {', '.join(absent)}"
+            raise InputError(f"{what}, which {generation.kind} needs.", AGAIN)
+        use = generation.tokenizers.get(name.replace("text_encoder", "tokenizer"))
+        if use is None or not use.file.is_file():
+            raise InputError(f"{generation.folder} has no tokenizer for {name}.", AGAIN)
+        if part.vocabulary is not None and use.vocabulary > part.vocabulary:
+            raise InputError(
+                f"{use.file} has {use.vocabulary:,} words, and {name} knows {part.vocabulary:,}.",
+                "Take the tokenizer that belongs to the text encoder.",
+            )

@@ -1,0 +1,392 @@
+"""Images from a prompt: ``Generator`` over a GENERATION folder.
+
+Text encoders run first and are freed; the denoiser and the decoder stay for all images, or take
+turns (``one_at_a_time``). Noise is NumPy's by seed, so one seed gives another image than in torch.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mpq_deploy.device.generate.euler_schedulers import FlowMatchEulerDiscreteScheduler
+from mpq_deploy.device.generate.generation_folder import (
+    FLUX,
+    SD,
+    SDXL,
+    Generation,
+    open_generation,
+)
+from mpq_deploy.device.generate.graph_runner import (
+    OpenPart,
+    PartMemoryError,
+    open_part,
+    run_in_rows,
+)
+from mpq_deploy.device.generate.image_arrays import (
+    check_same_size,
+    image_array,
+    image_from_array,
+    mask_array,
+    read_picture,
+)
+from mpq_deploy.device.generate.noise_schedule import Array
+from mpq_deploy.device.generate.schedulers import scheduler_from_config
+from mpq_deploy.device.generate.text_states import Texts, encode_texts
+from mpq_deploy.errors import UsageError
+from mpq_deploy.system.progress import Talk
+
+LARGEST_COUNT = 100_000
+# Flux packs latents in squares of two.
+PACKED = 2
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What is to be made; None: the folder's own default.
+
+    ``image`` and ``mask`` (white is painted anew): files or Pillow images. Image ``i`` of ``count``
+    has the seed ``seed + i``; ``batch`` of them are made at once.
+    """
+
+    prompt: str
+    negative: str | None = None
+    steps: int | None = None
+    guidance: float | None = None
+    seed: int = 0
+    size: tuple[int, int] | None = None
+    image: Any = None
+    mask: Any = None
+    strength: float | None = None
+    count: int = 1
+    batch: int = 1
+
+
+@dataclass(frozen=True)
+class Made:
+    """An image that was made: [H, W, 3] float32 in [0, 1]."""
+
+    seed: int
+    array: Array
+
+    @property
+    def image(self) -> Any:
+        """The image for Pillow."""
+        return image_from_array(self.array)
+
+
+@dataclass(frozen=True)
+class _Given:
+    """What stays the same for all images: text rows, latents of the image, mask, their settings."""
+
+    wish: Wish
+    guided: bool
+    texts: Texts
+    moments: Array | None = None
+    masked: Array | None = None
+    mask: Array | None = None
+
+
+class Generator:
+    """Makes images from a folder that ``mpq_deploy.delivery.generation`` wrote.
+
+    ``one_at_a_time``: never hold two parts (little memory; each batch loads both anew). Raises
+    InputError for a folder that is incomplete or whose parts do not belong together.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        one_at_a_time: bool = False,
+        threads: int = 0,
+        talk: Talk | None = None,
+    ) -> None:
+        self.generation: Generation = open_generation(Path(folder))
+        self.scheduler = scheduler_from_config(self.generation.scheduler)
+        self.noise_for: Callable[[int], Any] = np.random.default_rng
+        self._alone, self._threads, self._talk = one_at_a_time, threads, talk or Talk()
+        self._open: dict[str, OpenPart] = {}
+
+    def __call__(self, prompt: str, **wishes: Any) -> list[Made]:
+        """Return the images of ``generate`` as a list."""
+        return list(self.generate(Wish(prompt, **wishes)))
+
+    def generate(self, wish: Wish) -> Iterator[Made]:
+        """Yield each image as it is done.
+
+        Raises UsageError for what cannot be made; PartMemoryError where it breaks off, after the images
+        that are done.
+        """
+        wish = self._completed(wish)
+        given = self._prepared(wish)
+        try:
+            with self._talk.bar("images", wish.count) as advance:
+                for start in range(0, wish.count, wish.batch):
+                    count = min(wish.batch, wish.count - start)
+                    seeds = [wish.seed + start + i for i in range(count)]
+                    yield from self._batch(given, seeds, start)
+                    advance(count)
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Free all parts."""
+        for name in list(self._open):
+            self._free(name)
+
+    def _opened(self, name: str) -> OpenPart:
+        if name not in self._open:
+            started = time.monotonic()
+            self._open[name] = open_part(self.generation.part(name), self._threads)
+            self._talk.line(f"  {name} loaded in {time.monotonic() - started:.1f} s")
+        return self._open[name]
+
+    def _free(self, name: str) -> None:
+        self._open.pop(name).close()
+
+    def _completed(self, wish: Wish) -> Wish:
+        """Return the wish with defaults filled in. Raises UsageError for what cannot be made."""
+        generation, defaults = self.generation, self.generation.defaults
+        image = None if wish.image is None else read_picture(wish.image, "image")
+        mask = None
+        if wish.mask is not None:
+            mask = read_picture(wish.mask, "mask", ("L", "RGB", "1"))
+        size = wish.size or (image.size if image is not None else generation.sizes[0])
+        generation.check_size(size)
+        steps = wish.steps if wish.steps is not None else defaults["steps"]
+        guidance = wish.guidance if wish.guidance is not None else defaults["guidance"]
+        strength = wish.strength if wish.strength is not None else defaults["strength"]
+        if mask is not None and image is None:
+            raise UsageError("A mask needs an image.", "Give --image, too.")
+        if image is not None and generation.kind not in (SD, SDXL):
+            what = f"{generation.kind} pipelines make images from text alone here"
+            raise UsageError(f"{what}, not from an image.", "Leave out --image.")
+        if wish.strength is not None and image is None:
+            raise UsageError("--strength needs an image.", "Give --image, or leave it out.")
+        if generation.kind == FLUX and wish.negative:
+            raise UsageError("Flux takes no negative prompt here.", "Leave out --negative.")
+        if self._painting and mask is None:
+            raise UsageError("This denoiser paints into masks.", "Give --image and --mask.")
+        for name, value, low, high in (
+            ("steps", steps, 1, generation.scheduler.get("num_train_timesteps", 1000)),
+            ("strength", strength, 0, 1),
+            ("count", wish.count, 1, LARGEST_COUNT),
+            ("batch", wish.batch, 1, LARGEST_COUNT),
+            ("guidance", guidance, 0, 1000),
+            ("seed", wish.seed, 0, 2**63 - 1),
+        ):
+            if not low <= value <= high:
+                raise UsageError(f"--{name} is {value}.", f"It lies between {low} and {high}.")
+        if image is not None and int(steps * strength) < 1:
+            raise UsageError(f"{steps} steps of strength {strength:g} are none.", "Give more.")
+        for picture, what in ((image, "image"), (mask, "mask")):
+            if picture is not None:
+                check_same_size(picture, size, what)
+        filled: dict[str, Any] = {"steps": steps, "guidance": guidance, "strength": strength}
+        return replace(wish, image=image, mask=mask, size=size, **filled)
+
+    @property
+    def _painting(self) -> bool:
+        """Whether the UNet takes the mask and the masked image beside the latents."""
+        channels = self.generation.vae["latent_channels"]
+        sample = self.generation.denoiser.inputs.get("sample")
+        return sample is not None and sample.shape[1] == 2 * channels + 1
+
+    def _prepared(self, wish: Wish) -> _Given:
+        """Encode texts and the given image, freeing each part after use."""
+        generation, settings = self.generation, self.generation.settings
+        distilled = generation.kind == FLUX or "timestep_cond" in generation.denoiser.inputs
+        guided = float(wish.guidance or 0) > 1 and not distilled
+        zeros = wish.negative is None and bool(settings.get("zeros_for_no_negative"))
+        encoded = [wish.prompt] if zeros or not guided else [wish.negative or "", wish.prompt]
+        warn = self._talk.warn
+        texts = encode_texts(generation, encoded, self._opened, self._free, warn)
+        if guided and zeros:
+            texts = {name: np.concatenate([0 * one, one]) for name, one in texts.items()}
+        given = _Given(wish, guided, texts)
+        if wish.image is None:
+            return given
+        picture = image_array(wish.image)
+        moments, mask, masked = self._encoded(picture), None, None
+        if wish.mask is not None:
+            mask = mask_array(wish.mask)
+            if self._painting:
+                masked = self._encoded(picture * (mask < 0.5))
+            factor = generation.vae["scale_factor"]
+            mask = mask[:, :, ::factor, ::factor]
+        self._free("vae_encoder")
+        return replace(given, moments=moments, mask=mask, masked=masked)
+
+    def _encoded(self, picture: Array) -> Array:
+        part = self.generation.part("vae_encoder")
+        feeds = {next(iter(part.inputs)): picture}
+        outputs = run_in_rows(part, self._opened("vae_encoder"), feeds)
+        return next(iter(outputs.values()))
+
+    def _batch(self, given: _Given, seeds: list[int], done: int) -> Iterator[Made]:
+        denoiser = self.generation.denoiser.name
+        try:
+            latents = self._denoised(given, seeds)
+            if self._alone:
+                self._free(denoiser)
+            images = self._decoded(latents)
+            if self._alone:
+                self._free("vae_decoder")
+        except (MemoryError, PartMemoryError) as error:
+            what = f"Memory ran out at image {done + 1} of {given.wish.count}"
+            raise PartMemoryError(
+                f"{what}; the {done} before it are kept. {error}".strip(),
+                "Give a smaller --batch, or --one-at-a-time.",
+            ) from error
+        for seed, image in zip(seeds, images):
+            yield Made(seed, image)
+
+    def _denoised(self, given: _Given, seeds: list[int]) -> Array:
+        """Return the latents of one batch [N, C, h, w]."""
+        wish, vae, scheduler = given.wish, self.generation.vae, self.scheduler
+        width, height = wish.size or (0, 0)
+        factor = vae["scale_factor"]
+        shape = (vae["latent_channels"], height // factor, width // factor)
+        sources = [self.noise_for(seed) for seed in seeds]
+
+        def draw(own: tuple[int, ...] = shape) -> Array:
+            return np.stack([one.standard_normal(own, np.float32) for one in sources])
+
+        first = self._timesteps(wish, shape)
+        original = None if given.moments is None else self._sampled(given.moments, draw())
+        noise = draw()
+        scheduler.begin(first)
+        if original is None or (given.mask is not None and wish.strength == 1):
+            latents = noise * np.float32(scheduler.init_noise_sigma)
+        else:
+            latents = scheduler.add_noise(original, noise)
+        extra: Array | None = None
+        if self._painting and given.masked is not None and given.mask is not None:
+            hidden = self._sampled(given.masked, draw())
+            extra = np.concatenate([np.repeat(given.mask, len(seeds), 0), hidden], axis=1)
+        step_shape = shape
+        if self.generation.kind == FLUX:
+            latents = _packed(latents)
+            step_shape = latents.shape[1:]
+        conditions = self._conditions(given, len(seeds))
+        for place in range(first, len(scheduler.timesteps)):
+            output = self._predicted(given, latents, extra, conditions, place)
+            latents = scheduler.step(output, latents, lambda: draw(step_shape))
+            if given.mask is not None and extra is None and original is not None:
+                last = place + 1 == len(scheduler.timesteps)
+                kept = original if last else scheduler.add_noise(original, noise)
+                latents = (1 - given.mask) * kept + given.mask * latents
+        latents = latents.astype(np.float32)
+        return _unpacked(latents, shape) if self.generation.kind == FLUX else latents
+
+    def _timesteps(self, wish: Wish, shape: tuple[int, ...]) -> int:
+        """Set the scheduler; return the index of the first step."""
+        steps, mu, sigmas = int(wish.steps or 1), None, None
+        kind, scheduler = self.generation.kind, self.scheduler
+        if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+            patch = PACKED if kind == FLUX else int(self.generation.settings.get("patch_size", 1))
+            length = (shape[1] // patch) * (shape[2] // patch)
+            mu = scheduler.shift_for(length)
+            if kind == FLUX:
+                sigmas = np.linspace(1.0, 1 / steps, steps)
+        scheduler.set_timesteps(steps, sigmas, mu)
+        if wish.image is None:
+            return 0
+        return max(steps - min(int(steps * float(wish.strength or 1)), steps), 0)
+
+    def _sampled(self, moments: Array, noise: Array) -> Array:
+        """Return scaled latents from the encoder's mean and log variance [1, 2C, h, w]."""
+        mean, log_variance = np.split(moments, 2, axis=1)
+        latents = mean + np.exp(0.5 * np.clip(log_variance, -30, 20)) * noise
+        shift, spread = self._shift()
+        return ((latents - shift) * np.float32(self.generation.vae["scaling_factor"])) / spread
+
+    def _shift(self) -> tuple[Any, Any]:
+        vae = self.generation.vae
+        shift = np.float32(vae.get("shift_factor") or 0.0)
+        if vae.get("latents_mean") is None or vae.get("latents_std") is None:
+            return shift, np.float32(1)
+        mean, spread = (
+            np.asarray(vae[key], np.float32).reshape(1, -1, 1, 1)
+            for key in ("latents_mean", "latents_std")
+        )
+        return mean, spread
+
+    def _conditions(self, given: _Given, count: int) -> Texts:
+        """Return the denoiser's inputs beside sample and timestep: rows for no text, then for text."""
+        conditions = {name: np.repeat(one, count, axis=0) for name, one in given.texts.items()}
+        rows = count * (1 + given.guided)
+        wish, inputs = given.wish, self.generation.denoiser.inputs
+        width, height = wish.size or (0, 0)
+        if "time_ids" in inputs:
+            ids = np.array([height, width, 0, 0, height, width], np.float32)
+            conditions["time_ids"] = np.tile(ids, (rows, 1))
+        if "guidance" in inputs:
+            conditions["guidance"] = np.full(rows, wish.guidance, np.float32)
+        if "timestep_cond" in inputs:
+            size = int(inputs["timestep_cond"].shape[1] or 0)
+            row = _guidance_embedding(float(wish.guidance or 0) - 1, size)
+            conditions["timestep_cond"] = np.tile(row, (rows, 1))
+        return conditions
+
+    def _predicted(
+        self, given: _Given, latents: Array, extra: Array | None, conditions: Texts, place: int
+    ) -> Array:
+        """Return the denoiser's output for one step, guided where it is."""
+        part, kind = self.generation.denoiser, self.generation.kind
+        sample = self.scheduler.scaled_input(latents)
+        if extra is not None:
+            sample = np.concatenate([sample, extra], axis=1)
+        rows = len(sample) * (1 + given.guided)
+        sample = np.concatenate([sample] * (1 + given.guided))
+        timestep = np.float32(self.scheduler.timesteps[place])
+        timestep = timestep / np.float32(1000) if kind == FLUX else timestep
+        name = "sample" if kind in (SD, SDXL) else "hidden_states"
+        wide = bool(part.inputs["timestep"].shape)
+        times = np.full(rows if wide else (), timestep)
+        feeds = {name: sample, "timestep": times, **conditions}
+        feeds = {name: values for name, values in feeds.items() if name in part.inputs}
+        outputs = run_in_rows(part, self._opened(part.name), feeds)
+        output = next(iter(outputs.values()))
+        if not given.guided:
+            return output
+        plain, told = np.split(output, 2)
+        guided: Array = plain + np.float32(given.wish.guidance) * (told - plain)
+        return guided
+
+    def _decoded(self, latents: Array) -> Array:
+        """Return images [N, H, W, 3] in [0, 1]."""
+        part = self.generation.part("vae_decoder")
+        shift, spread = self._shift()
+        latents = latents * spread / np.float32(self.generation.vae["scaling_factor"]) + shift
+        feeds = {next(iter(part.inputs)): latents}
+        outputs = run_in_rows(part, self._opened("vae_decoder"), feeds)
+        image = np.clip(next(iter(outputs.values())) / 2 + 0.5, 0, 1)
+        return image.transpose(0, 2, 3, 1)
+
+
+def _packed(latents: Array) -> Array:
+    """[N, C, h, w] as [N, h/2 * w/2, 4 C], as Flux takes it."""
+    n, c, h, w = latents.shape
+    parts = latents.reshape(n, c, h // 2, 2, w // 2, 2).transpose(0, 2, 4, 1, 3, 5)
+    return parts.reshape(n, (h // 2) * (w // 2), 4 * c)
+
+
+def _unpacked(packed: Array, shape: tuple[int, ...]) -> Array:
+    c, h, w = shape
+    parts = packed.reshape(len(packed), h // 2, w // 2, c, 2, 2).transpose(0, 3, 1, 4, 2, 5)
+    return parts.reshape(len(packed), c, h, w)
+
+
+def _guidance_embedding(scale: float, size: int) -> Array:
+    """Return the guidance scale in sines and cosines, as LCM's UNet takes it."""
+    half = size // 2
+    places = np.exp(np.arange(half, dtype=np.float32) * -(np.log(10000.0) / (half - 1)))
+    angles = np.float32(scale * 1000) * places
+    return np.concatenate([np.sin(angles), np.cos(angles)]).astype(np.float32)[None]

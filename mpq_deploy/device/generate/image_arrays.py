@@ -1,0 +1,70 @@
+"""Images as arrays and back, with Pillow."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mpq_deploy.device.generate.noise_schedule import Array
+from mpq_deploy.errors import InputError, MissingDependencyError, UsageError
+
+MODES = ("RGB", "L")
+# Beyond any size that a model is exported for.
+LARGEST_PIXELS = 1 << 26
+
+
+def pillow() -> Any:
+    """Return ``PIL.Image``. Raises MissingDependencyError."""
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise MissingDependencyError("pillow", "generate", "An image") from error
+    return Image
+
+
+def read_picture(given: Any, what: str, modes: tuple[str, ...] = MODES) -> Any:
+    """Return a Pillow image from a file or as it is. Raises InputError, or UsageError for its mode."""
+    image = given
+    if isinstance(given, (str, Path)):
+        try:
+            image = pillow().open(given)
+            if image.width * image.height <= LARGEST_PIXELS:
+                image.load()
+        except (OSError, ValueError, SyntaxError) as error:
+            raise InputError(f"The {what} {given} cannot be read: {error}.") from error
+    if image.width * image.height > LARGEST_PIXELS:
+        raise InputError(f"The {what} has {image.width}x{image.height} pixels.", "Make it smaller.")
+    if image.mode not in modes:
+        raise UsageError(
+            f"The {what} has the mode {image.mode}, not {' or '.join(modes)}.",
+            "Save it without transparency, as RGB.",
+        )
+    return image
+
+
+def check_same_size(image: Any, size: tuple[int, int], what: str) -> None:
+    """Raise UsageError where an image is not of ``size`` (width, height)."""
+    if image.size != size:
+        raise UsageError(
+            f"The {what} has {image.width}x{image.height} pixels, and {size[0]}x{size[1]} is made.",
+            f"Resize it to {size[0]}x{size[1]}, or give --size.",
+        )
+
+
+def image_array(image: Any) -> Array:
+    """Return an image as [1, 3, H, W] float32 in [-1, 1]."""
+    values = np.asarray(image.convert("RGB"), np.float32) / 255
+    return (2 * values - 1).transpose(2, 0, 1)[None]
+
+
+def mask_array(image: Any) -> Array:
+    """Return a mask as [1, 1, H, W] float32: 1 where it is white, and painted anew."""
+    values = np.asarray(image.convert("L"), np.float32) / 255
+    return (values >= 0.5).astype(np.float32)[None, None]
+
+
+def image_from_array(values: Array) -> Any:
+    """Return a Pillow image of [H, W, 3] in [0, 1]."""
+    return pillow().fromarray((values * 255).round().astype(np.uint8))

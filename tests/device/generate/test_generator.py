@@ -1,0 +1,288 @@
+"""Images of ``Generator`` beside those of diffusers' own pipelines, from the same noise."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+from PIL import Image
+from tokenizers import Tokenizer
+from typer.testing import CliRunner
+
+from mpq_deploy.cli import app
+from mpq_deploy.device.generate.generator import Generator, Wish
+from mpq_deploy.device.generate.graph_runner import PartMemoryError
+from mpq_deploy.errors import InputError, UsageError
+from mpq_deploy.system.progress import Talk
+from tests.device.generate.folders import SameNoise, same_noise, written
+
+pytestmark = [pytest.mark.slow, pytest.mark.torch]
+PROMPT, NEGATIVE = "a cat", "b d"
+CLOSE = 1e-3
+BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+
+
+@pytest.fixture(scope="module", params=["sd", "sdxl", "sd3", "flux"])
+def folders(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return request.param, *written(tmp_path_factory.mktemp(request.param), request.param)
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Stable Diffusion folder, for what does not depend on the kind."""
+    return written(tmp_path_factory.mktemp("plain"), "sd")[1]
+
+
+def pipeline_of(folder: Path, config: dict[str, Any] | None, task: str = "") -> Any:
+    kind = {
+        "": diffusers.DiffusionPipeline,
+        "image": diffusers.AutoPipelineForImage2Image,
+        "paint": diffusers.AutoPipelineForInpainting,
+    }[task]
+    pipe = kind.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    if config is not None:
+        pipe.scheduler = getattr(diffusers, config["_class_name"]).from_config(config)
+    return pipe
+
+
+def generator_of(folder: Path, config: dict[str, Any] | None) -> Generator:
+    generator = Generator(folder, threads=1)
+    generator.noise_for = lambda seed: SameNoise()
+    if config is not None:
+        from mpq_deploy.device.generate.schedulers import scheduler_from_config
+
+        generator.scheduler = scheduler_from_config(config)
+    return generator
+
+
+SCHEDULERS: list[dict[str, Any] | None] = [
+    None,
+    {"_class_name": "EulerDiscreteScheduler", "steps_offset": 1, **BETAS},
+    {"_class_name": "DPMSolverMultistepScheduler", "use_karras_sigmas": True, **BETAS},
+    {"_class_name": "UniPCMultistepScheduler", **BETAS},
+    {"_class_name": "LCMScheduler", **BETAS},
+]
+
+
+def configs(kind: str) -> list[dict[str, Any] | None]:
+    """The pipeline's own scheduler; others of its kind."""
+    if kind in ("sd", "sdxl"):
+        return SCHEDULERS
+    dynamic = {"_class_name": "FlowMatchEulerDiscreteScheduler", "use_dynamic_shifting": True}
+    # Flux draws 1024 tokens at its default size: one scheduler is enough.
+    return [None] if kind == "flux" else [None, dynamic]
+
+
+def test_text_to_image_is_diffusers_own(folders: Any) -> None:
+    kind, source, folder = folders
+    for config in configs(kind):
+        for negative in (None, NEGATIVE) if kind != "flux" else (None,):
+            size = generator_of(folder, config).generation.sizes[0]
+            given = {"negative_prompt": negative} if negative else {}
+            with same_noise():
+                pipe = pipeline_of(source, config)
+                expected = pipe(
+                    PROMPT,
+                    num_inference_steps=4,
+                    guidance_scale=4.0,
+                    width=size[0],
+                    height=size[1],
+                    output_type="np",
+                    num_images_per_prompt=2,
+                    **given,
+                ).images
+            made = generator_of(folder, config)(
+                PROMPT, negative=negative, steps=4, guidance=4.0, count=2, batch=2
+            )
+            for one, other in zip(made, expected, strict=True):
+                np.testing.assert_allclose(one.array, other, atol=CLOSE)
+    assert np.ptp(expected) > 0.05
+
+
+@pytest.fixture
+def picture(folders: Any) -> Image.Image:
+    size = generator_of(folders[2], None).generation.sizes[0]
+    values = np.random.default_rng(4).integers(0, 256, (size[1], size[0], 3), np.uint8)
+    return Image.fromarray(values)
+
+
+@pytest.fixture
+def mask(picture: Image.Image) -> Image.Image:
+    values = np.zeros(picture.size[::-1], np.uint8)
+    values[: picture.height // 2] = 255
+    return Image.fromarray(values)
+
+
+@pytest.mark.parametrize("strength", [0.6, 1.0])
+@pytest.mark.parametrize("task", ["image", "paint"])
+def test_images_from_images_are_diffusers_own(
+    folders: Any, picture: Image.Image, mask: Image.Image, task: str, strength: float
+) -> None:
+    kind, source, folder = folders
+    if kind not in ("sd", "sdxl"):
+        pytest.skip("text to image alone")
+    for config in SCHEDULERS[:4]:
+        given = {"mask_image": mask} if task == "paint" else {}
+        with same_noise():
+            expected = pipeline_of(source, config, task)(
+                PROMPT,
+                image=picture,
+                strength=strength,
+                num_inference_steps=5,
+                guidance_scale=3.0,
+                output_type="np",
+                **({"width": picture.width, "height": picture.height} if given else {}),
+                **given,
+            ).images
+        made = generator_of(folder, config)(
+            PROMPT,
+            steps=5,
+            guidance=3.0,
+            image=picture,
+            strength=strength,
+            mask=mask if given else None,
+        )
+        np.testing.assert_allclose(made[0].array, expected[0], atol=CLOSE)
+
+
+def test_one_by_one_parts_and_batches_make_the_same(plain: Path) -> None:
+    generator = Generator(plain, threads=1)
+    wish = {"steps": 2, "guidance": 3.0, "seed": 5, "count": 3}
+    together = generator(PROMPT, batch=3, **wish)
+    alone = Generator(plain, threads=1, one_at_a_time=True)(PROMPT, **wish)
+    assert [one.seed for one in together] == [one.seed for one in alone] == [5, 6, 7]
+    for one, other in zip(together, alone, strict=True):
+        np.testing.assert_allclose(one.array, other.array, atol=1e-5)
+    assert np.abs(together[0].array - together[1].array).max() > 1e-3
+    assert not generator._open
+
+
+def test_a_graph_of_one_row_makes_the_same_as_one_of_any(plain: Path) -> None:
+    free, bound = Generator(plain, threads=1), Generator(plain, threads=1)
+    part = bound.generation.parts["unet"]
+    bound.generation.parts["unet"] = replace(part, largest_batch=1)  # type: ignore[index]
+    wish = {"steps": 2, "guidance": 3.0}
+    np.testing.assert_allclose(
+        bound(PROMPT, **wish)[0].array, free(PROMPT, **wish)[0].array, atol=1e-5
+    )
+
+
+def test_memory_that_runs_out_in_a_batch_keeps_the_images_done(
+    plain: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator, done = Generator(plain, threads=1), []
+    decode = generator._decoded
+
+    def decoded(latents: np.ndarray) -> np.ndarray:
+        if len(done) == 2:
+            raise MemoryError
+        return decode(latents)
+
+    monkeypatch.setattr(generator, "_decoded", decoded)
+    with pytest.raises(PartMemoryError, match="at image 3 of 4; the 2 before it are kept"):
+        for one in generator.generate(Wish(PROMPT, steps=1, count=4)):
+            done.append(one)
+    assert [one.seed for one in done] == [0, 1]
+    assert not generator._open
+
+
+WRONG: dict[str, tuple[dict[str, Any], str]] = {
+    "a size outside": ({"size": (32, 16)}, "makes no images of 32x16"),
+    "a mask alone": ({"mask": Image.new("L", (16, 16))}, "A mask needs an image"),
+    "a mode": ({"image": Image.new("RGBA", (16, 16))}, "has the mode RGBA"),
+    "a mask of another size": (
+        {"image": Image.new("RGB", (16, 16)), "mask": Image.new("L", (8, 8))},
+        "The mask has 8x8 pixels",
+    ),
+    "no steps": ({"image": Image.new("RGB", (16, 16)), "steps": 2, "strength": 0.2}, "are none"),
+    "strength alone": ({"strength": 0.5}, "needs an image"),
+    "steps": ({"steps": 0}, "--steps is 0"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_cannot_be_made_is_refused(plain: Path, name: str) -> None:
+    wishes, message = WRONG[name]
+    with pytest.raises(UsageError, match=message):
+        Generator(plain)(PROMPT, **wishes)
+
+
+@pytest.fixture
+def broken(plain: Path, tmp_path: Path) -> Path:
+    shutil.copytree(plain, tmp_path / "broken")
+    return tmp_path / "broken"
+
+
+def change(folder: Path, **values: Any) -> None:
+    file = folder / "generation.json"
+    read = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(json.dumps({**read, **values}), encoding="utf-8")
+
+
+def test_a_missing_part_is_named_with_what_it_would_be(broken: Path) -> None:
+    (broken / "components" / "vae_decoder" / "model.onnx").unlink()
+    with pytest.raises(InputError, match="vae_decoder, what turns latents into the image"):
+        Generator(broken)
+
+
+def test_an_encoder_is_needed_for_an_image_alone(broken: Path) -> None:
+    read = json.loads((broken / "generation.json").read_text(encoding="utf-8"))
+    del read["parts"]["vae_encoder"]
+    change(broken, parts=read["parts"])
+    Generator(broken)(PROMPT, steps=1)
+    with pytest.raises(InputError, match="no vae_encoder, what turns a given image"):
+        Generator(broken)(PROMPT, steps=2, image=Image.new("RGB", (16, 16)))
+
+
+def test_a_tokenizer_of_another_vocabulary_is_refused(broken: Path) -> None:
+    file = broken / "tokenizer" / "tokenizer.json"
+    tokenizer = Tokenizer.from_file(str(file))
+    tokenizer.add_tokens(["another"])
+    tokenizer.save(str(file))
+    with pytest.raises(InputError, match="has 55 words, not the 54"):
+        Generator(broken)(PROMPT, steps=1)
+
+
+@pytest.mark.parametrize("wrong", [{"format": 99}, {"kind": "x"}, {"sizes": []}, {"vae": 3}])
+def test_a_description_that_cannot_be_read_is_refused(broken: Path, wrong: dict[str, Any]) -> None:
+    change(broken, **wrong)
+    with pytest.raises(InputError):
+        Generator(broken)
+
+
+def test_a_long_prompt_is_cut_with_a_warning(plain: Path) -> None:
+    said: list[str] = []
+    talk = Talk()
+    talk.warn = said.append  # type: ignore[method-assign]
+    Generator(plain, talk=talk)("a b c d e f g h i", steps=1, guidance=1.0)
+    assert said == ["the prompt is cut at 8 tokens; left out: g h i"]
+
+
+def test_the_command_line_writes_images(plain: Path, tmp_path: Path) -> None:
+    out = tmp_path / "x.png"
+    arguments = ["generate", str(plain), "--prompt", "a cat", "--steps", "2", "-o", str(out)]
+    result = CliRunner().invoke(app, [*arguments, "--count", "2"])
+    assert result.exit_code == 0, result.output
+    assert Image.open(tmp_path / "x-0.png").size == (16, 16)
+    assert (tmp_path / "x-1.png").is_file()
+
+
+def test_no_torch_is_needed(plain: Path, tmp_path: Path) -> None:
+    blocked = ("torch", "diffusers", "transformers", "onnx", "pydantic", "typer", "scipy")
+    code = (
+        f"import sys\nfor name in {blocked!r}: sys.modules[name] = None\n"
+        "from mpq_deploy import Generator\n"
+        f"made = Generator({str(plain)!r})('a cat', steps=2)\n"
+        f"made[0].image.save({str(tmp_path / 'x.png')!r})\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    assert Image.open(tmp_path / "x.png").size == (16, 16)
