@@ -95,6 +95,8 @@ def recipe_of(run: Path, recipe: str | None, options: Mapping[str, Any] | None =
     """Return the recipe of a run folder, or another one for it, with ``options`` over it."""
     from mpq_deploy.run.folder import check_one_run
 
+    if whole_recipe := _whole_recipe(run, options or {}):
+        return whole_recipe
     check_one_run(run)
     stored = run / "recipe.yaml"
     if recipe is None and not stored.is_file():
@@ -105,13 +107,28 @@ def recipe_of(run: Path, recipe: str | None, options: Mapping[str, Any] | None =
     return recipe_for(recipe or stored, options or {})
 
 
+def _whole_recipe(run: Path, options: Mapping[str, Any]) -> Recipe | None:
+    """Return the recipe of a whole pipeline's run with ``options`` over it; None for other runs."""
+    if not (run / "pipeline.json").is_file():
+        return None
+    from mpq_deploy.recipe import recipe_over
+    from mpq_deploy.run.pipeline_file import PipelineFile
+
+    plain = {
+        key: value.value if isinstance(value, Enum) else value for key, value in options.items()
+    }
+    given = {key: str(v) if isinstance(v, Path) else v for key, v in plain.items()}
+    return recipe_over(PipelineFile.load(run).recipe, given, str(run))
+
+
 def recipe_to_build(out: Path | None, recipe: str | None, options: Mapping[str, Any]) -> Recipe:
     """Return the recipe of a build: with neither model nor recipe that of the run at ``out``, if there is one.
 
     Else another budget for a run would put the bundled model into its folder.
     """
     named = recipe is not None or options["model"] is not None
-    if named or out is None or not (out / "recipe.yaml").is_file():
+    known = out is not None and any((out / n).is_file() for n in ("recipe.yaml", "pipeline.json"))
+    if named or out is None or not known:
         return recipe_for(recipe, options)
     return _going_on(recipe_of(out, None, options), options)
 
@@ -164,6 +181,8 @@ def run_until(stage: str, settings: Recipe, out: Path | None, crew: Crew | None 
     from mpq_deploy.run.several_targets import runs_of
 
     run = out or default_run(settings)
+    if _run_whole(stage, settings, run, crew):
+        return
     runs = runs_of(settings, run)
     if runs == [(settings, run)]:
         print_summary(_run_one(stage, settings, run, crew))
@@ -180,12 +199,32 @@ def run_on(
     """Run all stages up to ``stage`` on a run folder, or on those of all its targets."""
     from mpq_deploy.run.folder import several_in
 
+    if (run / "pipeline.json").is_file():
+        run_until(stage, recipe_of(run, recipe, options), run, crew)
+        return
     several = several_in(run)
     if several:
         runs = [(_going_on(recipe_of(one, recipe, options), options), one) for one in several]
         _run_all(stage, runs, crew)
     else:
         print_summary(_run_one(stage, recipe_of(run, recipe, options), run, crew))
+
+
+def _run_whole(stage: str, settings: Recipe, run: Path, crew: Crew | None) -> bool:
+    """Run the stages of all parts of a whole pipeline and print what came of it; False for other models."""
+    from mpq_deploy.models.pipeline_parts import whole_parts
+
+    parts = None if (run / "recipe.yaml").is_file() else whole_parts(settings)
+    if parts is None:
+        return False
+    from mpq_deploy.report.parts_page import pipeline_text, write_pipeline
+    from mpq_deploy.run.several_parts import build_whole
+
+    view = build_whole(settings, run, parts, stage, make_talk(), crew)
+    if stage == "report":
+        write_pipeline(run, view)
+    print_result(view.model_dump(mode="json", exclude={"recipe"}), pipeline_text(view, run))
+    return True
 
 
 def _run_one(stage: str, settings: Recipe, run: Path, crew: Crew | None) -> Summary:

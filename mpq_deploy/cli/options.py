@@ -250,13 +250,22 @@ LoraOption = Annotated[
         show_default=False,
     ),
 ]
-ComponentOption = Annotated[
+OnlyOption = Annotated[
     Optional[str],
     typer.Option(
+        "--only",
+        metavar="PART[,PART]",
+        help="Parts of a pipeline: unet, vae, text_encoder ...",
+        show_default="the whole pipeline",
+    ),
+]
+PinnedOption = Annotated[
+    Optional[list[str]],
+    typer.Option(
         "--component",
-        metavar="PART",
-        help="Part of a pipeline: vae, text_encoder ...",
-        show_default="the one that denoises",
+        metavar="PART=fp16",
+        help="Part of a pipeline that stays in FP16; repeatable.",
+        show_default=False,
     ),
 ]
 SensitivityOption = Annotated[
@@ -639,6 +648,18 @@ def crew_for(workers: int | None, ray: str | None, threads: int | None) -> Crew 
     from mpq_deploy.system.parallel.crew import crew_for as crew_of
 
     return crew_of(workers, ray, threads)
+
+
+def pinned_parts(given: list[str] | None) -> list[str] | None:
+    """Read NAME=fp16; None where none was given. Raises UsageError for anything else."""
+    pairs = [text.partition("=") for text in given or ()]
+    for name, _, kind in pairs:
+        if not name or kind != "fp16":
+            raise UsageError(
+                f"--component {name}{f'={kind}' if kind else ''} pins no part.",
+                f"Write --component {name or 'vae'}=fp16; to build a part alone: --only {name or 'vae'}.",
+            )
+    return [name for name, _, _ in pairs] or None
 
 
 def latency_settings(

@@ -127,9 +127,7 @@ def _open_folder(folder: Path, source: str, additions: Additions, talk: Talk) ->
     average = f"{chosen.name}_ema" if chosen is not None else ""
     if additions.component is not None or not (folder / average / CONFIG).is_file():
         return denoiser
-    note = (
-        f"{average}, the average of training, lies beside the weights taken: --component {average}"
-    )
+    note = f"{average}, the average of training, lies beside the weights taken: --only {average}"
     talk.line(f"  {note}")
     return replace(denoiser, notes=(*denoiser.notes, note))
 

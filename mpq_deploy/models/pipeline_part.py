@@ -263,7 +263,7 @@ def _left_float(index: Mapping[str, Any], component: str, spec: DenoiserSpec) ->
         and entry[1:] == [spec.config["_class_name"]]
     ]
     return tuple(
-        f"{name} denoises as well and stays in float: build it with --component {name}"
+        f"{name} denoises as well and stays in float: build it with --only {name}"
         for name in others
     )
 
