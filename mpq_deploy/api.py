@@ -15,7 +15,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class BuildResult:
-    """What ``build`` left behind: the run folder and the values of report.json."""
+    """What ``build`` left behind: the run folder and the values of report.json.
+
+    Of a whole pipeline the values of pipeline.json; engines and graphs lie in its parts' folders.
+    """
 
     run: Path
     report: dict[str, Any]
@@ -23,7 +26,7 @@ class BuildResult:
     @property
     def engine(self) -> Path | None:
         """The engine file; None where the target has none here (``report["engine_note"]`` says why)."""
-        built = self.report["engine"]
+        built = self.report.get("engine")
         return self.run / built["file"] if built else None
 
     @property
@@ -53,6 +56,7 @@ def build(
     computes what can be spread, as ``--workers``, ``--ray``, ``--threads``. Raises the errors of
     ``mpq_deploy.errors``: UsageError for what the caller can mend, MpqError for the rest.
     """
+    from mpq_deploy.models.pipeline_parts import whole_parts
     from mpq_deploy.recipe import load_recipe
     from mpq_deploy.run.pipeline import default_run, open_pipeline
     from mpq_deploy.system.parallel.crew import crew_for
@@ -66,7 +70,16 @@ def build(
     chosen = load_recipe(recipe, given)
     run = Path(out) if out else default_run(chosen)
     crew = crew_for(workers, ray, threads)
-    with open_pipeline(chosen, run, Talk() if quiet else PlainTalk(), crew) as pipeline:
+    talk = Talk() if quiet else PlainTalk()
+    parts = None if (run / "recipe.yaml").is_file() else whole_parts(chosen)
+    if parts is not None:
+        from mpq_deploy.report.parts_page import write_pipeline
+        from mpq_deploy.run.several_parts import build_whole
+
+        view = build_whole(chosen, run, parts, "report", talk, crew)
+        write_pipeline(run, view)
+        return BuildResult(run, view.model_dump(mode="json"))
+    with open_pipeline(chosen, run, talk, crew) as pipeline:
         summary = pipeline.run_until("report")
     return BuildResult(run, summary.values["report"])
 

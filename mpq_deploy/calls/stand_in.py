@@ -116,6 +116,7 @@ class Caller:
         self._same: dict[str, torch.Tensor] = {}
 
     def __call__(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Return what the class would, computed."""
         bound = functools.partial(self._class.forward, module)
         given = Arguments.of(bound, args, kwargs)
         feeds = self.feeds(given)

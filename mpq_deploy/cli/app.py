@@ -253,6 +253,21 @@ def _run_all(stage: str, runs: list[tuple[Recipe, Path]], crew: Crew | None) -> 
     print_each({name: (summary.values, summary.text) for name, summary in made.items()})
 
 
+def _forecast_whole(settings: Recipe, run: Path, crew: Crew | None) -> bool:
+    """Print what the run of each part of a whole pipeline would take; False for other models."""
+    from mpq_deploy.models.pipeline_parts import whole_parts
+
+    parts = None if (run / "recipe.yaml").is_file() else whole_parts(settings)
+    if parts is None:
+        return False
+    from mpq_deploy.run.several_parts import forecast_whole
+
+    ahead = forecast_whole(settings, run, parts, make_talk(), crew)
+    text = "\n\n".join("\n".join([f"part {name}", *one.lines]) for name, one in ahead.items())
+    print_result({"parts": {name: one.values() for name, one in ahead.items()}}, text)
+    return True
+
+
 def print_forecast(settings: Recipe, out: Path | None, crew: Crew | None) -> None:
     """Export the model, and print what a whole build would take; of several targets, for the first."""
     from mpq_deploy.run.folder import open_targets
@@ -260,6 +275,8 @@ def print_forecast(settings: Recipe, out: Path | None, crew: Crew | None) -> Non
     from mpq_deploy.run.several_targets import runs_of
 
     run = out or default_run(settings)
+    if _forecast_whole(settings, run, crew):
+        return
     own, folder = runs_of(settings, run)[0]
     with (
         open_targets(run) if folder != run else nullcontext(),

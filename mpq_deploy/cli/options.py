@@ -652,14 +652,15 @@ def crew_for(workers: int | None, ray: str | None, threads: int | None) -> Crew 
 
 def pinned_parts(given: list[str] | None) -> list[str] | None:
     """Read NAME=fp16; None where none was given. Raises UsageError for anything else."""
-    pairs = [text.partition("=") for text in given or ()]
-    for name, _, kind in pairs:
-        if not name or kind != "fp16":
-            raise UsageError(
-                f"--component {name}{f'={kind}' if kind else ''} pins no part.",
-                f"Write --component {name or 'vae'}=fp16; to build a part alone: --only {name or 'vae'}.",
-            )
-    return [name for name, _, _ in pairs] or None
+    names = [text.removesuffix("=fp16") for text in given or ()]
+    wrong = next((one for one in given or () if not one[:-5] or not one.endswith("=fp16")), None)
+    if wrong is not None:
+        part = wrong.partition("=")[0] or "vae"
+        raise UsageError(
+            f"--component {wrong} pins no part.",
+            f"Write --component {part}=fp16; to build a part alone: --only {part}.",
+        )
+    return names or None
 
 
 def latency_settings(

@@ -10,9 +10,8 @@ from markupsafe import Markup
 from mpq_deploy.evaluate.cache import write_aside
 from mpq_deploy.report.page import rendered
 from mpq_deploy.run.pipeline_file import COMPONENTS, PartFigures, PipelineFile
-from mpq_deploy.system.files import canonical_json
 
-PAGE, REPORT = "report.html", "report.json"
+PAGE = "report.html"
 COLUMNS = (
     *("Part", "Bytes", "Of its FP16", "Share of bytes", "Share of time", "Gain"),
     *("Predicted error of images", "Measured, alone", "Measured / predicted"),
@@ -21,8 +20,7 @@ NONE = "–"
 
 
 def write_pipeline(run: Path, view: PipelineFile) -> Path:
-    """Write the page and report.json of the whole; return the page's path."""
-    write_aside(run / REPORT, canonical_json(view.model_dump(mode="json")).encode())
+    """Write the page of the whole; return its path."""
     write_aside(run / PAGE, pipeline_page(view).encode())
     return run / PAGE
 

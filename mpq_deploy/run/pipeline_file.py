@@ -17,6 +17,7 @@ PIPELINE, COMPONENTS = "pipeline.json", "components"
 class PartFigures(BaseModel):
     """One part. Errors of images are relative and squared; None: not known, or not yet.
 
+    ``predicted_nmse`` and ``measured_nmse``: of the part's own output, as its own run has them.
     ``gain``: the images' error over the part's own (``quadratic``: two sizes of noise agree);
     ``rows``: samples that the part computes per image; ``latency_ms``: of one call, ``image_ms``
     of all calls of an image.
@@ -31,6 +32,7 @@ class PartFigures(BaseModel):
     quadratic: bool | None = None
     rows: float | None = None
     predicted_nmse: float | None = None
+    measured_nmse: float | None = None
     predicted_image_error: float | None = None
     measured_image_error: float | None = None
     latency_ms: float | None = None
@@ -50,6 +52,7 @@ class PipelineFile(BaseModel):
     budget_bytes: int | None = None
     fp16_size_bytes: int | None = None
     size_bytes: int | None = None
+    weights: int | None = None
     predicted_image_error: float | None = None
     measured_image_error: float | None = None
     psnr_db: float | None = None

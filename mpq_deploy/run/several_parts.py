@@ -20,6 +20,7 @@ from mpq_deploy.models.spec import DenoiserSpec
 from mpq_deploy.recipe import Recipe, load_recipe, make_recipe
 from mpq_deploy.run.effort import with_counts_of
 from mpq_deploy.run.folder import RunFolder, open_run
+from mpq_deploy.run.forecast import Ahead
 from mpq_deploy.run.pipeline import open_pipeline
 from mpq_deploy.run.pipeline_file import COMPONENTS, PartFigures, PipelineFile
 from mpq_deploy.run.stage import version_of
@@ -64,20 +65,14 @@ class WholeRun:
 
     def run_until(self, last: str) -> PipelineFile:
         """Make the runs of all parts up to the stage ``last`` current; return the joint view."""
-        states = {name: PartFigures(state=self._state(name)) for name in self.parts.names}
-        view = PipelineFile(
-            class_name=self.parts.class_name,
-            source=str(self.recipe.model),
-            recipe=self._given,
-            parts=states,
-        )
+        view = self.view()
         view.save(self.folder.path)
         if last in ("export", "measure"):
             for name in self.parts.names:
-                self._in_part(name, self._own_recipe(name), last, lambda run: None)
+                self._in_part(name, self.own_recipe(name), last, lambda run: None)
             return view
         measured = {
-            name: self._in_part(name, self._own_recipe(name), "measure", self._measured)
+            name: self._in_part(name, self.own_recipe(name), "measure", self._measured)
             for name in self.parts.names
         }
         gains = self._gains(measured)
@@ -85,7 +80,7 @@ class WholeRun:
         measured = {name: _weighted(part, gains[name], batch) for name, part in measured.items()}
         shares, budget = self._shares(measured)
         plans = {
-            name: self._in_part(name, self._own_recipe(name, share), last, _planned)
+            name: self._in_part(name, self.own_recipe(name, share), last, _planned)
             for name, share in shares.items()
         }
         view = _joint_view(view, measured, gains, plans, budget)
@@ -94,10 +89,19 @@ class WholeRun:
         view.save(self.folder.path)
         return view
 
-    def _state(self, name: str) -> Any:
-        return "pinned" if name in self.parts.pinned else "quantized"
+    def view(self) -> PipelineFile:
+        """Return the joint view before anything is planned."""
+        pinned = self.parts.pinned
+        states = {
+            name: PartFigures(state="pinned" if name in pinned else "quantized")
+            for name in self.parts.names
+        }
+        source = str(self.recipe.model)
+        return PipelineFile(
+            class_name=self.parts.class_name, source=source, recipe=self._given, parts=states
+        )
 
-    def _own_recipe(self, name: str, share: Share | None = None) -> Recipe:
+    def own_recipe(self, name: str, share: Share | None = None) -> Recipe:
         """Return the recipe of a part's run; before there is a ``share``, with the whole's budget."""
         given = {k: v for k, v in self._given.items() if k != "pinned"} | {"component": name}
         section = dict(given.get("allocate", {}))
@@ -220,6 +224,7 @@ class WholeRun:
     def _with_images(self, view: PipelineFile, measured: Mapping[str, _Measured]) -> PipelineFile:
         """Compare the final images, and add what was measured to the joint view."""
         from mpq_deploy.evaluate.final_images import FinalImages, compare_images
+        from mpq_deploy.report.read import read_report
 
         section = self.recipe.evaluate
         count = min(section.samples, MOST_IMAGES)
@@ -243,7 +248,12 @@ class WholeRun:
         path = self._current(IMAGES, inputs, make) / "images.json"
         found: FinalImages = model_of(FinalImages, read_json_object(path), str(path))
         parts = {
-            name: part.model_copy(update={"measured_image_error": found.alone.get(name)})
+            name: part.model_copy(
+                update={
+                    "measured_nmse": read_report(self._path(name)).measured_nmse,
+                    "measured_image_error": found.alone.get(name),
+                }
+            )
             for name, part in view.parts.items()
         }
         return view.model_copy(
@@ -298,6 +308,7 @@ def _joint_view(
             "budget_bytes": budget,
             "fp16_size_bytes": sum(part.fp16_bytes for part in measured.values()),
             "size_bytes": sum(part.size_bytes or 0 for part in parts.values()),
+            "weights": sum(part.weights for part in measured.values()),
             "predicted_image_error": sum(p.predicted_image_error or 0.0 for p in parts.values()),
             "image_ms": sum(times) if len(times) == len(parts) else None,
             "notes": _notes(parts),
@@ -321,6 +332,21 @@ def _notes(parts: Mapping[str, PartFigures]) -> tuple[str, ...]:
             "A second text encoder's pooled output is not part of its graph: the float one is used."
         )
     return tuple(notes)
+
+
+def forecast_whole(
+    recipe: Recipe, run: Path, parts: Parts, talk: Talk, crew: Crew | None = None
+) -> dict[str, Ahead]:
+    """Export each part; return what its own run would take. Runs for the final images come on top."""
+    found = {}
+    with open_run(run) as folder:
+        whole = WholeRun(recipe, folder, parts, talk, crew)
+        whole.view().save(run)
+        for name in parts.names:
+            own, path = whole.own_recipe(name), run / COMPONENTS / name
+            with open_pipeline(own, path, talk, crew) as pipeline:
+                found[name] = pipeline.dry_run()
+    return found
 
 
 def build_whole(
