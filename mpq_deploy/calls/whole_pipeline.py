@@ -9,6 +9,8 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +35,17 @@ from mpq_deploy.models.lora import Loras
 from mpq_deploy.models.lora_option import parse_lora
 from mpq_deploy.models.spec import Array, DenoiserSpec
 
-# What a part is given by input name, and its float output -> what it gives in its place.
-Change = Callable[[dict[str, Array], Array], Array]
+
+@dataclass(frozen=True)
+class PartCall:
+    """One call of a part in float: its ``output``, its inputs as its graph takes them."""
+
+    output: Array
+    feeds: Callable[[], dict[str, Array]]
+
+
+# A call in float -> what the part gives in its place.
+Change = Callable[[PartCall], Array]
 
 
 class WholePipeline:
@@ -89,11 +100,12 @@ class WholePipeline:
             self.rows[name] += len(given.tensors[spec.sample.name])
             if change is None:
                 return output
-            if method == ENCODE:
-                return _with_moments(output, lambda value: change(_feeds(part, spec, given), value))
-            value = followed(output, place)
-            made = change(_feeds(part, spec, given), value.detach().float().numpy())
-            return replaced(output, place, torch.from_numpy(made).to(value.dtype))
+            taken = _moments if method == ENCODE else partial(followed, path=place)
+            call = PartCall(_array(taken(output)), lambda: _feeds(part, spec, given))
+            made = torch.from_numpy(change(call)).to(taken(output).dtype)
+            if method == ENCODE and hasattr(output[0], "parameters"):
+                made = type(output[0])(made)
+            return replaced(output, place, made)
 
         return called
 
@@ -131,9 +143,11 @@ def replaced(output: Any, place: tuple[Any, ...], value: torch.Tensor) -> Any:
     return changed
 
 
-def _with_moments(output: Any, change: Callable[[Array], Array]) -> Any:
-    """Return what a VAE's encoder gives, with other mean and variance."""
-    inner = output[0]
-    value = getattr(inner, "parameters", inner)
-    made = torch.from_numpy(change(value.detach().float().numpy())).to(value.dtype)
-    return replaced(output, (0,), type(inner)(made) if inner is not value else made)
+def _moments(output: Any) -> torch.Tensor:
+    """Return mean and variance of what a VAE's encoder gives."""
+    found: torch.Tensor = getattr(output[0], "parameters", output[0])
+    return found
+
+
+def _array(value: torch.Tensor) -> Array:
+    return np.asarray(value.detach().float().numpy())

@@ -67,4 +67,4 @@ def compare_images(
 
 def _computed(path: Path, spec: DenoiserSpec) -> Change:
     session = OrtDenoiser(path, spec)
-    return lambda feeds, value: session.run(feeds)
+    return lambda call: session.run(call.feeds())

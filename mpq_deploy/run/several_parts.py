@@ -160,7 +160,7 @@ class WholeRun:
         free = [name for name in measured if name not in self.parts.pinned]
         inputs: Fields = {
             **self._fields(measured, GAINS_FORMAT),
-            "gains": [free, COUNT, SIZES, steps, seed],
+            "noise": [free, COUNT, SIZES, steps, seed],
         }
 
         def make(folder: Path) -> None:
@@ -319,8 +319,8 @@ def _joint_view(
 def _notes(parts: Mapping[str, PartFigures]) -> tuple[str, ...]:
     curved = [name for name, part in parts.items() if part.quadratic is False]
     notes = [
-        "Predicted errors of images are a part's predicted error times its gain, which white noise of 1 % on its "
-        "float output was measured by; a quantized part's error is no white noise."
+        "Predicted errors of images are a part's predicted error times its gain, measured by noise of 1 % on the "
+        "part's float output, half of a denoiser's the same at each step. A quantized part's error is no such noise."
     ]
     if curved:
         notes.append(f"Not quadratic between noises of 1 % and 3 %: {', '.join(curved)}.")

@@ -45,7 +45,7 @@ def recipe(folder: Path, **changes: Any) -> Recipe:
     prompts.write_text("abc\ndef\nghi\njkl\nmno\npqr\nstu\n", encoding="utf-8")
     given = {"target": "onnxruntime-cpu", "prompts": str(prompts), "component_samples": 8}
     more = {"evaluate__controls": False, "budget": 0.5}
-    return recipe_for(folder, **FEW_SCHEMES, **given, **{**more, **changes})
+    return recipe_for(folder, **{**FEW_SCHEMES, **given, **more, **changes})
 
 
 def built(settings: Recipe, run: Path, last: str = "report") -> tuple[PipelineFile, Notes]:
