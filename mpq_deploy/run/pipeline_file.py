@@ -47,6 +47,7 @@ class PipelineFile(BaseModel):
     format: Literal[1] = 1
     class_name: str
     source: str
+    denoiser: str
     recipe: dict[str, Any]
     parts: dict[str, PartFigures]
     budget_bytes: int | None = None
@@ -72,8 +73,7 @@ class PipelineFile(BaseModel):
         )
 
 
-def part_folders(run: Path) -> dict[str, Path]:
-    """Return the runs of the parts of a whole pipeline's run; none where ``run`` is another."""
-    if not (run / PIPELINE).is_file():
-        return {}
-    return {name: run / COMPONENTS / name for name in PipelineFile.load(run).parts}
+def denoiser_run(run: Path) -> Path:
+    """Return the denoiser's run of a whole pipeline's; any other path as it is."""
+    whole = (run / PIPELINE).is_file()
+    return run / COMPONENTS / PipelineFile.load(run).denoiser if whole else run

@@ -98,7 +98,11 @@ class WholeRun:
         }
         source = str(self.recipe.model)
         return PipelineFile(
-            class_name=self.parts.class_name, source=source, recipe=self._given, parts=states
+            class_name=self.parts.class_name,
+            source=source,
+            denoiser=self.parts.denoiser,
+            recipe=self._given,
+            parts=states,
         )
 
     def own_recipe(self, name: str, share: Share | None = None) -> Recipe:

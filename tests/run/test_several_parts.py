@@ -192,3 +192,39 @@ def test_what_cannot_be_built_is_refused(folder: Path, tmp_path: Path) -> None:
             "report",
             Notes(),
         )
+
+
+def test_python_builds_and_loads_the_whole(
+    finished: tuple[Path, PipelineFile], folder: Path, tmp_path: Path
+) -> None:
+    import mpq_deploy
+    from mpq_deploy.api import BuildResult
+
+    run, view = finished
+    result = BuildResult(run, view.model_dump(mode="json"))
+    assert result.engine is None and result.model == result.part("unet").model
+    assert result.model.is_file() and result.part("vae_decoder").model.is_file()
+    unet = mpq_deploy.load(run)
+    assert unet.config["_class_name"] == "UNet2DConditionModel"
+
+
+def test_pictures_make_the_encoder_a_part(folder: Path, tmp_path: Path) -> None:
+    from PIL import Image
+
+    image_to_image = Path(shutil.copytree(folder, tmp_path / "tiny"))
+    index = image_to_image / "model_index.json"
+    text = index.read_text(encoding="utf-8")
+    named = text.replace('"StableDiffusionPipeline"', '"StableDiffusionImg2ImgPipeline"')
+    index.write_text(named, encoding="utf-8")
+    calls = []
+    for number in range(6):
+        pixels = np.random.default_rng(number).integers(0, 255, (16, 16, 3), np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{number}.png")
+        calls.append({"prompt": f"a{number}", "image": f"{number}.png", "strength": 0.5})
+    (tmp_path / "calls.yaml").write_text(json.dumps(calls), encoding="utf-8")
+    settings = recipe(image_to_image, call=str(tmp_path / "calls.yaml"), prompts=None, budget=0.6)
+    view, _ = built(settings, tmp_path / "run")
+    assert set(view.parts) == {*PARTS, "vae_encoder"}
+    encoder = view.parts["vae_encoder"]
+    assert (encoder.gain or 0) > 0 and (encoder.measured_image_error or 0) > 0
+    assert (view.size_bytes or 0) <= (view.budget_bytes or 0)
