@@ -22,7 +22,7 @@ from mpq_deploy.run.effort import with_counts_of
 from mpq_deploy.run.folder import RunFolder, open_run
 from mpq_deploy.run.forecast import Ahead
 from mpq_deploy.run.pipeline import open_pipeline
-from mpq_deploy.run.pipeline_file import COMPONENTS, PartFigures, PipelineFile
+from mpq_deploy.run.pipeline_file import COMPONENTS, PIPELINE, PartFigures, PipelineFile
 from mpq_deploy.run.stage import version_of
 from mpq_deploy.run.view import RECIPE, Run
 from mpq_deploy.system.files import Fields, canonical_json
@@ -66,7 +66,7 @@ class WholeRun:
     def run_until(self, last: str) -> PipelineFile:
         """Make the runs of all parts up to the stage ``last`` current; return the joint view."""
         view = self.view()
-        view.save(self.folder.path)
+        self.mark()
         if last in ("export", "measure"):
             for name in self.parts.names:
                 self._in_part(name, self.own_recipe(name), last, lambda run: None)
@@ -88,6 +88,11 @@ class WholeRun:
             view = self._with_images(view, measured)
         view.save(self.folder.path)
         return view
+
+    def mark(self) -> None:
+        """Make the folder a whole pipeline's run; what an earlier build found stays until the next plan."""
+        if not (self.folder.path / PIPELINE).is_file():
+            self.view().save(self.folder.path)
 
     def view(self) -> PipelineFile:
         """Return the joint view before anything is planned."""
@@ -345,7 +350,7 @@ def forecast_whole(
     found = {}
     with open_run(run) as folder:
         whole = WholeRun(recipe, folder, parts, talk, crew)
-        whole.view().save(run)
+        whole.mark()
         for name in parts.names:
             own, path = whole.own_recipe(name), run / COMPONENTS / name
             with open_pipeline(own, path, talk, crew) as pipeline:
