@@ -15,7 +15,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class BuildResult:
-    """What ``build`` left behind: the run folder and the values of report.json."""
+    """What ``build`` left behind: the run folder and the values of report.json.
+
+    Of a whole pipeline ``report`` has the values of pipeline.json, ``engine`` and ``model`` are its
+    denoiser's, and ``part`` gives the same of any part.
+    """
 
     run: Path
     report: dict[str, Any]
@@ -23,13 +27,26 @@ class BuildResult:
     @property
     def engine(self) -> Path | None:
         """The engine file; None where the target has none here (``report["engine_note"]`` says why)."""
+        if "denoiser" in self.report:
+            return self.part(self.report["denoiser"]).engine
         built = self.report["engine"]
         return self.run / built["file"] if built else None
 
     @property
     def model(self) -> Path:
         """The quantized FP16 ONNX graph."""
+        if "denoiser" in self.report:
+            return self.part(self.report["denoiser"]).model
         return self.run / ("recover" if self.report["recovery"] else "quantize") / "model.onnx"
+
+    def part(self, name: str) -> BuildResult:
+        """Return the result of one part of a whole pipeline. Raises KeyError for one that was not built."""
+        from mpq_deploy.system.inputs import read_json_object
+
+        if name not in self.report["parts"]:
+            raise KeyError(name)
+        run = self.run / "components" / name
+        return BuildResult(run, read_json_object(run / "report.json"))
 
 
 def build(
@@ -53,6 +70,7 @@ def build(
     computes what can be spread, as ``--workers``, ``--ray``, ``--threads``. Raises the errors of
     ``mpq_deploy.errors``: UsageError for what the caller can fix, MpqError for the rest.
     """
+    from mpq_deploy.models.pipeline_parts import whole_parts
     from mpq_deploy.recipe import load_recipe
     from mpq_deploy.run.pipeline import default_run, open_pipeline
     from mpq_deploy.system.parallel.crew import crew_for
@@ -66,7 +84,16 @@ def build(
     chosen = load_recipe(recipe, given)
     run = Path(out) if out else default_run(chosen)
     crew = crew_for(workers, ray, threads)
-    with open_pipeline(chosen, run, Talk() if quiet else PlainTalk(), crew) as pipeline:
+    talk = Talk() if quiet else PlainTalk()
+    parts = None if (run / "recipe.yaml").is_file() else whole_parts(chosen)
+    if parts is not None:
+        from mpq_deploy.report.parts_page import write_pipeline
+        from mpq_deploy.run.several_parts import build_whole
+
+        view = build_whole(chosen, run, parts, "report", talk, crew)
+        write_pipeline(run, view)
+        return BuildResult(run, view.model_dump(mode="json"))
+    with open_pipeline(chosen, run, talk, crew) as pipeline:
         summary = pipeline.run_until("report")
     return BuildResult(run, summary.values["report"])
 
@@ -87,6 +114,8 @@ def load(
 ) -> RuntimeUNet:
     """Open a run folder, an engine or an ONNX file as a replacement of ``pipe.unet``.
 
+    Of a whole pipeline's run its denoiser is opened.
+
     ``backend``: auto, onnxruntime, tensorrt_rtx or tensorrt; auto takes the engine where a GPU and
     its library are. Raises as ``runtime.drop_in.load`` does. Needs PyTorch.
     """
@@ -96,6 +125,7 @@ def load(
 
     if importlib.util.find_spec("torch") is None:
         raise MissingDependencyError("torch", "torch", "Replacing a diffusers UNet")
+    from mpq_deploy.run.pipeline_file import denoiser_run
     from mpq_deploy.runtime.drop_in import load as open_runtime
 
-    return open_runtime(source, backend=backend, device=device, threads=threads)
+    return open_runtime(denoiser_run(Path(source)), backend=backend, device=device, threads=threads)

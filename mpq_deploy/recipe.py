@@ -470,8 +470,9 @@ class Recipe(Section):
     )
     component: str | None = Field(
         None,
-        description="pipeline part: unet, transformer, vae, text_encoder ...; null: the denoiser",
+        description="pipeline parts: unet, vae_decoder, text_encoder ..., several: a,b; null: all, or the denoiser",
     )
+    pinned: tuple[str, ...] = Field((), description="parts of a whole pipeline that stay in FP16")
     component_samples: int = Field(
         64, ge=8, description="inputs that a VAE is calibrated and compared with"
     )
@@ -637,7 +638,12 @@ def load_recipe(source: str | Path | None, overrides: dict[str, Any] | None = No
         if read is not None and not isinstance(read, dict):
             raise UsageError(f"{path} holds a {type(read).__name__}, not keys and values.")
         values = read or {}
-    for dotted, value in (overrides or {}).items():
+    return recipe_over(values, overrides or {}, "the options" if source is None else path.name)
+
+
+def recipe_over(values: dict[str, Any], overrides: dict[str, Any], source: str) -> Recipe:
+    """Return the recipe of ``values`` with ``overrides`` (dotted keys; None: not given) laid over them."""
+    for dotted, value in overrides.items():
         if value is None:
             continue
         place = values
@@ -648,7 +654,7 @@ def load_recipe(source: str | Path | None, overrides: dict[str, Any] | None = No
             place = place[parent]
         else:
             place[last] = value
-    return make_recipe(values, "the options" if source is None else path.name)
+    return make_recipe(values, source)
 
 
 def recipe_file(source: str | Path) -> Path:

@@ -215,13 +215,17 @@ class PlanSolver:
         choices = [self._joined(choice) for choice in tie(self.choices, self._ties()[0])]
         return Problem([*choices, *self.attentions], self.fixed_bytes, budget_bytes, self.foldable)
 
+    def timed_problem(self) -> Problem:
+        """Return the problem without a budget or a limit on latency, with times where they are known."""
+        return self._timed(self._problem(0))
+
     def front(self, most: int) -> list[PredictedPlan]:
         """Return plans of which none is better in size, predicted error and time, smallest first.
 
         At most ``most``, in about a second, by Lagrangian relaxation: ``solve`` finds a plan whose
         layers' errors add up to no more within the limits of each. The recipe's do not count.
         """
-        problem = self._timed(self._problem(0))
+        problem = self.timed_problem()
         points = []
         for plan in front(problem, most):
             schemes = problem.spread(plan.schemes)

@@ -25,7 +25,8 @@ class LayerChoice:
     ``scale_bytes``: what stays of them where its producer takes the factors of channels.
     ``latency_ns``: scheme -> nanoseconds of one call, without the quantizers of its inputs; empty
     where they are not known. ``members``: the layers that are tied (``allocate.ties``); costs are
-    those of all together.
+    those of all together. ``scope``: stands before the names of its quantizers, where the problem
+    has layers of several models.
     """
 
     name: str
@@ -36,6 +37,7 @@ class LayerChoice:
     latency_ns: Mapping[str, int] = field(default_factory=dict)
     scale_bytes: Mapping[str, int] = field(default_factory=dict)
     members: tuple[str, ...] = ()
+    scope: str = ""
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -63,7 +65,8 @@ class LayerChoice:
             return {}
         size = self.input_bytes.get(scheme, ACTIVATION_SCALE_BYTES)
         own = {tensor + form.activation_form: size for tensor in self.inputs}
-        return {**own, **form.range.shared_bytes()}
+        read = {**own, **form.range.shared_bytes()}
+        return {self.scope + name: count for name, count in read.items()} if self.scope else read
 
 
 @dataclass(frozen=True)

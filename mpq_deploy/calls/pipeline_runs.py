@@ -345,7 +345,7 @@ def first_call(pipeline: Any, component: str, arguments: Mapping[str, Any]) -> A
         handle.remove()
     raise UsageError(
         f"{type(pipeline).__name__} does not call its {component} with {shown_call(arguments)}.",
-        "Name the component that denoises with --component.",
+        "Name the part that denoises with --only.",
     )
 
 

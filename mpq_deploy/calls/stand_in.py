@@ -49,7 +49,7 @@ def stand_in(
 
     Its forward raises ModelError, naming the argument, for one that the graph has no input for.
     """
-    caller = _Caller(module_class, spec, compute)
+    caller = Caller(module_class, spec, compute)
 
     @functools.wraps(module_class.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -105,7 +105,7 @@ def answer_of(module_class: Any) -> tuple[Any, str]:
     return kind, dataclasses.fields(kind)[0].name
 
 
-class _Caller:
+class Caller:
     """Takes a call of the module apart, computes it, and answers as the class does."""
 
     def __init__(self, module_class: Any, spec: DenoiserSpec, compute: Compute) -> None:
@@ -116,6 +116,7 @@ class _Caller:
         self._same: dict[str, torch.Tensor] = {}
 
     def __call__(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Return what the class would, computed."""
         bound = functools.partial(self._class.forward, module)
         given = Arguments.of(bound, args, kwargs)
         feeds = self.feeds(given)

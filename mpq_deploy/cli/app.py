@@ -97,6 +97,8 @@ def recipe_of(run: Path, recipe: str | None, options: Mapping[str, Any] | None =
     """Return the recipe of a run folder, or ``recipe`` where one is given, overridden by ``options``."""
     from mpq_deploy.run.folder import check_one_run
 
+    if whole_recipe := _whole_recipe(run, options or {}):
+        return whole_recipe
     check_one_run(run)
     stored = run / "recipe.yaml"
     if recipe is None and not stored.is_file():
@@ -107,13 +109,28 @@ def recipe_of(run: Path, recipe: str | None, options: Mapping[str, Any] | None =
     return recipe_for(recipe or stored, options or {})
 
 
+def _whole_recipe(run: Path, options: Mapping[str, Any]) -> Recipe | None:
+    """Return the recipe of a whole pipeline's run with ``options`` over it; None for other runs."""
+    if not (run / "pipeline.json").is_file():
+        return None
+    from mpq_deploy.recipe import recipe_over
+    from mpq_deploy.run.pipeline_file import PipelineFile
+
+    plain = {
+        key: value.value if isinstance(value, Enum) else value for key, value in options.items()
+    }
+    given = {key: str(v) if isinstance(v, Path) else v for key, v in plain.items()}
+    return recipe_over(PipelineFile.load(run).recipe, given, str(run))
+
+
 def recipe_to_build(out: Path | None, recipe: str | None, options: Mapping[str, Any]) -> Recipe:
     """Return the recipe of a build; without a model and a recipe, that of an existing run at ``out``.
 
     Otherwise a new budget for an existing run would build the bundled model in its folder.
     """
     named = recipe is not None or options["model"] is not None
-    if named or out is None or not (out / "recipe.yaml").is_file():
+    known = out is not None and any((out / n).is_file() for n in ("recipe.yaml", "pipeline.json"))
+    if named or out is None or not known:
         return recipe_for(recipe, options)
     return _going_on(recipe_of(out, None, options), options)
 
@@ -166,6 +183,8 @@ def run_until(stage: str, settings: Recipe, out: Path | None, crew: Crew | None 
     from mpq_deploy.run.several_targets import runs_of
 
     run = out or default_run(settings)
+    if _run_whole(stage, settings, run, crew):
+        return
     runs = runs_of(settings, run)
     if runs == [(settings, run)]:
         print_summary(_run_one(stage, settings, run, crew))
@@ -182,12 +201,32 @@ def run_on(
     """Run all stages up to ``stage`` on a run folder, or for each of its targets."""
     from mpq_deploy.run.folder import several_in
 
+    if (run / "pipeline.json").is_file():
+        run_until(stage, recipe_of(run, recipe, options), run, crew)
+        return
     several = several_in(run)
     if several:
         runs = [(_going_on(recipe_of(one, recipe, options), options), one) for one in several]
         _run_all(stage, runs, crew)
     else:
         print_summary(_run_one(stage, recipe_of(run, recipe, options), run, crew))
+
+
+def _run_whole(stage: str, settings: Recipe, run: Path, crew: Crew | None) -> bool:
+    """Run the stages of all parts of a whole pipeline and print what came of it; False for other models."""
+    from mpq_deploy.models.pipeline_parts import whole_parts
+
+    parts = None if (run / "recipe.yaml").is_file() else whole_parts(settings)
+    if parts is None:
+        return False
+    from mpq_deploy.report.parts_page import pipeline_text, write_pipeline
+    from mpq_deploy.run.several_parts import build_whole
+
+    view = build_whole(settings, run, parts, stage, make_talk(), crew)
+    if stage == "report":
+        write_pipeline(run, view)
+    print_result(view.model_dump(mode="json", exclude={"recipe"}), pipeline_text(view, run))
+    return True
 
 
 def _run_one(stage: str, settings: Recipe, run: Path, crew: Crew | None) -> Summary:
@@ -216,6 +255,21 @@ def _run_all(stage: str, runs: list[tuple[Recipe, Path]], crew: Crew | None) -> 
     print_each({name: (summary.values, summary.text) for name, summary in made.items()})
 
 
+def _forecast_whole(settings: Recipe, run: Path, crew: Crew | None) -> bool:
+    """Print what the run of each part of a whole pipeline would take; False for other models."""
+    from mpq_deploy.models.pipeline_parts import whole_parts
+
+    parts = None if (run / "recipe.yaml").is_file() else whole_parts(settings)
+    if parts is None:
+        return False
+    from mpq_deploy.run.several_parts import forecast_whole
+
+    ahead = forecast_whole(settings, run, parts, make_talk(), crew)
+    text = "\n\n".join("\n".join([f"part {name}", *one.lines]) for name, one in ahead.items())
+    print_result({"parts": {name: one.values() for name, one in ahead.items()}}, text)
+    return True
+
+
 def print_forecast(settings: Recipe, out: Path | None, crew: Crew | None) -> None:
     """Export the model, and print the forecast of a whole build, of several targets for the first."""
     from mpq_deploy.run.folder import open_targets
@@ -223,6 +277,8 @@ def print_forecast(settings: Recipe, out: Path | None, crew: Crew | None) -> Non
     from mpq_deploy.run.several_targets import runs_of
 
     run = out or default_run(settings)
+    if _forecast_whole(settings, run, crew):
+        return
     own, folder = runs_of(settings, run)[0]
     with (
         open_targets(run) if folder != run else nullcontext(),

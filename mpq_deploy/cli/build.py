@@ -25,7 +25,6 @@ from mpq_deploy.cli.options import (
     HERE,
     BudgetOption,
     CallOption,
-    ComponentOption,
     Compute,
     ComputeOption,
     ConditionsOption,
@@ -39,7 +38,9 @@ from mpq_deploy.cli.options import (
     ModelArgument,
     ObjectiveOption,
     OneTargetOption,
+    OnlyOption,
     OutOption,
+    PinnedOption,
     PromptsOption,
     RecipeOption,
     RecordedOption,
@@ -51,6 +52,7 @@ from mpq_deploy.cli.options import (
     TargetsOption,
     TimeOption,
     latency_settings,
+    pinned_parts,
     signing_key,
     with_compute,
 )
@@ -78,7 +80,8 @@ def build(
     calls: RecordedOption = None,
     config: ConfigOption = None,
     lora: LoraOption = None,
-    component: ComponentOption = None,
+    only: OnlyOption = None,
+    component: PinnedOption = None,
     recover: Annotated[
         bool,
         typer.Option(
@@ -102,7 +105,8 @@ def build(
     """
     given: dict[str, Any] = {"model": model, "budget": budget, "target": target}
     given |= {"measure.method": sensitivity, "conditions": conditions, "scheduler": scheduler}
-    given |= {"prompts": prompts, "call": call, "calls": calls, "component": component}
+    given |= {"prompts": prompts, "call": call, "calls": calls, "component": only}
+    given |= {"pinned": pinned_parts(component)}
     given |= {"lora": lora or None, "config": config, "compute.device": compute.device}
     given |= latency_settings(max_latency, objective, latency_table)
     given |= {"effort": effort, "time": time}
@@ -142,10 +146,10 @@ def export(
     calls: RecordedOption = None,
     config: ConfigOption = None,
     lora: LoraOption = None,
-    component: ComponentOption = None,
+    only: OnlyOption = None,
 ) -> None:
     """Export the denoiser to ONNX and check it against the original."""
-    given: dict[str, Any] = {"model": model, "lora": lora or None, "component": component}
+    given: dict[str, Any] = {"model": model, "lora": lora or None, "component": only}
     given |= {"conditions": conditions, "scheduler": scheduler, "prompts": prompts}
     given |= {"call": call, "calls": calls, "config": config}
     run_until("export", recipe_for(recipe, given), out)
@@ -281,6 +285,9 @@ def report(
     from mpq_deploy.run.folder import runs_at
     from mpq_deploy.run.pipeline import open_pipeline
 
+    if (run / "pipeline.json").is_file() and not (device or as_is or target or sign):
+        run_on("report", run, recipe, {})
+        return
     key, chosen, made = signing_key(sign), runs_at(run, target), {}
     if device:
         check_one_file(device[0], chosen)

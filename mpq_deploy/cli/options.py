@@ -251,13 +251,22 @@ LoraOption = Annotated[
         show_default=False,
     ),
 ]
-ComponentOption = Annotated[
+OnlyOption = Annotated[
     Optional[str],
     typer.Option(
+        "--only",
+        metavar="PART[,PART]",
+        help="Parts of a pipeline: unet, vae, text_encoder ...",
+        show_default="the whole pipeline",
+    ),
+]
+PinnedOption = Annotated[
+    Optional[list[str]],
+    typer.Option(
         "--component",
-        metavar="PART",
-        help="Component of the pipeline to quantize: vae, text_encoder ...",
-        show_default="the one that denoises",
+        metavar="PART=fp16",
+        help="Part of a pipeline that stays in FP16; repeatable.",
+        show_default=False,
     ),
 ]
 SensitivityOption = Annotated[
@@ -648,6 +657,19 @@ def crew_for(workers: int | None, ray: str | None, threads: int | None) -> Crew 
     from mpq_deploy.system.parallel.crew import crew_for as crew_of
 
     return crew_of(workers, ray, threads)
+
+
+def pinned_parts(given: list[str] | None) -> list[str] | None:
+    """Read NAME=fp16; None where none was given. Raises UsageError for anything else."""
+    names = [text.removesuffix("=fp16") for text in given or ()]
+    wrong = next((one for one in given or () if not one[:-5] or not one.endswith("=fp16")), None)
+    if wrong is not None:
+        part = wrong.partition("=")[0] or "vae"
+        raise UsageError(
+            f"--component {wrong} pins no part.",
+            f"Write --component {part}=fp16; to build a part alone: --only {part}.",
+        )
+    return names or None
 
 
 def latency_settings(

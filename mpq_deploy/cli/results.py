@@ -72,7 +72,7 @@ from mpq_deploy.errors import MpqError, UsageError
 from mpq_deploy.system.files import write_text
 
 if TYPE_CHECKING:
-    from mpq_deploy.report.gate import GateResult
+    from mpq_deploy.report.gate import GateResult, Limits
 
 
 @app.command(
@@ -352,8 +352,8 @@ def gate(
         max_lpips,
         max_clip_drop,
     )
-    results = {}
-    for name, one in runs_at(run, target).items():
+    results = _gate_of_whole(run, limits, allow_estimate)
+    for name, one in {} if results else runs_at(run, target).items():
         former = None if baseline is None else _of_target(baseline, name)
         _check_trust(trust, one, former)
         held_against = None if former is None else read_report(former)
@@ -362,6 +362,15 @@ def gate(
         if path is not None:
             write_text(path, text_of(*results.values()))
     _print_gate(results, json)
+
+
+def _gate_of_whole(run: Path, limits: Limits, allow_estimate: bool) -> dict[str, GateResult]:
+    """Return the outcome of a whole pipeline's run, by no name; empty for other runs."""
+    if not (run / "pipeline.json").is_file():
+        return {}
+    from mpq_deploy.report.parts_gate import check_pipeline
+
+    return {"": check_pipeline(run, limits, allow_estimate)}
 
 
 def _check_trust(trust: str | None, *reports: Path | None) -> None:

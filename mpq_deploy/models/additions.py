@@ -19,6 +19,10 @@ SCHEDULER_FILE = "scheduler_config.json"
 # A part of pipelines that judges images and makes none.
 LEFT_OUT = ("safety_checker",)
 INDEX, CONFIG = "model_index.json", "config.json"
+# Methods by which parts are called. The VAE's are two parts: its encoder where there are pictures.
+FORWARD, DECODE, ENCODE = "forward", "decode", "encode"
+VAE, VAE_PARTS = "vae", {"vae_decoder": DECODE, "vae_encoder": ENCODE}
+_DECODERS = (VAE, "vqvae", "vqgan", "movq")
 
 
 @dataclass(frozen=True)
@@ -129,6 +133,12 @@ def predicted(scheduler: dict[str, Any]) -> Any:
     if "FlowMatch" in str(scheduler.get("_class_name")):
         return "flow_prediction"
     return scheduler.get("prediction_type", "epsilon")
+
+
+def place_of(component: str) -> tuple[str, str]:
+    """Return the pipeline's part that a component is of, and the method that it is called by."""
+    method = VAE_PARTS.get(component, DECODE if component in _DECODERS else FORWARD)
+    return (VAE if component in VAE_PARTS else component), method
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""A part of a pipeline without timesteps, called once: a VAE's decoder or a text encoder.
+"""A part of a pipeline without timesteps, called once: a VAE's decoder or encoder, or a text encoder.
 
 What it takes is recorded while its pipeline runs in float: the latents that the VAE decodes, the
 tokens that a text encoder is given. Three quarters calibrate; what comes out is compared on the
@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import numpy as np
 import torch
 
@@ -32,7 +31,15 @@ from mpq_deploy.calls.pipeline_runs import (
 from mpq_deploy.calls.sampler import ONE_CALL
 from mpq_deploy.calls.stand_in import shell
 from mpq_deploy.errors import UsageError, nearest
-from mpq_deploy.models.additions import DENOISERS, Additions, read_json
+from mpq_deploy.models.additions import (
+    DECODE,
+    DENOISERS,
+    ENCODE,
+    FORWARD,
+    Additions,
+    place_of,
+    read_json,
+)
 from mpq_deploy.models.conditions import Conditions
 from mpq_deploy.models.denoiser import Denoiser
 from mpq_deploy.models.lora import Loras, told
@@ -44,6 +51,7 @@ from mpq_deploy.models.torch_export import TorchNetwork
 from mpq_deploy.models.weight_files import own_tensors
 from mpq_deploy.system.progress import Talk
 
+OUTPUTS = {FORWARD: "hidden_states", DECODE: "image", ENCODE: "moments"}
 # Share of the rows that calibrate.
 CALIBRATED = 0.75
 # Seed of the noise that latents come from: no other stage's.
@@ -72,16 +80,21 @@ def open_component(folder: Path, source: str, additions: Additions, talk: Talk) 
         )
     index = read_json(folder / INDEX)
     here = [name for name in index if (folder / name / CONFIG).is_file()]
-    if component not in here:
+    module, method = place_of(component)
+    if module not in here:
         raise UsageError(
             f"{folder} has no component '{component}'.",
             f"{nearest(component, here)}Here: {', '.join(here) or 'none'}.",
         )
     pipeline, uses = _loaded(folder, index, additions)
-    part = getattr(pipeline, component)
+    part = getattr(pipeline, module)
+    if method != FORWARD and not hasattr(part, method):
+        raise UsageError(
+            f"The {module} of {folder} does not {method}.", f"It is a {type(part).__name__}."
+        )
     recorded = _record(pipeline, component, part, additions, talk)
     inputs, arrays, labels = _rows(recorded)
-    decodes = hasattr(part, "decode")
+    decodes = method == DECODE
     spec = DenoiserSpec(
         name=f"{folder.resolve().name} {component}",
         source=source,
@@ -89,14 +102,14 @@ def open_component(folder: Path, source: str, additions: Additions, talk: Talk) 
         timestep=None,
         calibration_rows=max(1, int(len(labels) * CALIBRATED)),
         conditions=tuple(inputs[1:]),
-        output="image" if decodes else "hidden_states",
+        output=OUTPUTS[method],
         prediction_type="sample",
         scheduler={"_class_name": ONE_CALL},
         labels=labels,
         pixel_range=IMAGE_RANGE if decodes and len(inputs[0].shape) == 3 else None,
         loras=uses,
     )
-    network = TorchNetwork(part, inputs, spec.output, _forward(recorded, inputs, decodes))
+    network = TorchNetwork(part, inputs, spec.output, _forward(recorded, inputs, method))
     what = "samples of the float denoiser" if decodes else "texts that its pipeline gives it"
     note = f"The {component}'s inputs are {len(labels)} {what}"
     notes = (note, *told(uses, talk))
@@ -120,11 +133,8 @@ def _denoiser_shell(folder: Path, index: Mapping[str, Any], component: str) -> d
 
     It is run for the latents that a VAE decodes: then nothing is returned.
     """
-    entry = index[component]
-    named = entry[-1] if isinstance(entry, list) and entry else None
-    found = getattr(diffusers, str(named), None)
     denoiser = next((name for name in DENOISERS if (folder / name / CONFIG).is_file()), "")
-    if not denoiser or hasattr(found, "decode"):
+    if not denoiser or place_of(component)[1] == DECODE:
         return {}
     part = folder / denoiser
     variant = checked_variant(part)
@@ -139,17 +149,17 @@ def _record(
     """Run the pipeline, up to its denoiser where that is enough, and keep the part's calls."""
     calls = calls_of(pipeline, additions)
     recorded = _Recorded()
-    name = "decode" if hasattr(part, "decode") else "forward"
+    name = place_of(component)[1]
     original = getattr(part, name)
     denoiser = next((n for n in DENOISERS if getattr(pipeline, n, None) is not None), "")
-    count = additions.component_samples if name == "decode" else len(calls)
+    count = additions.component_samples if name == DECODE else len(calls)
     label = ""
 
     def watched(*args: Any, **kwargs: Any) -> Any:
         recorded.calls.append(Arguments.of(original, args, kwargs))
         recorded.labels.append(label)
         output = original(*args, **kwargs)
-        return output if name == "decode" else _Looked(output, (), recorded.used)
+        return _Looked(output, (), recorded.used) if name == FORWARD else output
 
     setattr(part, name, watched)
     try:
@@ -158,7 +168,7 @@ def _record(
                 call = calls[number % len(calls)]
                 label = call_label(call, number)
                 arguments = with_steps(pipeline, opened_call(call), FIRST_STEPS)
-                if name == "decode" or not denoiser:
+                if name == DECODE or not denoiser:
                     call_pipeline(pipeline, arguments, image_seed(SEED, number))
                 else:
                     first_call(pipeline, denoiser, arguments)
@@ -168,7 +178,7 @@ def _record(
     if not recorded.calls:
         raise UsageError(
             f"{type(pipeline).__name__} never calls its {component}, so there is nothing to calibrate on.",
-            "Name another part with --component.",
+            "Name another part with --only.",
         )
     return recorded
 
@@ -211,7 +221,7 @@ def _rows(recorded: _Recorded) -> tuple[list[InputSpec], dict[str, Array], tuple
     return inputs, stacked, tuple(listed[place][0] for place in order)
 
 
-def _forward(recorded: _Recorded, inputs: Sequence[InputSpec], decodes: bool) -> Any:
+def _forward(recorded: _Recorded, inputs: Sequence[InputSpec], method: str) -> Any:
     """Return how the part is called, and what of its output the pipeline uses."""
     given, names = recorded.calls[0], [item.name for item in inputs]
     fixed = {name: value for name, value in given.tensors.items() if name not in names}
@@ -219,15 +229,36 @@ def _forward(recorded: _Recorded, inputs: Sequence[InputSpec], decodes: bool) ->
 
     def call(model: Any, *values: torch.Tensor) -> torch.Tensor:
         arguments = given.filled({**fixed, **dict(zip(names, values, strict=True))})
-        if decodes:
-            output: Any = model.decode(**arguments, return_dict=False)[0]
+        if method == FORWARD:
+            output: Any = followed(model(**arguments), used)
         else:
-            output = _followed(model(**arguments), used)
+            output = getattr(model, method)(**arguments, return_dict=False)[0]
+            output = getattr(output, "parameters", output) if method == ENCODE else output
         if not isinstance(output, torch.Tensor):
             raise TypeError(f"it gives {type(output).__name__}s, not one tensor")
         return output
 
     return call
+
+
+def text_places(
+    pipeline: Any, names: Sequence[str], denoiser: str, arguments: Mapping[str, Any]
+) -> dict[str, tuple[Any, ...]]:
+    """Return where in the output of each text encoder the states are that the pipeline takes."""
+    recorded = {name: _Recorded() for name in names}
+
+    def watch(name: str) -> Any:
+        original = getattr(pipeline, name).forward
+        return lambda *args, **kwargs: _Looked(original(*args, **kwargs), (), recorded[name].used)
+
+    for name in names:
+        getattr(pipeline, name).forward = watch(name)
+    try:
+        first_call(pipeline, denoiser, arguments)
+    finally:
+        for name in names:
+            del getattr(pipeline, name).forward
+    return {name: _used(one) for name, one in recorded.items()}
 
 
 def _used(recorded: _Recorded) -> tuple[Any, ...]:
@@ -236,7 +267,8 @@ def _used(recorded: _Recorded) -> tuple[Any, ...]:
     return states[-1] if states else (recorded.used[-1][0] if recorded.used else (0,))
 
 
-def _followed(output: Any, path: tuple[Any, ...]) -> Any:
+def followed(output: Any, path: tuple[Any, ...]) -> Any:
+    """Return what lies in a model's output at ``path``: names and numbers, from outside in."""
     for key in path:
         output = getattr(output, key) if isinstance(key, str) else output[key]
     return output

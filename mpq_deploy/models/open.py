@@ -127,7 +127,9 @@ def _open_folder(folder: Path, source: str, additions: Additions, talk: Talk) ->
     average = f"{chosen.name}_ema" if chosen is not None else ""
     if additions.component is not None or not (folder / average / CONFIG).is_file():
         return denoiser
-    note = f"{average}, the average of training, is also in the folder; use it with --component {average}"
+    note = (
+        f"{average}, the average of training, is also in the folder; use it with --only {average}"
+    )
     talk.line(f"  {note}")
     return replace(denoiser, notes=(*denoiser.notes, note))
 

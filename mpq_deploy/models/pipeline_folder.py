@@ -204,7 +204,7 @@ def _denoiser_folder(folder: Path, pipeline: dict[str, Any], component: str | No
         parts = ", ".join(name for name in pipeline if not name.startswith("_"))
         raise UsageError(
             f"The pipeline in {folder} has no {' or '.join(names)} with a {CONFIG}; its parts are: {parts or 'none'}.",
-            "Name the component with --component; export others to ONNX and give the ONNX file with a YAML.",
+            "Name the part with --only; export others to ONNX and give the ONNX file with a YAML.",
         )
     raise UsageError(
         f"{folder} is not a diffusers model: it has neither {INDEX} nor {CONFIG}.",

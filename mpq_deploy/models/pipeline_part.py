@@ -263,8 +263,7 @@ def _left_float(index: Mapping[str, Any], component: str, spec: DenoiserSpec) ->
         and entry[1:] == [spec.config["_class_name"]]
     ]
     return tuple(
-        f"{name} also denoises and stays in float; build it with --component {name}"
-        for name in others
+        f"{name} also denoises and stays in float; build it with --only {name}" for name in others
     )
 
 

@@ -212,6 +212,9 @@ def runs_at(path: Path, target: str | None = None) -> dict[str, Path]:
 
 def check_one_run(path: Path) -> None:
     """Raise UsageError for a run of several targets, and for a target that such a run lacks."""
+    if (path / "pipeline.json").is_file():
+        names = ", ".join(map(str, sorted((path / "components").glob("*"))))
+        raise UsageError(f"{path} holds the parts of a pipeline.", f"Give one of them: {names}.")
     several = several_in(path)
     if several:
         names = ", ".join(map(str, several))

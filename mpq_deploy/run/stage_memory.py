@@ -145,7 +145,7 @@ def _rescaled_forms(run: Run) -> int:
 
 
 def _export(run: Run) -> StageMemory:
-    from mpq_deploy.models.additions import DENOISERS
+    from mpq_deploy.models.additions import DENOISERS, place_of
     from mpq_deploy.models.locate import SINGLE_FILE, locate
     from mpq_deploy.models.open import source_denoiser
     from mpq_deploy.run.memory_model import estimate_onnx_export, estimate_torch_export, source_size
@@ -158,7 +158,7 @@ def _export(run: Run) -> StageMemory:
     if path.is_file():
         # Its weights stay on the disk, and what it warns of is said when it is opened for good.
         return estimate_onnx_export(path, source_denoiser(recipe, Talk()).spec.input_shapes())
-    parts = (recipe.component,) if recipe.component else DENOISERS
+    parts = (place_of(recipe.component)[0],) if recipe.component else DENOISERS
     part = next((path / name for name in parts if (path / name).is_dir()), path)
     return estimate_torch_export(*source_size(_weight_files(part)))
 

@@ -89,7 +89,7 @@ def test_a_checkpoint_of_training_opens_without_an_index(tmp_path: Path) -> None
     average.optimization_step = 123_456_789
     average.save_pretrained(folder / "unet_ema")
     denoiser = open_denoiser(folder)
-    assert any("--component unet_ema" in note for note in denoiser.notes)
+    assert any("--only unet_ema" in note for note in denoiser.notes)
     chosen = open_denoiser(folder, Additions(component="unet_ema"))
     assert not any("unet_ema" in note for note in chosen.notes)
     weights = [one.network.module.conv_in.weight for one in (denoiser, chosen)]  # type: ignore[attr-defined]

@@ -1,0 +1,63 @@
+"""Limits on a whole pipeline's run: its bytes, its final images, its time per image."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+
+from mpq_deploy.errors import UsageError
+from mpq_deploy.report.gate import GateResult, Limits, Outcome, Status
+from mpq_deploy.run.pipeline_file import PipelineFile
+
+TAKEN = ("max_size", "min_psnr", "max_nmse", "max_latency")
+
+
+def check_pipeline(run: Path, limits: Limits, allow_estimate: bool) -> GateResult:
+    """Hold the run of a whole pipeline against ``limits``: errors and PSNR are those of final images.
+
+    Raises UsageError without any limit, and for one that is of a single part's report.
+    """
+    view = PipelineFile.load(run)
+    given = [item.name for item in fields(limits) if getattr(limits, item.name) is not None]
+    other = next((name for name in given if name not in TAKEN), None)
+    if other is not None or not given:
+        shown = ", ".join(f"--{name.replace('_', '-')}" for name in TAKEN)
+        what = (
+            f"--{other.replace('_', '-')} is a limit on one part" if other else "There is no limit"
+        )
+        raise UsageError(f"{what}.", f"Of {run}: {shown}; of a part: {run}/components/NAME.")
+    latency = None if limits.max_latency is None else limits.max_latency.milliseconds
+    outcomes = [_size(view, limits)] if limits.max_size is not None else []
+    for name, limit, value in (
+        ("PSNR", limits.min_psnr, view.psnr_db),
+        ("error of images", limits.max_nmse, view.measured_image_error),
+        (
+            "latency per image",
+            latency,
+            view.image_ms,
+        ),
+    ):
+        if limit is not None:
+            estimated = name.startswith("latency") and not allow_estimate
+            outcomes.append(_held(name, limit, None if estimated else value, name == "PSNR"))
+    target = str(view.recipe.get("target", ""))
+    return GateResult(str(run), view.class_name, target, tuple(outcomes), view.notes)
+
+
+def _size(view: PipelineFile, limits: Limits) -> Outcome:
+    assert limits.max_size is not None
+    if view.size_bytes is None or not view.fp16_size_bytes or view.weights is None:
+        return Outcome("size", f"at most {limits.max_size}", "not planned", "not measured")
+    allowed = limits.max_size.bytes(view.fp16_size_bytes, view.weights)
+    measured = f"{view.size_bytes / view.fp16_size_bytes:.4f} of FP16, {view.size_bytes:,} bytes"
+    status: Status = "passed" if view.size_bytes <= allowed else "failed"
+    limit = f"at most {limits.max_size} ({allowed:,} bytes)"
+    return Outcome("size", limit, measured, status, view.size_bytes, allowed)
+
+
+def _held(name: str, limit: float, value: float | None, at_least: bool) -> Outcome:
+    required = f"at {'least' if at_least else 'most'} {limit:g}"
+    if value is None:
+        return Outcome(name, required, "not measured", "not measured", None, limit)
+    kept = value >= limit if at_least else value <= limit
+    return Outcome(name, required, f"{value:.4g}", "passed" if kept else "failed", value, limit)

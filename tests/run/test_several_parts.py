@@ -1,0 +1,230 @@
+"""A whole pipeline under one budget: its runs, its joint view, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("diffusers")
+pytest.importorskip("transformers")
+
+from typer.testing import CliRunner
+
+from mpq_deploy.cli import app
+from mpq_deploy.errors import UsageError
+from mpq_deploy.models.pipeline_parts import whole_parts
+from mpq_deploy.recipe import Recipe
+from mpq_deploy.report.parts_page import pipeline_text, write_pipeline
+from mpq_deploy.run.pipeline_file import PipelineFile
+from mpq_deploy.run.several_parts import build_whole
+from tests.pipeline.runs import FEW_SCHEMES, Notes, recipe_for
+from tests.tiny_models import (
+    ONE_LEVEL,
+    tiny_text_pipeline_folder,
+    tiny_unet_folder,
+)
+
+pytestmark = pytest.mark.torch
+PARTS = ("text_encoder", "unet", "vae_decoder")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_text_pipeline_folder(tmp_path_factory.mktemp("tiny"), **ONE_LEVEL)
+
+
+def recipe(folder: Path, **changes: Any) -> Recipe:
+    prompts = folder.parent / "prompts.txt"
+    prompts.write_text("abc\ndef\nghi\njkl\nmno\npqr\nstu\n", encoding="utf-8")
+    given = {"target": "onnxruntime-cpu", "prompts": str(prompts), "component_samples": 8}
+    more = {"evaluate__controls": False, "budget": 0.5}
+    return recipe_for(folder, **{**FEW_SCHEMES, **given, **more, **changes})
+
+
+def built(settings: Recipe, run: Path, last: str = "report") -> tuple[PipelineFile, Notes]:
+    parts, notes = whole_parts(settings), Notes()
+    assert parts is not None
+    return build_whole(settings, run, parts, last, notes), notes
+
+
+@pytest.fixture(scope="module")
+def finished(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, PipelineFile]:
+    run = tmp_path_factory.mktemp("whole") / "run"
+    view, _ = built(recipe(folder), run)
+    write_pipeline(run, view)
+    return run, view
+
+
+def constant_bytes(path: Path) -> int:
+    """Bytes of the initializers, counted by onnx alone; 4-bit values take half a byte."""
+    half = (onnx.TensorProto.INT4, onnx.TensorProto.UINT4)
+    total = 0
+    for one in onnx.load(path).graph.initializer:
+        count = int(np.prod(one.dims)) if one.dims else 1
+        if one.data_type in half:
+            total += (count + 1) // 2
+        else:
+            total += count * onnx.helper.tensor_dtype_to_np_dtype(one.data_type).itemsize
+    return total
+
+
+def test_all_parts_share_one_budget(finished: tuple[Path, PipelineFile]) -> None:
+    run, view = finished
+    assert tuple(view.parts) == PARTS
+    sizes = {}
+    for name, part in view.parts.items():
+        own = run / "components" / name
+        report = json.loads((own / "report.json").read_text(encoding="utf-8"))
+        assert report["size_bytes"] == part.size_bytes
+        sizes[name] = part.size_bytes or 0
+        # Integers of axes and shapes are constants too, but no weights.
+        assert constant_bytes(own / "quantize" / "model.onnx") >= sizes[name]
+    assert sum(sizes.values()) == view.size_bytes
+    assert view.size_bytes is not None and view.budget_bytes is not None
+    assert view.size_bytes <= view.budget_bytes == int(0.5 * (view.fp16_size_bytes or 0))
+    assert PipelineFile.load(run) == view
+
+
+def test_final_images_are_predicted_and_measured(finished: tuple[Path, PipelineFile]) -> None:
+    run, view = finished
+    for part in view.parts.values():
+        assert part.gain is not None and part.gain > 0 and part.quadratic
+        assert (part.measured_image_error or 0) > 0 and (part.predicted_image_error or 0) > 0
+    # A few calls of a tiny model: the order of size alone.
+    assert view.measured_image_error is not None and view.predicted_image_error is not None
+    assert 1e-2 < view.measured_image_error / view.predicted_image_error < 1e2
+    steps, rows = 3, {name: part.rows for name, part in view.parts.items()}
+    assert rows["vae_decoder"] == 1 and rows["text_encoder"] == 2
+    # PNDM takes one step more; guidance doubles the rows.
+    assert rows["unet"] == 2 * (steps + 1)
+    page = (run / "report.html").read_text(encoding="utf-8")
+    assert all(f"components/{name}/report.html" in page for name in PARTS)
+    assert "all together" in pipeline_text(view, run)
+
+
+def test_another_budget_redoes_the_allocation_alone(
+    finished: tuple[Path, PipelineFile], folder: Path, tmp_path: Path
+) -> None:
+    run = Path(shutil.copytree(finished[0], tmp_path / "run"))
+    view, notes = built(recipe(folder, budget=0.45), run, "allocate")
+    assert (view.size_bytes or 0) <= 0.45 * (view.fp16_size_bytes or 0)
+    for stage in ("export", "calibrate", "candidates", "measure"):
+        assert [line for line in notes.lines if line.startswith(f"{stage} ")]
+        made = [n for n in notes.lines if n.startswith(f"{stage} ") and "up to date" not in n]
+        assert not made
+    assert not any("gains:" in line for line in notes.lines)
+
+
+def test_a_pinned_part_stays_in_fp16(
+    finished: tuple[Path, PipelineFile], folder: Path, tmp_path: Path
+) -> None:
+    run = Path(shutil.copytree(finished[0], tmp_path / "run"))
+    view, _ = built(recipe(folder, pinned=["vae"], budget=0.7), run, "allocate")
+    vae = view.parts["vae_decoder"]
+    assert vae.state == "pinned" and vae.size_bytes == vae.fp16_size_bytes
+    assert (view.size_bytes or 0) <= (view.budget_bytes or 0)
+    plan = json.loads(
+        (run / "components" / "vae_decoder" / "allocate" / "plan.json").read_text(encoding="utf-8")
+    )
+    assert set(plan["schemes"].values()) == {"fp16"}
+
+
+def test_commands_take_the_whole(finished: tuple[Path, PipelineFile]) -> None:
+    run, view = finished
+
+    def call(*arguments: object) -> Any:
+        return CliRunner().invoke(app, ["-q", *map(str, arguments)])
+
+    kept = call("gate", run, "--max-size", 0.5, "--min-psnr", 10)
+    assert kept.exit_code == 0, kept.output
+    assert call("gate", run, "--max-size", 0.49).exit_code == 1
+    refused = call("gate", run, "--min-ssim", 0.5)
+    assert isinstance(refused.exception, UsageError) and "--min-ssim" in str(refused.exception)
+    again = call("--json", "allocate", run)
+    assert again.exit_code == 0, again.exception
+    assert json.loads(again.stdout)["size_bytes"] == view.size_bytes
+    alone = call("measure", run)
+    assert alone.exit_code == 0
+    named = call("sample", run)
+    assert isinstance(named.exception, UsageError)
+
+
+def test_which_models_are_whole_pipelines(folder: Path, tmp_path: Path) -> None:
+    found = whole_parts(recipe(folder))
+    assert found is not None and found.names == PARTS and found.denoiser == "unet"
+    several = whole_parts(recipe(folder, component="unet,text_encoder"))
+    assert several is not None and several.names == ("text_encoder", "unet")
+    for model, changes in (
+        (folder, {"component": "unet"}),
+        (folder / "unet", {}),
+        (folder, {"conditions": "given.npz"}),
+        (tiny_unet_folder(tmp_path), {}),
+    ):
+        assert whole_parts(recipe(model, **changes)) is None
+    assert whole_parts(Recipe()) is None and whole_parts(Recipe(model="digits")) is None
+
+
+def test_what_cannot_be_built_is_refused(folder: Path, tmp_path: Path) -> None:
+    lacking = Path(shutil.copytree(folder, tmp_path / "lacking"))
+    shutil.rmtree(lacking / "text_encoder")
+    with pytest.raises(
+        UsageError, match=r"lacks its text_encoder \(CLIPTextModel of transformers\)"
+    ):
+        whole_parts(recipe(lacking))
+    with pytest.raises(UsageError, match=r"no part 'vea'.*\n?.*"):
+        whole_parts(recipe(folder, pinned=["vea"]))
+    with pytest.raises(UsageError, match="no part to pin 'vae'"):
+        whole_parts(recipe(folder, component="unet", pinned=["vae"]))
+    parts = whole_parts(recipe(folder, target="rtx,jetson-orin-nano"))
+    assert parts is not None
+    with pytest.raises(UsageError, match="one target at a time"):
+        build_whole(
+            recipe(folder, target="rtx,jetson-orin-nano"),
+            tmp_path / "run",
+            parts,
+            "report",
+            Notes(),
+        )
+
+
+def test_python_builds_and_loads_the_whole(
+    finished: tuple[Path, PipelineFile], folder: Path, tmp_path: Path
+) -> None:
+    import mpq_deploy
+    from mpq_deploy.api import BuildResult
+
+    run, view = finished
+    result = BuildResult(run, view.model_dump(mode="json"))
+    assert result.engine is None and result.model == result.part("unet").model
+    assert result.model.is_file() and result.part("vae_decoder").model.is_file()
+    unet = mpq_deploy.load(run)
+    assert unet.config["_class_name"] == "UNet2DConditionModel"
+
+
+def test_pictures_make_the_encoder_a_part(folder: Path, tmp_path: Path) -> None:
+    from PIL import Image
+
+    image_to_image = Path(shutil.copytree(folder, tmp_path / "tiny"))
+    index = image_to_image / "model_index.json"
+    text = index.read_text(encoding="utf-8")
+    named = text.replace('"StableDiffusionPipeline"', '"StableDiffusionImg2ImgPipeline"')
+    index.write_text(named, encoding="utf-8")
+    calls = []
+    for number in range(6):
+        pixels = np.random.default_rng(number).integers(0, 255, (16, 16, 3), np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{number}.png")
+        calls.append({"prompt": f"a{number}", "image": f"{number}.png", "strength": 0.5})
+    (tmp_path / "calls.yaml").write_text(json.dumps(calls), encoding="utf-8")
+    settings = recipe(image_to_image, call=str(tmp_path / "calls.yaml"), prompts=None, budget=0.6)
+    view, _ = built(settings, tmp_path / "run")
+    assert set(view.parts) == {*PARTS, "vae_encoder"}
+    encoder = view.parts["vae_encoder"]
+    assert (encoder.gain or 0) > 0 and (encoder.measured_image_error or 0) > 0
+    assert (view.size_bytes or 0) <= (view.budget_bytes or 0)
