@@ -20,7 +20,12 @@ class Options:
     """The options of ``generate``."""
 
     folder: Annotated[
-        Path, typer.Argument(metavar="FOLDER", help="A generation folder.", show_default=False)
+        Path,
+        typer.Argument(
+            metavar="RUN",
+            help="A run of a whole pipeline, or a generation folder.",
+            show_default=False,
+        ),
     ]
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="What the image shows.")]
     out: Annotated[
@@ -68,7 +73,13 @@ def _generate(**given: Any) -> None:
         **{name: given[name] for name in (*names, "count", "batch")}, size=_size(options.size)
     )
     talk = make_talk()
-    generator = Generator(options.folder, one_at_a_time=options.one_at_a_time, talk=talk)
+    folder = options.folder
+    if (folder / "pipeline.json").is_file():
+        # On a build machine alone: this needs the pipeline's folder, torch and diffusers.
+        from mpq_deploy.delivery.generation import generation_of
+
+        folder = generation_of(folder, talk)
+    generator = Generator(folder, one_at_a_time=options.one_at_a_time, talk=talk)
     written = []
     for made in generator.generate(wish):
         name = f"{options.out.stem}-{made.seed}{options.out.suffix or '.png'}"

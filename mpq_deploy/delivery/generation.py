@@ -1,13 +1,15 @@
 """Write a GENERATION folder: what ``mpq_deploy.Generator`` and ``mpq-deploy generate`` open.
 
-In: a diffusers pipeline folder, ``{part: ONNX graph or engine}``. Out: the folder that
-``mpq_deploy.device.generate.generation_folder`` reads. Nothing in it needs torch or diffusers.
+In: a diffusers pipeline folder, ``{part: ONNX graph}``, or the run of a whole pipeline. Out: the
+folder that ``mpq_deploy.device.generate.generation_folder`` reads. Nothing in it needs torch or diffusers.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -33,9 +35,15 @@ from mpq_deploy.device.generate.generation_folder import (
 from mpq_deploy.device.generate.schedulers import scheduler_from_config
 from mpq_deploy.errors import ModelError, UsageError
 from mpq_deploy.graph.load import external_files, read_proto
+from mpq_deploy.graph.writers.deployed_graphs import SIMULATED
 from mpq_deploy.models.additions import pipeline_index
+from mpq_deploy.models.locate import locate
 from mpq_deploy.models.pipeline_graphs import pipeline_length
+from mpq_deploy.run.pipeline_file import COMPONENTS as RUNS
+from mpq_deploy.run.pipeline_file import PIPELINE, PipelineFile
+from mpq_deploy.run.view import Run
 from mpq_deploy.system.files import write_text
+from mpq_deploy.system.progress import Talk
 from mpq_deploy.system.release import __version__
 
 # Classes by kind; image-to-image and inpainting are calls of the same parts.
@@ -49,6 +57,8 @@ KINDS = {
 # diffusers' own defaults of these pipelines' calls: steps, guidance.
 DEFAULTS = {SD: (50, 7.5), SDXL: (50, 5.0), SD3: (28, 7.0), FLUX: (28, 3.5)}
 STRENGTH = 0.8
+# What a run keeps its folder as, and beside generation.json which plans it was written from.
+GENERATION, MADE_FROM = "generation", "made_from.txt"
 
 
 def pipeline_kind(folder: Path) -> str:
@@ -57,6 +67,35 @@ def pipeline_kind(folder: Path) -> str:
     if name not in KINDS:
         raise UsageError(f"{folder} is a {name}.", f"Supported: {', '.join(KINDS)}.")
     return KINDS[name]
+
+
+def generation_of(run: Path, talk: Talk) -> Path:
+    """Return ``run``'s generation folder, written anew where its plans are others than when it was.
+
+    A path that is not the run of a whole pipeline is returned as it is. The parts are the quantized
+    integers in FP32 arithmetic, which ONNX Runtime computes on a CPU. Raises UsageError for a run
+    that is not finished, and as ``write_generation`` does.
+    """
+    if not (run / PIPELINE).is_file():
+        return run
+    view = PipelineFile.load(run)
+    files, digest = {}, hashlib.sha256()
+    for name in view.parts:
+        deployed = Run.opened(run / RUNS / name, talk).deployed
+        files[name] = deployed / SIMULATED
+        if not files[name].is_file():
+            raise UsageError(f"{run} has no graph of its {name}.", f"mpq-deploy build -o {run}")
+        digest.update(name.encode() + (deployed / "stage.json").read_bytes())
+    place, made_from = run / GENERATION, digest.hexdigest()
+    if (place / MADE_FROM).is_file() and (place / MADE_FROM).read_text("utf-8") == made_from:
+        return place
+    talk.line(f"  writing {place}")
+    with tempfile.TemporaryDirectory(prefix=f".{GENERATION}-", dir=run) as aside:
+        write_generation(locate(view.source, talk), files, Path(aside) / GENERATION)
+        write_text(Path(aside) / GENERATION / MADE_FROM, made_from)
+        shutil.rmtree(place, ignore_errors=True)
+        (Path(aside) / GENERATION).replace(place)
+    return place
 
 
 def write_generation(

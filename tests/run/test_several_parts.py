@@ -15,15 +15,22 @@ pytest.importorskip("torch")
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
+import diffusers
+import onnxruntime as ort
+import torch
 from typer.testing import CliRunner
 
+import mpq_deploy
 from mpq_deploy.cli import app
+from mpq_deploy.delivery.generation import generation_of
+from mpq_deploy.device.generate.generator import Generator
 from mpq_deploy.errors import UsageError
 from mpq_deploy.models.pipeline_parts import whole_parts
 from mpq_deploy.recipe import Recipe
 from mpq_deploy.report.parts_page import pipeline_text, write_pipeline
 from mpq_deploy.run.pipeline_file import PipelineFile
 from mpq_deploy.run.several_parts import build_whole
+from tests.device.generate.folders import SameNoise, same_noise
 from tests.pipeline.runs import FEW_SCHEMES, Notes, recipe_for
 from tests.tiny_models import (
     ONE_LEVEL,
@@ -134,6 +141,51 @@ def test_a_pinned_part_stays_in_fp16(
         (run / "components" / "vae_decoder" / "allocate" / "plan.json").read_text(encoding="utf-8")
     )
     assert set(plan["schemes"].values()) == {"fp16"}
+
+
+def test_images_are_generated_from_the_run(
+    finished: tuple[Path, PipelineFile], folder: Path, tmp_path: Path
+) -> None:
+    """As diffusers makes them with our graphs in its parts' places, from the same noise."""
+    run = Path(shutil.copytree(finished[0], tmp_path / "run"))
+    made_in = generation_of(run, Notes())
+    generator = Generator(made_in, threads=1)
+    generator.noise_for = lambda seed: SameNoise()
+    size = generator.generation.sizes[0]
+    made = generator("abc", negative="def", steps=4, guidance=3.0)[0]
+    pipe = diffusers.DiffusionPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    asked = {"num_inference_steps": 4, "guidance_scale": 3.0, "output_type": "np"}
+    given = {"negative_prompt": "def", "width": size[0], "height": size[1], **asked}
+    with same_noise():
+        floats = pipe("abc", **given).images[0]
+        pipe.unet = mpq_deploy.load(run)
+        for name, method in (("text_encoder", "forward"), ("vae_decoder", "decode")):
+            in_place_of(getattr(pipe, name.split("_dec")[0]), method, made_in / "components" / name)
+        expected = pipe("abc", **given).images[0]
+    np.testing.assert_allclose(made.array, expected, atol=1e-3)
+    assert np.abs(expected - floats).max() > 1e-3
+    # Written once for the same plans, and again for others.
+    before = (made_in / "generation.json").stat().st_mtime_ns
+    assert generation_of(run, Notes()).samefile(made_in)
+    assert (made_in / "generation.json").stat().st_mtime_ns == before
+    (made_in / "made_from.txt").write_text("other plans", encoding="utf-8")
+    generation_of(run, Notes())
+    assert (made_in / "generation.json").stat().st_mtime_ns != before
+
+
+def in_place_of(part: Any, method: str, folder: Path) -> None:
+    """Let ONNX Runtime answer for ``part``."""
+    options = ort.SessionOptions()
+    options.add_session_config_entry("session.disable_quant_qdq", "1")
+    (graph,) = folder.glob("*.onnx")
+    session = ort.InferenceSession(str(graph), options)
+
+    def answer(first: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor]:
+        name = session.get_inputs()[0].name
+        return (torch.from_numpy(session.run(None, {name: first.numpy()})[0]),)
+
+    setattr(part, method, answer)
 
 
 def test_commands_take_the_whole(finished: tuple[Path, PipelineFile]) -> None:

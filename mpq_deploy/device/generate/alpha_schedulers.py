@@ -1,4 +1,4 @@
-"""DDIM, DDPM and LCM in NumPy, as diffusers has them (DDIM with eta 0, as its pipelines run it)."""
+"""DDIM, DDPM, PNDM and LCM in NumPy, as diffusers has them (DDIM with eta 0, as its pipelines run it)."""
 
 from __future__ import annotations
 
@@ -126,3 +126,72 @@ class LCMScheduler(AlphaScheduler):
         last = self.index == self._steps - 1
         self.index += 1
         return clean if last else np.sqrt(before) * clean + np.sqrt(ONE - before) * draw()
+
+
+class PNDMScheduler(AlphaScheduler):
+    """Liu et al. 2022 by linear multisteps alone (PLMS), as Stable Diffusion's own files set it.
+
+    The second timestep is computed twice: its first estimate is averaged with that of the first.
+    """
+
+    defaults: ClassVar[Mapping[str, Any]] = {
+        **DIFFUSION,
+        "timestep_spacing": "leading",
+        "set_alpha_to_one": False,
+        "skip_prk_steps": True,
+    }
+    choices: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "prediction_type": ("epsilon", "v_prediction"),
+        "skip_prk_steps": (True,),
+    }
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        # Where a file leaves it out, diffusers takes the Runge-Kutta steps; it never rescales betas.
+        given = {**config, "skip_prk_steps": config.get("skip_prk_steps", False)}
+        super().__init__({**given, "rescale_betas_zero_snr": False})
+
+    def _schedule(
+        self, steps: int, sigmas: Array | None, mu: float | None, strength: float
+    ) -> None:
+        train = self.config["num_train_timesteps"]
+        spaced = spaced_timesteps(self.config, steps, train).round().astype(np.int64)
+        self.timesteps = np.concatenate([spaced[:1], spaced[1:2], spaced[1:]])
+        self._stride = train // steps
+
+    def begin(self, index: int) -> None:  # noqa: D102
+        super().begin(index)
+        self._outputs: list[Array] = []
+        self._first: Array | None = None
+        self._done = 0
+
+    def step(self, output: Array, sample: Array, draw: Draw) -> Array:  # noqa: D102
+        timestep = int(self.timesteps[self.index])
+        before = timestep - self._stride
+        if self._done == 1:
+            assert self._first is not None
+            before, timestep = timestep, timestep + self._stride
+            output, sample = (output + self._outputs[-1]) / 2, self._first
+        else:
+            self._outputs = [*self._outputs[-3:], output]
+            self._first = sample
+            output = self._combined()
+        self._done += 1
+        self.index += 1
+        return self._moved(sample, timestep, before, output)
+
+    def _combined(self) -> Array:
+        """Return the outputs of the last steps, extrapolated (Adams-Bashforth)."""
+        weights = {1: (1,), 2: (3, -1), 3: (23, -16, 5), 4: (55, -59, 37, -9)}
+        chosen = weights[len(self._outputs)]
+        terms = zip(chosen, reversed(self._outputs), strict=True)
+        total: Array = sum(np.float32(weight) * one for weight, one in terms)
+        return total / np.float32(sum(chosen))
+
+    def _moved(self, sample: Array, timestep: int, before: int, output: Array) -> Array:
+        """Formula 9 of the paper: from ``timestep`` to the one ``before``."""
+        alpha, following = self.alpha(timestep), self.alpha(before)
+        if self.config["prediction_type"] == "v_prediction":
+            output = np.sqrt(alpha) * output + np.sqrt(ONE - alpha) * sample
+        divisor = alpha * np.sqrt(ONE - following) + np.sqrt(alpha * (ONE - alpha) * following)
+        result: Array = np.sqrt(following / alpha) * sample - (following - alpha) * output / divisor
+        return result

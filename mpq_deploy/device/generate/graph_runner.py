@@ -54,6 +54,8 @@ class OrtPart:
         options.log_severity_level = 3
         # Weights of 4 or 8 bits must not make it round activations, too.
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")
+        # Pairs as they are written, as reports compare them: some CPUs' integer kernels saturate.
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
         # Its arena keeps the largest call's memory; the pattern of each shape adds to that.
         options.enable_cpu_mem_arena = False
         options.enable_mem_pattern = False

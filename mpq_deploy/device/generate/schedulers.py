@@ -5,7 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mpq_deploy.device.generate.alpha_schedulers import DDIMScheduler, DDPMScheduler, LCMScheduler
+from mpq_deploy.device.generate.alpha_schedulers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    LCMScheduler,
+    PNDMScheduler,
+)
 from mpq_deploy.device.generate.euler_schedulers import (
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
@@ -21,14 +26,13 @@ from mpq_deploy.errors import InputError
 SCHEDULERS: dict[str, type[Scheduler]] = {
     one.__name__: one
     for one in (
-        *(DDIMScheduler, DDPMScheduler, LCMScheduler),
+        *(DDIMScheduler, DDPMScheduler, PNDMScheduler, LCMScheduler),
         *(EulerDiscreteScheduler, EulerAncestralDiscreteScheduler),
         *(FlowMatchEulerDiscreteScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler),
     )
 }
 # Relatives that share a configuration but no name.
 INSTEAD = {
-    "PNDMScheduler": "DPMSolverMultistepScheduler",
     "HeunDiscreteScheduler": "EulerDiscreteScheduler",
     "DEISMultistepScheduler": "DPMSolverMultistepScheduler",
     "LMSDiscreteScheduler": "EulerDiscreteScheduler",

@@ -55,6 +55,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "beta_schedule": st.sampled_from(["linear", "squaredcos_cap_v2", "laplace", "sigmoid"]),
         "variance_type": st.sampled_from(["fixed_small", "fixed_small_log", "fixed_large"]),
     },
+    "PNDMScheduler": {
+        **{key: COMMON[key] for key in COMMON if key != "rescale_betas_zero_snr"},
+        "prediction_type": st.sampled_from(["epsilon", "v_prediction"]),
+        "set_alpha_to_one": BOOL,
+        "skip_prk_steps": st.just(True),
+    },
     "LCMScheduler": {**COMMON, **CLIP, "set_alpha_to_one": BOOL},
     "EulerDiscreteScheduler": {
         **COMMON,
@@ -196,7 +202,7 @@ def test_every_step_is_diffusers_own(name: str, data: st.DataObject) -> None:
 
 @pytest.mark.parametrize("name", list(SETTINGS))
 def test_added_noise_is_diffusers_own(name: str) -> None:
-    config = {"_class_name": name}
+    config = {"_class_name": name, "skip_prk_steps": True}
     reference = theirs(config, 10, None, None)
     own = scheduler_from_config(config)
     own.set_timesteps(10)
@@ -221,9 +227,12 @@ def test_lcm_schedule_depends_on_the_strength() -> None:
 
 
 def test_another_scheduler_is_refused_with_the_nearest() -> None:
-    with pytest.raises(InputError, match="'PNDMScheduler' is not here") as caught:
-        scheduler_from_config({"_class_name": "PNDMScheduler"})
+    with pytest.raises(InputError, match="'DEISMultistepScheduler' is not here") as caught:
+        scheduler_from_config({"_class_name": "DEISMultistepScheduler"})
     assert "The nearest is DPMSolverMultistepScheduler" in caught.value.hint
+    # Left out, diffusers takes Runge-Kutta steps.
+    with pytest.raises(InputError, match="skip_prk_steps = False"):
+        scheduler_from_config({"_class_name": "PNDMScheduler"})
     with pytest.raises(InputError) as caught:
         scheduler_from_config({"_class_name": "DDIMInverseScheduler"})
     assert "The nearest is DDIMScheduler" in caught.value.hint
