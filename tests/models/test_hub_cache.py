@@ -127,7 +127,7 @@ def test_files_of_a_pipeline_that_lead_out_of_the_cache_are_refused(
     snapshot = hub_cache(plain, tmp_path / "hub")
     (snapshot / name).unlink()
     (snapshot / name).symlink_to(plain / name)
-    with pytest.raises(ModelError, match=r"a link out of models--org--name"):
+    with pytest.raises(ModelError, match=r"links to a file outside of models--org--name"):
         open_denoiser(snapshot)
 
 
@@ -137,5 +137,5 @@ def test_an_onnx_file_that_leads_out_of_the_cache_is_refused(tmp_path: Path, nam
     path = hub_cache(plain.parent, tmp_path / "hub") / "model.onnx"
     (path.parent / name).unlink()
     (path.parent / name).symlink_to(plain.parent / name)
-    with pytest.raises(ModelError, match=r"a link out of models--org--name"):
+    with pytest.raises(ModelError, match=r"links to a file outside of models--org--name"):
         open_denoiser(path)

@@ -85,7 +85,7 @@ BUILDERS: dict[str, Callable[[], Built]] = {
 # What is refused, and how its message begins or goes on.
 REFUSED = {
     "StableDiffusionPipeline with an IP-Adapter": "hold an IP-Adapter",
-    "StableDiffusion3Pipeline, skipping layers": "'skip_layers.0' = 0 here, and nothing",
+    "StableDiffusion3Pipeline, skipping layers": "'skip_layers.0' = 0 here, but nothing",
     "ZImagePipeline": "takes a list of samples",
     "StableDiffusionPAGPipeline": "compute attention by PAG",
     "AmusedPipeline": "is given no timestep",
