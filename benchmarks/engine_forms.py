@@ -636,7 +636,7 @@ What follows from it, and is a rule of the target `rtx` or of the check of engin
   Written as a product over its windows (Slices, Concat, Transpose, MatMul) a convolution takes the packed weight as
   products do, and moves its windows instead; a product of three axes is not fused, so a 1-D one needs a fourth.
 - INT8 convolutions pad the channels of a group to 4: nothing for most, but four times the bytes of a depthwise one.
-- A Pad and a subtraction before Q are in the quantizer's kernel, and what the Conv's bias adds in its own: channels may be
+- A Pad and a subtraction before Q are in the quantizer's kernel, and the Conv's own bias in the product's: channels are
   shifted at no kernel.
 - Layers that read the same tensor share its Q/DQ pair, whatever their weights are.
 - Attention in heads of 32 to 128 channels is one kernel; in FP8 where all four operands are quantized to it, from 32

@@ -12,7 +12,7 @@ import numpy as np
 from mpq_deploy.calibrate.kept_observation import KeptObservation, observe_parts
 from mpq_deploy.calibrate.observers import Observation, observe
 from mpq_deploy.calibrate.scales import SMALLEST_SCALE, activation_scale
-from mpq_deploy.calibrate.shifts import shiftable_inputs, with_shifts
+from mpq_deploy.calibrate.shifted_inputs import shiftable_inputs, with_shifts
 from mpq_deploy.calibrate.spread_calibration import (
     CalibrationSetup,
     KeptCalls,

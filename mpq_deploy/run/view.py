@@ -18,7 +18,7 @@ from pydantic import PositiveInt
 
 from mpq_deploy.allocate.plan import PrecisionPlan
 from mpq_deploy.calibrate.fp16_range import read_beyond
-from mpq_deploy.calibrate.shifts import shifted_layers
+from mpq_deploy.calibrate.shifted_inputs import shifted_layers
 from mpq_deploy.calibrate.stats import CalibrationStats
 from mpq_deploy.calls.recorded import CallSet
 from mpq_deploy.engine.target import Target, load_target

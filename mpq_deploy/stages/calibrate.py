@@ -59,7 +59,7 @@ def make(run: Run, folder: Path) -> str:
     """Make the stage in ``folder``; return a few words for the log."""
     from mpq_deploy.calibrate.calibrate import calibrate
     from mpq_deploy.calibrate.fp16_range import WIDE_FROM, large_values, named, save_beyond
-    from mpq_deploy.calibrate.shifts import save_shifted
+    from mpq_deploy.calibrate.shifted_inputs import save_shifted
     from mpq_deploy.calibrate.spread_calibration import (
         CalibrationSetup,
         kept_observed,

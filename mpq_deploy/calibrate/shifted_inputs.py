@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +16,17 @@ from mpq_deploy.formats.shifts import FINER, SHIFT_FORMS, SHIFTABLE, centres, sh
 from mpq_deploy.graph.layers import Layer, LayerGraph
 from mpq_deploy.recipe import CalibrateSettings
 from mpq_deploy.system.inputs import read_json_object
+from mpq_deploy.system.validated import model_of
 
 SHIFTED = "shifted.json"
+
+
+@dataclass(frozen=True)
+class Noted:
+    """An activation with the ``forms`` that are shifted, and the ``pads`` of its readers."""
+
+    forms: tuple[str, ...]
+    pads: tuple[int, ...]
 
 
 def shiftable_inputs(graph: LayerGraph) -> dict[str, tuple[int, ...]]:
@@ -83,12 +92,13 @@ def save_shifted(stats: CalibrationStats, graph: LayerGraph, folder: Path) -> No
 def shifted_layers(graph: LayerGraph, folder: Path) -> LayerGraph:
     """Return ``graph`` whose layers know which of their inputs' forms are shifted, as far as calibrated."""
     path = folder / SHIFTED
-    noted = read_json_object(path) if path.is_file() else {}
+    found = read_json_object(path) if path.is_file() else {}
+    noted = model_of(dict[str, Noted], found, str(path))
     return replace(graph, layers=tuple(_shifted(layer, noted) for layer in graph.layers))
 
 
-def _shifted(layer: Layer, noted: Mapping[str, Mapping[str, list[str]]]) -> Layer:
+def _shifted(layer: Layer, noted: Mapping[str, Noted]) -> Layer:
     own = noted.get(layer.uses[0].input) if layer.op == "Conv" and layer.group == 1 else None
     if own is None:
         return layer
-    return replace(layer, shifted=frozenset(own["forms"]), pads=tuple(map(int, own["pads"])))
+    return replace(layer, shifted=frozenset(own.forms), pads=own.pads)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from mpq_deploy.calibrate.calibrate import summarise
 from mpq_deploy.calibrate.observers import Observation
-from mpq_deploy.calibrate.shifts import save_shifted, shiftable_inputs, shifted_layers
+from mpq_deploy.calibrate.shifted_inputs import save_shifted, shiftable_inputs, shifted_layers
 from mpq_deploy.calibrate.stats import ActivationStats, CalibrationStats
 from mpq_deploy.formats.scheme import SCHEMES
 from mpq_deploy.formats.shifts import FINER, SHIFT_FORMS
