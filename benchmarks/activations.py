@@ -4,7 +4,8 @@
 
 MODEL is what `mpq-deploy build` takes; by default the bundled emoji model. The first table has every layer in INT8 in
 one way, each part alone and together: the range's kind, the exponent of the channels' factors (`scaleN`: N tenths of
-the activation's range move to the weight), and both as the probes choose them per activation. The second has plans
+the activation's range move to the weight), and both as the probes choose them per activation; some of them without
+shifts of the channels, too. The second has plans
 within a budget: of weights alone and of INT8 compute alone, and of everything at the size of everything INT8. NMSE and
 PSNR are against the float model from the same noise; milliseconds are the roofline's estimates. The checks are
 relations between results of this very run, and the exit code is 1 when one fails.
@@ -16,16 +17,19 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 from table import Page, bench_parser, bench_recipe, decibels, markdown, verdict
 
 from mpq_deploy.allocate.exponents import best_int8
+from mpq_deploy.calibrate.stats import CalibrationStats
 from mpq_deploy.evaluate.evaluate import Variant, evaluate
 from mpq_deploy.evaluate.evaluation_result import VariantResult
 from mpq_deploy.formats.ranges import RANGES
 from mpq_deploy.formats.scheme import SCHEMES
+from mpq_deploy.formats.shifts import SHIFT_FORMS
 from mpq_deploy.graph.writers.deployed_graphs import SIMULATED
 from mpq_deploy.graph.writers.plan_graphs import write_plan
 from mpq_deploy.latency.plan_latency import latency_costs
@@ -44,6 +48,7 @@ UNIFORM: dict[str, tuple[str, ...]] = {
     "dynamic": ("w8a8-dynamic", "w8a8"),
     "dynamic + scale7": ("w8a8-dynamic+scale7", "w8a8"),
 }
+NO_SHIFTS = ", no shifts"
 BEST = "range and exponent by the probes"
 # What all layers of a plan may take.
 ALLOWED = {
@@ -78,11 +83,12 @@ class Models:
         assert costs is not None, why
         self.costs = costs
 
-    def add(self, title: str, schemes: Mapping[str, str]) -> None:
+    def add(self, title: str, schemes: Mapping[str, str], shifts: bool = True) -> None:
         """Write the graph of ``schemes`` (layer -> scheme)."""
         place = self.folder / str(len(self.rows))
         place.mkdir()
-        size = write_plan(self.run, dict(schemes), place)
+        run = self.run if shifts else unshifted(self.run)
+        size = write_plan(run, dict(schemes), place)
         layers = self.run.exported.graph.layers
         taken = {name: SCHEMES[scheme] for name, scheme in schemes.items()}
         whole = self.run.exported.facts["fp16_size_bytes"]
@@ -95,6 +101,15 @@ class Models:
         cache = self.run.path / ".samples"
         model = self.run.exported.model
         return evaluate(self.variants, model, settings, self.run.talk, cache=cache).variants
+
+
+def unshifted(run: Run) -> Run:
+    """Return ``run`` as calibration would have left it without shifts of channels."""
+    bare, known = replace(run), run.calibration
+    none = {"shifts": np.zeros((0, 0), np.int16), "shift_scales": np.zeros((0, 2))}
+    stats = {name: replace(one, **none) for name, one in known.stats.activations.items()}
+    bare.__dict__["calibration"] = known._replace(stats=CalibrationStats(stats))
+    return bare
 
 
 def uniform(run: Run, preferred: tuple[str, ...]) -> dict[str, str]:
@@ -208,9 +223,12 @@ def main() -> int:
             models = Models(pipeline.current("measure"), Path(folder))
         for title, preferred in UNIFORM.items():
             models.add(title, uniform(models.run, preferred))
+            if SCHEMES[preferred[0]].activation_form in SHIFT_FORMS:
+                models.add(title + NO_SHIFTS, uniform(models.run, preferred), shifts=False)
         models.add("static, exponent by the probes", by_probes(models.run, kinds[:1]))
         models.add("static or timestep, by the probes", by_probes(models.run, kinds[:2]))
         models.add(BEST, by_probes(models.run, kinds))
+        models.add(BEST + NO_SHIFTS, by_probes(models.run, kinds), shifts=False)
         single = list(models.rows)
         if not options.no_plans:
             planned(models, options.set, base, options.run)

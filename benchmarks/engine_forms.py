@@ -379,8 +379,11 @@ def lhs_int4(d: Draft) -> str:
     return d.op("MatMul", d.int4((128, 128), 64, 1), "x")
 
 
-def moving(op: str, kind: str) -> Form:
-    """INT8 behind a SiLU, with a range that moves: by a table of ramps, or the largest value of each sample or row."""
+def moving(op: str, kind: str, kernel: int = 3, shifted: bool = False) -> Form:
+    """INT8 behind a SiLU, with a range that moves: by a table of ramps, or the largest value of each sample or row.
+
+    ``shifted``: zeros are padded, and a constant taken off each channel, before the quantizer.
+    """
 
     def form(d: Draft) -> str:
         x = d.op("Mul", "x", d.op("Sigmoid", "x"))
@@ -397,9 +400,16 @@ def moving(op: str, kind: str) -> Form:
             ratio = d.op("ReduceMax", d.op("Abs", x), axes)
             ratio = d.op("Mul", ratio, d.const(np.float16(0.1)))
             ratio = d.op("Max", ratio, d.const(np.float16(2**-7)))
-        x = d.act(d.op("Div", x, ratio))
+        x, pads, more = d.op("Div", x, ratio), kernel // 2, list[str]()
+        if shifted:
+            if pads:
+                x = d.op("Pad", x, d.const(np.array([0, 0, pads, pads] * 2, np.int64)))
+            middle, pads = np.linspace(0.1, 0.3, 64).reshape(64, 1, 1), 0
+            x = d.op("Sub", x, d.const(middle.astype(np.float16)))
+            more = [d.const(np.linspace(0, 1, 64).astype(np.float16))]
+        x = d.act(x)
         y = (
-            conv(d, x, d.int8((64, 64, 3, 3)), 3)
+            d.op("Conv", x, d.int8((64, 64, kernel, kernel)), *more, pads=[pads] * 4)
             if op == "Conv"
             else d.op("MatMul", x, d.int8((64, 64), 1))
         )
@@ -434,6 +444,8 @@ def forms() -> list[tuple[str, tuple[int, ...], Form]]:
         ("conv w8a8, Q/DQ after Resize", square, qdq_after_resize),
         ("conv w8a8, range by timestep", square, moving("Conv", "timestep")),
         ("conv w8a8, range of each sample", square, moving("Conv", "dynamic")),
+        ("conv w8a8, range of each sample, shifted", square, moving("Conv", "dynamic", 3, True)),
+        ("conv w8a8 1x1, range by timestep, shifted", square, moving("Conv", "timestep", 1, True)),
         ("matmul w8a8, range by timestep", (32, 64), moving("MatMul", "timestep")),
         ("matmul w8a8, range of each row", (32, 64), moving("MatMul", "dynamic")),
         ("two convs w8a8 sharing one Q/DQ", square, shared_act),
@@ -624,6 +636,8 @@ What follows from it, and is a rule of the target `rtx` or of the check of engin
   Written as a product over its windows (Slices, Concat, Transpose, MatMul) a convolution takes the packed weight as
   products do, and moves its windows instead; a product of three axes is not fused, so a 1-D one needs a fourth.
 - INT8 convolutions pad the channels of a group to 4: nothing for most, but four times the bytes of a depthwise one.
+- A Pad and a subtraction before Q are in the quantizer's kernel, and the Conv's own bias in the product's: channels are
+  shifted at no kernel.
 - Layers that read the same tensor share its Q/DQ pair, whatever their weights are.
 - Attention in heads of 32 to 128 channels is one kernel; in FP8 where all four operands are quantized to it, from 32
   tokens on.

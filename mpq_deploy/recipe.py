@@ -108,6 +108,9 @@ class CalibrateSettings(Section):
     reservoir: int = Field(
         8192, ge=256, description="values kept per activation to choose its scale"
     )
+    shifts: bool = Field(
+        True, description="centre the channels of what convolutions read in INT8, where that pays"
+    )
 
 
 class OrmSettings(Section):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +12,7 @@ import numpy as np
 from mpq_deploy.calibrate.kept_observation import KeptObservation, observe_parts
 from mpq_deploy.calibrate.observers import Observation, observe
 from mpq_deploy.calibrate.scales import SMALLEST_SCALE, activation_scale
+from mpq_deploy.calibrate.shifted_inputs import shiftable_inputs, with_shifts
 from mpq_deploy.calibrate.spread_calibration import (
     CalibrationSetup,
     KeptCalls,
@@ -85,7 +86,9 @@ def calibrate(
             shards = ObservingInShards(pool, graph, calls, settings, talk, scratch)
             seen, known = observe_parts(order, before, shards.observe)
     timesteps = timestep_values(setup.calls(calls.recorded.take(order)))
-    return recorded, summarise(seen, weight_ranges(graph), settings, timesteps), known
+    shiftable = shiftable_inputs(graph) if settings.shifts else ()
+    stats = summarise(seen, weight_ranges(graph), settings, timesteps, shiftable)
+    return recorded, stats, known
 
 
 def _recorded(
@@ -172,10 +175,12 @@ def summarise(
     weights: Mapping[str, Array],
     settings: CalibrateSettings,
     timesteps: Array,
+    shiftable: Collection[str] = (),
 ) -> CalibrationStats:
     """Turn sums into moments and choose each tensor's INT8 scale over all timesteps and samples.
 
-    ``weights``: as ``weight_ranges`` returns them; ``timesteps``: as ``timestep_values`` does.
+    ``weights``: as ``weight_ranges`` returns them; ``timesteps``: as ``timestep_values`` does;
+    ``shiftable``: the tensors whose channels may be shifted.
     """
 
     def summary(number: int) -> ActivationStats:
@@ -190,14 +195,14 @@ def summarise(
         outliers = np.argsort(-stretch, kind="stable").astype(np.int32)
         rests = [outliers[outlier_count(len(amax), share) :] for share in SHARES]
         # Tensors that only grouped convolutions read have no weights per channel: factors 1.
-        ranges = weights.get(name, amax)
+        ranges, by_timestep = weights.get(name, amax), seen.amax_by_timestep[:, place]
         factors = np.array([scale_factors(ranges, amax, tenths / 10) for tenths in TENTHS])
-        return ActivationStats(
+        stats = ActivationStats(
             amax,
             seen.square_sum[place] / count,
             seen.fourth_sum[place] / count,
             np.asarray(values, np.float32),
-            seen.amax_by_timestep[:, place],
+            by_timestep,
             scale,
             outliers,
             np.array([_scale_of(rest, seen, number, settings) for rest in rests]),
@@ -207,8 +212,9 @@ def summarise(
             ),
             float(count * len(amax)),
             timesteps,
-            exponent_order(ranges, seen.amax_by_timestep[:, place], factors),
+            exponent_order(ranges, by_timestep, factors),
         )
+        return with_shifts(stats, seen, number, settings) if name in shiftable else stats
 
     made = in_lanes(summary, range(len(seen.names)), lanes_for(0).count)
     return CalibrationStats(dict(zip(seen.names, made, strict=True)))

@@ -45,9 +45,10 @@ class Observation:
     """Sums over T activations with C_1 .. C_T channels; ``offsets`` int64 [T + 1] sums the C_i.
 
     Per channel, float64 [sum C_i]: ``amax``, ``square_sum`` (of x^2), ``fourth_sum`` (of x^4).
-    ``counts`` float64 [T]: values seen per channel. ``amax_by_timestep`` float32 [K, sum C_i]. The
-    reservoir: ``priorities`` uint64 [R'], ascending, common to all tensors, ``values`` float32 [T,
-    R'] and the ``channels`` int32 [T, R'] they come from.
+    ``counts`` float64 [T]: values seen per channel. ``high_by_timestep`` and ``low_by_timestep``
+    float32 [K, sum C_i]: the ends of each channel's range, zero within. The reservoir:
+    ``priorities`` uint64 [R'], ascending, common to all tensors, ``values`` float32 [T, R'] and the
+    ``channels`` int32 [T, R'] they come from.
     """
 
     names: tuple[str, ...]
@@ -56,11 +57,17 @@ class Observation:
     square_sum: Array
     fourth_sum: Array
     counts: Array
-    amax_by_timestep: Array
+    high_by_timestep: Array
+    low_by_timestep: Array
     priorities: Array
     values: Array
     channels: Array
     reservoir: int
+
+    @property
+    def amax_by_timestep(self) -> Array:
+        """The largest magnitude of each channel at each timestep, float32 [K, sum C_i]."""
+        return np.maximum(self.high_by_timestep, -self.low_by_timestep)
 
 
 def merge(a: Observation, b: Observation) -> Observation:
@@ -68,10 +75,10 @@ def merge(a: Observation, b: Observation) -> Observation:
 
     ValueError when they are of different tensors, timesteps or reservoir sizes.
     """
-    if (a.names, a.reservoir, a.amax_by_timestep.shape) != (
+    if (a.names, a.reservoir, a.high_by_timestep.shape) != (
         b.names,
         b.reservoir,
-        b.amax_by_timestep.shape,
+        b.high_by_timestep.shape,
     ):
         raise ValueError("The observations are of different graphs, timesteps or reservoir sizes.")
     if not np.array_equal(a.offsets, b.offsets):
@@ -88,7 +95,8 @@ def merge(a: Observation, b: Observation) -> Observation:
         square_sum=a.square_sum + b.square_sum,
         fourth_sum=a.fourth_sum + b.fourth_sum,
         counts=a.counts + b.counts,
-        amax_by_timestep=np.maximum(a.amax_by_timestep, b.amax_by_timestep),
+        high_by_timestep=np.maximum(a.high_by_timestep, b.high_by_timestep),
+        low_by_timestep=np.minimum(a.low_by_timestep, b.low_by_timestep),
         priorities=priorities,
         values=values,
         channels=channels,
@@ -137,11 +145,11 @@ def observe(
 
 @dataclass(frozen=True)
 class ObservedGraph:
-    """A copy of a graph that returns four reductions of each activation, ordered like ``shapes``.
+    """A copy of a graph that returns five reductions of each activation, ordered like ``shapes``.
 
-    The copy shares the constants of the graph it was made from. For each tensor: the greatest x^2,
-    the sum of x^2, and that of x^4 in units of the greatest, each [calls or 1, ..., C], and a
-    gathered sample [calls, candidates].
+    The copy shares the constants of the graph it was made from. For each tensor: its greatest
+    and least value, the sum of x^2, and that of x^4 in units of the greatest x^2, each [calls or 1,
+    ..., C], and a gathered sample [calls, candidates].
     """
 
     model: ir.Model
@@ -204,7 +212,7 @@ class ObserverWriter:
         self.constants: dict[tuple[int, ...] | str, ir.Value] = {}
 
     def observe(self, tensor: ir.Value, shape: ActivationShape, convolved: bool) -> None:
-        """Add the four reductions of ``tensor``."""
+        """Add the five reductions of ``tensor``."""
         if tensor.dtype != ir.DataType.FLOAT:
             tensor = self.op("Cast", tensor, to=ir.DataType.FLOAT)
         if shape.batch_axis:
@@ -224,10 +232,15 @@ class ObserverWriter:
             target, axes = ([-1, shape.elements // sizes[-1], sizes[-1]], [1])
         viewed = self.op("Reshape", tensor, self.constant(target))
         square = self.op("Mul", viewed, viewed)
-        greatest = self.op("ReduceMax", square, self.constant(axes), keepdims=1)
+        ends = [
+            self.op(kind, viewed, self.constant(axes), keepdims=1)
+            for kind in ("ReduceMax", "ReduceMin")
+        ]
+        greatest = self.op("Max", *(self.op("Mul", end, end) for end in ends))
         # In units of the greatest: fourth powers of what lies beyond 1e9 are not finite.
         share = self.op("Div", square, self.op("Max", greatest, self.smallest()))
-        self.output(self.op("Squeeze", greatest, self.constant(axes)))
+        for end in ends:
+            self.output(self.op("Squeeze", end, self.constant(axes)))
         self.output(self.reduce("ReduceSum", square, axes))
         self.output(self.reduce("ReduceSum", self.op("Mul", share, share), axes))
         flat = self.op("Reshape", tensor, self.constant([-1]))
@@ -341,7 +354,7 @@ class Totals:
         size = int(self.offsets[-1])
         self.amax, self.square_sum, self.fourth_sum = (np.zeros(size, np.float64) for _ in range(3))
         self.counts = np.zeros(len(self.shapes), np.float64)
-        self.by_timestep = np.zeros((timesteps, size), np.float32)
+        self.high, self.low = (np.zeros((timesteps, size), np.float32) for _ in range(2))
         self.priorities = np.empty(0, np.uint64)
         self.values = np.empty((len(self.shapes), 0), np.float32)
         self.channels = np.empty((len(self.shapes), 0), np.int32)
@@ -354,10 +367,11 @@ class Totals:
         calls = len(batch.calls)
         for number, (name, shape) in enumerate(self.shapes):
             channels = int(self.offsets[number + 1] - self.offsets[number])
-            greatest, squares, shares = (
+            high, low, squares, shares = (
                 r.reshape(-1, channels).astype(np.float64)
-                for r in results[4 * number : 4 * number + 3]
+                for r in results[5 * number : 5 * number + 4]
             )
+            greatest = np.maximum(high, -low)
             if len(squares) != (calls if shape.batch_axis is not None else 1):
                 raise ModelError(
                     f"The activation '{name}' is not of the shape {shape.shape} per call that the model declares.",
@@ -367,18 +381,21 @@ class Totals:
             # A tensor that is the same for all calls was reduced once and counts for each of them.
             repeats = 1 if shape.batch_axis is not None else calls
             square_sum = repeats * squares.sum(axis=0)
-            fourth_sum = repeats * (greatest**2 * shares).sum(axis=0)
+            fourth_sum = repeats * (greatest**4 * shares).sum(axis=0)
             if not np.isfinite(square_sum).all():
                 raise self._not_finite(name, square_sum, batch)
-            # The square root of a rounded square is the number itself, in binary.
-            amax = np.sqrt(greatest.max(axis=0))
+            amax = greatest.max(axis=0)
             self.amax[place] = np.maximum(self.amax[place], amax)
             self.square_sum[place] += square_sum
             self.fourth_sum[place] += fourth_sum
             self.counts[number] += calls * (shape.elements // channels)
-            seen = self.by_timestep[batch.step, place]
-            np.maximum(seen, amax, out=seen, casting="same_kind")
-        values = np.stack([r.ravel() for r in results[3::4]]) if results else self.values[:, :0]
+            for seen, ends, widest in (
+                (self.high, high.max(axis=0), np.maximum),
+                (self.low, low.min(axis=0), np.minimum),
+            ):
+                own = seen[batch.step, place]
+                widest(own, ends, out=own, casting="same_kind")
+        values = np.stack([r.ravel() for r in results[4::5]]) if results else self.values[:, :0]
         places = [_channel_of(draws, shape, name in self.convolved) for name, shape in self.shapes]
         self.priorities, self.values, self.channels = _smallest(
             np.concatenate([self.priorities, priorities.ravel()]),
@@ -406,7 +423,8 @@ class Totals:
             self.square_sum,
             self.fourth_sum,
             self.counts,
-            self.by_timestep,
+            self.high,
+            self.low,
             self.priorities,
             self.values,
             self.channels,

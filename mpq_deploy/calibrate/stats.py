@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -12,6 +12,7 @@ import numpy as np
 from mpq_deploy.calibrate.scales import float_scale, simulated_grid
 from mpq_deploy.formats.interfaces import ActivationGrid
 from mpq_deploy.formats.minifloat import Minifloat
+from mpq_deploy.formats.shifts import SHIFT_FORMS
 from mpq_deploy.models.spec import Array
 from mpq_deploy.system.array_file import read_arrays
 from mpq_deploy.system.inputs import whole
@@ -31,7 +32,9 @@ class ActivationStats:
     ``factors`` float16 [A, C]: by what the channels are multiplied to even out their ranges, for
     each of ``formats.branches.prescaled.TENTHS``, and ``scales_rescaled`` float64 [A]: the scale
     then; ``exponents`` int32 [A]: their positions, that of the least expected error of the readers'
-    own outputs first. ``count``: the number of values behind it all.
+    own outputs first. ``shifts`` int16 [F, C], in codes, and ``shift_scales`` float64 [F, 2], the INT8
+    scale then and the largest magnitude in units of the largest code, for each of ``SHIFT_FORMS``;
+    a scale of 0 for none. ``count``: the number of values behind it all.
     """
 
     amax: Array
@@ -47,6 +50,16 @@ class ActivationStats:
     count: float
     timesteps: Array
     exponents: Array
+    shifts: Array = field(default_factory=lambda: np.zeros((0, 0), np.int16))
+    shift_scales: Array = field(default_factory=lambda: np.zeros((0, 2)))
+
+    def shifted(self, grid: ActivationGrid, form: str) -> ActivationGrid:
+        """Return ``grid`` of a quantizer's ``form`` with its shift, where it has one."""
+        row = SHIFT_FORMS.index(form) if form in SHIFT_FORMS else len(self.shifts)
+        if row >= len(self.shifts) or not self.shift_scales[row, 0]:
+            return grid
+        scale, reach = self.shift_scales[row].tolist()
+        return replace(grid, scale=scale, zeros=tuple(self.shifts[row].tolist()), reach=reach)
 
     def simulated(self, bits: int) -> ActivationGrid:
         """Return the quantizer of a simulated format of ``bits``, found by a search of its own."""
@@ -84,20 +97,21 @@ class CalibrationStats:
         names = sorted(self.activations)
         arrays: dict[str, Array] = {"index": np.array(json.dumps(names))}
         for number, name in enumerate(names):
-            for field in ActivationStats.__dataclass_fields__:
-                arrays[f"{number}.{field}"] = np.asarray(getattr(self.activations[name], field))
+            for item in fields(ActivationStats):
+                stored = getattr(self.activations[name], item.name)
+                arrays[f"{number}.{item.name}"] = np.asarray(stored)
         np.savez(path, **arrays)  # type: ignore[arg-type]
 
     @classmethod
     def load(cls, path: Path) -> CalibrationStats:
         """Read what ``save`` wrote."""
-        fields = ActivationStats.__dataclass_fields__
+        arrays = [item.name for item in fields(ActivationStats)]
         data = read_arrays(path)
         with whole(path):
             names = json.loads(str(data["index"]))
             read = {
                 name: ActivationStats(
-                    **{f: data[f"{i}.{f}"] for f in fields if f not in ("scale", "count")},
+                    **{f: data[f"{i}.{f}"] for f in arrays if f not in ("scale", "count")},
                     scale=float(data[f"{i}.scale"]),
                     count=float(data[f"{i}.count"]),
                 )

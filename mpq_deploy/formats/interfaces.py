@@ -22,6 +22,7 @@ from mpq_deploy.formats.sizes import (
     ACTIVATION_SCALE_BYTES,
     FP16_BYTES,
     matrix_shape,
+    shift_bytes,
     window_bytes,
 )
 
@@ -59,13 +60,16 @@ class ActivationGrid:
     """An activation's quantizer: integer codes from ``quant_min`` to ``quant_max``, a scale.
 
     By default what QuantizeLinear saturates to in INT8. ``table``: of a range by timestep, whose
-    widest has the scale.
+    widest has the scale. ``zeros``: by how many codes each channel is shifted (``formats.shifts``);
+    ``reach``: the largest magnitude in units of the largest code.
     """
 
     scale: float
     quant_min: int = -128
     quant_max: int = 127
     table: RangeTable | None = None
+    zeros: tuple[int, ...] = ()
+    reach: float = 1.0
 
     # Every integer between the limits is a level.
     uniform: ClassVar[bool] = True
@@ -474,16 +478,23 @@ class Scheme:
         """Rows and columns in which the file holds the body's weight."""
         return self.weight.stored_shape(self.parts(layer)[0][0])
 
+    def shifts(self, layer: Layer) -> bool:
+        """Whether the channels of the input of ``layer`` are shifted before it is rounded."""
+        return self.activation is not None and self.activation_form in layer.shifted
+
     def weight_bytes(self, layer: Layer) -> int:
-        """Bytes of all constants that are written for ``layer``: codes, scales and shapes.
+        """Bytes of all constants that are written for ``layer``: codes, scales, shapes, what shifts add.
 
         The activation's scale is not among them: layers that share an input share it. A simulated
         scheme's bytes are nominal: those that a packed form would take, if there were one.
         """
+        if self.shifts(layer):
+            rest = replace(layer, shifted=frozenset())
+            return self.weight_bytes(rest) + FP16_BYTES * layer.out_channels
         if self.branch:
-            return sum(
-                s.weight_bytes(part) for part, s in self.parts(layer)
-            ) + self.branch.joining_bytes(layer)
+            parts = ((replace(part, shifted=frozenset()), s) for part, s in self.parts(layer))
+            total = sum(s.weight_bytes(part) for part, s in parts)
+            return total + self.branch.joining_bytes(layer)
         total = self.weight.bytes_of(layer)
         if self.activation:
             return total + self.activation.reader_bytes(layer)
@@ -508,13 +519,14 @@ class Scheme:
 
     def scale_bytes(self, layer: Layer) -> int:
         """Bytes of ``input_bytes`` that stay where a producer takes the factors of channels."""
-        return ACTIVATION_SCALE_BYTES + self.range.input_bytes(layer)
+        shift = shift_bytes(layer) if self.shifts(layer) else 0
+        return ACTIVATION_SCALE_BYTES + self.range.input_bytes(layer) + shift
 
     def input_grid(self, stats: ActivationStats) -> ActivationGrid:
         """Return how the input with these ``stats`` is quantized; only where ``activation`` is given."""
         assert self.activation is not None
         grid = self.activation.grid(stats, self.range.scale(self.branch, stats))
-        return self.range.fitted(grid, self.branch, stats)
+        return stats.shifted(self.range.fitted(grid, self.branch, stats), self.activation_form)
 
 
 SIMULATED = "simulated"

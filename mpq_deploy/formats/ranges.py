@@ -312,7 +312,7 @@ def _axes(convolved: bool, rank: int) -> tuple[int, ...]:
 
 def _inverse(grid: ActivationGrid) -> float:
     """Return the inverse of the widest range, rounded to FP16."""
-    return float(np.float16(1.0 / (grid.scale * grid.quant_max)))
+    return float(np.float16(1.0 / (grid.scale * grid.quant_max * grid.reach)))
 
 
 def write_ramps(to: NodeWriter, timestep: str, table: RangeTable) -> ir.Value:

@@ -88,3 +88,9 @@ def part_of(layer: Layer, out_channels: int, suffix: str = "") -> Layer:
         weight_shape=tuple(shape),
         uses=uses,
     )
+
+
+def shift_bytes(layer: Layer) -> int:
+    """Bytes of the constants that shift the channels of a Conv's input: one per channel, and the pads."""
+    pads = 2 * (2 + len(layer.kernel)) * INT64_BYTES if any(layer.pads) else 0
+    return FP16_BYTES * input_channels(layer) + pads

@@ -46,7 +46,8 @@ class Layer:
     in the file; seen as a matrix [out_channels, reduction] (see ``weight_matrix``) the output
     channels come first. ``window``: of a Conv that is written as a matrix product over its windows
     where its weight alone is quantized; None where it is not, and ``no_product`` says why
-    (``latency.conv_products`` decides).
+    (``latency.conv_products`` decides). ``shifted``: the forms of its quantized input whose channels are
+    shifted (``formats.shifts``); ``pads``: of such a Conv, before all spatial axes, then after all.
     """
 
     name: str
@@ -58,6 +59,8 @@ class Layer:
     uses: tuple[LayerUse, ...]
     window: Window | None = None
     no_product: str = ""
+    shifted: frozenset[str] = frozenset()
+    pads: tuple[int, ...] = ()
 
     @property
     def weights(self) -> int:

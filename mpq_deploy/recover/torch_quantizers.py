@@ -57,14 +57,18 @@ def halved(x: Tensor) -> Tensor:
 
 
 def fake_quantize(
-    x: Tensor, scale: Tensor, quant_min: int = QUANT_MIN, quant_max: int = QUANT_MAX
+    x: Tensor,
+    scale: Tensor,
+    quant_min: int = QUANT_MIN,
+    quant_max: int = QUANT_MAX,
+    zeros: Tensor | float = 0.0,
 ) -> Tensor:
     """Return ``x`` through QuantizeLinear and DequantizeLinear; ``x`` and ``scale`` get gradients.
 
     The gradient of the scale is LSQ's (Esser et al. 2020): code - x / scale within the limits, the
-    limit beyond.
+    limit beyond. ``zeros``: by how many codes its channels are shifted.
     """
-    return torch.clamp(rounded(x / scale), quant_min, quant_max) * scale
+    return (torch.clamp(rounded(x / scale - zeros), quant_min, quant_max) + zeros) * scale
 
 
 def fake_quantize_levels(x: Tensor, scale: Tensor, grid: ActivationGrid) -> Tensor:
@@ -335,6 +339,7 @@ class ActivationScale(LearnedScale):
         self.register_buffer("places", torch.from_numpy(kept.astype(np.int64)))
         self.kept, self.code_limits = kept, (grid.quant_min, grid.quant_max)
         self._range, self._convolved, self._start_grid = range, convolved, grid
+        self.register_buffer("zeros", torch.tensor(grid.zeros or (0,), dtype=torch.float32))
 
     def grid(self) -> ActivationGrid:
         """Return the quantizer as it is stored."""
@@ -344,11 +349,13 @@ class ActivationScale(LearnedScale):
         """Return ``x`` fake-quantized, but for the kept channels; ``timesteps`` [N] of its samples."""
         if not self._start_grid.uniform:
             return fake_quantize_levels(x, self(), self._start_grid)
-        ratio = self._ratio(x, timesteps)
+        ratio, zeros = self._ratio(x, timesteps), 0.0
+        if self._start_grid.zeros:
+            zeros = self.zeros.reshape(-1, *(1,) * (x.ndim - 2))
         if ratio is None:
-            quantized = fake_quantize(x, self(), *self.code_limits)
+            quantized = fake_quantize(x, self(), *self.code_limits, zeros)
         else:
-            quantized = fake_quantize(x / ratio, self(), *self.code_limits) * ratio
+            quantized = fake_quantize(x / ratio, self(), *self.code_limits, zeros) * ratio
         if not len(self.kept):
             return quantized
         mask = torch.zeros(x.shape[channel_axis], dtype=torch.bool, device=x.device)

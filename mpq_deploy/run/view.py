@@ -18,6 +18,7 @@ from pydantic import PositiveInt
 
 from mpq_deploy.allocate.plan import PrecisionPlan
 from mpq_deploy.calibrate.fp16_range import read_beyond
+from mpq_deploy.calibrate.shifted_inputs import shifted_layers
 from mpq_deploy.calibrate.stats import CalibrationStats
 from mpq_deploy.calls.recorded import CallSet
 from mpq_deploy.engine.target import Target, load_target
@@ -225,6 +226,7 @@ class Run:
                 for batch in (engine.batch_opt, engine.batch_max)
             )
             found.graph = with_products(found.graph, self.target, usual, largest)
+        found.graph = shifted_layers(found.graph, self.stage("calibrate"))
         return found
 
     @cached_property

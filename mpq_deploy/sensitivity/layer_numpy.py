@@ -30,7 +30,8 @@ def fake_quantize(x: Array, rounding: InputRounding, layer: Layer) -> Array:
     seen = x if factors is None else x * factors
     ratio = rounding.range.ratio(seen, rounding.grid, layer.op == "Conv", absmax)
     step = np.float32(rounding.scale) if ratio is None else np.float32(rounding.scale) * ratio
-    codes = np.clip(np.rint(seen / step), *rounding.limits).astype(np.float32)
+    zeros = rounding.zeros_by_channel(layer, x.ndim)
+    codes = np.clip(np.rint(seen / step - zeros), *rounding.limits).astype(np.float32) + zeros
     rounded: Array = codes * step if factors is None else codes * step / factors
     if not len(rounding.kept):
         return rounded

@@ -265,6 +265,11 @@ class InputRounding:
         factors = self.factors.astype(np.float32)
         return factors.reshape(1, -1, *(1,) * (rank - 2)) if layer.op == "Conv" else factors
 
+    def zeros_by_channel(self, layer: Layer, rank: int) -> Array | float:
+        """Return by how many codes the channels are shifted, float32, to broadcast as ``by_channel``; 0 for none."""
+        zeros = np.asarray(self.grid.zeros, np.float32)
+        return zeros.reshape(1, -1, *(1,) * (rank - 2)) if len(zeros) else 0.0
+
     def kept_mask(self, layer: Layer, rank: int, channels: int) -> Array:
         """Return a mask of the kept channels, to broadcast against an input of ``rank``."""
         mask = np.zeros(channels, bool)

@@ -69,7 +69,13 @@ def lost_by_rounding(
     if rounding.range.moves and not rounding.range.by_timestep:
         seen = (largest_magnitudes(layer, x) if largest is None else largest) * factors
         step = step * rounding.range.ratio(seen, rounding.grid, layer.op == "Conv", absmax)
-    codes = (x * (factors / step)).round_().clamp_(*rounding.limits)
+    codes = x * (factors / step)
+    if rounding.grid.zeros:
+        zeros = torch.from_numpy(rounding.zeros_by_channel(layer, x.ndim))
+        zeros = zeros.to(x.device, x.dtype, non_blocking=True)
+        codes = codes.sub_(zeros).round_().clamp_(*rounding.limits).add_(zeros)
+    else:
+        codes = codes.round_().clamp_(*rounding.limits)
     lost = torch.addcmul(x, codes, step / factors, value=-1, out=out)
     if len(rounding.kept):
         channels = x.shape[1 if layer.op == "Conv" else -1]

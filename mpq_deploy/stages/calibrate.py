@@ -24,15 +24,21 @@ if TYPE_CHECKING:
 
 
 # Raised with every change of what calibration leaves behind.
-CALIBRATION_FORMAT = 7
+CALIBRATION_FORMAT = 8
 # Settings that recorded calls do not depend on, beside how many and at how many timesteps.
 NOT_RECORDED = {
     "recipe.allocate.attention",
-    *(f"recipe.calibrate.{name}" for name in ("observed", "scale", "percentile", "reservoir")),
+    *(
+        f"recipe.calibrate.{name}"
+        for name in ("observed", "scale", "percentile", "reservoir", "shifts")
+    ),
 }
 SAMPLES, TIMESTEPS = "recipe.calibrate.samples", "recipe.calibrate.timesteps"
 # And those that what was observed of them does not depend on.
-NOT_OBSERVED = {SAMPLES, *(f"recipe.calibrate.{n}" for n in ("observed", "scale", "percentile"))}
+NOT_OBSERVED = {
+    SAMPLES,
+    *(f"recipe.calibrate.{n}" for n in ("observed", "scale", "percentile", "shifts")),
+}
 OBSERVED = "observed.npz"
 
 
@@ -53,7 +59,11 @@ def make(run: Run, folder: Path) -> str:
     """Make the stage in ``folder``; return a few words for the log."""
     from mpq_deploy.calibrate.calibrate import calibrate
     from mpq_deploy.calibrate.fp16_range import WIDE_FROM, large_values, named, save_beyond
-    from mpq_deploy.calibrate.spread_calibration import kept_observed, kept_samples
+    from mpq_deploy.calibrate.shifted_inputs import save_shifted
+    from mpq_deploy.calibrate.spread_calibration import (
+        kept_observed,
+        kept_samples,
+    )
 
     section = run.recipe.calibrate
     exported = run.exported
@@ -71,6 +81,7 @@ def make(run: Run, folder: Path) -> str:
     recorded.save(folder / CALLS)
     recorded = recorded.used(section.timesteps)
     stats.save(folder / "stats.npz")
+    save_shifted(stats, exported.graph, folder)
     # One call at each timestep.
     watched = setup.calls(recorded.take(np.zeros(1, np.int64)))
     beyond = large_values(exported.path, watched, run.talk, above=WIDE_FROM)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +11,14 @@ import onnx
 import pytest
 import torch
 
+from mpq_deploy.calibrate.shifted_inputs import shiftable_inputs
+from mpq_deploy.calibrate.stats import CalibrationStats
 from mpq_deploy.formats.branches.cols import ColsMatrix
 from mpq_deploy.formats.branches.lowrank import LowRankMatrix
 from mpq_deploy.formats.branches.prescaled import ScaledMatrix
 from mpq_deploy.formats.branches.rows import RowsMatrix
 from mpq_deploy.formats.scheme import SCHEMES
+from mpq_deploy.formats.shifts import SHIFT_FORMS
 from mpq_deploy.graph.save import constant_bytes
 from mpq_deploy.graph.writers.deployed_graphs import (
     DEPLOYED,
@@ -165,6 +169,37 @@ def test_merged_parameters_compute_what_was_trained_in_the_same_bytes(
     assert constant_bytes(written / DEPLOYED) == constant_bytes(plan / DEPLOYED)
     kinds = {node.op_type for node in onnx.load(written / DEPLOYED).graph.node}
     assert kinds == {node.op_type for node in onnx.load(plan / DEPLOYED).graph.node}
+
+
+def shifted(task: RecoverTask) -> RecoverTask:
+    """Let the channels of all inputs that may be shifted lie around other codes than 0, by finer steps."""
+    known, rng = dict(task.stats.activations), np.random.default_rng(8)
+    for tensor in shiftable_inputs(task.graph):
+        codes = rng.integers(-30, 60, (len(SHIFT_FORMS), len(known[tensor].amax)))
+        scales = np.tile([float(np.float16(0.02)), 1.6], (len(SHIFT_FORMS), 1))
+        known[tensor] = replace(known[tensor], shifts=codes.astype(np.int16), shift_scales=scales)
+    return replace(task, stats=CalibrationStats(known))
+
+
+@pytest.mark.parametrize("wanted", ["w8a8+scale5", "w8a8-timestep", "w4a8-dynamic+scale5"])
+def test_shifted_channels_are_the_graphs_before_and_after_training(
+    case: Case, tmp_path: Path, wanted: str
+) -> None:
+    task = shifted(case.planned(wanted))
+    student = student_of(task)
+    plan = write_start(task, tmp_path / "plan")
+    assert sum(n.name.endswith("/center") for n in onnx.load(plan / DEPLOYED).graph.node) > 2
+    first = write(task, student, tmp_path / "first")
+    assert onnx.load(plan / DEPLOYED) == onnx.load(first / DEPLOYED)
+    for folder in (plan, tmp_path / "moved"):
+        if folder != plan:
+            move(student, 0.03)
+            write(task, student, folder)
+        found, expected = by_torch(student), by_runtime(folder / SIMULATED)
+        # The weight's product with the shift is held in FP16, and values on a boundary fall to either side.
+        # Rounding itself leaves 20 to 500 times as much here.
+        assert np.sum((found - expected) ** 2) <= 1e-3 * np.sum(expected**2)
+    assert constant_bytes(tmp_path / "moved" / DEPLOYED) == constant_bytes(plan / DEPLOYED)
 
 
 def test_a_full_adapter_moves_every_code_by_itself(case: Case, tmp_path: Path) -> None:

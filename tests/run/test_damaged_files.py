@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 
 from mpq_deploy.allocate.plan import PrecisionPlan
+from mpq_deploy.calibrate.shifted_inputs import shifted_layers
 from mpq_deploy.calibrate.stats import CalibrationStats
 from mpq_deploy.errors import MpqError
 from mpq_deploy.evaluate.evaluation_result import Evaluation
 from mpq_deploy.evaluate.metrics.kept import ImageMetrics
 from mpq_deploy.evaluate.variants import read_controls
+from mpq_deploy.graph.layers import LayerGraph
 from mpq_deploy.latency.latency_table import LatencyTable
 from mpq_deploy.recover.recovery_result import Recovery
 from mpq_deploy.report.read import read_report
@@ -30,6 +32,7 @@ JSON_READERS = {
     "recovery.json": Recovery.load,
     "report.json": read_report,
     "correction.json": lambda folder: read_correction(folder / "correction.json"),
+    "shifted.json": lambda folder: shifted_layers(LayerGraph(None, (), ()), folder),
     "sealed.json": lambda folder: read_sealed(folder / "sealed.json"),
 }
 TEXTS = {

@@ -265,16 +265,32 @@ class LayerWriter(NodeWriter):
         inputs = self.node.inputs if bias else self.node.inputs[:2]
         return self.beside(self.node.op_type, list(inputs), dict(self.node.attributes), label)
 
-    def multiply_product(self, ratio: ir.Value) -> None:
-        """Multiply what the node gives by ``ratio``, before its bias is added."""
+    def unpad(self) -> None:
+        """Let the Conv pad nothing: its input is padded."""
+        if "pads" in self.node.attributes:
+            none = [0] * (2 * len(self.layer.kernel))
+            self.node.attributes["pads"] = ir.convenience.convert_attribute("pads", none)
+
+    def finish_product(self, ratio: ir.Value | None, shift: Array | None = None) -> None:
+        """Add ``shift`` [O] to what the node gives, multiply it by ``ratio``, then add its bias.
+
+        Both as far as they are given; the shift becomes the Conv's own bias.
+        """
         node = self.node
         bias = node.inputs[2] if len(node.inputs) > 2 else None
-        output = node.outputs[0]
-        nodes = [self.beside("Mul", [output, ratio], {}, "range")]
+        output, nodes = node.outputs[0], list[ir.Node]()
+        if ratio is not None:
+            nodes.append(self.beside("Mul", [output, ratio], {}, "range"))
         if bias is not None:
             node.resize_inputs(2)
             added = self._by_channel(bias) if node.op_type == "Conv" else bias
-            nodes.append(self.beside("Add", [nodes[-1].outputs[0], added], {}, "bias"))
+            last = nodes[-1].outputs[0] if nodes else output
+            nodes.append(self.beside("Add", [last, added], {}, "bias"))
+        if shift is not None:
+            node.resize_inputs(3)
+            node.replace_input_with(2, self.constant("shift", shift))
+        if not nodes:
+            return
         self.graph.insert_after(node, nodes)
         self.hand_over(output, nodes[-1], nodes[0])
         output.shape = nodes[-1].outputs[0].shape

@@ -4,7 +4,9 @@
 2. Quantized activations: one QuantizeLinear/DequantizeLinear pair per activation tensor and form,
    shared by all its readers, directly on their inputs; factors of its channels before it (see
    ``prescale``). Where the range moves (``formats.ranges``), the input is divided by its ratio to
-   the widest before the pair, and each product multiplied by it, before the bias is added.
+   the widest before the pair, and each product multiplied by it, before the bias is added. Where
+   channels are shifted (``formats.shifts``), zeros are padded and the shift taken off before the
+   pair, and what the weight makes of it is the product's own bias.
 3. Weights and branches: what the scheme's format and branch write (see ``formats``). Branches stand
    on the activation side, where TensorRT keeps both parts packed: it rebuilds a weight that is the
    sum or concatenation of dequantized ones at each call, or fails to build.
@@ -21,6 +23,7 @@ import onnx_ir as ir
 from mpq_deploy.errors import ModelError
 from mpq_deploy.formats.interfaces import ActivationGrid, DeployedMatrix, Scheme
 from mpq_deploy.formats.ranges import RangeNames
+from mpq_deploy.formats.shifts import middle_of
 from mpq_deploy.graph.layers import Layer, LayerGraph
 from mpq_deploy.graph.writers.node_writer import LayerWriter, NodeWriter
 from mpq_deploy.graph.writers.prescale import fold_factors, foldable_inputs, multiply_channels
@@ -68,24 +71,39 @@ def quantize_layers(
             node = nodes[use.node]
             x = node.inputs[0]
             assert x is not None
-            ratio = None
+            given = QuantizedInput(x)
             if scheme.activation is not None:
                 key = use.input + scheme.activation_form
                 if key not in pairs:
                     factors = None if use.input in folded else rewrite.factors
                     to_input = NodeWriter(model, simulating=simulating)
                     writing = InputWriter(to_input, rewrite, activation_scales[key], timestep)
-                    pairs[key] = writing.quantize(x, factors)
-                node.replace_input_with(0, pairs[key].value)
-                ratio = pairs[key].ratio
+                    pairs[key] = writing.quantize(x, factors, _pads(node))
+                given = pairs[key]
+                node.replace_input_with(0, given.value)
             place = (node, x, number, tensors)
             to = LayerWriter(model, layer, scheme, *place, simulating=simulating)
             scheme.branch.write(to, scheme, rewrite.matrix)
-            if ratio is not None:
-                to.multiply_product(ratio)
+            if given.shift is not None:
+                to.unpad()
+                to.finish_product(given.ratio, _product_of(rewrite, given.shift))
+            elif given.ratio is not None:
+                to.finish_product(given.ratio)
         _drop_if_unused(model, rewrite.layer.weight)
         changed = True
     return model, changed
+
+
+def _pads(node: ir.Node) -> tuple[int, ...]:
+    return tuple(node.attributes.get_ints("pads", ()) or ())
+
+
+def _product_of(rewrite: LayerRewrite, shift: Array) -> Array:
+    """Return what the rounded weight makes of ``shift`` [C], taken off its input, at each output [O]."""
+    assert rewrite.matrix is not None
+    weight, factors = rewrite.matrix.dequantize(), rewrite.factors
+    undone = shift if factors is None else shift / factors.astype(np.float32)
+    return np.asarray(weight @ np.repeat(undone, weight.shape[1] // len(undone)))
 
 
 def bias_refusals(model: ir.Model, layers: Iterable[Layer]) -> dict[str, str]:
@@ -143,10 +161,14 @@ def _fold_factors(model: ir.Model, rewrites: list[LayerRewrite]) -> set[str]:
 
 @dataclass(frozen=True)
 class QuantizedInput:
-    """A rounded activation, and the ratio that its readers' products are multiplied by; None for 1."""
+    """A rounded activation, and the ratio that its readers' products are multiplied by; None for 1.
+
+    ``shift`` float32 [C]: what was taken off its channels, padding included; None for nothing.
+    """
 
     value: ir.Value
-    ratio: ir.Value | None
+    ratio: ir.Value | None = None
+    shift: Array | None = None
 
 
 @dataclass(frozen=True)
@@ -158,8 +180,13 @@ class InputWriter:
     found: float | ActivationGrid
     timestep: str
 
-    def quantize(self, x: ir.Value, factors: Array | None) -> QuantizedInput:
-        """Insert the quantizer of ``x``, times ``factors`` if any, right after its producer."""
+    def quantize(
+        self, x: ir.Value, factors: Array | None, pads: tuple[int, ...] = ()
+    ) -> QuantizedInput:
+        """Insert the quantizer of ``x``, times ``factors`` if any, right after its producer.
+
+        Where it shifts channels, what its readers pad by ``pads`` is padded before.
+        """
         grid = self.found if isinstance(self.found, ActivationGrid) else ActivationGrid(self.found)
         scheme = self.rewrite.scheme
         assert scheme.activation is not None and x.name is not None
@@ -176,8 +203,26 @@ class InputWriter:
             label = f"{x.name}/divide{form}"
             nodes = [*nodes, to.make("Div", [value, ratio], {}, label, like=value)]
             divided = nodes[-1].outputs[0]
+        shift = middle_of(np.array(grid.zeros), grid.scale) if grid.zeros else None
+        if shift is not None:
+            nodes += self._shifted(divided, shift, pads, f"{x.name}//shift{form}")
+            divided = nodes[-1].outputs[0]
         nodes = [*nodes, *scheme.activation.write(to, divided, grid, (x.name, form))]
-        return QuantizedInput(to.after(value, nodes), ratio)
+        return QuantizedInput(to.after(value, nodes), ratio, shift)
+
+    def _shifted(
+        self, x: ir.Value, shift: Array, pads: tuple[int, ...], base: str
+    ) -> list[ir.Node]:
+        """Return nodes, not yet inserted, that pad ``x`` by zeros and take ``shift`` [C] off its channels."""
+        to, rank, nodes = self.to, len(self.rewrite.layer.kernel), []
+        if any(pads):
+            whole = np.array([0, 0, *pads[:rank], 0, 0, *pads[rank:]], np.int64)
+            inputs = [x, to.named_constant(f"{base}/pads", whole)]
+            nodes.append(to.make("Pad", inputs, {}, f"{base}/pad"))
+            x = nodes[-1].outputs[0]
+        middle = to.named_constant(base, shift.reshape(-1, *(1,) * rank))
+        like = x if x.shape is not None else None
+        return [*nodes, to.make("Sub", [x, middle], {}, f"{base}/center", like=like)]
 
     def _names(self, x: ir.Value, form: str) -> RangeNames:
         layer, inputs = self.rewrite.layer, {value.name for value in self.to.model.graph.inputs}
