@@ -56,12 +56,12 @@ lock: latest
 test-latest: latest
 	$(MAKE) test VENV=.venv-latest CONSTRAINTS=
 
-# With the lowest versions that pyproject.toml names (needs Python 3.11).
+# With the lowest versions that pyproject.toml names (needs Python 3.11). Their type stubs differ: no mypy.
 test-oldest:
 	rm -rf .venv-oldest
 	mkdir .venv-oldest
 	$(PYTHON) scripts/pins.py --oldest > .venv-oldest/constraints.txt
-	$(MAKE) test VENV=.venv-oldest CONSTRAINTS=.venv-oldest/constraints.txt
+	$(MAKE) pytest VENV=.venv-oldest CONSTRAINTS=.venv-oldest/constraints.txt
 
 clean:
 	rm -rf $(VENV) .venv-latest .venv-oldest runs
