@@ -22,7 +22,7 @@ from mpq_deploy.calibrate.shifted_inputs import shifted_layers
 from mpq_deploy.calibrate.stats import CalibrationStats
 from mpq_deploy.calls.recorded import CallSet
 from mpq_deploy.engine.target import Target, load_target
-from mpq_deploy.errors import RunFolderError, UsageError
+from mpq_deploy.errors import MpqError, RunFolderError, UsageError
 from mpq_deploy.evaluate.cache import SampleCache
 from mpq_deploy.graph.layers import LayerGraph, layer_graph
 from mpq_deploy.graph.load import load_model
@@ -226,7 +226,12 @@ class Run:
                 for batch in (engine.batch_opt, engine.batch_max)
             )
             found.graph = with_products(found.graph, self.target, usual, largest)
-        found.graph = shifted_layers(found.graph, self.stage("calibrate"))
+        try:
+            found.graph = shifted_layers(found.graph, self.stage("calibrate"))
+        except MpqError:
+            # Damaged: until its stage is checked it is not needed, and then made again.
+            if not self.results or "calibrate" in self.results:
+                raise
         return found
 
     @cached_property

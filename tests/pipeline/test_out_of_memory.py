@@ -89,7 +89,7 @@ def test_memory_that_runs_out_is_said_in_one_line(
         cli("build", model, "-r", file, "-o", run),
         1,
         "Memory ran out in the stage 'quantize'",
-        "continues from there",
+        "to continue from there",
     )
     assert not [path.name for path in run.iterdir() if path.name.endswith((".partial", ".old"))]
     monkeypatch.undo()

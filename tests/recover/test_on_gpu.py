@@ -99,4 +99,4 @@ def test_where_memory_runs_out_more_is_computed_again(
         found = trained("gpu")
     assert found.after == pytest.approx(expected.after, rel=1e-4)
     told = [line for line in lines if "the GPU's memory ran out" in line]
-    assert told[-1].endswith("at once" if fails == 1 else "the rest runs on the CPU")
+    assert told[-1].endswith("the batch is halved" if fails == 1 else "the rest runs on the CPU")

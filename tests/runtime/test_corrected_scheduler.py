@@ -369,7 +369,7 @@ def test_other_channels_and_mixed_timesteps_are_refused() -> None:
     x = torch.zeros(2, 4, 2, 2)
     with pytest.raises(ModelError, match="4 channels"):
         moving.step(x, 500, x)
-    with pytest.raises(UsageError, match="2 timesteps"):
+    with pytest.raises(UsageError, match="2 different timesteps"):
         moving.step(x[:, :3], torch.tensor([500, 250]), x[:, :3])
 
 

@@ -258,6 +258,8 @@ def test_too_large_batches_are_halved_then_the_cpu_goes_on(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    # A command with --quiet says so to its children, and may have run in this process before.
+    monkeypatch.delenv("MPQ_DEPLOY_QUIET", raising=False)
     compute.say_once.cache_clear()
     denoiser, feeds = OrtDenoiser(exported.model, exported.spec, 1), feeds_of(exported, 7)
     expected = denoiser.run(feeds)
