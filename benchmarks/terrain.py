@@ -212,9 +212,8 @@ class Terrain:
         size = sum(file.stat().st_size for file in place.iterdir())
         try:
             found = sqnr(self.generator, session_of(model))
-        except (
-            Exception
-        ) as error:  # whatever ONNX Runtime says of another tool's file is the result
+        # Whatever ONNX Runtime says of another tool's file is the result.
+        except Exception as error:
             return f"{tool}, {mode}: {str(error).splitlines()[0][:160]}"
         return Row(f"{tool}, {mode}", size, None, "", found)
 

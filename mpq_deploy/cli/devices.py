@@ -64,8 +64,10 @@ def _package(
     """Pack one run; return what was written as values and as text."""
     from mpq_deploy.delivery.package import check_builder, make_package
     from mpq_deploy.engine.target import load_target
+    from mpq_deploy.run.folder import check_one_run
     from mpq_deploy.run.pipeline import open_pipeline
 
+    check_one_run(run)
     recipe = recipe_of(run, None)
     device = load_target(target or recipe.target)
     check_builder(device)

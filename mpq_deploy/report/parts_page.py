@@ -86,7 +86,7 @@ def _facts(view: PipelineFile) -> list[str]:
     if view.measured_image_error is not None:
         psnr = "" if view.psnr_db is None else f", PSNR {view.psnr_db:.1f} dB"
         facts.append(
-            f"relative error of {view.images} final images {view.measured_image_error:.2e}"
+            f"Relative error of {view.images} final images {view.measured_image_error:.2e}"
             f" (predicted {view.predicted_image_error or 0:.2e}){psnr}"
         )
     return facts

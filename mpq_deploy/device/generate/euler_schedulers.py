@@ -8,12 +8,10 @@ from typing import Any, ClassVar
 import numpy as np
 
 from mpq_deploy.device.generate.noise_schedule import (
-    SMALLEST_ALPHA,
     Array,
-    betas_of,
     converted_sigmas,
     even_float32,
-    products,
+    products_of,
     shifted,
     sigma_to_timestep,
     sigmas_of,
@@ -30,9 +28,7 @@ class SigmaScheduler(Scheduler):
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__(config)
-        self.alphas = products(betas_of(self.config))
-        if self.config["rescale_betas_zero_snr"]:
-            self.alphas[-1] = SMALLEST_ALPHA
+        self.alphas = products_of(self.config)
         self.train_sigmas = sigmas_of(self.alphas)
 
     @property

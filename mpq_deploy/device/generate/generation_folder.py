@@ -114,7 +114,9 @@ class Generation:
         """Raise UsageError with the list where no graph takes images of ``size``."""
         if size not in self.sizes:
             sizes = ", ".join(f"{width}x{height}" for width, height in self.sizes)
-            raise UsageError(f"{self.folder} makes no images of {size[0]}x{size[1]}.", sizes)
+            raise UsageError(
+                f"{self.folder} makes no images of {size[0]}x{size[1]}.", f"It makes {sizes}."
+            )
 
 
 def open_generation(folder: Path) -> Generation:

@@ -8,11 +8,9 @@ from typing import Any, ClassVar
 import numpy as np
 
 from mpq_deploy.device.generate.noise_schedule import (
-    SMALLEST_ALPHA,
     Array,
-    betas_of,
     converted_sigmas,
-    products,
+    products_of,
     shifted,
     sigma_to_timestep,
     sigmas_of,
@@ -52,9 +50,7 @@ class MultistepScheduler(Scheduler):
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__(config)
-        self.alphas = products(betas_of(self.config))
-        if self.config["rescale_betas_zero_snr"]:
-            self.alphas[-1] = SMALLEST_ALPHA
+        self.alphas = products_of(self.config)
         self.outputs: list[Array] = []
 
     def begin(self, index: int) -> None:  # noqa: D102

@@ -68,6 +68,14 @@ def products(betas: Array) -> Array:
     return np.cumprod((np.float32(1) - betas).astype(np.float64)).astype(np.float32)
 
 
+def products_of(config: Mapping[str, Any]) -> Array:
+    """Return the products of a sampler that divides by the last one, which is not zero then."""
+    alphas = products(betas_of(config))
+    if config["rescale_betas_zero_snr"]:
+        alphas[-1] = SMALLEST_ALPHA
+    return alphas
+
+
 def zero_terminal_snr(betas: Array) -> Array:
     """Rescale betas to zero SNR at the last timestep (Lin et al. 2023, algorithm 1)."""
     roots = np.sqrt(products(betas))
