@@ -65,7 +65,7 @@ def package(
         ),
     ] = Form.archive,
 ) -> None:
-    """Pack what a device needs into one archive: the graph, its checks, an installer."""
+    """Pack a run: into one archive with its checks and an installer, or as a folder."""
     from mpq_deploy.run.folder import runs_at, several_in
 
     if form is not Form.archive:

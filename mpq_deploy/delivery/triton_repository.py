@@ -40,6 +40,7 @@ from mpq_deploy.run.pipeline_file import COMPONENTS as RUNS
 from mpq_deploy.run.pipeline_file import PIPELINE, PipelineFile
 from mpq_deploy.run.view import Run
 from mpq_deploy.system.files import canonical_json, new_folder, write_text
+from mpq_deploy.system.inputs import read_json_object
 from mpq_deploy.system.progress import Talk
 from mpq_deploy.system.release import __version__
 
@@ -60,6 +61,7 @@ PROMPT_INPUTS: dict[str, tuple[str, list[int]]] = {
     "STEPS": ("TYPE_INT32", [1]),
     "GUIDANCE": ("TYPE_FP32", [1]),
     "SEED": ("TYPE_INT64", [1]),
+    "SIZE": ("TYPE_INT32", [2]),
     IMAGE: ("TYPE_UINT8", [-1, -1, 3]),
     "STRENGTH": ("TYPE_FP32", [1]),
 }
@@ -146,7 +148,9 @@ def _engine(view: Run) -> tuple[Path | None, str]:
     folder = view.stage("engine")
     record = EngineRecord.beside(folder / RECORD)
     if record is None:
-        return None, "the run has no engine"
+        none = folder / "none.json"
+        reason = read_json_object(none).get("reason") if none.is_file() else "the run has no engine"
+        return None, str(reason)
     if record.backend == RTX:
         return None, NO_ENGINE
     stage = view.folder.record("engine")
@@ -232,10 +236,15 @@ def text_format(values: Mapping[str, Any], indent: str = "") -> str:
 
 
 def _write_pipeline(run: Path, folder: Path, talk: Talk) -> tuple[list[ServedGraph], list[Config]]:
-    """Write all models of a pipeline's run; return its parts, and all configurations."""
     names = PipelineFile.load(run).parts
     parts = {name: served_graph(Run.opened(run / RUNS / name, talk), name) for name in names}
-    generation = generation_of(run, talk)
+    return list(parts.values()), write_pipeline_models(parts, generation_of(run, talk), folder)
+
+
+def write_pipeline_models(
+    parts: Mapping[str, ServedGraph], generation: Path, folder: Path
+) -> list[Config]:
+    """Write all models of the pipeline in a GENERATION folder; return their configurations."""
     _write_denoise(generation, parts, folder / DENOISE / VERSION)
     decoder = parts[DECODER].part
     configs = [_write_graph(one, folder) for one in parts.values()]
@@ -246,12 +255,12 @@ def _write_pipeline(run: Path, folder: Path, talk: Talk) -> tuple[list[ServedGra
     given = _tensors(picture.graph.input), _tensors(picture.graph.output)
     configs.append(graph_config(ServedGraph(Part(PICTURE, place / GRAPH, *given), 1, "")))
     configs[-1]["instance_group"] = [_instances("KIND_CPU")]
-    configs += prompt_configs(decoder, "vae_encoder" in names)
+    configs += prompt_configs(decoder, "vae_encoder" in parts)
     # The server looks for a version's folder of an ensemble, too.
     (folder / GENERATE / VERSION).mkdir(parents=True)
     for config in configs[len(parts) :]:
         _write_config(folder, config)
-    return list(parts.values()), configs
+    return configs
 
 
 def _write_denoise(generation: Path, parts: Mapping[str, ServedGraph], place: Path) -> None:
@@ -260,8 +269,10 @@ def _write_denoise(generation: Path, parts: Mapping[str, ServedGraph], place: Pa
     shutil.copytree(generation, place / "generation", ignore=ignored)
     described = json.loads((generation / FILE).read_text(encoding="utf-8"))
     for name, served in parts.items():
-        values = asdict(served.part)
-        described["parts"][name] |= {k: values[k] for k in ("inputs", "outputs", "largest_batch")}
+        values, known = asdict(served.part), described["parts"][name]
+        known["largest_batch"] = served.part.largest_batch
+        for way in ("inputs", "outputs"):
+            known[way] = {tensor: values[way][tensor] for tensor in known[way]}
     write_text(place / "generation" / FILE, canonical_json(described))
     write_text(place / "model.py", MODEL_PY)
     (place / "mpq_deploy.pyz").write_bytes(installer())

@@ -9,8 +9,8 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -28,10 +28,15 @@ from PIL import Image
 
 from mpq_deploy.delivery.generation import generation_of
 from mpq_deploy.delivery.hub_folder import card_data, without_paths, write_hub_folder
-from mpq_deploy.delivery.triton_repository import text_format, write_repository
-from mpq_deploy.device.generate.generation_folder import Part, Tensor
+from mpq_deploy.delivery.triton_repository import (
+    ServedGraph,
+    text_format,
+    write_pipeline_models,
+    write_repository,
+)
+from mpq_deploy.device.generate.generation_folder import Part, Tensor, open_generation
 from mpq_deploy.device.generate.generator import Generator
-from mpq_deploy.device.generate.triton_model import DenoiseModel, ServedPart
+from mpq_deploy.device.generate.triton_model import ServedPart
 from mpq_deploy.report.read import read_report
 from mpq_deploy.run.folder import RunFolder
 from mpq_deploy.run.view import Run
@@ -39,6 +44,7 @@ from mpq_deploy.system.files import file_digest
 from mpq_deploy.system.progress import Talk
 from tests.delivery import triton_schema
 from tests.delivery.triton_stand_in import TYPES, StandIn
+from tests.device.generate.folders import written
 from tests.pipeline.conftest import cli
 from tests.run.test_several_parts import PARTS, finished, folder
 
@@ -120,7 +126,7 @@ print("mpq_deploy.pyz" in mpq_deploy.__file__, {"torch", "onnx", "pydantic"} & s
 def test_configurations_are_of_the_schema_and_fit_together(repository: Path) -> None:
     """The ensemble as the server validates it: all inputs are mapped, types and full shapes agree."""
     configs = StandIn(repository).configs
-    assert [one.optional for one in configs["generate"].input] == [False, *[True] * 4]
+    assert [one.optional for one in configs["generate"].input] == [False, *[True] * 5]
     unet = configs["unet"]
     assert (unet.backend, unet.max_batch_size) == ("onnxruntime", 8)
     assert list(unet.dynamic_batching.preferred_batch_size) == [2]
@@ -198,6 +204,32 @@ def test_a_run_of_one_denoiser_is_one_model(run: Path, tmp_path: Path, cli: Cli)
     assert np.sum((found - expected) ** 2) <= 1e-10 * np.sum(expected**2)
 
 
+@pytest.mark.slow
+def test_other_kinds_and_given_images(tmp_path: Path) -> None:
+    """SDXL's float graphs, from an image: through the STAND-IN as the folder itself makes it."""
+    _, made_in = written(tmp_path, "sdxl")
+    generation = open_generation(made_in)
+    parts = {
+        name: ServedGraph(replace(part, largest_batch=1), 1, "")
+        for name, part in generation.parts.items()
+    }
+    write_pipeline_models(parts, made_in, tmp_path / "models")
+    server = StandIn(tmp_path / "models")
+    width, height = generation.sizes[0]
+    picture = np.random.default_rng(0).integers(0, 255, (height, width, 3), np.uint8)
+    asked = {"STEPS": np.array([4], np.int32), "STRENGTH": np.array([0.5], np.float32)}
+    asked |= {"SIZE": np.array([width, height], np.int32), "INIT_IMAGE": picture}
+    made = server.infer("generate", {"PROMPT": named("a cat"), **asked})["IMAGE"]
+    wishes = {"steps": 4, "strength": 0.5, "image": Image.fromarray(picture)}
+    [own] = Generator(made_in, threads=1)("a cat", **wishes)
+    assert np.abs(made.astype(int) - np.asarray(own.image).astype(int)).max() <= 1
+    assert {"vae_encoder", "text_encoder_2"} <= set(server.calls)
+    # Guided: two rows, and a batch of one at most.
+    assert server.calls.count("unet") == 4
+    with pytest.raises(RuntimeError, match="makes no images of 24x24"):
+        server.infer("generate", {"PROMPT": named("x"), "SIZE": np.array([24, 24], np.int32)})
+
+
 def triton_name(tensor: Any) -> str:
     return next(k for k, v in triton_schema.ENUMS["DataType"].items() if v == tensor.data_type)
 
@@ -238,16 +270,8 @@ def test_engines_that_triton_loads_take_the_graphs_place(
         assert any("unet" in note and reason in note for note in written["notes"])
 
 
-def test_a_given_image_and_odd_shapes_reach_the_generator() -> None:
-    model, asked = DenoiseModel(), {}
-    model._server = StandIn
-    model._generator = SimpleNamespace(latents=lambda **wishes: asked.update(wishes) or 1 / 0)
-    picture = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
-    with pytest.raises(ZeroDivisionError):
-        model.execute([{"INIT_IMAGE": picture, "STRENGTH": np.array([0.5], np.float32)}])
-    assert asked["image"].mode == "RGB" and asked["strength"] == 0.5
-    assert np.array_equal(np.asarray(asked["image"]), picture)
-    # Without a batch axis of any size, shapes are whole; a number alone is [1].
+def test_without_a_batch_axis_of_any_size_shapes_are_whole() -> None:
+    """And a number alone is [1]."""
     part = Part("one", Path("x"), {"t": Tensor("float32", ()), "x": Tensor("float32", (1, 3))}, {})
     served = ServedPart(None, part)
     shapes = {

@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -114,8 +113,8 @@ class Generator:
         self.generation: Generation = open_generation(Path(folder), opener is None)
         self.scheduler = scheduler_from_config(self.generation.scheduler)
         self.noise_for: Callable[[int], Any] = np.random.default_rng
-        self._alone, self._talk = one_at_a_time, talk or Talk()
-        self._opener = opener or partial(open_part, threads=threads)
+        self._alone, self._threads, self._talk = one_at_a_time, threads, talk or Talk()
+        self._opener = opener
         self._open: dict[str, OpenPart] = {}
 
     def __call__(self, prompt: str, **wishes: Any) -> list[Made]:
@@ -156,8 +155,9 @@ class Generator:
 
     def _opened(self, name: str) -> OpenPart:
         if name not in self._open:
-            started = time.monotonic()
-            self._open[name] = self._opener(self.generation.part(name))
+            started, part = time.monotonic(), self.generation.part(name)
+            opener = self._opener
+            self._open[name] = opener(part) if opener else open_part(part, self._threads)
             self._talk.line(f"  {name} loaded in {time.monotonic() - started:.1f} s")
         return self._open[name]
 

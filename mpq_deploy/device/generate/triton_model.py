@@ -30,6 +30,7 @@ WISHES = {
     "STEPS": "steps",
     "GUIDANCE": "guidance",
     "SEED": "seed",
+    "SIZE": "size",
 }
 IMAGE_WISHES = {IMAGE: "image", "STRENGTH": "strength"}
 
@@ -125,5 +126,7 @@ class DenoiseModel:
         values = tensor.as_numpy()
         if name == IMAGE:
             return pillow().fromarray(values)
+        if name == "SIZE":
+            return tuple(values.tolist())
         value = values.reshape(-1)[0]
         return value.decode() if isinstance(value, bytes) else value.item()
