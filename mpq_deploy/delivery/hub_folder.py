@@ -239,7 +239,7 @@ def _intro(data: dict[str, Any]) -> str:
     return text
 
 
-_ORT_LOAD = """In ONNX Runtime, with products' activations in full precision as in the figures below:
+_ORT_LOAD = """In ONNX Runtime, without integer kernels in the place of what the graph says, as in the figures below:
 
 ```python
 import onnxruntime

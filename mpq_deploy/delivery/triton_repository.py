@@ -185,7 +185,7 @@ def graph_config(served: ServedGraph) -> Config:
         usual = max(1, min(served.usual, config["max_batch_size"]))
         config["dynamic_batching"] = {"preferred_batch_size": [usual]}
     if not served.is_plan:
-        # Basic passes alone: others round the activations of products with 4- and 8-bit weights.
+        # Basic passes alone: others put integer kernels in the place of what the graph says.
         config["optimization"] = {"graph": {"level": -1}}
     return config
 
@@ -371,8 +371,8 @@ def _readme(configs: list[Config], notes: list[str]) -> str:
         if served
         else "Inputs and outputs are those of one call; whoever calls it samples.",
         *notes,
-        "ONNX graphs hold the quantized integers and compute in FP32. `level: -1` keeps ONNX Runtime from rounding "
-        "activations that are not rounded in the report's figures.",
+        "ONNX graphs hold the quantized integers and compute in FP32. `level: -1` keeps ONNX Runtime from replacing "
+        "quantized products by integer kernels, whose results are not those of the report.",
         *(
             ["Engines run on the GPU and TensorRT version that built them alone."]
             if engines
