@@ -19,7 +19,7 @@ from mpq_deploy.errors import UsageError
 from mpq_deploy.evaluate.evaluation_result import Evaluation
 from mpq_deploy.evaluate.grid import save_grid
 from mpq_deploy.graph.load import external_files, read_proto
-from mpq_deploy.graph.writers.deployed_graphs import DEPLOYED, SIMULATED
+from mpq_deploy.graph.writers.deployed_graphs import DEPLOYED, SIMULATED, WEIGHTS
 from mpq_deploy.models.export import SPEC
 from mpq_deploy.models.locate import DEMOS, INDEX_FILE, bundled_demo, is_hub_id
 from mpq_deploy.models.spec import DenoiserSpec
@@ -66,9 +66,15 @@ def write_hub_folder(run: Path, out: Path, talk: Talk) -> dict[str, Any]:
             data, body = _write_model(run, folder, talk)
         front = yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
         write_text(folder / CARD, f"---\n{front}---\n\n{body}")
-        size = sum(one.stat().st_size for one in folder.rglob("*") if one.is_file())
-    unknown = data.get("license_name") == "unknown"
-    notes = ["The licence is not known: complete it in README.md."] if unknown else []
+        files = [one for one in folder.rglob("*") if one.is_file()]
+        size = sum(one.stat().st_size for one in files)
+        notes = [
+            f"{one.name} holds a path of this machine: look at it before you upload it."
+            for one in files
+            if one.name != WEIGHTS and _names_places(one, run)
+        ]
+    if data.get("license_name") == "unknown":
+        notes.append("The licence is not known: complete it in README.md.")
     return {"folder": str(out), "card": data, "bytes": size, "notes": notes}
 
 
@@ -90,6 +96,13 @@ def _last_name(match: re.Match[str]) -> str:
     text = match[0]
     first = Path("/", text.split("/")[1]) if text.startswith("/") else None
     return text if first is not None and not first.exists() else re.split(r"[\\/]", text)[-1]
+
+
+def _names_places(file: Path, run: Path) -> bool:
+    """Whether a file holds the run's path or the home folder's: graphs of others may, in their comments."""
+    content = file.read_bytes()
+    places = [one for one in (run.absolute(), Path.home()) if len(one.parts) > 1]
+    return any(f"{one.as_posix()}/".encode() in content for one in places)
 
 
 def _finished(run: Path) -> ReportData:

@@ -372,7 +372,8 @@ def _readme(configs: list[Config], notes: list[str]) -> str:
         else "Inputs and outputs are those of one call; whoever calls it samples.",
         *notes,
         "ONNX graphs hold the quantized integers and compute in FP32. `level: -1` keeps ONNX Runtime from replacing "
-        "quantized products by integer kernels, whose results are not those of the report.",
+        "quantized products by integer kernels, whose results are not those of the report. Take a server that brings "
+        "ONNX Runtime 1.23.2, the lowest that mpq-deploy is tested with, or a later one.",
         *(
             ["Engines run on the GPU and TensorRT version that built them alone."]
             if engines

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime as ort
 import pytest
 import yaml
@@ -293,6 +294,17 @@ def test_the_hub_folder_names_nothing_of_this_machine(
         recipe = yaml.safe_load((out / "recipe.yaml").read_text("utf-8"))
         assert recipe["model"] == folder.name
         assert "--recipe recipe.yaml" in (out / "README.md").read_text("utf-8")
+    # A graph of somebody else's may hold one all the same: then the user is told.
+    part = Path(shutil.copytree(run / "components" / "unet", tmp_path / "part"))
+    graph = part / "quantize" / "model.onnx"
+    proto = onnx.load(graph, load_external_data=False)
+    proto.doc_string = f"made in {Path.home()}/models"
+    graph.write_bytes(proto.SerializeToString())
+    record = json.loads((part / "quantize" / "stage.json").read_text("utf-8"))
+    record["outputs"]["model.onnx"] = file_digest(graph)
+    (part / "quantize" / "stage.json").write_text(json.dumps(record), encoding="utf-8")
+    notes = write_hub_folder(part, tmp_path / "told", Talk())["notes"]
+    assert notes[0].startswith("model.onnx holds a path of this machine")
 
 
 def test_the_card_is_one_for_the_hub_and_holds_the_report(run: Path, hub: Path) -> None:
