@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
@@ -16,10 +17,26 @@ from mpq_deploy.cli.app import (
     print_result,
     recipe_of,
 )
-from mpq_deploy.cli.options import RunArgument, SignOption, TargetOption, output_file, signing_key
+from mpq_deploy.cli.options import (
+    RunArgument,
+    SignOption,
+    TargetOption,
+    expanded,
+    output_file,
+    signing_key,
+)
+from mpq_deploy.errors import UsageError
 
 if TYPE_CHECKING:
     from mpq_deploy.device.signature import SecretKey
+
+
+class Form(str, Enum):
+    """Values of --format."""
+
+    archive = "archive"
+    triton = "triton"
+    hub = "hub"
 
 
 @app.command(
@@ -33,17 +50,28 @@ def package(
         typer.Option(
             "--out",
             "-o",
-            metavar="FILE",
-            help="Archive to write.",
-            show_default="<run>.mpq.tar",
-            callback=output_file,
+            metavar="PATH",
+            help="What to write.",
+            show_default="<run>.mpq.tar, <run>.triton or <run>.hub",
+            callback=expanded,
         ),
     ] = None,
     sign: SignOption = None,
+    form: Annotated[
+        Form,
+        typer.Option(
+            "--format",
+            help="archive: for a device. triton: a model repository for its server. hub: a folder to upload.",
+        ),
+    ] = Form.archive,
 ) -> None:
-    """Pack what a device needs into one archive: the graph, its checks, an installer."""
+    """Pack a run: into one archive with its checks and an installer, or as a folder."""
     from mpq_deploy.run.folder import runs_at, several_in
 
+    if form is not Form.archive:
+        print_result(*_package_folder(form, run, target, out, sign))
+        return
+    out = output_file(out)
     key = signing_key(sign)
     if not several_in(run):
         print_result(*_package(run, target, out or Path(f"{run.name}.mpq.tar"), key))
@@ -56,6 +84,29 @@ def package(
             for name, one in chosen.items()
         }
     )
+
+
+def _package_folder(
+    form: Form, run: Path, target: str | None, out: Path | None, sign: Path | None
+) -> tuple[dict[str, Any], str]:
+    """Write a run as a folder of ``form``; return what was written as values and as text."""
+    from mpq_deploy.delivery.hub_folder import write_hub_folder
+    from mpq_deploy.delivery.triton_repository import write_repository
+    from mpq_deploy.run.folder import check_one_run, runs_at
+
+    if sign is not None:
+        raise UsageError(
+            "--sign signs archives alone.", f"Leave it out with --format {form.value}."
+        )
+    chosen = runs_at(run, target)
+    if len(chosen) > 1:
+        check_one_run(run)
+    [run] = chosen.values()
+    recipe_of(run, None)
+    write = write_repository if form is Form.triton else write_hub_folder
+    written = write(run, out or Path(f"{run.absolute().name}.{form.value}"), make_talk())
+    notes = "".join(f"\n{note}" for note in written["notes"])
+    return written, f"{written['folder']}  {written['bytes']:,} bytes{notes}"
 
 
 def _package(

@@ -36,7 +36,7 @@ def pipeline_page(view: PipelineFile) -> str:
         model=f"{view.source} ({view.class_name})",
         columns=COLUMNS,
         rows=rows,
-        facts=_facts(view),
+        facts=pipeline_facts(view),
         notes=view.notes,
     )
 
@@ -76,7 +76,8 @@ def _share(part: float | None, whole: float | None) -> str:
     return NONE if part is None or not whole else f"{100 * part / whole:.1f} %"
 
 
-def _facts(view: PipelineFile) -> list[str]:
+def pipeline_facts(view: PipelineFile) -> list[str]:
+    """Return bytes, time and error of the whole, a sentence each; nothing before it is planned."""
     if view.size_bytes is None or not view.fp16_size_bytes:
         return []
     size = f"{view.size_bytes:,} of {view.budget_bytes:,} bytes"
@@ -102,5 +103,5 @@ def pipeline_text(view: PipelineFile, run: Path) -> str:
     lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip() for row in table]
     page = [f"report: {run / PAGE}"] if (run / PAGE).is_file() else []
     return "\n".join(
-        [f"{view.class_name}: {'; '.join(_facts(view))}", "", *lines, "", *page]
+        [f"{view.class_name}: {'; '.join(pipeline_facts(view))}", "", *lines, "", *page]
     ).rstrip()

@@ -11,10 +11,12 @@ import json
 import os
 import shutil
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mpq_deploy.errors import DiskError, InputError, MpqError
+from mpq_deploy.errors import DiskError, InputError, MpqError, UsageError
 from mpq_deploy.system.inputs import parse_json, read_text
 from mpq_deploy.system.names import printable
 
@@ -105,6 +107,33 @@ def write_bytes(path: Path, content: bytes) -> None:
         raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         aside.unlink(missing_ok=True)
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Yield an empty folder that takes the place of ``path`` at the end, and is removed on failure.
+
+    Raises UsageError where ``path`` holds anything, or the folder around it is missing.
+    """
+    path = path.absolute()
+    if path.is_dir() and any(path.iterdir()):
+        raise UsageError(f"{path} is not empty.", "Give a new folder.")
+    if path.is_symlink() or (path.exists() and not path.is_dir()):
+        raise UsageError(f"{path} is not a folder.", "Give a new folder.")
+    if not path.parent.is_dir():
+        raise UsageError(f"There is no folder {path.parent}.", "Create it first.")
+    aside = path.with_name(f".{path.name}.partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        aside.mkdir()
+        yield aside
+        if path.is_dir():
+            path.rmdir()
+        aside.replace(path)
+    except OSError as error:
+        raise disk_error(error, path.parent) from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def refuse_links(folder: Path, error: type[MpqError] = InputError) -> None:

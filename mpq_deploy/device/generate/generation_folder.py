@@ -119,8 +119,11 @@ class Generation:
             )
 
 
-def open_generation(folder: Path) -> Generation:
-    """Read and check ``folder``; InputError says in one line what is wrong."""
+def open_generation(folder: Path, files: bool = True) -> Generation:
+    """Read and check ``folder``; InputError says in one line what is wrong.
+
+    ``files``: whether the parts' files must be there.
+    """
     file = folder / FILE
     hint = f"Give a folder that holds {FILE}."
     read = read_json_object(file, error=InputError, hint=hint)
@@ -132,7 +135,7 @@ def open_generation(folder: Path) -> Generation:
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         what = f"{file} is incomplete: {type(error).__name__} at {error}."
         raise InputError(what, AGAIN) from error
-    _check_parts(generation)
+    _check_parts(generation, files)
     return generation
 
 
@@ -171,11 +174,11 @@ def _part(folder: Path, name: str, values: Mapping[str, Any]) -> Part:
     return Part(name, file, inputs, outputs, values.get("vocabulary"), values.get("largest_batch"))
 
 
-def _check_parts(generation: Generation) -> None:
+def _check_parts(generation: Generation, files: bool) -> None:
     for name in NEEDED[generation.kind]:
         generation.part(name)
     for part in generation.parts.values():
-        if not part.file.is_file():
+        if files and not part.file.is_file():
             what = f"{generation.folder} lacks {part.file.name} of {part.name}"
             raise InputError(f"{what}, {WHAT.get(part.name, 'a part')}.", AGAIN)
     for name, outputs in TEXT_OUTPUTS[generation.kind].items():

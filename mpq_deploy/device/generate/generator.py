@@ -20,6 +20,7 @@ from mpq_deploy.device.generate.generation_folder import (
     SD,
     SDXL,
     Generation,
+    Part,
     open_generation,
 )
 from mpq_deploy.device.generate.graph_runner import (
@@ -95,8 +96,9 @@ class _Given:
 class Generator:
     """Makes images from a folder that ``mpq_deploy.delivery.generation`` wrote.
 
-    ``one_at_a_time``: never hold two parts (little memory; each batch loads both anew). Raises
-    InputError for a folder that is incomplete or whose parts do not belong together.
+    ``one_at_a_time``: never hold two parts (little memory; each batch loads both anew). ``opener``
+    runs the parts in place of their files, which the folder then need not hold. Raises InputError
+    for a folder that is incomplete or whose parts do not belong together.
     """
 
     def __init__(
@@ -106,11 +108,13 @@ class Generator:
         one_at_a_time: bool = False,
         threads: int = 0,
         talk: Talk | None = None,
+        opener: Callable[[Part], OpenPart] | None = None,
     ) -> None:
-        self.generation: Generation = open_generation(Path(folder))
+        self.generation: Generation = open_generation(Path(folder), opener is None)
         self.scheduler = scheduler_from_config(self.generation.scheduler)
         self.noise_for: Callable[[int], Any] = np.random.default_rng
         self._alone, self._threads, self._talk = one_at_a_time, threads, talk or Talk()
+        self._opener = opener
         self._open: dict[str, OpenPart] = {}
 
     def __call__(self, prompt: str, **wishes: Any) -> list[Made]:
@@ -135,6 +139,15 @@ class Generator:
         finally:
             self.close()
 
+    def latents(self, prompt: str, **wishes: Any) -> Array:
+        """Return what the decoder takes [N, C, h, w] for these images, made as one batch."""
+        wish = self._completed(Wish(prompt, **wishes))
+        try:
+            seeds = [wish.seed + i for i in range(wish.count)]
+            return self._to_decode(self._denoised(self._prepared(wish), seeds))
+        finally:
+            self.close()
+
     def close(self) -> None:
         """Free all parts."""
         for name in list(self._open):
@@ -142,8 +155,9 @@ class Generator:
 
     def _opened(self, name: str) -> OpenPart:
         if name not in self._open:
-            started = time.monotonic()
-            self._open[name] = open_part(self.generation.part(name), self._threads)
+            started, part = time.monotonic(), self.generation.part(name)
+            opener = self._opener
+            self._open[name] = opener(part) if opener else open_part(part, self._threads)
             self._talk.line(f"  {name} loaded in {time.monotonic() - started:.1f} s")
         return self._open[name]
 
@@ -360,12 +374,15 @@ class Generator:
         guided: Array = plain + np.float32(given.wish.guidance) * (told - plain)
         return guided
 
+    def _to_decode(self, latents: Array) -> Array:
+        shift, spread = self._shift()
+        scaled: Array = latents * spread / np.float32(self.generation.vae["scaling_factor"]) + shift
+        return scaled
+
     def _decoded(self, latents: Array) -> Array:
         """Return images [N, H, W, 3] in [0, 1]."""
         part = self.generation.part("vae_decoder")
-        shift, spread = self._shift()
-        latents = latents * spread / np.float32(self.generation.vae["scaling_factor"]) + shift
-        feeds = {next(iter(part.inputs)): latents}
+        feeds = {next(iter(part.inputs)): self._to_decode(latents)}
         outputs = run_in_rows(part, self._opened("vae_decoder"), feeds)
         image = np.clip(next(iter(outputs.values())) / 2 + 0.5, 0, 1)
         return image.transpose(0, 2, 3, 1)
