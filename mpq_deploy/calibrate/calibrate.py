@@ -25,7 +25,7 @@ from mpq_deploy.calibrate.spread_calibration import (
     with_kept_timesteps,
 )
 from mpq_deploy.calibrate.stats import ActivationStats, CalibrationStats
-from mpq_deploy.calls.recorded import CallSet, RecordedCalls, dealt, joined
+from mpq_deploy.calls.recorded import CallSet, RecordedCalls, joined
 from mpq_deploy.calls.recorder import with_strata
 from mpq_deploy.calls.script_calls import ScriptCalls, check_recorded_model
 from mpq_deploy.calls.timesteps import KEPT_TIMESTEPS
@@ -68,7 +68,8 @@ def calibrate(
     settings, before = setup.settings, kept_observed(kept, setup)
     graph = replace(graph, watched=setup.watched)
     alone = crew is None or isinstance(crew, Alone)
-    if setup.source.spec.pipeline is not None or setup.source.spec.recorded or alone:
+    spec = setup.source.spec
+    if spec.pipeline is not None or spec.recorded or spec.sizes or alone:
         recorded = _recorded(setup, talk, scratch, kept)
         order, calls = _order(recorded, settings), setup.calls(recorded.used(settings.timesteps))
         seen, known = observe_parts(
@@ -132,7 +133,7 @@ def _recorded(
 
 def _order(recorded: CallSet, settings: CalibrateSettings) -> Array:
     """Return the calls to observe, int64, conditions evenly: scales need fewer calls than measuring."""
-    return dealt(recorded.rows, np.arange(recorded.count))[: settings.observed]
+    return recorded.dealt(np.arange(recorded.count))[: settings.observed]
 
 
 def timestep_values(calls: RecordedCalls) -> Array:
