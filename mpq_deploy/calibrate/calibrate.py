@@ -112,9 +112,11 @@ def _recorded(
                 wide.denoiser(source.path), wide.make_sampler(), wide.settings, talk, part
             ),
         )
-    numbers = cycled(
-        np.arange(len(source.spec.pipeline.calls)), settings.samples, settings.seed
-    ).tolist()
+    # Each of the pipeline's calls is there at each size.
+    sizes = len(source.spec.sizes) or 1
+    calls_of_one = np.arange(len(source.spec.pipeline.calls) // sizes)
+    dealt_out = cycled(calls_of_one, settings.samples, settings.seed)
+    numbers = (sizes * dealt_out + np.arange(settings.samples) % sizes).tolist()
     timesteps = max(settings.timesteps, KEPT_TIMESTEPS)
     first = kept_samples(kept, setup)
     parts = [kept.calls] if kept is not None and first else []

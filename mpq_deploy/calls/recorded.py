@@ -12,7 +12,7 @@ import numpy as np
 from mpq_deploy.calls.shards import ShardRows, ShardWriter, read_shards
 from mpq_deploy.calls.timesteps import sampled_steps
 from mpq_deploy.errors import InputError, ModelError
-from mpq_deploy.models.spec import Array, DenoiserSpec, cut_to
+from mpq_deploy.models.spec import Array, DenoiserSpec, cut_to, fill_to
 
 SPLIT_SEED = 3
 # Columns of the index beside ``index.NAME``.
@@ -133,9 +133,7 @@ class CallSet:
         for item in spec.inputs:
             given = self.inputs[item.name]
             if item.sizes:
-                values = np.asarray(given.values)
-                more = [(0, most - here) for most, here in zip(item.shape, values.shape[1:])]
-                given = replace(given, values=np.pad(values, [(0, 0), *more]))
+                given = replace(given, values=fill_to(np.asarray(given.values), item.shape))
             inputs[item.name] = given
         column = np.full((len(self.timesteps), self.count), size)
         return replace(self, inputs=inputs, outputs={**self.outputs, SIZE: column})
@@ -350,7 +348,7 @@ class RecordedCalls:
         ModelError for different values of an input that is one for all calls.
         """
         feeds, sizes = {}, self.recorded.sizes
-        found = np.unique(sizes[steps, calls]) if sizes is not None else ()
+        found = np.empty(0) if sizes is None else np.unique(sizes[steps, calls])
         assert len(found) < 2, "calls of several sizes in one batch"
         for item in self.spec.inputs:
             if item.name not in self.recorded.inputs:

@@ -22,7 +22,7 @@ from mpq_deploy.graph.passes.first_token import FirstTokenPass, common_first_tok
 from mpq_deploy.models.conditions import Conditions
 from mpq_deploy.models.denoiser import Denoiser, Network
 from mpq_deploy.models.sampling_fit import check_output
-from mpq_deploy.models.spec import Array, DenoiserSpec, cut_to
+from mpq_deploy.models.spec import EACH_SIZE, Array, DenoiserSpec, cut_to
 from mpq_deploy.runtime.not_finite import first_not_finite
 from mpq_deploy.runtime.ort import (
     model_feeds,
@@ -37,7 +37,6 @@ MODEL, SPEC, CONDITIONS, DECODER = "model.onnx", "denoiser.json", "conditions.np
 INLINE_BYTES = 1024
 # Batch sizes of the comparison with the source: a fixed batch axis fails at one of them.
 CHECK_BATCHES = (1, 2)
-EACH_SIZE = "Build a run for each size, without --sizes."
 CHECK_SEED = 0
 # Timesteps of the comparison: as models are trained with, or as they are sampled with.
 CHECK_TIMESTEPS, CHECK_STEPS = 1000, 20

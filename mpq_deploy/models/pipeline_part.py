@@ -35,10 +35,12 @@ from mpq_deploy.models.denoiser import Denoiser
 from mpq_deploy.models.lora import Loras, told
 from mpq_deploy.models.model_form import OUTPUT
 from mpq_deploy.models.prompts import prompts_file, read_prompts
-from mpq_deploy.models.spec import DenoiserSpec, InputSpec, LoraUse, PipelineSpec
+from mpq_deploy.models.sample_sizes import check_multiples, sample_multiple, sized_calls
+from mpq_deploy.models.spec import EACH_SIZE, DenoiserSpec, InputSpec, LoraUse, PipelineSpec
 from mpq_deploy.models.torch_export import TorchNetwork
 from mpq_deploy.models.transformer import signature_of
 from mpq_deploy.system.progress import Talk
+from mpq_deploy.system.quantities import ImageSize
 
 # Parameters of pipelines by which they make several images of one prompt.
 _EACH = re.compile(r"num_\w+_per_prompt|batch_size")
@@ -61,12 +63,30 @@ def open_pipeline_part(
     scheduler = None if additions.scheduler is None else read_scheduler(additions.scheduler)
     pipeline, uses = _fused_pipeline(folder, index, part.name, module, additions, talk)
     use_scheduler(pipeline, scheduler)
-    calls = calls_of(pipeline, additions)
+    sizes = additions.sizes
+    factor = int(getattr(pipeline, "vae_scale_factor", 1))
+    check_multiples(sizes, factor * sample_multiple(module.config))
+    calls = sized_calls(calls_of(pipeline, additions), sizes, pipeline)
     arguments = with_steps(pipeline, opened_call(calls[0]), FIRST_STEPS)
     given = first_call(pipeline, part.name, arguments)
     sample, timestep = names = _names(type(module), given)
     more = _doubled(pipeline, part.name, arguments, sample, len(given.tensors[sample]))
     inputs, fixed = _inputs(given, more, names)
+    named: tuple[tuple[int, int], ...] = ()
+    if len(sizes) > 1:
+        others = [
+            first_call(pipeline, part.name, with_steps(pipeline, opened_call(call), FIRST_STEPS))
+            for call in calls[1 : len(sizes)]
+        ]
+        _refuse_changing(given, fixed, others, sizes)
+        found = [inputs, *(_inputs(other, more, names)[0] for other in others)]
+        inputs = [item.with_sizes([one.shape for one in of]) for item, *of in zip(inputs, *found)]
+        named = tuple((size.width, size.height) for size in sizes)
+        if changing := next((item.name for item in inputs[2:] if item.sizes), None):
+            raise UsageError(
+                f"The shape of '{changing}' changes with the size, as that of the sample alone may.",
+                EACH_SIZE,
+            )
     config = _scheduler_config(pipeline)
     spec = DenoiserSpec(
         name=folder.resolve().name,
@@ -87,14 +107,34 @@ def open_pipeline_part(
             fixed=_texts({**fixed, **given.constants}),
         ),
         loras=uses,
+        sizes=named,
     )
     return Denoiser(
         spec,
-        _conditions(given, spec),
+        _conditions(given, spec.at_size(0)),
         _network(module, given, inputs, fixed),
         notes=(*_left_float(index, part.name, spec), *told(spec.loras, talk)),
         first_timestep=_largest({**given.tensors, **given.constants}[timestep]),
     )
+
+
+def _refuse_changing(
+    given: Arguments,
+    fixed: Mapping[str, torch.Tensor],
+    others: Sequence[Arguments],
+    sizes: Sequence[ImageSize],
+) -> None:
+    """Raise UsageError for what is a constant of the graph, and another one at another size."""
+    first = _texts({**fixed, **given.constants})
+    for size, other in zip(sizes[1:], others, strict=True):
+        here = _texts({**{n: other.tensors.get(n) for n in fixed}, **other.constants})
+        changed = next((name for name in first if here.get(name) != first[name]), None)
+        if changed is not None:
+            raise UsageError(
+                f"The pipeline gives its denoiser another '{changed}' at {size} than at {sizes[0]}, and the graph "
+                "holds it as a constant.",
+                EACH_SIZE,
+            )
 
 
 def _fused_pipeline(

@@ -6,6 +6,7 @@ the same denoiser, whose inputs have a shape at each size.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +28,8 @@ def with_sizes(denoiser: Denoiser, sizes: Sequence[ImageSize], source: Path) -> 
     Raises UsageError where its samples have no height and width, and for a size that it cannot take.
     """
     spec = denoiser.spec
+    if spec.sizes:
+        return denoiser
     if not spec.sampled or len(spec.sample.shape) != 3:
         shape = list(spec.sample.shape)
         what = f"{spec.name} takes samples of the shape {shape}, called by {_caller(spec)}"
@@ -44,6 +47,24 @@ def with_sizes(denoiser: Denoiser, sizes: Sequence[ImageSize], source: Path) -> 
     return replace(
         denoiser, spec=spec, network=denoiser.network.taking(spec.inputs), decoder=decoder
     )
+
+
+def sized_calls(
+    calls: Sequence[Mapping[str, Any]], sizes: Sequence[ImageSize], pipeline: Any
+) -> tuple[dict[str, Any], ...]:
+    """Return each call at each of the ``sizes``, one after the other; without sizes the calls.
+
+    Raises UsageError for a pipeline that is not told a size, and calls that name one.
+    """
+    taken = inspect.signature(type(pipeline).__call__).parameters
+    if sizes and not {"height", "width"} <= set(taken):
+        raise UsageError(f"{type(pipeline).__name__} takes no height and width.", ALONE)
+    if sizes and any({"height", "width"} & set(call) for call in calls):
+        raise UsageError(
+            "--call names a height or width, and --sizes names sizes.", "Leave one of them out."
+        )
+    shapes = [{"height": size.height, "width": size.width} for size in sizes] or [{}]
+    return tuple({**call, **shape} for call in calls for shape in shapes)
 
 
 def _caller(spec: DenoiserSpec) -> str:

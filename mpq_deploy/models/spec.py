@@ -17,6 +17,8 @@ from mpq_deploy.system.validated import read_model
 
 Array = np.ndarray[Any, np.dtype[Any]]
 PredictionType = Literal["epsilon", "v_prediction", "sample", "flow_prediction", "trigflow"]
+# What to do with a model that takes one size alone.
+EACH_SIZE = "Build a run for each size, without --sizes."
 SPEC_HINT = "Export the model again, or correct the file."
 
 
@@ -60,6 +62,11 @@ class InputSpec(Sized):
         return self.model_copy(update={"shape": self.sizes[number], "sizes": ()})
 
     @property
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        """The shapes that it may have."""
+        return self.sizes or (self.shape,)
+
+    @property
     def open_axes(self) -> tuple[int, ...]:
         """The axes of ``shape`` that the size changes."""
         return tuple(axis for axis, found in enumerate(zip(*self.sizes)) if len(set(found)) > 1)
@@ -68,7 +75,8 @@ class InputSpec(Sized):
 class PipelineSpec(BaseModel):
     """A diffusers pipeline that calls the model: its class, the part that the model is, its calls.
 
-    ``calls``: keyword arguments of the pipeline's ``__call__``, one mapping per image, used in turn.
+    ``calls``: keyword arguments of the pipeline's ``__call__``, one mapping per image, used in turn;
+    of a model of several sizes each call at each of them, one after the other.
     ``scheduler``: a configuration in place of the pipeline's own.
     ``fixed``: what the pipeline gives the model beside the graph's inputs, which the graph has as
     constants: name -> digest of a tensor (``sha256:...``) or the value as text.
@@ -168,7 +176,15 @@ class DenoiserSpec(Sized):
             "sample": self.sample.at_size(number),
             "conditions": tuple(item.at_size(number) for item in self.conditions),
         }
-        return self.model_copy(update={**inputs, "sizes": ()})
+        pipeline = self.pipeline
+        if pipeline is not None:
+            calls = pipeline.calls[number :: len(self.sizes)]
+            pipeline = pipeline.model_copy(update={"calls": calls})
+        return self.model_copy(update={**inputs, "pipeline": pipeline, "sizes": ()})
+
+    def size_of(self, sample: Array) -> int:
+        """Return the number of the size that ``sample`` [N, ...] has; 0 where there is one."""
+        return self.sample.sizes.index(tuple(sample.shape[1:])) if self.sizes else 0
 
     @property
     def size_names(self) -> tuple[str, ...]:
@@ -225,3 +241,9 @@ def cut_to(values: Array, shape: tuple[int, ...]) -> Array:
     """Return the first ``shape`` of each row of ``values`` [N, ...]."""
     place = (slice(None), *map(slice, shape))
     return values[place]
+
+
+def fill_to(values: Array, shape: tuple[int, ...]) -> Array:
+    """Return ``values`` [N, ...] with zeros behind each row, [N, *shape]."""
+    more = [(0, most - here) for most, here in zip(shape, values.shape[1:], strict=True)]
+    return np.pad(values, [(0, 0), *more])

@@ -27,7 +27,7 @@ from mpq_deploy.graph.passes.drop_squeezes import DropSqueezesPass
 from mpq_deploy.graph.passes.fold_constants import FoldConstantsPass
 from mpq_deploy.graph.passes.hide_near_neutral import HideNearNeutralPass
 from mpq_deploy.graph.passes.name_nodes import NameNodesPass
-from mpq_deploy.models.spec import Array, InputSpec
+from mpq_deploy.models.spec import EACH_SIZE, Array, InputSpec
 from mpq_deploy.system.libraries import gist, silenced
 from mpq_deploy.system.progress import Talk
 
@@ -42,7 +42,6 @@ PREFIX = "network."
 OUTSIDE = "_empty_nn_module_stack_from_metadata_hook"
 
 ELSEWHERE = "Export it to ONNX by other means and give the ONNX file with a YAML."
-EACH_SIZE = "Build a run for each size, without --sizes."
 # What torch.export says where tracing made the batch axis a number.
 FIXED_AXIS = "tracing inferred a static shape"
 
