@@ -67,8 +67,15 @@ def _at_each_size(
     spec, count = model.spec, len(model.spec.sizes)
     found = []
     for size in range(min(count, settings.samples)):
-        alone, some = replace(model, spec=spec.at_size(size)), slice(size, None, count)
-        recorded = record_trajectories(alone, sampler, settings, talk, some)
+        given = spec.conditions_at(size, model.conditions)
+        alone, some = replace(model, spec=spec.at_size(size), conditions=given), None
+        if spec.timestep is None:
+            # Rows of a size are its own.
+            share = len(range(size, settings.samples, count))
+            own = settings.replace(samples=share)
+        else:
+            own, some = settings, slice(size, None, count)
+        recorded = record_trajectories(alone, sampler, own, talk, some)
         found.append(recorded.filled_up(spec, size))
     places = np.concatenate([np.arange(one.count) for one in found])
     return joined(found).take(np.argsort(places, kind="stable"))

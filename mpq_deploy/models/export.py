@@ -209,7 +209,7 @@ def _compared_with_source(denoiser: Denoiser, path: Path, release: bool) -> floa
     """Return the file's largest relative error over random inputs of each size; refuse a large one."""
     random = np.random.default_rng(CHECK_SEED)
     names = denoiser.spec.size_names or ("",)
-    sized = [replace(denoiser, spec=denoiser.spec.at_size(k)) for k in range(len(names))]
+    sized = [_at_size(denoiser, number) for number in range(len(names))]
     cases = [
         (name, one.spec, _case(one, count, random))
         for name, one in zip(names, sized)
@@ -238,6 +238,15 @@ def _compared_with_source(denoiser: Denoiser, path: Path, release: bool) -> floa
                 else f"At most {denoiser.network.tolerance:g} is expected: please report the model's configuration.",
             )
     return max(errors)
+
+
+def _at_size(denoiser: Denoiser, number: int) -> Denoiser:
+    """Return the denoiser at one of its sizes."""
+    spec, given = denoiser.spec, denoiser.conditions
+    arrays = spec.conditions_at(number, given.arrays)
+    rows = given.rows if spec.timestep is not None else len(arrays[spec.sample.name])
+    conditions = replace(given, arrays=arrays, rows=rows)
+    return replace(denoiser, spec=spec.at_size(number), conditions=conditions)
 
 
 @contextmanager

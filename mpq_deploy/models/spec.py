@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -180,7 +180,19 @@ class DenoiserSpec(Sized):
         if pipeline is not None:
             calls = pipeline.calls[number :: len(self.sizes)]
             pipeline = pipeline.model_copy(update={"calls": calls})
-        return self.model_copy(update={**inputs, "pipeline": pipeline, "sizes": ()})
+        own: dict[str, Any] = {**inputs, "pipeline": pipeline, "sizes": ()}
+        if self.calibration_rows is not None:
+            own["calibration_rows"] = self.calibration_rows // len(self.sizes)
+            own["labels"] = self.labels[number :: len(self.sizes)]
+        return self.model_copy(update=own)
+
+    def conditions_at(self, number: int, arrays: Mapping[str, Array]) -> dict[str, Array]:
+        """Return the rows of one size: without timesteps they are samples, of each size in turn."""
+        if not self.sizes or self.timestep is not None:
+            return dict(arrays)
+        every = slice(number, None, len(self.sizes))
+        shapes = {item.name: item.at_size(number).shape for item in self.inputs}
+        return {name: cut_to(values[every], shapes[name]) for name, values in arrays.items()}
 
     def size_of(self, sample: Array) -> int:
         """Return the number of the size that ``sample`` [N, ...] has; 0 where there is one."""
@@ -234,7 +246,8 @@ class FloatModel:
 
     def at_size(self, number: int) -> FloatModel:
         """Return the model at one of its sizes alone."""
-        return replace(self, spec=self.spec.at_size(number))
+        conditions = self.spec.conditions_at(number, self.conditions)
+        return replace(self, spec=self.spec.at_size(number), conditions=conditions)
 
 
 def cut_to(values: Array, shape: tuple[int, ...]) -> Array:
