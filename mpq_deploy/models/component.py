@@ -46,7 +46,7 @@ from mpq_deploy.models.lora import Loras, told
 from mpq_deploy.models.model_form import model_class
 from mpq_deploy.models.pipeline_folder import CONFIG, IMAGE_RANGE, INDEX
 from mpq_deploy.models.pipeline_part import call_label, calls_of, dtype_name
-from mpq_deploy.models.sample_sizes import check_multiples, sized_calls
+from mpq_deploy.models.sample_sizes import sized_calls
 from mpq_deploy.models.spec import Array, DenoiserSpec, InputSpec, LoraUse, fill_to
 from mpq_deploy.models.torch_export import TorchNetwork
 from mpq_deploy.models.weight_files import own_tensors
@@ -99,17 +99,15 @@ def open_component(folder: Path, source: str, additions: Additions, talk: Talk) 
         )
     if method == FORWARD and additions.sizes:
         raise UsageError(f"The {component} knows no sizes of images.", "Leave --sizes out.")
-    check_multiples(additions.sizes, int(getattr(pipeline, "vae_scale_factor", 1)))
     recorded = _record(pipeline, component, part, additions, talk)
     inputs, arrays, labels = _rows(recorded)
-    sizes = len(inputs[0].sizes)
-    decodes = method == DECODE
+    sizes, decodes = len(inputs[0].sizes) or 1, method == DECODE
     spec = DenoiserSpec(
         name=f"{folder.resolve().name} {component}",
         source=source,
         sample=inputs[0],
         timestep=None,
-        calibration_rows=max(1, int(len(labels) // (sizes or 1) * CALIBRATED)) * (sizes or 1),
+        calibration_rows=max(1, int(len(labels) // sizes * CALIBRATED)) * sizes,
         conditions=tuple(inputs[1:]),
         output=OUTPUTS[method],
         prediction_type="sample",
@@ -117,7 +115,7 @@ def open_component(folder: Path, source: str, additions: Additions, talk: Talk) 
         labels=labels,
         pixel_range=IMAGE_RANGE if decodes and len(inputs[0].shape) == 3 else None,
         loras=uses,
-        sizes=tuple((one.width, one.height) for one in additions.sizes) if sizes else (),
+        sizes=tuple((one.width, one.height) for one in additions.sizes if sizes > 1),
     )
     network = TorchNetwork(part, inputs, spec.output, _forward(recorded, inputs, method))
     what = "samples of the float denoiser" if decodes else "texts that its pipeline gives it"
@@ -157,7 +155,7 @@ def _record(
     pipeline: Any, component: str, part: Any, additions: Additions, talk: Talk
 ) -> _Recorded:
     """Run the pipeline, up to its denoiser where that is enough, and keep the part's calls."""
-    calls = sized_calls(calls_of(pipeline, additions), additions.sizes, pipeline)
+    calls = sized_calls(calls_of(pipeline, additions), additions.sizes, pipeline, {})
     recorded, sizes = _Recorded(), len(additions.sizes) or 1
     name = place_of(component)[1]
     original = getattr(part, name)

@@ -35,7 +35,7 @@ from mpq_deploy.models.denoiser import Denoiser
 from mpq_deploy.models.lora import Loras, told
 from mpq_deploy.models.model_form import OUTPUT
 from mpq_deploy.models.prompts import prompts_file, read_prompts
-from mpq_deploy.models.sample_sizes import check_multiples, sample_multiple, sized_calls
+from mpq_deploy.models.sample_sizes import sized_calls
 from mpq_deploy.models.spec import EACH_SIZE, DenoiserSpec, InputSpec, LoraUse, PipelineSpec
 from mpq_deploy.models.torch_export import TorchNetwork
 from mpq_deploy.models.transformer import signature_of
@@ -64,29 +64,17 @@ def open_pipeline_part(
     pipeline, uses = _fused_pipeline(folder, index, part.name, module, additions, talk)
     use_scheduler(pipeline, scheduler)
     sizes = additions.sizes
-    factor = int(getattr(pipeline, "vae_scale_factor", 1))
-    check_multiples(sizes, factor * sample_multiple(module.config))
-    calls = sized_calls(calls_of(pipeline, additions), sizes, pipeline)
+    calls = sized_calls(calls_of(pipeline, additions), sizes, pipeline, module.config)
     arguments = with_steps(pipeline, opened_call(calls[0]), FIRST_STEPS)
     given = first_call(pipeline, part.name, arguments)
     sample, timestep = names = _names(type(module), given)
     more = _doubled(pipeline, part.name, arguments, sample, len(given.tensors[sample]))
     inputs, fixed = _inputs(given, more, names)
-    named: tuple[tuple[int, int], ...] = ()
     if len(sizes) > 1:
-        others = [
-            first_call(pipeline, part.name, with_steps(pipeline, opened_call(call), FIRST_STEPS))
-            for call in calls[1 : len(sizes)]
-        ]
-        _refuse_changing(given, fixed, others, sizes)
-        found = [inputs, *(_inputs(other, more, names)[0] for other in others)]
-        inputs = [item.with_sizes([one.shape for one in of]) for item, *of in zip(inputs, *found)]
-        named = tuple((size.width, size.height) for size in sizes)
-        if changing := next((item.name for item in inputs[2:] if item.sizes), None):
-            raise UsageError(
-                f"The shape of '{changing}' changes with the size, as that of the sample alone may.",
-                EACH_SIZE,
-            )
+        ways = [with_steps(pipeline, opened_call(call), FIRST_STEPS) for call in calls]
+        found = [given, *(first_call(pipeline, part.name, way) for way in ways[1 : len(sizes)])]
+        _refuse_changing(found, fixed, sizes)
+        inputs = _sized([_inputs(one, more, names)[0] for one in found])
     config = _scheduler_config(pipeline)
     spec = DenoiserSpec(
         name=folder.resolve().name,
@@ -107,7 +95,7 @@ def open_pipeline_part(
             fixed=_texts({**fixed, **given.constants}),
         ),
         loras=uses,
-        sizes=named,
+        sizes=tuple((size.width, size.height) for size in sizes) if len(sizes) > 1 else (),
     )
     return Denoiser(
         spec,
@@ -119,14 +107,14 @@ def open_pipeline_part(
 
 
 def _refuse_changing(
-    given: Arguments,
-    fixed: Mapping[str, torch.Tensor],
-    others: Sequence[Arguments],
-    sizes: Sequence[ImageSize],
+    found: Sequence[Arguments], fixed: Mapping[str, torch.Tensor], sizes: Sequence[ImageSize]
 ) -> None:
-    """Raise UsageError for what is a constant of the graph, and another one at another size."""
-    first = _texts({**fixed, **given.constants})
-    for size, other in zip(sizes[1:], others, strict=True):
+    """Raise UsageError for what is a constant of the graph, and another one at another size.
+
+    ``found``: what the denoiser is given at each of ``sizes``.
+    """
+    first = _texts({**fixed, **found[0].constants})
+    for size, other in zip(sizes[1:], found[1:], strict=True):
         here = _texts({**{n: other.tensors.get(n) for n in fixed}, **other.constants})
         changed = next((name for name in first if here.get(name) != first[name]), None)
         if changed is not None:
@@ -135,6 +123,17 @@ def _refuse_changing(
                 "holds it as a constant.",
                 EACH_SIZE,
             )
+
+
+def _sized(found: Sequence[Sequence[InputSpec]]) -> list[InputSpec]:
+    """Return the inputs with their shapes at each size. UsageError where others than the sample's change."""
+    inputs = [of[0].with_sizes([one.shape for one in of]) for of in zip(*found, strict=True)]
+    if changing := next((item.name for item in inputs[1:] if item.sizes), None):
+        raise UsageError(
+            f"The shape of '{changing}' changes with the size, as only that of the sample may.",
+            EACH_SIZE,
+        )
+    return inputs
 
 
 def _fused_pipeline(

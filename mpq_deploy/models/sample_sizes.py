@@ -50,12 +50,18 @@ def with_sizes(denoiser: Denoiser, sizes: Sequence[ImageSize], source: Path) -> 
 
 
 def sized_calls(
-    calls: Sequence[Mapping[str, Any]], sizes: Sequence[ImageSize], pipeline: Any
+    calls: Sequence[Mapping[str, Any]],
+    sizes: Sequence[ImageSize],
+    pipeline: Any,
+    config: Mapping[str, Any],
 ) -> tuple[dict[str, Any], ...]:
     """Return each call at each of the ``sizes``, one after the other; without sizes the calls.
 
-    Raises UsageError for a pipeline that is not told a size, and calls that name one.
+    ``config``: of the part that must take them. Raises UsageError for a size that it cannot take, a
+    pipeline that is not told a size, and calls that name one.
     """
+    factor = int(getattr(pipeline, "vae_scale_factor", 1))
+    check_multiples(sizes, factor * sample_multiple(config))
     taken = inspect.signature(type(pipeline).__call__).parameters
     if sizes and not {"height", "width"} <= set(taken):
         raise UsageError(f"{type(pipeline).__name__} takes no height and width.", ALONE)
