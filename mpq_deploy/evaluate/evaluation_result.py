@@ -140,13 +140,16 @@ class Evaluation:
 
     def as_json(self) -> dict[str, Any]:
         """Return the numbers as plain values; a PSNR of ``inf`` becomes None, with a note."""
-        sizes = {
-            size: {
-                name: {**asdict(of), "psnr_db": of.psnr_db if of.psnr_db != math.inf else None}
-                for name, of in variants.items()
+        sizes = [
+            {
+                "size": size,
+                "variants": {
+                    name: {**asdict(of), "psnr_db": of.psnr_db if of.psnr_db != math.inf else None}
+                    for name, of in variants.items()
+                },
             }
             for size, variants in self.by_size.items()
-        }
+        ]
         return {
             **({"by_size": sizes} if sizes else {}),
             "settings": self.settings.model_dump(mode="json"),
@@ -190,8 +193,10 @@ class Evaluation:
             latency=CpuLatency(**read_sealed(latency)) if latency.exists() else None,
             notes=tuple(text["notes"]),
             by_size={
-                size: {name: SizeFigures(**figures) for name, figures in variants.items()}
-                for size, variants in text.get("by_size", {}).items()
+                of["size"]: {
+                    name: SizeFigures(**figures) for name, figures in of["variants"].items()
+                }
+                for of in text.get("by_size", ())
             },
         )
 

@@ -46,7 +46,7 @@ from mpq_deploy.models.lora import Loras, told
 from mpq_deploy.models.model_form import model_class
 from mpq_deploy.models.pipeline_folder import CONFIG, IMAGE_RANGE, INDEX
 from mpq_deploy.models.pipeline_part import call_label, calls_of, dtype_name
-from mpq_deploy.models.sample_sizes import sized_calls
+from mpq_deploy.models.sample_sizes import named_sizes, sized_calls
 from mpq_deploy.models.spec import Array, DenoiserSpec, InputSpec, LoraUse, fill_to
 from mpq_deploy.models.torch_export import TorchNetwork
 from mpq_deploy.models.weight_files import own_tensors
@@ -115,7 +115,7 @@ def open_component(folder: Path, source: str, additions: Additions, talk: Talk) 
         labels=labels,
         pixel_range=IMAGE_RANGE if decodes and len(inputs[0].shape) == 3 else None,
         loras=uses,
-        sizes=tuple((one.width, one.height) for one in additions.sizes if sizes > 1),
+        sizes=named_sizes(additions.sizes),
     )
     network = TorchNetwork(part, inputs, spec.output, _forward(recorded, inputs, method))
     what = "samples of the float denoiser" if decodes else "texts that its pipeline gives it"

@@ -39,14 +39,18 @@ def with_sizes(denoiser: Denoiser, sizes: Sequence[ImageSize], source: Path) -> 
     channels = spec.sample.shape[0]
     shapes = [(channels, size.height // factor, size.width // factor) for size in sizes]
     sample = spec.sample.with_sizes(shapes)
-    named = tuple((size.width, size.height) for size in sizes) if sample.sizes else ()
-    spec = spec.model_copy(update={"sample": sample, "sizes": named})
+    spec = spec.model_copy(update={"sample": sample, "sizes": named_sizes(sizes)})
     decoder = denoiser.decoder
     if decoder is not None:
         decoder = decoder.taking([decoder.inputs[0].with_sizes(shapes)])
     return replace(
         denoiser, spec=spec, network=denoiser.network.taking(spec.inputs), decoder=decoder
     )
+
+
+def named_sizes(sizes: Sequence[ImageSize]) -> tuple[tuple[int, int], ...]:
+    """Return what a description says of several sizes; nothing for one."""
+    return tuple((size.width, size.height) for size in sizes) if len(sizes) > 1 else ()
 
 
 def sized_calls(

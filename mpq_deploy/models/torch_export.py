@@ -121,10 +121,10 @@ class TorchNetwork:
                     verbose=False,
                 )
         except torch.onnx.OnnxExporterError as error:
-            if any(item.sizes for item in self.inputs):
+            if shapes := [list(one) for item in self.inputs for one in item.sizes]:
                 raise ModelError(
-                    f"PyTorch can export {type(self.module).__name__} for one size alone: "
-                    f"{gist(error.__cause__ or error)}",
+                    f"PyTorch can export {type(self.module).__name__} for one size alone, not for samples of "
+                    f"{', '.join(map(str, shapes))}: {gist(error.__cause__ or error)}",
                     EACH_SIZE,
                 ) from error
             if FIXED_AXIS in str(error.__cause__ or error):
