@@ -24,7 +24,13 @@ from mpq_deploy.formats.ranges import RANGE_KINDS
 from mpq_deploy.formats.scheme import BRANCH_KINDS, NEW_FAMILIES, schemes_named
 from mpq_deploy.models.lora_option import parse_lora
 from mpq_deploy.system.names import LONGEST_NAME, printable
-from mpq_deploy.system.quantities import Budget, BudgetEntry, DurationEntry, LatencyEntry
+from mpq_deploy.system.quantities import (
+    Budget,
+    BudgetEntry,
+    DurationEntry,
+    LatencyEntry,
+    SizesEntry,
+)
 from mpq_deploy.system.yaml_file import read_yaml
 
 Estimator = Literal["biased", "debiased"]
@@ -481,6 +487,9 @@ class Recipe(Section):
     )
     guidance_scale: float | None = Field(
         None, description="classifier-free guidance; null: the model's own"
+    )
+    sizes: SizesEntry = Field(
+        (), description="WIDTHxHEIGHT that one engine takes: [512x512, 768x512]; empty: its own one"
     )
     first_token: Literal["quantized", "precomputed"] = Field(
         "quantized",

@@ -188,7 +188,7 @@ class Form:
     """A network, the exporter, its opset, and the type of weights, sample and output.
 
     ``open_sizes``: TorchScript leaves all axes of the sample open, as optimum does, and folds no
-    constants.
+    constants; ``torch.export`` leaves its height and width open.
     """
 
     network: str
@@ -225,7 +225,9 @@ class Form:
 
     def _options(self, rank: int) -> dict[str, Any]:
         if self.exporter == "dynamo":
-            axes = ({0: torch.export.Dim.DYNAMIC},) * 2
+            dynamic = torch.export.Dim.DYNAMIC
+            sizes = dict.fromkeys(range(2, rank), dynamic) if self.open_sizes else {}
+            axes = ({0: dynamic, **sizes}, {0: dynamic})
             return {"dynamo": True, "dynamic_shapes": axes, "verbose": False}
         axes = {name: {0: "batch"} for name in ("sample", "timestep", "out_sample")}
         if self.open_sizes:

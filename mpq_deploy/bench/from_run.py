@@ -42,7 +42,10 @@ def subjects_of(run: Run, wish: Wish) -> tuple[list[Subject], Origin]:
     quantized, target = run.stage(stage), run.target
     digests = {"allocate": run.digest("allocate"), "quantize": run.digest(stage)}
     engine = run.path / "engine" / ENGINE
-    name = run.exported.spec.name
+    name, spec = run.exported.spec.name, run.exported.spec
+    if spec.sizes:
+        first = {spec.sample.name: (wish.batch, *spec.at_size(0).sample.shape)}
+        wish = replace(wish, shapes={**first, **wish.shapes})
     if _takes_engine(engine, wish):
         files = {"ours": engine, "FP16": fp16_engine(run, target)}
         origin = Origin(name, target.name, target.dialect, digests)

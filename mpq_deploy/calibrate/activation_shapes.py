@@ -42,12 +42,16 @@ def activation_shapes(
     talk: Talk,
     scratch: Path | None = None,
     names: tuple[str, ...] | None = None,
+    size: int | None = None,
 ) -> dict[str, ActivationShape]:
     """Return the shapes of all activations that layers read (or of ``names``), by tensor name.
 
+    ``size``: the number of the one meant, of a model of several; None: the least that holds all of
+    them, or the largest where the graph must run.
+
     Raises ModelError when a shape depends on the number of calls in a way that is not a batch axis.
     """
-    spec = calls.spec
+    spec = calls.spec if size is None else calls.spec.at_size(size)
     names = tuple(graph.activations) if names is None else names
     declared = _declared(graph, spec, names)
     if declared is not None:
@@ -70,13 +74,21 @@ def activation_shapes(
     with open_session(model, talk, scratch=scratch, optimize=False) as session:
         names_fed = {entry.name for entry in session.get_inputs()}
         for count in counts:
-            feed = calls.feed(0, np.zeros(count, np.int64))
+            feed = calls.feed(0, np.full(count, _call_of(calls, size), np.int64))
             shapes.append(session.run(None, {k: v for k, v in feed.items() if k in names_fed}))
     one, two = shapes[0], shapes[-1]
     return {
         name: _shape(name, a.tolist(), b.tolist())
         for name, a, b in zip(names, one, two, strict=True)
     }
+
+
+def _call_of(calls: RecordedCalls, size: int | None) -> int:
+    """Return the first call of a size, or of the largest."""
+    sizes, wanted = calls.recorded.sizes, (calls.spec.largest_first if size is None else (size,))
+    if sizes is None:
+        return 0
+    return next(int(np.argmax(sizes[0] == one)) for one in wanted if (sizes[0] == one).any())
 
 
 def _declared(

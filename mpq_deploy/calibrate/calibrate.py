@@ -25,7 +25,7 @@ from mpq_deploy.calibrate.spread_calibration import (
     with_kept_timesteps,
 )
 from mpq_deploy.calibrate.stats import ActivationStats, CalibrationStats
-from mpq_deploy.calls.recorded import CallSet, RecordedCalls, dealt, joined
+from mpq_deploy.calls.recorded import CallSet, RecordedCalls, joined
 from mpq_deploy.calls.recorder import with_strata
 from mpq_deploy.calls.script_calls import ScriptCalls, check_recorded_model
 from mpq_deploy.calls.timesteps import KEPT_TIMESTEPS
@@ -68,7 +68,8 @@ def calibrate(
     settings, before = setup.settings, kept_observed(kept, setup)
     graph = replace(graph, watched=setup.watched)
     alone = crew is None or isinstance(crew, Alone)
-    if setup.source.spec.pipeline is not None or setup.source.spec.recorded or alone:
+    spec = setup.source.spec
+    if spec.pipeline is not None or spec.recorded or spec.sizes or alone:
         recorded = _recorded(setup, talk, scratch, kept)
         order, calls = _order(recorded, settings), setup.calls(recorded.used(settings.timesteps))
         seen, known = observe_parts(
@@ -111,9 +112,11 @@ def _recorded(
                 wide.denoiser(source.path), wide.make_sampler(), wide.settings, talk, part
             ),
         )
-    numbers = cycled(
-        np.arange(len(source.spec.pipeline.calls)), settings.samples, settings.seed
-    ).tolist()
+    # Each of the pipeline's calls is there at each size.
+    sizes = len(source.spec.sizes) or 1
+    calls_of_one = np.arange(len(source.spec.pipeline.calls) // sizes)
+    dealt_out = cycled(calls_of_one, settings.samples, settings.seed)
+    numbers = (sizes * dealt_out + np.arange(settings.samples) % sizes).tolist()
     timesteps = max(settings.timesteps, KEPT_TIMESTEPS)
     first = kept_samples(kept, setup)
     parts = [kept.calls] if kept is not None and first else []
@@ -132,7 +135,7 @@ def _recorded(
 
 def _order(recorded: CallSet, settings: CalibrateSettings) -> Array:
     """Return the calls to observe, int64, conditions evenly: scales need fewer calls than measuring."""
-    return dealt(recorded.rows, np.arange(recorded.count))[: settings.observed]
+    return recorded.dealt(np.arange(recorded.count))[: settings.observed]
 
 
 def timestep_values(calls: RecordedCalls) -> Array:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import reduce
 from pathlib import Path
 
 import numpy as np
@@ -114,9 +115,20 @@ def observe(
 ) -> Observation:
     """Run the recorded calls (or those ``chosen``, by number or in batches) through the observed graph.
 
-    Raises ModelError, naming tensor, layer and timestep, when an activation is not finite.
+    Calls of several sizes are observed size by size. Raises ModelError, naming tensor, layer and
+    timestep, when an activation is not finite.
     """
-    shapes = activation_shapes(graph, calls, talk, scratch)
+    if calls.spec.sizes and not isinstance(chosen, list):
+        parts = list(calls.batches(settings.batch_size, calls=chosen))  # type: ignore[arg-type]
+        by_size = [[p for p in parts if p.size == k] for k in range(len(calls.spec.sizes))]
+        seen = (
+            observe(graph, calls, settings, talk, scratch=scratch, chosen=some)
+            for some in by_size
+            if some
+        )
+        return reduce(merge, seen)
+    number = chosen[0].size if calls.spec.sizes and isinstance(chosen, list) else None
+    shapes = activation_shapes(graph, calls, talk, scratch, size=number)
     which = chosen if isinstance(chosen, np.ndarray) else None
     batches = list(chosen) if chosen is not None and which is None else None
 

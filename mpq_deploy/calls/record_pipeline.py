@@ -18,7 +18,7 @@ from mpq_deploy.calls.recorded import CallSet
 from mpq_deploy.calls.recorder import CallRecorder, recorded_grid
 from mpq_deploy.calls.stand_in import Compute
 from mpq_deploy.errors import ModelError
-from mpq_deploy.models.spec import Array, DenoiserSpec, FloatModel
+from mpq_deploy.models.spec import Array, DenoiserSpec, FloatModel, fill_to
 from mpq_deploy.system.progress import Talk
 
 # The denoiser's output beside its inputs, where it is kept.
@@ -61,7 +61,8 @@ def record_pipeline(
     """Make the images of ``runs`` with ``compute`` as the denoiser; record its calls in ``folder``.
 
     ``timesteps``: so many of each image's steps; all where there are fewer, and for None. ``lanes``: images
-    at once; their calls are recorded in the order of the images. Raises ModelError for images of
+    at once; their calls are recorded in the order of the images; those of several sizes are not
+    returned. Raises ModelError for images of
     different sizes and outputs that are not finite.
     """
     pipeline, recorder = PipelineRuns(pipeline_folder(model), model.spec), CallRecorder(folder)
@@ -93,7 +94,8 @@ def record_pipeline(
         )
         inputs = {name: given for name, given in calls.inputs.items() if name != OUTPUT}
         calls = replace(calls, inputs=inputs)
-    return PipelineRecord(calls, kept, joined_images(images), pipeline.name)
+    made_of = np.empty(0, np.float32) if model.spec.sizes else joined_images(images)
+    return PipelineRecord(calls, kept, made_of, pipeline.name)
 
 
 def pipeline_folder(model: FloatModel) -> Path:
@@ -120,23 +122,29 @@ class _Kept:
     """An image's calls, until those of the images before it are recorded."""
 
     def __init__(self) -> None:
-        self._calls: list[tuple[int, int, float, dict[str, Array], Array]] = []
+        self._calls: list[tuple[int, int, float, dict[str, Array], Array, int | None]] = []
         self._known: dict[str, Array] = {}
 
     def add(
-        self, run: int, step: int, timestep: float, feeds: dict[str, Array], output: Array
+        self,
+        run: int,
+        step: int,
+        timestep: float,
+        feeds: dict[str, Array],
+        output: Array,
+        size: int | None = None,
     ) -> None:
         """Keep a call; what an input was given the call before is kept once."""
         for name, value in feeds.items():
             if name not in self._known or not np.array_equal(self._known[name], value):
                 self._known[name] = np.array(value)
-        self._calls.append((run, step, timestep, {n: self._known[n] for n in feeds}, output))
+        self._calls.append((run, step, timestep, {n: self._known[n] for n in feeds}, output, size))
 
     def set_timestep(self, run: int, step: int, timestep: float) -> None:
         """Say the timestep of the calls at ``step``."""
         self._calls = [
-            (run, at, timestep if at == step else former, feeds, output)
-            for _, at, former, feeds, output in self._calls
+            (run, at, timestep if at == step else former, feeds, output, size)
+            for _, at, former, feeds, output, size in self._calls
         ]
 
     def move_to(self, recorder: CallRecorder) -> None:
@@ -182,7 +190,10 @@ class _Watch:
             self._step += 1
         self._last = timestep
         kept = {OUTPUT: np.asarray(output, np.float32)} if self._outputs else {}
-        self.recorder.add(self._run, self._step, timestep, {**feeds, **kept}, output)
+        size = self._spec.size_of(feeds[self._spec.sample.name]) if self._spec.sizes else None
+        sized = {item.name: item.shape for item in self._spec.inputs if item.sizes}
+        filled = {n: fill_to(v, sized[n]) if n in sized else v for n, v in feeds.items()}
+        self.recorder.add(self._run, self._step, timestep, {**filled, **kept}, output, size)
         return output
 
     def _timestep(self, feeds: dict[str, Array]) -> float:

@@ -12,7 +12,7 @@ import numpy as np
 from mpq_deploy.calls.shards import ShardRows, ShardWriter, read_shards
 from mpq_deploy.calls.timesteps import sampled_steps
 from mpq_deploy.errors import InputError, ModelError
-from mpq_deploy.models.spec import Array, DenoiserSpec
+from mpq_deploy.models.spec import Array, DenoiserSpec, cut_to, fill_to
 
 SPLIT_SEED = 3
 # Columns of the index beside ``index.NAME``.
@@ -20,6 +20,8 @@ STEP, TIMESTEP, ROW = "step", "timestep", "row"
 INDEX, VALUES = "index.", "values."
 # Of the float model's output for each call, where it was seen when the call was recorded.
 OUTPUT_MEAN, OUTPUT_RMS = "output.mean", "output.rms"
+# The number of each call's size, of a model of several.
+SIZE = "size"
 
 
 class Rows(Protocol):
@@ -57,7 +59,8 @@ class CallSet:
     ``timesteps`` float32 [K] as the sampler counts them, for reports; ``rows`` int64 [N]: what a
     call is conditioned on, equal for equal conditions; ``inputs``: what the model is given, by
     name, in the types that it takes; ``outputs``: mean and root mean square of the float model's
-    output, float64 [K, N] by column name, NaN or empty where it was not seen.
+    output, float64 [K, N] by column name, NaN or empty where it was not seen. Of a model of several
+    sizes a call's ``SIZE`` is a column there too, and rows are filled up with zeros to one shape.
     """
 
     timesteps: Array
@@ -102,6 +105,51 @@ class CallSet:
     def count(self) -> int:
         """Calls at each timestep."""
         return len(self.rows)
+
+    @property
+    def sizes(self) -> Array | None:
+        """The number of each call's size, [K, N]; None where there is one size."""
+        return self.outputs.get(SIZE)
+
+    def of_one_size(self, at: int, calls: Array) -> list[Array]:
+        """Split ``calls`` of a timestep by their size: int64, in the order of the sizes."""
+        if self.sizes is None:
+            return [calls]
+        sizes = self.sizes[at, calls]
+        return [calls[sizes == size] for size in np.unique(sizes)]
+
+    def one_of_each(self) -> Array:
+        """Return the first call of each size, int64."""
+        return np.array([some[0] for some in self.of_one_size(0, np.arange(self.count))])
+
+    def dealt(self, order: Array) -> Array:
+        """Return ``order`` dealt out by conditions, and then by sizes (``dealt``)."""
+        found = dealt(self.rows, order)
+        return found if self.sizes is None else dealt(self.sizes[0], found)
+
+    def filled_up(self, spec: DenoiserSpec, size: int) -> CallSet:
+        """Return calls of one size as those of the model ``spec`` of several."""
+        inputs = {}
+        for item in spec.inputs:
+            given = self.inputs[item.name]
+            if item.sizes:
+                given = replace(given, values=fill_to(np.asarray(given.values), item.shape))
+            inputs[item.name] = given
+        column = np.full((len(self.timesteps), self.count), size)
+        return replace(self, inputs=inputs, outputs={**self.outputs, SIZE: column})
+
+    def at_size(self, spec: DenoiserSpec, size: int) -> CallSet:
+        """Return the calls of one size as those of ``spec.at_size(size)``, in memory."""
+        assert self.sizes is not None
+        some = self.take(np.flatnonzero(self.sizes[0] == size)).compact()
+        inputs = dict(some.inputs)
+        for item in spec.inputs:
+            if item.sizes:
+                given = inputs[item.name]
+                values = cut_to(np.asarray(given.values), item.sizes[size])
+                inputs[item.name] = replace(given, values=values)
+        outputs = {name: values for name, values in some.outputs.items() if name != SIZE}
+        return replace(some, inputs=inputs, outputs=outputs)
 
     def take(self, calls: Array) -> CallSet:
         """Return the set with only the given calls, int64 [M], at every timestep."""
@@ -165,7 +213,8 @@ class CallSet:
         steps, calls = values.shape[:2]
         each = np.arange(steps * calls).reshape(steps, calls)
         given = InputCalls(values.reshape(-1, *values.shape[2:]), each)
-        return replace(self, inputs={**self.inputs, name: given}, outputs={})
+        sizes = {SIZE: self.sizes} if self.sizes is not None else {}
+        return replace(self, inputs={**self.inputs, name: given}, outputs=sizes)
 
     def split(self, measured: int) -> tuple[CallSet, CallSet]:
         """Split the calls into those to round weights on and ``measured`` others, both evenly.
@@ -176,7 +225,7 @@ class CallSet:
         """
         if self.count - measured < self.count / 5:
             return self, self
-        order = dealt(self.rows, np.random.default_rng(SPLIT_SEED).permutation(self.count))
+        order = self.dealt(np.random.default_rng(SPLIT_SEED).permutation(self.count))
         return self.take(np.sort(order[measured:])), self.take(np.sort(order[:measured]))
 
     def save(self, folder: Path) -> None:
@@ -203,7 +252,7 @@ class CallSet:
         if (
             not count
             or not values
-            or set(columns) - {OUTPUT_MEAN, OUTPUT_RMS} != wanted
+            or set(columns) - {OUTPUT_MEAN, OUTPUT_RMS, SIZE} != wanted
             or not np.array_equal(columns[STEP], grid)
         ):
             raise InputError(f"{folder} holds no set of recorded calls.", "Calibrate again.")
@@ -219,7 +268,7 @@ class CallSet:
 
 
 def _outputs(arrays: Mapping[str, Array]) -> dict[str, Array]:
-    return {name: arrays[name] for name in (OUTPUT_MEAN, OUTPUT_RMS) if name in arrays}
+    return {name: arrays[name] for name in (OUTPUT_MEAN, OUTPUT_RMS, SIZE) if name in arrays}
 
 
 def joined(parts: Sequence[CallSet]) -> CallSet:
@@ -273,6 +322,12 @@ class Batch:
         """The graph's inputs, by name."""
         return self.source.feed(self.place, self.calls)
 
+    @property
+    def size(self) -> int:
+        """The number of the calls' size; 0 where there is one."""
+        sizes = self.source.recorded.sizes
+        return 0 if sizes is None else int(sizes[self.place, self.calls[0]])
+
 
 @dataclass(frozen=True)
 class RecordedCalls:
@@ -289,10 +344,12 @@ class RecordedCalls:
     def feed(self, steps: int | Array, calls: Any) -> dict[str, Array]:
         """Return the graph's inputs of ``calls`` (positions, or a slice) at a timestep, by name.
 
-        ``steps``: one position of the timesteps, or one for each call. Raises ModelError for
-        different values of an input that is one for all calls.
+        ``steps``: one position of the timesteps, or one for each call; all of one size. Raises
+        ModelError for different values of an input that is one for all calls.
         """
-        feeds = {}
+        feeds, sizes = {}, self.recorded.sizes
+        found = np.empty(0) if sizes is None else np.unique(sizes[steps, calls])
+        assert len(found) < 2, "calls of several sizes in one batch"
         for item in self.spec.inputs:
             if item.name not in self.recorded.inputs:
                 raise ModelError(
@@ -300,6 +357,8 @@ class RecordedCalls:
                 )
             values = self.recorded.values(item.name, steps, calls)
             values = values.reshape(len(values), *item.shape)
+            if item.sizes and len(found):
+                values = cut_to(values, item.sizes[int(found[0])])
             if not item.batched:
                 if (values != values[0]).any():
                     raise ModelError(
@@ -312,12 +371,12 @@ class RecordedCalls:
     def batches(
         self, size: int, steps: range | None = None, calls: range | Array | None = None
     ) -> Iterator[Batch]:
-        """Yield the calls, ``size`` of one timestep at a time, or a part of them."""
+        """Yield the calls, ``size`` of one timestep (and one size) at a time, or a part of them."""
         if not self.together:
             size = 1
         chosen = np.asarray(calls if calls is not None else range(self.recorded.count), np.int64)
         for step in steps if steps is not None else range(len(self.recorded.timesteps)):
             timestep = float(self.recorded.timesteps[step])
-            for start in range(0, len(chosen), size):
-                picked = chosen[start : start + size]
-                yield Batch(step, timestep, picked, self, step)
+            for some in self.recorded.of_one_size(step, chosen):
+                for start in range(0, len(some), size):
+                    yield Batch(step, timestep, some[start : start + size], self, step)

@@ -18,6 +18,7 @@ from mpq_deploy.calls.recorded import (
     INDEX,
     OUTPUT_MEAN,
     OUTPUT_RMS,
+    SIZE,
     STEP,
     TIMESTEP,
     CallSet,
@@ -52,10 +53,12 @@ class CallRecorder:
         timestep: float,
         feeds: Mapping[str, Array],
         output: Array | None = None,
+        size: int | None = None,
     ) -> None:
         """Record a call at ``step`` of a ``run``: ``feeds`` [M, ...] by input name.
 
-        ``output``: what the float model answered, [M, ...]; its statistics are kept.
+        ``output``: what the float model answered, [M, ...]; its statistics are kept. ``size``: its
+        number, of a model of several.
         """
         count = min(len(values) for values in feeds.values())
         means, sizes = output_statistics(output, count)
@@ -69,6 +72,8 @@ class CallRecorder:
                 (OUTPUT_RMS, sizes[place]),
             ):
                 self._columns.setdefault(name, []).append(value)
+            if size is not None:
+                self._columns.setdefault(SIZE, []).append(size)
             for name, values in feeds.items():
                 self._columns.setdefault(f"{INDEX}{name}", []).append(
                     self._row(name, values[place])
@@ -156,7 +161,7 @@ def recorded_grid(
         columns[TIMESTEP][calls].mean(axis=1).astype(np.float32),
         np.zeros(calls.shape[1], np.int64),
         inputs,
-        {name: columns[name][calls] for name in (OUTPUT_MEAN, OUTPUT_RMS)},
+        {name: columns[name][calls] for name in (OUTPUT_MEAN, OUTPUT_RMS, SIZE) if name in columns},
     )
     return with_strata(found, conditions)
 

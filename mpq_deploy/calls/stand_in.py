@@ -146,7 +146,8 @@ class Caller:
                     f"The pipeline gives its denoiser no '{item.name}' here, but did in its first call.",
                     "Every call must have the same inputs: choose call arguments that always give it.",
                 )
-            rows = rows_for(value, item.shape, count)
+            fits = (rows_for(value, shape, count) for shape in item.shapes)
+            rows = next((one for one in fits if one is not None), None)
             if rows is None:
                 raise ModelError(
                     f"The pipeline gives its denoiser '{item.name}' of the shape {list(value.shape)} here; in its "

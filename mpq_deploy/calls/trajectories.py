@@ -13,7 +13,7 @@ import numpy as np
 
 from mpq_deploy.calls.ddim import alphas_cumprod
 from mpq_deploy.calls.loop import GuidedDenoiser, denoise, first_samples
-from mpq_deploy.calls.recorded import CallSet
+from mpq_deploy.calls.recorded import CallSet, joined
 from mpq_deploy.calls.sampler import Sampler
 from mpq_deploy.calls.timesteps import sampled_steps
 from mpq_deploy.errors import UsageError
@@ -36,9 +36,12 @@ def record_trajectories(
     """Denoise ``settings.samples`` samples; keep the inputs at ``settings.timesteps`` steps.
 
     ``part`` denoises only these samples, which is the same for samplers that keep samples apart.
-    Stops after the last recorded step. Raises UsageError for fewer steps than timesteps.
+    Stops after the last recorded step. Of a model of several sizes each sample has the next one.
+    Raises UsageError for fewer steps than timesteps.
     """
     spec, conditions = model.spec, model.conditions
+    if spec.sizes:
+        return _at_each_size(model, sampler, settings, talk)
     recorded_steps = sampled_steps(
         len(sampler.timesteps), 1 if spec.timestep is None else settings.timesteps
     )
@@ -55,6 +58,27 @@ def record_trajectories(
     )
     samples, timesteps, called = recorder.finish()
     return CallSet.of_samples(spec, samples, timesteps, called, conditions)
+
+
+def _at_each_size(
+    model: GuidedDenoiser, sampler: Sampler, settings: CalibrateSettings, talk: Talk
+) -> CallSet:
+    """Record the samples of each size together; the calls of the sizes take turns in the set."""
+    spec, count = model.spec, len(model.spec.sizes)
+    found = []
+    for size in range(min(count, settings.samples)):
+        given = spec.conditions_at(size, model.conditions)
+        alone, some = replace(model, spec=spec.at_size(size), conditions=given), None
+        if spec.timestep is None:
+            # Rows of a size are its own.
+            share = len(range(size, settings.samples, count))
+            own = settings.replace(samples=share)
+        else:
+            own, some = settings, slice(size, None, count)
+        recorded = record_trajectories(alone, sampler, own, talk, some)
+        found.append(recorded.filled_up(spec, size))
+    places = np.concatenate([np.arange(one.count) for one in found])
+    return joined(found).take(np.argsort(places, kind="stable"))
 
 
 def cycled_rows(spec: DenoiserSpec, conditions: dict[str, Array], samples: int, seed: int) -> Array:

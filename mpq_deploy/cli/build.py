@@ -48,6 +48,7 @@ from mpq_deploy.cli.options import (
     SchedulerOption,
     SensitivityOption,
     SignOption,
+    SizesOption,
     TargetOption,
     TargetsOption,
     TimeOption,
@@ -80,6 +81,7 @@ def build(
     calls: RecordedOption = None,
     config: ConfigOption = None,
     lora: LoraOption = None,
+    sizes: SizesOption = None,
     only: OnlyOption = None,
     component: PinnedOption = None,
     recover: Annotated[
@@ -106,7 +108,7 @@ def build(
     given: dict[str, Any] = {"model": model, "budget": budget, "target": target}
     given |= {"measure.method": sensitivity, "conditions": conditions, "scheduler": scheduler}
     given |= {"prompts": prompts, "call": call, "calls": calls, "component": only}
-    given |= {"pinned": pinned_parts(component)}
+    given |= {"pinned": pinned_parts(component), "sizes": sizes}
     given |= {"lora": lora or None, "config": config, "compute.device": compute.device}
     given |= latency_settings(max_latency, objective, latency_table)
     given |= {"effort": effort, "time": time}
@@ -146,11 +148,13 @@ def export(
     calls: RecordedOption = None,
     config: ConfigOption = None,
     lora: LoraOption = None,
+    sizes: SizesOption = None,
     only: OnlyOption = None,
 ) -> None:
     """Export the denoiser to ONNX and check it against the original."""
     given: dict[str, Any] = {"model": model, "lora": lora or None, "component": only}
-    given |= {"conditions": conditions, "scheduler": scheduler, "prompts": prompts}
+    given |= {"sizes": sizes, "conditions": conditions, "scheduler": scheduler}
+    given |= {"prompts": prompts}
     given |= {"call": call, "calls": calls, "config": config}
     run_until("export", recipe_for(recipe, given), out)
 

@@ -251,6 +251,16 @@ LoraOption = Annotated[
         show_default=False,
     ),
 ]
+SizesOption = Annotated[
+    Optional[str],
+    typer.Option(
+        "--sizes",
+        metavar="WxH[,WxH]",
+        help="Image sizes that one engine takes.",
+        rich_help_panel=OF_MODEL,
+        show_default="the model's own",
+    ),
+]
 OnlyOption = Annotated[
     Optional[str],
     typer.Option(

@@ -10,7 +10,7 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +39,13 @@ from mpq_deploy.graph.writers.deployed_graphs import SIMULATED
 from mpq_deploy.models.additions import pipeline_index
 from mpq_deploy.models.locate import locate
 from mpq_deploy.models.pipeline_graphs import pipeline_length
+from mpq_deploy.recipe import make_recipe
 from mpq_deploy.run.pipeline_file import COMPONENTS as RUNS
 from mpq_deploy.run.pipeline_file import PIPELINE, PipelineFile
 from mpq_deploy.run.view import Run
 from mpq_deploy.system.files import write_text
 from mpq_deploy.system.progress import Talk
+from mpq_deploy.system.quantities import ImageSize
 from mpq_deploy.system.release import __version__
 
 # Classes by kind; image-to-image and inpainting are calls of the same parts.
@@ -91,7 +93,9 @@ def generation_of(run: Path, talk: Talk) -> Path:
         return place
     talk.line(f"  writing {place}")
     with tempfile.TemporaryDirectory(prefix=f".{GENERATION}-", dir=run) as aside:
-        write_generation(locate(view.source, talk), files, Path(aside) / GENERATION)
+        sizes = make_recipe(dict(view.recipe)).sizes
+        place_aside = Path(aside) / GENERATION
+        write_generation(locate(view.source, talk), files, place_aside, sizes=sizes)
         write_text(Path(aside) / GENERATION / MADE_FROM, made_from)
         shutil.rmtree(place, ignore_errors=True)
         (Path(aside) / GENERATION).replace(place)
@@ -99,11 +103,16 @@ def generation_of(run: Path, talk: Talk) -> Path:
 
 
 def write_generation(
-    folder: Path, parts: Mapping[str, Path], out: Path, defaults: Mapping[str, Any] | None = None
+    folder: Path,
+    parts: Mapping[str, Path],
+    out: Path,
+    defaults: Mapping[str, Any] | None = None,
+    sizes: Sequence[ImageSize] = (),
 ) -> Generation:
     """Write ``out`` from the pipeline in ``folder`` and ``parts`` (see ``models.pipeline_graphs``).
 
-    ``defaults`` replaces ``steps``, ``guidance`` or ``strength``. Raises UsageError for a pipeline or
+    ``defaults`` replaces ``steps``, ``guidance`` or ``strength``; ``sizes``: those that the parts
+    were made for, where they are several. Raises UsageError for a pipeline or
     scheduler that is not supported, a part that is missing, or a folder that is not empty.
     """
     kind = pipeline_kind(folder)
@@ -136,7 +145,7 @@ def write_generation(
             **{"steps": steps, "guidance": guidance, "strength": STRENGTH},
             **(defaults or {}),
         },
-        "sizes": [_size(written, kind, pipeline)],
+        "sizes": [[s.width, s.height] for s in sizes] or [_size(written, kind, pipeline)],
         "vae": _vae(pipeline),
         "settings": _settings(pipeline, denoiser, kind),
     }

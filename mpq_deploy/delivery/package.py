@@ -166,7 +166,9 @@ def make_reference(run: Run) -> tuple[Reference, bytes]:
         "usual": (section.batch_opt, len(calls.recorded.timesteps) - 1),
     }
     for case, (batch, step) in cases.items():
-        chosen = np.arange(batch) % calls.recorded.count
+        # Calls of the first size, where there are several.
+        some = calls.recorded.of_one_size(step, np.arange(calls.recorded.count))[0]
+        chosen = some[np.arange(batch) % len(some)]
         feeds = calls.feed(step, chosen)
         feeds = {name: values.astype(types[name]) for name, values in feeds.items()}
         wide = {item.name: feeds[item.name].astype(item.dtype) for item in spec.inputs}
@@ -234,8 +236,10 @@ def build_script(manifest: Manifest) -> str:
 def _shape_flags(manifest: Manifest) -> list[str]:
     flags = []
     for flag, batch in zip(("minShapes", "optShapes", "maxShapes"), manifest.batches):
+        own = {"minShapes": manifest.least, "optShapes": manifest.usual}.get(flag, {})
         sizes = {
-            name: "x".join(map(str, (batch, *shape))) for name, shape in manifest.shapes.items()
+            name: "x".join(map(str, (batch, *own.get(name, shape))))
+            for name, shape in manifest.shapes.items()
         }
         shapes = ",".join(f"{tensor}:{size}" for tensor, size in sizes.items())
         flags.append(f"--{flag}={shapes}")
@@ -269,6 +273,8 @@ def _manifest(run: Run, target: Target, reference: Reference, parts: dict[str, S
         fp16_bytes=run.plan.fp16_size_bytes,
         batches=(profile.minimum, profile.optimum, profile.maximum),
         shapes=dict(profile.shapes),
+        least=dict(profile.least),
+        usual=dict(profile.usual),
         reference=reference,
         # What is deployed goes by one name, whichever stage made it.
         digests={"allocate": run.digest("allocate"), "quantize": run.digest(run.deployed_stage)},

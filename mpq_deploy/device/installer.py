@@ -172,7 +172,7 @@ def check_unpacked(folder: Path, manifest: Manifest) -> None:
     for case in manifest.reference.cases:
         for name in manifest.reference.inputs:
             shape, expected = arrays[f"{case}/{name}"].shape, manifest.shapes[name]
-            if shape[1:] != expected or not 1 <= shape[0] <= manifest.batches[2]:
+            if not manifest.takes(name, shape[1:]) or not 1 <= shape[0] <= manifest.batches[2]:
                 what = (
                     f"The reference '{case}' gives {name} the shape {shape}, not [N, {expected}]."
                 )
@@ -307,7 +307,7 @@ def _module_version(name: str) -> str:
 
 def _build(manifest: Manifest, runtime: Runtime, out: Path, talk: Talk) -> EngineRecord:
     target = replace(manifest.target, builder=runtime.builder)
-    profile = BatchProfile(*manifest.batches, shapes=manifest.shapes)
+    profile = BatchProfile(*manifest.batches, manifest.shapes, manifest.least, manifest.usual)
     request = BuildRequest(out / manifest.model, target, profile)
     return build_engine(request, out / ENGINE_FOLDER, manifest.expected, talk)
 

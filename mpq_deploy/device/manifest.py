@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from mpq_deploy.device.archive import MANIFEST, PARTS, REQUIRED_PARTS, ArchiveError
@@ -65,7 +65,8 @@ class Manifest:
 
     ``batches``: smallest, usual, largest. ``alternatives``: target -> versions of TensorRT on the
     same device. ``digests``: of plan and graph, for the report on the build machine. ``needed_bytes``: the
-    running engine's estimated memory at the largest batch (0: not estimated).
+    running engine's estimated memory at the largest batch (0: not estimated). ``least``, ``usual``: of
+    inputs of several sizes the other shapes of the engine's profile; ``shapes`` has the largest.
     """
 
     name: str
@@ -83,10 +84,13 @@ class Manifest:
     versions: dict[str, str]
     notes: tuple[str, ...] = ()
     needed_bytes: int = 0
+    least: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    usual: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """Return JSON with sorted keys."""
         values = {"format": FORMAT, **asdict(self)}
+        values = {k: v for k, v in values.items() if v or k not in ("least", "usual")}
         return json.dumps(values, indent=1, sort_keys=True, allow_nan=False) + "\n"
 
     @classmethod
@@ -141,9 +145,22 @@ class Manifest:
             raise ValueError(f"its batches are {self.batches}")
         if not self.shapes or any(size < 1 for shape in self.shapes.values() for size in shape):
             raise ValueError("its inputs have no shapes, or sizes below 1")
+        if not {*self.least, *self.usual} <= set(self.shapes):
+            raise ValueError("it has sizes of an input that it does not take")
+        for name, shape in self.shapes.items():
+            least, usual = self.least.get(name, shape), self.usual.get(name, shape)
+            ranks = {len(shape), len(least), len(usual)}
+            if len(ranks) > 1 or not all(1 <= a <= b <= c for a, b, c in zip(least, usual, shape)):
+                raise ValueError(f"the sizes of '{name}' are not ascending")
         if min(self.fp16_bytes, self.needed_bytes) < 0:
             raise ValueError("it has negative sizes")
         self.reference.check(self.shapes)
+
+    def takes(self, name: str, shape: tuple[int, ...]) -> bool:
+        """Whether the input ``name`` may have a ``shape`` without its batch."""
+        most = self.shapes[name]
+        ends = zip(self.least.get(name, most), shape, most)
+        return len(shape) == len(most) and all(low <= size <= high for low, size, high in ends)
 
     def check_plan(self, schemes: Mapping[str, str]) -> None:
         """Raise ValueError where the layers expected are not those of a plan's ``schemes``.

@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as package_version
@@ -61,12 +61,18 @@ PACKAGES = {"tensorrt_rtx": ("tensorrt-rtx", "rtx"), "tensorrt": ("tensorrt", "t
 
 @dataclass(frozen=True)
 class BatchProfile:
-    """The engine's minimum, usual and maximum batch; each input's shape without the batch axis."""
+    """The engine's minimum, usual and maximum batch; each input's shape without the batch axis.
+
+    ``least`` and ``usual``: of inputs of several sizes the smallest and the usual shape, where
+    ``shapes`` has the largest.
+    """
 
     minimum: int
     optimum: int
     maximum: int
     shapes: Mapping[str, tuple[int, ...]]
+    least: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    usual: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not 1 <= self.minimum <= self.optimum <= self.maximum:
@@ -77,9 +83,12 @@ class BatchProfile:
 
     def inputs(self) -> dict[str, InputShapes]:
         """Return the whole shapes, batch axis first."""
-        sizes = (self.minimum, self.optimum, self.maximum)
         return {
-            name: InputShapes(*((size, *shape) for size in sizes))
+            name: InputShapes(
+                (self.minimum, *self.least.get(name, shape)),
+                (self.optimum, *self.usual.get(name, shape)),
+                (self.maximum, *shape),
+            )
             for name, shape in self.shapes.items()
         }
 

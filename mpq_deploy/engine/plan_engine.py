@@ -20,10 +20,19 @@ if TYPE_CHECKING:
 
 
 def batch_profile(run: Run) -> BatchProfile:
-    """Return the batch sizes of the recipe, and the shapes of the inputs that have a batch axis."""
+    """Return the batch sizes of the recipe, and the shapes of the inputs that have a batch axis.
+
+    Of several sizes the engine is tuned for the first, and covers all heights and widths between.
+    """
     section = run.recipe.engine
-    shapes = {item.name: item.shape for item in run.exported.spec.inputs if item.batched}
-    return BatchProfile(section.batch_min, section.batch_opt, section.batch_max, shapes)
+    inputs = [item for item in run.exported.spec.inputs if item.batched]
+    sized = [item for item in inputs if item.sizes]
+    return BatchProfile(
+        *(section.batch_min, section.batch_opt, section.batch_max),
+        {item.name: item.shape for item in inputs},
+        {item.name: tuple(map(min, zip(*item.sizes))) for item in sized},
+        {item.name: item.sizes[0] for item in sized},
+    )
 
 
 def expected_layers(run: Run) -> ExpectedLayers:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -65,6 +66,16 @@ class VariantResult:
 
 
 @dataclass(frozen=True)
+class SizeFigures:
+    """A variant at one size: error of the output, means over ``samples`` images."""
+
+    measured_nmse: float
+    psnr_db: float | None
+    ssim: float
+    samples: int
+
+
+@dataclass(frozen=True)
 class CpuLatency:
     """Median time of a call of batch 1 in ONNX Runtime on this CPU, not the target device.
 
@@ -100,6 +111,22 @@ class Evaluation:
     float_digest: str
     latency: CpuLatency | None = None
     notes: tuple[str, ...] = field(default=())
+    # Of a model of several sizes: size -> variant -> its figures there.
+    by_size: dict[str, dict[str, SizeFigures]] = field(default_factory=dict)
+
+    def with_sizes(self, names: Sequence[str], found: Sequence[Evaluation]) -> Evaluation:
+        """Return the evaluation at the first of several sizes with the figures at each of them."""
+        if not names:
+            return self
+        by_size = {
+            name: {
+                variant: SizeFigures(v.measured_nmse, v.psnr_db, v.ssim, len(v.psnr_db_each))
+                for variant, v in one.variants.items()
+            }
+            for name, one in zip(names, found, strict=True)
+        }
+        note = f"Pictures and the main figures are of {names[0]}; other sizes have their own table."
+        return replace(self, by_size=by_size, notes=(*self.notes, note))
 
     def save(self, folder: Path) -> None:
         """Write evaluation.json, images.npz and, where measured, latency.json into ``folder``."""
@@ -113,7 +140,18 @@ class Evaluation:
 
     def as_json(self) -> dict[str, Any]:
         """Return the numbers as plain values; a PSNR of ``inf`` becomes None, with a note."""
+        sizes = [
+            {
+                "size": size,
+                "variants": {
+                    name: {**asdict(of), "psnr_db": of.psnr_db if of.psnr_db != math.inf else None}
+                    for name, of in variants.items()
+                },
+            }
+            for size, variants in self.by_size.items()
+        ]
         return {
+            **({"by_size": sizes} if sizes else {}),
             "settings": self.settings.model_dump(mode="json"),
             "timesteps": list(self.timesteps),
             "rows": list(self.rows),
@@ -154,6 +192,12 @@ class Evaluation:
             float_digest=text["float_digest"],
             latency=CpuLatency(**read_sealed(latency)) if latency.exists() else None,
             notes=tuple(text["notes"]),
+            by_size={
+                of["size"]: {
+                    name: SizeFigures(**figures) for name, figures in of["variants"].items()
+                }
+                for of in text.get("by_size", ())
+            },
         )
 
 

@@ -37,7 +37,8 @@ class FreshCalls:
         talk: Talk,
         cache: Path | None = None,
     ) -> None:
-        """``cache``: a folder in which the calls are kept by what they depend on."""
+        """``cache``: a folder in which the calls are kept by what they depend on. Of several sizes the first."""
+        model = model.at_size(0)
         self._spec, self._batch_size = model.spec, settings.batch_size
         key = {**reference_key(Setup.of(model, settings, talk), model.path), "part": "fresh"}
         kept = SampleCache(cache, talk).get(key, lambda: self._made(model, settings, talk))

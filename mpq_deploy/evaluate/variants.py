@@ -93,9 +93,15 @@ def evaluate_variants(
     if before is not None:
         variants[BEFORE] = Variant(before, size_bytes)
     variants |= read_controls(run.stage("controls"))
-    evaluation = evaluate(
-        variants, model, settings, run.talk, cache=run.base / ".samples", crew=run.crew
-    )
+    sizes = range(len(model.spec.sizes) or 1)
+    settings = settings.replace(samples=-(-settings.samples // len(sizes)))
+    store = run.base / ".samples"
+    found = [
+        evaluate(variants, model.at_size(k), settings, run.talk, cache=store, crew=run.crew)
+        for k in sizes
+    ]
+    evaluation = found[0].with_sizes(model.spec.size_names, found)
+    model = model.at_size(0)
     if model.pipeline is not None:
         from mpq_deploy.evaluate.pipeline_samples import forget_pipeline
 

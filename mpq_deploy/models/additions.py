@@ -11,6 +11,7 @@ from typing import Any
 from mpq_deploy.errors import ModelError, UsageError
 from mpq_deploy.models.lora_option import LoraOption
 from mpq_deploy.system.inputs import read_json_object
+from mpq_deploy.system.quantities import ImageSize
 
 # Parts of a pipeline that denoise, the first that is there by default; training keeps averages
 # beside the weights.
@@ -32,7 +33,8 @@ class Additions:
     ``description``: the YAML of an ONNX file that does not lie beside it. ``component``: which part
     of a pipeline folder, such as ``vae``, which gets ``component_samples`` inputs; None is the one
     that denoises. ``config``: the folder with the configurations of a checkpoint in one file, which
-    is written as a folder into ``unpacked`` (None: into one of this process).
+    is written as a folder into ``unpacked`` (None: into one of this process). ``sizes``: empty for
+    the model's own one.
     """
 
     conditions: Path | None = None
@@ -47,6 +49,7 @@ class Additions:
     loras: tuple[LoraOption, ...] = ()
     config: Path | None = None
     unpacked: Path | None = None
+    sizes: tuple[ImageSize, ...] = ()
 
 
 def read_scheduler(path: Path) -> dict[str, Any]:

@@ -46,7 +46,8 @@ from mpq_deploy.models.lora import Loras, told
 from mpq_deploy.models.model_form import model_class
 from mpq_deploy.models.pipeline_folder import CONFIG, IMAGE_RANGE, INDEX
 from mpq_deploy.models.pipeline_part import call_label, calls_of, dtype_name
-from mpq_deploy.models.spec import Array, DenoiserSpec, InputSpec, LoraUse
+from mpq_deploy.models.sample_sizes import named_sizes, sized_calls
+from mpq_deploy.models.spec import Array, DenoiserSpec, InputSpec, LoraUse, fill_to
 from mpq_deploy.models.torch_export import TorchNetwork
 from mpq_deploy.models.weight_files import own_tensors
 from mpq_deploy.system.progress import Talk
@@ -60,10 +61,14 @@ SEED = 77
 
 @dataclass
 class _Recorded:
-    """Calls of a part: their arguments, which text or image each is of, what of the output is used."""
+    """Calls of a part: their arguments, which text or image each is of, what of the output is used.
+
+    ``sizes``: the number of each call's size.
+    """
 
     calls: list[Arguments] = field(default_factory=list)
     labels: list[str] = field(default_factory=list)
+    sizes: list[int] = field(default_factory=list)
     used: list[tuple[tuple[Any, ...], int]] = field(default_factory=list)
 
 
@@ -92,15 +97,17 @@ def open_component(folder: Path, source: str, additions: Additions, talk: Talk) 
         raise UsageError(
             f"The {module} of {folder} does not {method}.", f"It is a {type(part).__name__}."
         )
+    if method == FORWARD and additions.sizes:
+        raise UsageError(f"The {component} knows no sizes of images.", "Leave --sizes out.")
     recorded = _record(pipeline, component, part, additions, talk)
     inputs, arrays, labels = _rows(recorded)
-    decodes = method == DECODE
+    sizes, decodes = len(inputs[0].sizes) or 1, method == DECODE
     spec = DenoiserSpec(
         name=f"{folder.resolve().name} {component}",
         source=source,
         sample=inputs[0],
         timestep=None,
-        calibration_rows=max(1, int(len(labels) * CALIBRATED)),
+        calibration_rows=max(1, int(len(labels) // sizes * CALIBRATED)) * sizes,
         conditions=tuple(inputs[1:]),
         output=OUTPUTS[method],
         prediction_type="sample",
@@ -108,6 +115,7 @@ def open_component(folder: Path, source: str, additions: Additions, talk: Talk) 
         labels=labels,
         pixel_range=IMAGE_RANGE if decodes and len(inputs[0].shape) == 3 else None,
         loras=uses,
+        sizes=named_sizes(additions.sizes),
     )
     network = TorchNetwork(part, inputs, spec.output, _forward(recorded, inputs, method))
     what = "samples of the float denoiser" if decodes else "texts that its pipeline gives it"
@@ -147,17 +155,18 @@ def _record(
     pipeline: Any, component: str, part: Any, additions: Additions, talk: Talk
 ) -> _Recorded:
     """Run the pipeline, up to its denoiser where that is enough, and keep the part's calls."""
-    calls = calls_of(pipeline, additions)
-    recorded = _Recorded()
+    calls = sized_calls(calls_of(pipeline, additions), additions.sizes, pipeline, {})
+    recorded, sizes = _Recorded(), len(additions.sizes) or 1
     name = place_of(component)[1]
     original = getattr(part, name)
     denoiser = next((n for n in DENOISERS if getattr(pipeline, n, None) is not None), "")
     count = additions.component_samples if name == DECODE else len(calls)
-    label = ""
+    label, size = "", 0
 
     def watched(*args: Any, **kwargs: Any) -> Any:
         recorded.calls.append(Arguments.of(original, args, kwargs))
         recorded.labels.append(label)
+        recorded.sizes.append(size)
         output = original(*args, **kwargs)
         return _Looked(output, (), recorded.used) if name == FORWARD else output
 
@@ -165,7 +174,7 @@ def _record(
     try:
         with talk.bar(f"run {type(pipeline).__name__}", count) as advance:
             for number in range(count):
-                call = calls[number % len(calls)]
+                call, size = calls[number % len(calls)], number % sizes
                 label = call_label(call, number)
                 arguments = with_steps(pipeline, opened_call(call), FIRST_STEPS)
                 if name == DECODE or not denoiser:
@@ -186,39 +195,46 @@ def _record(
 def _rows(recorded: _Recorded) -> tuple[list[InputSpec], dict[str, Array], tuple[str, ...]]:
     """Return the inputs, the rows of all calls, each once and shuffled, and what they are of.
 
-    Rows are shuffled, so that both parts have long and short ones. Raises UsageError for inputs of
-    different shapes, and for a single row.
+    Rows are shuffled, so that both parts have long and short ones; of several sizes each has the
+    next one, as many rows of each. Raises UsageError for inputs of different shapes at one size, and
+    for a single row.
     """
     first = recorded.calls[0]
     sample = next(iter(first.tensors))
     count = len(first.tensors[sample])
     names = [name for name, value in first.tensors.items() if value.ndim and len(value) == count]
-    rows: dict[bytes, tuple[str, dict[str, Array]]] = {}
-    for call, label in zip(recorded.calls, recorded.labels, strict=True):
+    found: list[dict[bytes, tuple[str, dict[str, Array]]]] = [
+        {} for _ in range(1 + max(recorded.sizes))
+    ]
+    for call, label, size in zip(recorded.calls, recorded.labels, recorded.sizes, strict=True):
         arrays = {name: call.tensors[name].detach().numpy() for name in names}
         for place in range(len(arrays[sample])):
             row = {name: values[place] for name, values in arrays.items()}
-            rows.setdefault(b"".join(value.tobytes() for value in row.values()), (label, row))
-    shapes = {tuple(value.shape for value in row.values()) for _, row in rows.values()}
-    if len(shapes) > 1 or len(rows) < 2:
-        raise UsageError(
-            f"The pipeline gives the part {len(rows)} inputs of {len(shapes)} shapes.",
-            "Give at least two prompts, and one size for all calls.",
-        )
-    order = np.random.default_rng(SEED).permutation(len(rows))
-    listed = list(rows.values())
+            found[size].setdefault(
+                b"".join(value.tobytes() for value in row.values()), (label, row)
+            )
+    for rows in found:
+        shapes = {tuple(value.shape for value in row.values()) for _, row in rows.values()}
+        if len(shapes) > 1 or len(rows) < 2:
+            raise UsageError(
+                f"The pipeline gives the part {len(rows)} inputs of {len(shapes)} shapes.",
+                "Give at least two prompts, and one size for all calls (or --sizes).",
+            )
+    each = min(map(len, found))
+    random = np.random.default_rng(SEED)
+    shuffled = [[list(rows.values())[at] for at in random.permutation(len(rows))] for rows in found]
+    listed = [one for turn in zip(*(rows[:each] for rows in shuffled)) for one in turn]
     inputs = [
         InputSpec.model_validate(
-            {
-                "name": name,
-                "shape": tuple(first.tensors[name].shape[1:]),
-                "dtype": dtype_name(first.tensors[name]),
-            }
-        )
+            {"name": name, "dtype": dtype_name(first.tensors[name])}
+        ).with_sizes([rows[0][1][name].shape for rows in shuffled])
         for name in names
     ]
-    stacked = {name: np.stack([listed[place][1][name] for place in order]) for name in names}
-    return inputs, stacked, tuple(listed[place][0] for place in order)
+    stacked = {
+        item.name: np.concatenate([fill_to(row[item.name][None], item.shape) for _, row in listed])
+        for item in inputs
+    }
+    return inputs, stacked, tuple(label for label, _ in listed)
 
 
 def _forward(recorded: _Recorded, inputs: Sequence[InputSpec], method: str) -> Any:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import onnx_ir as ir
 
 from mpq_deploy.models.conditions import Conditions
-from mpq_deploy.models.spec import Array, DenoiserSpec
+from mpq_deploy.models.spec import Array, DenoiserSpec, InputSpec
 from mpq_deploy.system.progress import Talk
 
 
@@ -17,6 +18,10 @@ class Network(Protocol):
 
     # Largest relative error that the export may show against ``reference``.
     tolerance: float
+    inputs: tuple[InputSpec, ...]
+
+    def taking(self, inputs: Sequence[InputSpec]) -> Network:
+        """Return the network with other shapes of its inputs."""
 
     def to_onnx(self, talk: Talk) -> ir.Model:
         """Return the network as a normalised FP32 ONNX graph with dynamic batch axis."""

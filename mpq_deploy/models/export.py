@@ -7,27 +7,29 @@ In: a ``Denoiser`` and an empty folder. Out: ``model.onnx`` and ``model.onnx.dat
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 
 from mpq_deploy.calls.sampler import make_sampler
-from mpq_deploy.errors import ModelError, UsageError
+from mpq_deploy.errors import ModelError, MpqError, UsageError
 from mpq_deploy.graph.layers import STANDARD_DOMAINS
 from mpq_deploy.graph.passes.first_token import FirstTokenPass, common_first_token, projections
 from mpq_deploy.models.conditions import Conditions
 from mpq_deploy.models.denoiser import Denoiser, Network
 from mpq_deploy.models.sampling_fit import check_output
-from mpq_deploy.models.spec import Array, DenoiserSpec
+from mpq_deploy.models.spec import EACH_SIZE, Array, DenoiserSpec, cut_to
 from mpq_deploy.runtime.not_finite import first_not_finite
 from mpq_deploy.runtime.ort import (
     model_feeds,
     run_session,
     session_for_few_calls,
 )
-from mpq_deploy.system.libraries import tell_cause
+from mpq_deploy.system.libraries import gist, tell_cause
 from mpq_deploy.system.progress import Talk
 
 MODEL, SPEC, CONDITIONS, DECODER = "model.onnx", "denoiser.json", "conditions.npz", "decoder.onnx"
@@ -204,25 +206,58 @@ def check_repeats(model: ir.Model) -> None:
 
 
 def _compared_with_source(denoiser: Denoiser, path: Path, release: bool) -> float:
-    """Return the file's largest relative error over random inputs; refuse a large one."""
+    """Return the file's largest relative error over random inputs of each size; refuse a large one."""
     random = np.random.default_rng(CHECK_SEED)
-    cases = [_case(denoiser, count, random) for count in CHECK_BATCHES]
-    references = [denoiser.network.reference(feeds) for feeds in cases]
+    names = denoiser.spec.size_names or ("",)
+    sized = [_at_size(denoiser, number) for number in range(len(names))]
+    cases = [
+        (name, one.spec, _case(one, count, random))
+        for name, one in zip(names, sized)
+        for count in CHECK_BATCHES
+    ]
+    references = []
+    for name, _, feeds in cases:
+        with _at(name):
+            references.append(denoiser.network.reference(feeds))
     if release:
         denoiser.network.release()
-    for feeds, reference in zip(cases, references):
-        check_output(denoiser.spec, reference.shape)
+    for (_, spec, feeds), reference in zip(cases, references):
+        check_output(spec, reference.shape)
         if not np.isfinite(reference).all():
-            raise _not_finite(denoiser.spec, path, feeds)
-    session = session_for_few_calls(path)
-    outputs = [run_session(session, denoiser.spec.output, feeds) for feeds in cases]
-    error = max(relative_error(output, reference) for output, reference in zip(outputs, references))
-    if not error <= denoiser.network.tolerance:
-        raise ModelError(
-            f"The exported model differs from its source by {error:.2e} of the largest output.",
-            f"At most {denoiser.network.tolerance:g} is expected: please report the model's configuration.",
-        )
-    return error
+            raise _not_finite(spec, path, feeds)
+    session, errors = session_for_few_calls(path), []
+    for (name, spec, feeds), reference in zip(cases, references):
+        with _at(name):
+            errors.append(relative_error(run_session(session, spec.output, feeds), reference))
+        if not errors[-1] <= denoiser.network.tolerance:
+            of = f" at {name}" if name else ""
+            raise ModelError(
+                f"The exported model differs from its source by {errors[-1]:.2e} of the largest output{of}.",
+                EACH_SIZE
+                if name
+                else f"At most {denoiser.network.tolerance:g} is expected: please report the model's configuration.",
+            )
+    return max(errors)
+
+
+def _at_size(denoiser: Denoiser, number: int) -> Denoiser:
+    """Return the denoiser at one of its sizes."""
+    spec, given = denoiser.spec, denoiser.conditions
+    arrays = spec.conditions_at(number, given.arrays)
+    rows = given.rows if spec.timestep is not None else len(arrays[spec.sample.name])
+    conditions = replace(given, arrays=arrays, rows=rows)
+    return replace(denoiser, spec=spec.at_size(number), conditions=conditions)
+
+
+@contextmanager
+def _at(size: str) -> Iterator[None]:
+    """Name the ``size`` of several at which a model cannot be run. Raises ModelError."""
+    try:
+        yield
+    except (MpqError, RuntimeError, ValueError, IndexError) as error:
+        if not size:
+            raise
+        raise ModelError(f"The model cannot be run at {size}: {gist(error)}", EACH_SIZE) from error
 
 
 def _case(denoiser: Denoiser, count: int, random: np.random.Generator) -> dict[str, Array]:
@@ -290,9 +325,11 @@ def _write_decoder(decoder: Network, spec: DenoiserSpec, path: Path, talk: Talk)
     save_model(model, path)
     random = np.random.default_rng(CHECK_SEED)
     latents = random.standard_normal((CHECK_BATCHES[-1], *spec.sample.shape), np.float32)
-    session = session_for_few_calls(path)
-    feeds = {session.get_inputs()[0].name: latents}
-    error = relative_error(session.run(None, feeds)[0], decoder.reference(feeds))
+    session, error = session_for_few_calls(path), 0.0
+    for shape in spec.sample.sizes or (spec.sample.shape,):
+        feeds = {session.get_inputs()[0].name: cut_to(latents, shape)}
+        made = session.run(None, feeds)[0]
+        error = max(error, relative_error(made, decoder.reference(feeds)))
     if not error <= decoder.tolerance:
         raise ModelError(f"The exported decoder differs from its source by {error:.2e}.")
     return error

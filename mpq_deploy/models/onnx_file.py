@@ -111,13 +111,33 @@ class OnnxNetwork:
     One in bfloat16, which ONNX Runtime does not run on the CPU, is widened to FP32 for that.
     """
 
-    def __init__(self, path: Path, output: str, inputs: Sizes) -> None:
-        self.path, self._output, self._inputs = path, output, inputs
+    def __init__(self, path: Path, output: str, inputs: Sequence[InputSpec]) -> None:
+        self.path, self._output, self.inputs = path, output, tuple(inputs)
         self._session: ort.InferenceSession | None = None
         model = load_model(path)
         self._widened = uses_bfloat16(model)
         rounds = uses_halves(model) and not self._widened
         self.tolerance = HALF_TOLERANCE if rounds else TOLERANCE
+
+    @property
+    def _inputs(self) -> Sizes:
+        """The sizes of each input, None for those that vary."""
+        shapes = {
+            item.name: tuple(None if i in item.open_axes else n for i, n in enumerate(item.shape))
+            for item in self.inputs
+        }
+        return {i.name: (None, *shapes[i.name]) if i.batched else i.shape for i in self.inputs}
+
+    def taking(self, inputs: Sequence[InputSpec]) -> OnnxNetwork:
+        """Return the file with other shapes of its inputs. UsageError where it fixes them."""
+        fixed = {v.name or "": tuple(v.shape or ()) for v in load_model(self.path).graph.inputs}
+        for item in inputs:
+            if any(isinstance(fixed[item.name][1 + axis], int) for axis in item.open_axes):
+                raise UsageError(
+                    f"{self.path} fixes the size of its input '{item.name}'.",
+                    "Export it with a dynamic height and width (dynamic_axes or dynamic_shapes), or leave --sizes out.",
+                )
+        return OnnxNetwork(self.path, self._output, inputs)
 
     def to_onnx(self, talk: Talk) -> ir.Model:
         """Return the file's graph in the form that the export writes."""
@@ -252,9 +272,7 @@ def open_onnx(path: Path, source: str, additions: Additions, talk: Talk) -> Deno
         labels=conditions.labels,
         pixel_range=description.pixel_range,
     )
-    fed = (sample, timestep, *checked)
-    sizes = {item.name: (None, *item.shape) if item.batched else item.shape for item in fed}
-    network = OnnxNetwork(path, spec.output, sizes)
+    network = OnnxNetwork(path, spec.output, spec.inputs)
     return Denoiser(spec, conditions, network, notes=_notes(model, path, talk))
 
 
@@ -310,8 +328,7 @@ def _open_without_timesteps(
         labels=given.labels,
         pixel_range=description.pixel_range,
     )
-    sizes = {item.name: (None, *item.shape) for item in checked}
-    return Denoiser(spec, given, OnnxNetwork(path, spec.output, sizes))
+    return Denoiser(spec, given, OnnxNetwork(path, spec.output, checked))
 
 
 def open_with_calls(
@@ -351,14 +368,13 @@ def open_with_calls(
     )
     rows = min(recorded.count, EXAMPLES)
     arrays = {item.name: recorded.values(item.name, 0, slice(rows)) for item in spec.inputs}
-    sizes = {item.name: (None, *item.shape) if item.batched else item.shape for item in spec.inputs}
     notes = [
         *_notes(model, path, talk),
         f"The calls are those in {calls.folder.name}: {recorded.count} at each of {len(recorded.timesteps)} timesteps.",
     ]
     if len(outputs) > 1:
         notes.append(f"Of {len(outputs)} outputs the first is compared: {outputs[0]}.")
-    network = OnnxNetwork(path, spec.output, sizes)
+    network = OnnxNetwork(path, spec.output, spec.inputs)
     return Denoiser(spec, Conditions(arrays, rows), network, notes=tuple(notes))
 
 

@@ -17,6 +17,7 @@ from mpq_deploy.models.additions import CONFIG, DENOISERS, Additions, denoiser_p
 from mpq_deploy.models.denoiser import Denoiser
 from mpq_deploy.models.locate import DEMOS, SINGLE_FILE, folder_files, locate
 from mpq_deploy.models.lora_option import parse_lora
+from mpq_deploy.models.sample_sizes import with_sizes
 from mpq_deploy.models.weight_files import STEMS, find_weights, stored_weights
 from mpq_deploy.models.weight_kinds import refuse_quantized_config, refuse_weights
 from mpq_deploy.system.hub_cache import refuse_links_out
@@ -42,7 +43,8 @@ def open_denoiser(
             "--config is for a checkpoint in one file (.safetensors).",
         )
     try:
-        return _open(path, source, additions, talk)
+        denoiser = _open(path, source, additions, talk)
+        return with_sizes(denoiser, additions.sizes, path) if additions.sizes else denoiser
     except ValidationError as error:
         # What the model's files say of it, put together, is not a denoiser.
         raise ModelError(f"{path}: {first_error(error)}.", "Correct its configuration.") from error
@@ -155,6 +157,7 @@ def source_denoiser(recipe: Recipe, talk: Talk, unpacked: Path | None = None) ->
         guidance_scale=recipe.guidance_scale,
         component=recipe.component,
         component_samples=recipe.component_samples,
+        sizes=recipe.sizes,
         loras=tuple(map(parse_lora, recipe.lora)),
         unpacked=unpacked,
         **{name: Path(value) for name in files if (value := getattr(recipe, name))},

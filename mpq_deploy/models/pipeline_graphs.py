@@ -6,6 +6,7 @@ In: a pipeline folder. Out: ``{part: ONNX file}`` with the names of ``model_inde
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,27 +21,35 @@ from mpq_deploy.models.open import open_denoiser
 from mpq_deploy.models.spec import InputSpec
 from mpq_deploy.models.torch_export import TorchNetwork
 from mpq_deploy.system.progress import Talk
+from mpq_deploy.system.quantities import ImageSize
 
 ENCODED, DECODED = "sample", "z"
 
 
 def export_pipeline(
-    folder: Path, kind: str, out: Path, *, images: bool = False, talk: Talk | None = None
+    folder: Path,
+    kind: str,
+    out: Path,
+    *,
+    images: bool = False,
+    talk: Talk | None = None,
+    sizes: Sequence[ImageSize] = (),
 ) -> dict[str, Path]:
     """Write the parts of the pipeline in ``folder`` to ``out/NAME/model.onnx``; return the files.
 
-    ``images``: with the VAE's encoder, for pipelines that are given images. Sizes are those of the
-    pipeline's default call. Raises ModelError for a part that cannot be exported.
+    ``images``: with the VAE's encoder, for pipelines that are given images. ``sizes``: of the
+    images; empty for that of the pipeline's default call. Raises ModelError for a part that cannot
+    be exported.
     """
     talk = talk or Talk()
     pipeline = load_pipeline(folder, pipeline_index(folder))
     networks = text_networks(pipeline, kind)
-    denoiser = open_denoiser(folder, Additions(), talk)
-    spec = denoiser.spec
+    denoiser = open_denoiser(folder, Additions(sizes=tuple(sizes)), talk)
+    sample = denoiser.spec.sample
     name = "unet" if getattr(pipeline, "unet", None) is not None else "transformer"
     export_denoiser(denoiser, out / name, talk)
     files = {name: out / name / MODEL}
-    networks |= vae_networks(pipeline, latent_size(spec.sample.shape), images)
+    networks |= vae_networks(pipeline, [latent_size(shape) for shape in sample.shapes], images)
     for part, network in networks.items():
         model = network.to_onnx(talk)
         check_finite(model)
@@ -100,12 +109,15 @@ def _text_call(outputs: tuple[str, ...], last: bool) -> Any:
     return call
 
 
-def vae_networks(pipeline: Any, size: tuple[int, int], images: bool) -> dict[str, TorchNetwork]:
-    """Return the VAE's halves, for latents of ``size`` (height, width)."""
+def vae_networks(
+    pipeline: Any, sizes: Sequence[tuple[int, int]], images: bool
+) -> dict[str, TorchNetwork]:
+    """Return the VAE's halves, for latents of ``sizes`` (height, width)."""
     vae = pipeline.vae
     channels, factor = int(vae.config.latent_channels), int(pipeline.vae_scale_factor)
-    latents = (InputSpec(name=DECODED, shape=(channels, *size)),)
-    pixels = (InputSpec(name=ENCODED, shape=(3, *(factor * one for one in size))),)
+    latents = (InputSpec(name=DECODED).with_sizes([(channels, *size) for size in sizes]),)
+    sides = [(3, *(factor * one for one in size)) for size in sizes]
+    pixels = (InputSpec(name=ENCODED).with_sizes(sides),)
 
     def decode(model: Any, z: torch.Tensor) -> Any:
         return model.decode(z, return_dict=False)[0]

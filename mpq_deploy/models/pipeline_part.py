@@ -35,10 +35,12 @@ from mpq_deploy.models.denoiser import Denoiser
 from mpq_deploy.models.lora import Loras, told
 from mpq_deploy.models.model_form import OUTPUT
 from mpq_deploy.models.prompts import prompts_file, read_prompts
-from mpq_deploy.models.spec import DenoiserSpec, InputSpec, LoraUse, PipelineSpec
+from mpq_deploy.models.sample_sizes import named_sizes, sized_calls
+from mpq_deploy.models.spec import EACH_SIZE, DenoiserSpec, InputSpec, LoraUse, PipelineSpec
 from mpq_deploy.models.torch_export import TorchNetwork
 from mpq_deploy.models.transformer import signature_of
 from mpq_deploy.system.progress import Talk
+from mpq_deploy.system.quantities import ImageSize
 
 # Parameters of pipelines by which they make several images of one prompt.
 _EACH = re.compile(r"num_\w+_per_prompt|batch_size")
@@ -61,12 +63,11 @@ def open_pipeline_part(
     scheduler = None if additions.scheduler is None else read_scheduler(additions.scheduler)
     pipeline, uses = _fused_pipeline(folder, index, part.name, module, additions, talk)
     use_scheduler(pipeline, scheduler)
-    calls = calls_of(pipeline, additions)
-    arguments = with_steps(pipeline, opened_call(calls[0]), FIRST_STEPS)
-    given = first_call(pipeline, part.name, arguments)
+    calls = sized_calls(calls_of(pipeline, additions), additions.sizes, pipeline, module.config)
+    given, *_ = found = _first_calls(pipeline, part.name, calls[: len(additions.sizes) or 1])
     sample, timestep = names = _names(type(module), given)
-    more = _doubled(pipeline, part.name, arguments, sample, len(given.tensors[sample]))
-    inputs, fixed = _inputs(given, more, names)
+    more = _doubled(pipeline, part.name, calls[0], sample, len(given.tensors[sample]))
+    inputs, fixed = _sized_inputs(found, more, names, additions.sizes)
     config = _scheduler_config(pipeline)
     spec = DenoiserSpec(
         name=folder.resolve().name,
@@ -87,14 +88,54 @@ def open_pipeline_part(
             fixed=_texts({**fixed, **given.constants}),
         ),
         loras=uses,
+        sizes=named_sizes(additions.sizes),
     )
     return Denoiser(
         spec,
-        _conditions(given, spec),
+        _conditions(given, spec.at_size(0)),
         _network(module, given, inputs, fixed),
         notes=(*_left_float(index, part.name, spec), *told(spec.loras, talk)),
         first_timestep=_largest({**given.tensors, **given.constants}[timestep]),
     )
+
+
+def _first_calls(
+    pipeline: Any, component: str, calls: Sequence[Mapping[str, Any]]
+) -> list[Arguments]:
+    """Return what the denoiser is first given in each of ``calls``."""
+    ways = (with_steps(pipeline, opened_call(call), FIRST_STEPS) for call in calls)
+    return [first_call(pipeline, component, way) for way in ways]
+
+
+def _sized_inputs(
+    found: Sequence[Arguments],
+    more: Mapping[str, torch.Tensor] | None,
+    names: tuple[str, str],
+    sizes: Sequence[ImageSize],
+) -> tuple[list[InputSpec], dict[str, torch.Tensor]]:
+    """Return what ``_inputs`` does, with the inputs' shapes at each of ``sizes``.
+
+    ``found``: what the denoiser is given at each. Raises UsageError for a constant that is another
+    one at another size, and for inputs beside the sample whose shape changes.
+    """
+    listed, fixed = zip(*(_inputs(one, more, names) for one in found), strict=True)
+    first = _texts({**fixed[0], **found[0].constants})
+    for size, other in zip(sizes[1:], found[1:]):
+        here = _texts({**{n: other.tensors.get(n) for n in fixed[0]}, **other.constants})
+        changed = next((name for name in first if here.get(name) != first[name]), None)
+        if changed is not None:
+            raise UsageError(
+                f"The pipeline gives its denoiser another '{changed}' at {size} than at {sizes[0]}, and the graph "
+                "holds it as a constant.",
+                EACH_SIZE,
+            )
+    inputs = [of[0].with_sizes([one.shape for one in of]) for of in zip(*listed, strict=True)]
+    if changing := next((item.name for item in inputs[1:] if item.sizes), None):
+        raise UsageError(
+            f"The shape of '{changing}' changes with the size, as only that of the sample may.",
+            EACH_SIZE,
+        )
+    return inputs, fixed[0]
 
 
 def _fused_pipeline(
@@ -207,12 +248,13 @@ def dtype_name(value: torch.Tensor) -> str:
 
 
 def _doubled(
-    pipeline: Any, component: str, arguments: Mapping[str, Any], sample: str, count: int
+    pipeline: Any, component: str, call: Mapping[str, Any], sample: str, count: int
 ) -> dict[str, torch.Tensor] | None:
     """Return what it is given for two images; None where the pipeline makes one at a time.
 
     ``count``: how many samples it is given for one.
     """
+    arguments = with_steps(pipeline, opened_call(call), FIRST_STEPS)
     embedded = any(isinstance(value, torch.Tensor) for value in arguments.values())
     found: dict[str, torch.Tensor] = {}
     for more in _twice(pipeline, arguments):

@@ -2,37 +2,81 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, model_serializer
 
 from mpq_deploy.errors import ModelError
+from mpq_deploy.system.quantities import ImageSize
 from mpq_deploy.system.validated import read_model
 
 Array = np.ndarray[Any, np.dtype[Any]]
 PredictionType = Literal["epsilon", "v_prediction", "sample", "flow_prediction", "trigflow"]
+# What to do with a model that takes one size alone.
+EACH_SIZE = "Build a run for each size, without --sizes."
 SPEC_HINT = "Export the model again, or correct the file."
 
 
-class InputSpec(BaseModel):
-    """One input of the ONNX graph; ``shape`` without batch axis, () for one number per sample."""
+class Sized(BaseModel):
+    """What may be of several sizes; of one it is written as it was before there were several."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @model_serializer(mode="wrap")
+    def _of_one_size(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values: dict[str, Any] = handler(self)
+        if not values.get("sizes", True):
+            del values["sizes"]
+        return values
+
+
+class InputSpec(Sized):
+    """One input of the ONNX graph; ``shape`` without batch axis, () for one number per sample.
+
+    ``sizes``: its shape at each of the model's sizes where they differ; ``shape`` then is the least
+    that holds all of them.
+    """
 
     name: str
     shape: tuple[int, ...] = ()
     dtype: Literal["float32", "float16", "int64", "int32", "bool"] = "float32"
     # An input such as a scalar timestep that ONNX declares without a batch axis.
     batched: bool = True
+    sizes: tuple[tuple[int, ...], ...] = ()
+
+    def with_sizes(self, shapes: Sequence[tuple[int, ...]]) -> InputSpec:
+        """Return the input with its shape at each of the model's sizes."""
+        shape = tuple(map(max, zip(*shapes)))
+        sizes = tuple(shapes) if len(set(shapes)) > 1 else ()
+        return self.model_copy(update={"shape": shape, "sizes": sizes})
+
+    def at_size(self, number: int) -> InputSpec:
+        """Return the input at one of the model's sizes."""
+        if not self.sizes:
+            return self
+        return self.model_copy(update={"shape": self.sizes[number], "sizes": ()})
+
+    @property
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        """The shapes that it may have."""
+        return self.sizes or (self.shape,)
+
+    @property
+    def open_axes(self) -> tuple[int, ...]:
+        """The axes of ``shape`` that the size changes."""
+        return tuple(axis for axis, found in enumerate(zip(*self.sizes)) if len(set(found)) > 1)
 
 
 class PipelineSpec(BaseModel):
     """A diffusers pipeline that calls the model: its class, the part that the model is, its calls.
 
-    ``calls``: keyword arguments of the pipeline's ``__call__``, one mapping per image, used in turn.
+    ``calls``: keyword arguments of the pipeline's ``__call__``, one mapping per image, used in turn;
+    of a model of several sizes each call at each of them, one after the other.
     ``scheduler``: a configuration in place of the pipeline's own.
     ``fixed``: what the pipeline gives the model beside the graph's inputs, which the graph has as
     constants: name -> digest of a tensor (``sha256:...``) or the value as text.
@@ -67,7 +111,7 @@ class LoraUse(BaseModel):
         return Path(self.file).name
 
 
-class DenoiserSpec(BaseModel):
+class DenoiserSpec(Sized):
     """How to call a denoiser and how to sample with it.
 
     ``scheduler`` is a diffusers scheduler configuration (with ``_class_name``). ``labels`` name the
@@ -82,10 +126,9 @@ class DenoiserSpec(BaseModel):
     alone the graph holds (``graph.passes.first_token``). ``pipeline``: the model's calls are those
     of a diffusers pipeline; then ``conditions.npz`` holds those of one call alone. ``recorded``: its calls
     were recorded by somebody's script, and there is nothing to sample with. ``loras``: fused into the
-    graph and, where a pipeline calls the model, into its text encoders whenever it is run.
+    graph and, where a pipeline calls the model, into its text encoders whenever it is run. ``sizes``:
+    the (width, height) that the graph takes, as the user names them, where these are several.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str
     source: str
@@ -107,6 +150,7 @@ class DenoiserSpec(BaseModel):
     pipeline: PipelineSpec | None = None
     loras: tuple[LoraUse, ...] = ()
     config: dict[str, Any] = {}
+    sizes: tuple[tuple[int, int], ...] = ()
 
     @property
     def inputs(self) -> tuple[InputSpec, ...]:
@@ -123,6 +167,48 @@ class DenoiserSpec(BaseModel):
         return {
             item.name: (calls, *item.shape) if item.batched else item.shape for item in self.inputs
         }
+
+    def at_size(self, number: int) -> DenoiserSpec:
+        """Return the description of the model at one of its sizes alone."""
+        if not self.sizes:
+            return self
+        inputs = {
+            "sample": self.sample.at_size(number),
+            "conditions": tuple(item.at_size(number) for item in self.conditions),
+        }
+        pipeline = self.pipeline
+        if pipeline is not None:
+            calls = pipeline.calls[number :: len(self.sizes)]
+            pipeline = pipeline.model_copy(update={"calls": calls})
+        own: dict[str, Any] = {**inputs, "pipeline": pipeline, "sizes": ()}
+        if self.calibration_rows is not None:
+            own["calibration_rows"] = self.calibration_rows // len(self.sizes)
+            own["labels"] = self.labels[number :: len(self.sizes)]
+        return self.model_copy(update=own)
+
+    def conditions_at(self, number: int, arrays: Mapping[str, Array]) -> dict[str, Array]:
+        """Return the rows of one size: without timesteps they are samples, of each size in turn."""
+        if not self.sizes or self.timestep is not None:
+            return dict(arrays)
+        every = slice(number, None, len(self.sizes))
+        shapes = {item.name: item.at_size(number).shape for item in self.inputs}
+        return {name: cut_to(values[every], shapes[name]) for name, values in arrays.items()}
+
+    def size_of(self, sample: Array) -> int:
+        """Return the number of the size that ``sample`` [N, ...] has; 0 where there is one."""
+        return self.sample.sizes.index(tuple(sample.shape[1:])) if self.sizes else 0
+
+    @property
+    def size_names(self) -> tuple[str, ...]:
+        """The sizes as the user names them."""
+        return tuple(str(ImageSize(*size)) for size in self.sizes)
+
+    @property
+    def largest_first(self) -> tuple[int, ...]:
+        """The numbers of the sizes, those of the largest samples first."""
+        return tuple(
+            sorted(range(len(self.sizes)), key=lambda k: -prod(self.sample.at_size(k).shape))
+        )
 
     @property
     def timestep_name(self) -> str:
@@ -157,3 +243,20 @@ class FloatModel:
     conditions: dict[str, Array]
     pipeline: Path | None = None
     calls: Path | None = None
+
+    def at_size(self, number: int) -> FloatModel:
+        """Return the model at one of its sizes alone."""
+        conditions = self.spec.conditions_at(number, self.conditions)
+        return replace(self, spec=self.spec.at_size(number), conditions=conditions)
+
+
+def cut_to(values: Array, shape: tuple[int, ...]) -> Array:
+    """Return the first ``shape`` of each row of ``values`` [N, ...]."""
+    place = (slice(None), *map(slice, shape))
+    return values[place]
+
+
+def fill_to(values: Array, shape: tuple[int, ...]) -> Array:
+    """Return ``values`` [N, ...] with zeros behind each row, [N, *shape]."""
+    more = [(0, most - here) for most, here in zip(shape, values.shape[1:], strict=True)]
+    return np.pad(values, [(0, 0), *more])

@@ -12,7 +12,7 @@ import ast
 import gc
 import hashlib
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,7 +27,7 @@ from mpq_deploy.graph.passes.drop_squeezes import DropSqueezesPass
 from mpq_deploy.graph.passes.fold_constants import FoldConstantsPass
 from mpq_deploy.graph.passes.hide_near_neutral import HideNearNeutralPass
 from mpq_deploy.graph.passes.name_nodes import NameNodesPass
-from mpq_deploy.models.spec import Array, InputSpec
+from mpq_deploy.models.spec import EACH_SIZE, Array, InputSpec
 from mpq_deploy.system.libraries import gist, silenced
 from mpq_deploy.system.progress import Talk
 
@@ -69,6 +69,10 @@ class TorchNetwork:
         self.inputs, self.output, self._call = tuple(inputs), output, call
         self.more_outputs = tuple(more_outputs)
 
+    def taking(self, inputs: Sequence[InputSpec]) -> TorchNetwork:
+        """Return the network with other shapes of its inputs."""
+        return TorchNetwork(self.module, inputs, self.output, self._call, self.more_outputs)
+
     def to_onnx(self, talk: Talk) -> ir.Model:
         """Export with ``torch.onnx.export`` (dynamo), name everything, raise the declared opset."""
         check_parameters(self.module)
@@ -100,7 +104,8 @@ class TorchNetwork:
 
     def _exported(self) -> ir.Model:
         example = tuple(self._example(item) for item in self.inputs)
-        axes = tuple({0: torch.export.Dim.DYNAMIC} for _ in example)
+        opened = [(0, *(1 + axis for axis in item.open_axes)) for item in self.inputs]
+        axes = tuple(dict.fromkeys(axes, torch.export.Dim.DYNAMIC) for axes in opened)
         wrapper = _Wrapper(self.module, self._call).eval()
         try:
             with silenced(), torch.no_grad():
@@ -116,6 +121,12 @@ class TorchNetwork:
                     verbose=False,
                 )
         except torch.onnx.OnnxExporterError as error:
+            if shapes := [list(one) for item in self.inputs for one in item.sizes]:
+                raise ModelError(
+                    f"PyTorch can export {type(self.module).__name__} for one size alone, not for samples of "
+                    f"{', '.join(map(str, shapes))}: {gist(error.__cause__ or error)}",
+                    EACH_SIZE,
+                ) from error
             if FIXED_AXIS in str(error.__cause__ or error):
                 raise ModelError(
                     f"{type(self.module).__name__} computes with the number of samples as a Python number, so that "
@@ -230,18 +241,18 @@ def _same_values(constant: ir.TensorProtocol | None, parameter: torch.Tensor) ->
 
 
 def name_after_modules(model: ir.Model) -> None:
-    """Name nodes ``module.path/Op``, outputs alike, the batch axis ``batch``; drop traces."""
+    """Name nodes ``module.path/Op``, outputs alike, axes ``batch``, ``height``, ``width``; drop traces."""
     graph = model.graph
     for node in graph:
         node.name = f"{_module_of(node)}/{node.op_type}".removeprefix("/")
     NameNodesPass()(model)
     names = {value.name for value in (*graph.inputs, *graph.outputs)} | set(graph.initializers)
-    batch = graph.inputs[0].shape[0]  # type: ignore[index]
+    axes = _axis_names(graph.inputs[0])
     for value in (*graph.inputs, *graph.outputs):
-        _rename_axis(value, batch)
+        _rename_axes(value, axes)
     for node in graph:
         for index, value in enumerate(node.outputs):
-            _rename_axis(value, batch)
+            _rename_axes(value, axes)
             if value.name not in names:
                 value.name = node.name if index == 0 else f"{node.name}:{index}"
     common_passes.ClearMetadataAndDocStringPass()(model)
@@ -260,13 +271,22 @@ def _module_of(node: ir.Node) -> str:
     return path[-1].removeprefix(PREFIX.rstrip(".")).removeprefix(".") if path else ""
 
 
-def _rename_axis(value: ir.Value, batch: object) -> None:
-    """Write the traced symbol of the batch axis as ``batch``."""
+def _axis_names(sample: ir.Value) -> dict[str, str]:
+    """Return what the traced symbols of the sample's axes are called: symbol -> name."""
+    shape = tuple(sample.shape or ())
+    names = ("batch", *(f"size_{axis}" for axis in range(1, len(shape))))
+    if len(shape) == 4:
+        names = (*names[:2], "height", "width")
+    return {str(s.value): n for s, n in zip(shape, names) if isinstance(s, ir.SymbolicDim)}
+
+
+def _rename_axes(value: ir.Value, axes: Mapping[str, str]) -> None:
+    """Write the traced symbols of axes by their names."""
     if value.shape is None:
         return
-    symbol = re.compile(rf"\b{re.escape(str(batch))}\b")
+    symbol = re.compile("|".join(rf"\b{re.escape(one)}\b" for one in axes) or "(?!)")
     value.shape = ir.Shape(
-        symbol.sub("batch", str(size.value))
+        symbol.sub(lambda found: axes[found[0]], str(size.value))
         if isinstance(size, ir.SymbolicDim) and size.value is not None
         else size
         for size in value.shape

@@ -37,6 +37,7 @@ from mpq_deploy.report.data import (
     Quality,
     RecoveryInfo,
     ReportData,
+    SizeRow,
     SolverInfo,
     StageRow,
     TargetInfo,
@@ -196,6 +197,18 @@ class _Evaluated:
         fields = {
             **ours,
             "timesteps": result.timesteps,
+            "by_size": tuple(
+                SizeRow(
+                    size=size,
+                    title=titles(plan).get(name, name),
+                    measured_nmse=_finite(of.measured_nmse),
+                    psnr_db=of.psnr_db and _finite(of.psnr_db),
+                    ssim=_finite(of.ssim),
+                    samples=of.samples,
+                )
+                for size, found in result.by_size.items()
+                for name, of in found.items()
+            ),
             "evaluation": EvaluationInfo(
                 **conditions, sampler=result.sampler, image_kind=result.image_kind
             ),

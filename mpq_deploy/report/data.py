@@ -318,6 +318,17 @@ class EvaluationInfo(Part):
     image_kind: Literal["pixels", "decoded", "latents", "features"] = "pixels"
 
 
+class SizeRow(Part):
+    """A variant's figures at one of several sizes; ``psnr_db`` None: images equal to the float model's."""
+
+    size: str
+    title: str
+    measured_nmse: float | None
+    psnr_db: float | None
+    ssim: float | None
+    samples: int
+
+
 class FrechetInfo(Part):
     """A Frechet distance of one model's images with all that it depends on (``evaluate.metrics``).
 
@@ -574,6 +585,7 @@ class ReportData(Quality):
     timesteps: tuple[float, ...] = ()
     evaluation: EvaluationInfo | None = None
     loss_timesteps: tuple[float, ...] = ()
+    by_size: tuple[SizeRow, ...] = Field((), description="of a model of several sizes")
     extras: dict[str, Control] = Field(
         default_factory=dict, description="this plan, run in another way"
     )

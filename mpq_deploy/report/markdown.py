@@ -9,6 +9,7 @@ from mpq_deploy.report.data import Control, ReportData, SchemeTotal, StageRow, k
 from mpq_deploy.report.words import (
     DEVICE_COLUMNS,
     FRECHET_COLUMNS,
+    SIZE_COLUMNS,
     control_layers,
     controls_note,
     count,
@@ -28,6 +29,7 @@ from mpq_deploy.report.words import (
     score_groups,
     similarity,
     size,
+    size_rows,
     title_of,
 )
 
@@ -48,6 +50,7 @@ def markdown_report(data: ReportData) -> str:
         f"Output error: {prediction(data)}. {plain(data.prediction_note)} {_engine_line(data)}".replace(
             "  ", " "
         ),
+        *(["### Sizes", table(SIZE_COLUMNS, size_rows(data))] if data.by_size else []),
         *_frechet(data),
         *_scores(data),
         *_importance(data),

@@ -271,6 +271,24 @@ def score_row(title: str, row: ScoreInfo) -> list[str]:
     return [title, f"{row.value:.4g}", ends[0], *over, score_verdict(row)]
 
 
+SIZE_COLUMNS = ("size", "variant", "PSNR", "SSIM", "output error (NMSE)", "images")
+
+
+def size_rows(data: ReportData) -> list[list[str]]:
+    """Return the figures at each of several sizes."""
+    return [
+        [
+            row.size,
+            row.title,
+            decibels(row.psnr_db, row.psnr_db is None),
+            NOT_MEASURED if row.ssim is None else f"{row.ssim:.4f}",
+            error(row.measured_nmse),
+            str(row.samples),
+        ]
+        for row in data.by_size
+    ]
+
+
 def score_groups(data: ReportData) -> list[tuple[str, tuple[str, ...], list[list[str]]]]:
     """Return each score of this plan: its description, columns, its row with the controls'."""
     return [

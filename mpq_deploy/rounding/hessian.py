@@ -110,13 +110,16 @@ class HessianPlan:
     ) -> HessianPlan:
         """Plan the Hessians; the arguments and errors are those of ``iterate_hessians``."""
         source = _Source(graph, calls, settings, talk, scratch)
-        shapes = activation_shapes(graph, calls, talk, scratch)
+        sizes = range(len(calls.spec.sizes)) or (None,)
+        shapes = [activation_shapes(graph, calls, talk, scratch, size=one) for one in sizes]
         nodes = {node.name: node for node in graph.model.graph}
         planned = [
             (
                 layer,
                 tuple(
-                    _Patches.of(nodes[use.node], use, layer, shapes[use.input])
+                    _Patches.at_sizes(
+                        [_Patches.of(nodes[use.node], use, layer, of[use.input]) for of in shapes]
+                    )
                     for use in layer.uses
                 ),
             )
@@ -210,6 +213,7 @@ class _Patches:
     """How a node sees its input as rows [positions, group, columns]; the key of a Hessian.
 
     For a Conv the spatial attributes are per dimension; for a product ``kernel`` is empty.
+    ``sized``: the same at each of the model's sizes, where there are several.
     """
 
     tensor: str
@@ -221,6 +225,16 @@ class _Patches:
     pads: tuple[int, ...] = ()
     dilations: tuple[int, ...] = ()
     out_size: tuple[int, ...] = ()
+    sized: tuple[_Patches, ...] = ()
+
+    @classmethod
+    def at_sizes(cls, found: list[_Patches]) -> _Patches:
+        """Return one of what a node sees at each size."""
+        return found[0] if len(found) == 1 else replace(found[0], sized=tuple(found))
+
+    def at(self, size: int) -> _Patches:
+        """Return what the node sees at a size."""
+        return self.sized[size] if self.sized else self
 
     @classmethod
     def of(cls, node: ir.Node, use: LayerUse, layer: Layer, shape: ActivationShape) -> _Patches:
@@ -476,7 +490,7 @@ def _accumulate(
         for job, rows in zip(jobs, parts, strict=True):
             waiting.add(job, rows)
             repeats = len(batch.calls) if job.shape.batch_axis is not None else 1
-            sums[job].population += repeats * job.rows_per_call
+            sums[job].population += repeats * job.at(batch.size).rows_per_call
     waiting.finish()
     for job in jobs:
         sums[job].blocks /= np.float32(sums[job].rows)
@@ -495,6 +509,7 @@ def _batch_taps(
 
     The draw depends on seed, tensor, timestep and call, not on the batch.
     """
+    job = job.at(batch.size)
     count = job.sampled(total_calls, settings)
     seed = (SEED, zlib.crc32(job.tensor.encode()), batch.step)
     jitter = np.random.default_rng(seed).random((calls, count))[batch.calls]

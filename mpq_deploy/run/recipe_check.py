@@ -24,6 +24,7 @@ def check_recipe(recipe: Recipe) -> None:
         )
     _check_schemes(recipe, target)
     _check_attention(recipe, target)
+    _check_sizes(recipe)
     check_latency(recipe, target)
     if recipe.measure.method == "orm" or recipe.measure.sampling == "adaptive":
         check_timesteps(recipe)
@@ -72,6 +73,21 @@ def _check_attention(recipe: Recipe, target: Target) -> None:
         raise UsageError(
             f"allocate.attention is fp8, and {what}: attention in FP8 is measured by probes and not trained.",
             "Leave out one of them.",
+        )
+
+
+def _check_sizes(recipe: Recipe) -> None:
+    """Refuse what is made for one size alone beside several."""
+    alone = {
+        "recover.steps": recipe.recover.steps,
+        "evaluate.correction": recipe.evaluate.correction != "none",
+        "--calls": recipe.calls,
+    }
+    given = next((name for name, value in alone.items() if value), "")
+    if len(recipe.sizes) > 1 and given:
+        raise UsageError(
+            f"{given} is for one size, and {len(recipe.sizes)} are given (--sizes).",
+            "Leave one of them out.",
         )
 
 

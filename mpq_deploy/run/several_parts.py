@@ -15,7 +15,7 @@ from mpq_deploy.allocate.joint import PartProblem, Share, solve_jointly
 from mpq_deploy.allocate.plan_solver import PlanSolver
 from mpq_deploy.errors import UsageError
 from mpq_deploy.graph.writers.deployed_graphs import SIMULATED
-from mpq_deploy.models.pipeline_parts import Parts
+from mpq_deploy.models.pipeline_parts import TEXT, Parts
 from mpq_deploy.models.spec import DenoiserSpec
 from mpq_deploy.recipe import Recipe, load_recipe, make_recipe
 from mpq_deploy.run.effort import with_counts_of
@@ -113,6 +113,8 @@ class WholeRun:
     def own_recipe(self, name: str, share: Share | None = None) -> Recipe:
         """Return the recipe of a part's run; before there is a ``share``, with the whole's budget."""
         given = {k: v for k, v in self._given.items() if k != "pinned"} | {"component": name}
+        if name.startswith(TEXT):
+            given.pop("sizes", None)
         section = dict(given.get("allocate", {}))
         section |= {"objective": "quality", "max_latency": None, "max_loss": None}
         if name in self.parts.pinned:

@@ -52,7 +52,7 @@ class RuntimeUNet(torch.nn.Module):  # type: ignore[misc]
         self._checked: dict[str, Any] = {}
         known: dict[str, Any] = {}
         if len(spec.sample.shape) == 3:
-            channels, *size = spec.sample.shape
+            channels, *size = spec.at_size(0).sample.shape
             known = {
                 "in_channels": channels,
                 "sample_size": size[0] if len(set(size)) == 1 else size,
@@ -89,6 +89,7 @@ class RuntimeUNet(torch.nn.Module):  # type: ignore[misc]
         declared = self.spec.timestep
         assert declared is not None  # load refuses a component without timesteps
         sample = _first(given, (SAMPLE, self.spec.sample.name, "hidden_states"), "sample")
+        self._check_size(sample)
         times = _first(given, ("timestep", declared.name), "timestep")
         conditions = self._conditions(given)
         feeds = {
@@ -169,6 +170,16 @@ class RuntimeUNet(torch.nn.Module):  # type: ignore[misc]
         if not declared.batched:
             return self._one_time(times, declared)
         return times.reshape(count, *declared.shape) if declared.shape else times
+
+    def _check_size(self, sample: torch.Tensor) -> None:
+        """Refuse a sample of a size that the graph was not made for, with those that it was."""
+        sizes = self.spec.sample.sizes
+        if sizes and tuple(sample.shape[1:]) not in sizes:
+            taken = (f"{name} ({list(one)})" for name, one in zip(self.spec.size_names, sizes))
+            raise UsageError(
+                f"The denoiser was not built for samples of the shape {list(sample.shape[1:])}.",
+                f"It takes {', '.join(taken)}; build it with --sizes for others.",
+            )
 
     def _check_first_tokens(self, given: dict[str, Any]) -> None:
         """Refuse a text whose first token is not the one whose keys and values the graph holds."""

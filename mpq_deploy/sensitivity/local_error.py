@@ -150,7 +150,7 @@ def tap_names(layers: tuple[Layer, ...]) -> list[str]:
 
 def _shared_values(taps: Taps, shapes: Shapes, calls: Calls) -> frozenset[str]:
     """Return the values that several calls share, such as the embedding of a scalar timestep."""
-    if calls.fixed_batch or calls.count == 1:
+    if not calls.paired:
         return frozenset()
     pair = taps.values(calls.feeds(0, slice(0, 2)))
     return frozenset(name for name, shape in shapes.items() if pair[name].shape == shape)

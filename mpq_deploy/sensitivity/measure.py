@@ -52,5 +52,9 @@ def _gain_instead(reason: str, subject: Subject) -> SensitivityTable:
 def _measure(method: str, subject: Subject) -> SensitivityTable:
     name = METHODS[method].module
     module = importlib.import_module(f"mpq_deploy.sensitivity.{name}")
-    table: SensitivityTable = getattr(module, f"measure_{name}")(subject)
-    return table
+    alone = subject if METHODS[method].any_size else subject.at_one_size()
+    table: SensitivityTable = getattr(module, f"measure_{name}")(alone)
+    if alone is subject:
+        return table
+    largest = subject.spec.size_names[subject.spec.largest_first[0]]
+    return replace(table, notes=(*table.notes, f"losses are measured at {largest} alone"))

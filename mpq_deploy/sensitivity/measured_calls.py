@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from mpq_deploy.calls.recorded import RecordedCalls, dealt
+from mpq_deploy.calls.recorded import RecordedCalls
 from mpq_deploy.errors import ModelError
 from mpq_deploy.graph.layers import LayerGraph
 from mpq_deploy.models.spec import Array
@@ -41,9 +41,9 @@ class Calls:
     ) -> None:
         calibration = calls.recorded
         self.fixed_batch = _fixed_batch(graph, calls)
-        recorded = calibration.count
-        multiple = self.fixed_batch or 1
-        self.count = min(samples, recorded) // multiple * multiple
+        recorded, sizes = calibration.count, _by_size(calls)
+        multiple, least = self.fixed_batch or 1, len(sizes) if len(sizes) > 1 else 0
+        self.count = max(min(samples, recorded), least) // multiple * multiple
         if not self.count:
             raise ModelError(
                 f"The model takes {multiple} samples at once, but only {min(samples, recorded)} would be measured.",
@@ -53,11 +53,16 @@ class Calls:
         self.first = slice(0, multiple)
         self.spec = calls.spec
         self._recorded = calls
-        even = np.linspace(0, recorded - 1, self.count).round().astype(np.int64)
-        self.picked = np.tile(even, (len(self.timesteps), 1))
-        order = dealt(calibration.rows, np.arange(recorded)).astype(np.int64)
-        if rotate and self.count < recorded:
-            self.picked = order[np.arange(self.picked.size).reshape(self.picked.shape) % recorded]
+        order = calibration.dealt(np.arange(recorded)).astype(np.int64)
+        shares = [(self.count + place) // len(sizes) for place in reversed(range(len(sizes)))]
+        picked = [
+            _picked(some, order[np.isin(order, some)], share, len(self.timesteps), rotate)
+            for some, share in zip(sizes, shares, strict=True)
+        ]
+        self.picked = np.concatenate(picked, axis=1)
+        self.count = self.picked.shape[1]
+        # Columns of one size lie together, those of the largest first.
+        self._ends = np.cumsum([one.shape[1] for one in picked]).tolist()
         self.turns = np.argsort(order)[self.picked]
 
     def chunks(self, batch: int) -> Iterator[tuple[int, slice]]:
@@ -67,9 +72,15 @@ class Calls:
                 yield step_index, chunk
 
     def chunks_of_step(self, batch: int) -> Iterator[slice]:
-        """Yield the slices of the calls of one timestep."""
-        for start in range(0, self.count, batch):
-            yield slice(start, min(start + batch, self.count))
+        """Yield the slices of the calls of one timestep, each of one size."""
+        for begin, end in zip((0, *self._ends), self._ends):
+            for start in range(begin, end, batch):
+                yield slice(start, min(start + batch, end))
+
+    @property
+    def paired(self) -> bool:
+        """Whether the first two calls may run together."""
+        return not self.fixed_batch and self._ends[0] > 1
 
     def halves(self, calls: slice) -> list[slice]:
         """Cut a slice of calls in two; none where the graph takes no fewer at once."""
@@ -81,6 +92,26 @@ class Calls:
     def feeds(self, step_index: int, calls: slice) -> dict[str, Array]:
         """Return the graph's inputs of ``calls`` (a slice of 0..count) at a timestep."""
         return self._recorded.feed(step_index, self.picked[step_index, calls])
+
+
+def _by_size(calls: RecordedCalls) -> list[Array]:
+    """Return the recorded calls of each size, int64, those of the largest first."""
+    found = calls.recorded.of_one_size(0, np.arange(calls.recorded.count))
+    if len(found) == 1 or (sizes := calls.recorded.sizes) is None:
+        return found
+    return sorted(found, key=lambda some: calls.spec.largest_first.index(int(sizes[0, some[0]])))
+
+
+def _picked(calls: Array, order: Array, count: int, steps: int, rotate: bool) -> Array:
+    """Choose ``count`` of the ``calls`` of one size at each timestep, int64 [steps, count].
+
+    ``order``: the same calls, dealt out.
+    """
+    count = min(count, len(calls))
+    even = calls[np.linspace(0, len(calls) - 1, count).round().astype(np.int64)]
+    if not rotate or count == len(calls):
+        return np.tile(even, (steps, 1))
+    return order[np.arange(steps * count).reshape(steps, count) % len(calls)]
 
 
 def _fixed_batch(graph: LayerGraph, calls: RecordedCalls) -> int | None:

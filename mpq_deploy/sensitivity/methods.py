@@ -11,22 +11,24 @@ class Method:
 
     ``predicts``: its losses are expected relative squared errors of the denoiser's output; those of
     others only rank. ``weighs_bits``: by an importance of each layer, and the timesteps with it.
-    ``control``: measured beside orm, to show what its ranking is worth.
+    ``any_size``: of calls of several sizes all; others take those of the largest. ``control``:
+    measured beside orm, to show what its ranking is worth.
     """
 
     module: str
     predicts: bool = False
     weighs_bits: bool = False
+    any_size: bool = True
     control: bool = False
 
 
 METHODS = {
     "probe": Method("probe", predicts=True),
-    "gain": Method("gain", predicts=True),
+    "gain": Method("gain", predicts=True, any_size=False),
     "local_error": Method("local_error"),
     "exhaustive": Method("exhaustive", predicts=True),
     "kurtosis": Method("kurtosis", weighs_bits=True),
-    "orm": Method("orm", weighs_bits=True),
+    "orm": Method("orm", weighs_bits=True, any_size=False),
     "size-only": Method("size_only", weighs_bits=True, control=True),
     "random": Method("random_importance", weighs_bits=True, control=True),
 }

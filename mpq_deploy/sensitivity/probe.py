@@ -235,7 +235,7 @@ class _Probing:
         whole, parts = (len(footprint.made),), parts_within(footprint, gradients, most)
         if len(parts) > 1:
             return self._calls.fixed_batch or 1, tuple(part.stop for part in parts), ()
-        if self._calls.fixed_batch or self._calls.count == 1:
+        if not self._calls.paired:
             return self._calls.fixed_batch or 1, whole, ()
         largest = min(self._settings.batch_size, self._calls.count)
         batch = max(1, min(largest, most // max(one, 1)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -63,6 +63,14 @@ class Subject:
     shares: tuple[float, ...] | None = None
     rotate: bool = False
     attentions: tuple[Operands, ...] = ()
+
+    def at_one_size(self) -> Subject:
+        """Return the subject at the largest of several sizes alone, for metrics that keep values by shape."""
+        if not self.spec.sizes:
+            return self
+        size = self.spec.largest_first[0]
+        alone = self.calibration.at_size(self.spec, size)
+        return replace(self, calibration=alone, spec=self.spec.at_size(size))
 
     @property
     def crew(self) -> Crew:

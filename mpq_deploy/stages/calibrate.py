@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from mpq_deploy.calls.recorded import CallSet
 from mpq_deploy.calls.timesteps import KEPT_TIMESTEPS
 from mpq_deploy.check.check import OPERATOR_RULES, check_dialect
@@ -82,8 +80,8 @@ def make(run: Run, folder: Path) -> str:
     recorded = recorded.used(section.timesteps)
     stats.save(folder / "stats.npz")
     save_shifted(stats, exported.graph, folder)
-    # One call at each timestep.
-    watched = setup.calls(recorded.take(np.zeros(1, np.int64)))
+    # One call of each size at each timestep.
+    watched = setup.calls(recorded.take(recorded.one_of_each()))
     beyond = large_values(exported.path, watched, run.talk, above=WIDE_FROM)
     if beyond:
         run.talk.line(
@@ -126,7 +124,7 @@ def _kept(run: Run) -> KeptCalls | None:
     """Return what the stage recorded before, from the same noise by the same sampler; None for nothing."""
     now, spec = STAGE.fields(run), run.exported.spec
     before = run.folder.made_before("calibrate", now, NOT_RECORDED | {SAMPLES, TIMESTEPS})
-    if before is None or spec.recorded or before.device != str(computing_on()):
+    if before is None or spec.recorded or spec.sizes or before.device != str(computing_on()):
         return None
     timesteps, samples = before.inputs[TIMESTEPS], before.inputs[SAMPLES]
     if max(timesteps, KEPT_TIMESTEPS) != max(now[TIMESTEPS], KEPT_TIMESTEPS):

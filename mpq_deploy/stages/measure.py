@@ -153,7 +153,11 @@ def _measured_steps(run: Run) -> tuple[Array, tuple[float, ...] | None, tuple[st
         notes = (fewer,) if section.timesteps > available else ()
         return sampled_steps(available, count), None, notes
     exported = run.exported
-    recorded = RecordedCalls(calls, exported.spec)
+    spec = exported.spec
+    if spec.sizes:
+        size = spec.largest_first[0]
+        calls, spec = calls.at_size(spec, size), spec.at_size(size)
+    recorded = RecordedCalls(calls, spec)
     coarse = min(section.coarse_timesteps, available)
     chosen = adapted_steps(exported.graph, recorded, _settings(run), run.talk, count, coarse)
     shares = stride_shares(chosen, available)

@@ -86,7 +86,7 @@ class PlanQuality:
 
     def _measure(self, schemes: dict[str, str]) -> dict[str, Any]:
         """Measure a plan, stored or not."""
-        model, cache = self._exported.model, self.run.base / SAMPLES
+        model, cache = self._exported.model.at_size(0), self.run.base / SAMPLES
         if self._calls is None:
             self._calls = FreshCalls(model, self.settings, self.run.talk, cache)
         with tempfile.TemporaryDirectory(dir=self.run.scratch()) as folder:

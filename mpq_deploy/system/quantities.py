@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import PlainSerializer, PlainValidator
 
@@ -137,6 +137,41 @@ class Duration:
         return self.text
 
 
+@dataclass(frozen=True)
+class ImageSize:
+    """Width and height of an image in pixels; of a denoiser without a decoder its sample's own."""
+
+    width: int
+    height: int
+
+    @classmethod
+    def parse(cls, value: str | ImageSize) -> ImageSize:
+        """Read ``768x512``. Raises UsageError for anything else."""
+        if isinstance(value, ImageSize):
+            return value
+        match = re.fullmatch(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})", str(value).strip())
+        if match is None:
+            raise UsageError(
+                f"Invalid size '{str(value)[:80]}'.", "Give WIDTHxHEIGHT, such as 512x512."
+            )
+        return cls(int(match[1]), int(match[2]))
+
+    @classmethod
+    def parse_list(cls, value: Any) -> tuple[ImageSize, ...]:
+        """Read ``512x512,768x512`` or a list of sizes. Raises UsageError, also for one named twice."""
+        listed = value.split(",") if isinstance(value, str) else value
+        if not isinstance(listed, (list, tuple)):
+            raise UsageError(f"Invalid sizes '{str(value)[:80]}'.", "Give 512x512,768x512.")
+        sizes = tuple(map(cls.parse, listed))
+        twice = next((one for one in sizes if sizes.count(one) > 1), None)
+        if twice is not None:
+            raise UsageError(f"The size {twice} is named twice.", "Name each size once.")
+        return sizes
+
+    def __str__(self) -> str:
+        return f"{self.width}x{self.height}"
+
+
 def duration_text(seconds: float) -> str:
     """Return a time as people say it, in two digits: 8 s, 2.5 min, 31 min, 1.2 h."""
     for size, unit in ((3600, "h"), (60, "min")):
@@ -153,4 +188,9 @@ LatencyEntry = Annotated[
 ]
 DurationEntry = Annotated[
     Duration, PlainValidator(Duration.parse), PlainSerializer(str, return_type=str)
+]
+SizesEntry = Annotated[
+    tuple[ImageSize, ...],
+    PlainValidator(ImageSize.parse_list),
+    PlainSerializer(lambda sizes: [str(size) for size in sizes], return_type=list[str]),
 ]

@@ -293,7 +293,7 @@ def test_a_wrongly_declared_shape_is_an_error() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
             "mpq_deploy.calibrate.observers.activation_shapes",
-            lambda *_: shapes | {"relu_out": wrong},
+            lambda *_, **__: shapes | {"relu_out": wrong},
         )
         with pytest.raises(ModelError, match="'relu_out' is not of the shape"):
             observe(graph, calls_of(small), OPTIONS, Talk())

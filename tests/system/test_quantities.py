@@ -6,7 +6,7 @@ import pytest
 
 from mpq_deploy.errors import UsageError
 from mpq_deploy.recipe import load_recipe
-from mpq_deploy.system.quantities import Budget, Latency
+from mpq_deploy.system.quantities import Budget, ImageSize, Latency
 
 
 @pytest.mark.parametrize(
@@ -72,3 +72,27 @@ def test_a_recipe_keeps_both_as_they_were_written() -> None:
     assert (written["budget"], written["allocate"]["max_latency"]) == ("0.4", "850us")
     with pytest.raises(UsageError, match="Invalid latency 'soon'"):
         load_recipe(None, {"allocate.max_latency": "soon"})
+
+
+def test_sizes_as_a_user_writes_them() -> None:
+    sizes = (ImageSize(512, 512), ImageSize(768, 512))
+    for given in ("512x512,768x512", ["512x512", " 768x512 "], sizes):
+        assert ImageSize.parse_list(given) == sizes
+    recipe = load_recipe(None, {"sizes": "512x512,768x512"})
+    assert recipe.sizes == sizes and "sizes:\n- 512x512\n- 768x512" in recipe.to_yaml()
+    assert load_recipe(None).sizes == ()
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("512", "Invalid size '512'"),
+        ("512x0", "Invalid size '512x0'"),
+        ("512*512", "Give WIDTHxHEIGHT"),
+        ("8x8,8x8", "8x8 is named twice"),
+        (512, "Invalid sizes '512'"),
+    ],
+)
+def test_sizes_that_are_none_are_refused(given: object, said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        ImageSize.parse_list(given)

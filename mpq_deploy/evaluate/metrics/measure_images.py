@@ -115,14 +115,14 @@ def measure_metrics(run: Run, options: MetricsOptions) -> ImageMetrics:
     if options.seed is not None:
         settings = settings.replace(seed=options.seed)
     cache = run.base / ".samples"
-    shape = image_shape(exported.model)
+    shape = image_shape(exported.model.at_size(0))
     scores = open_scores(options.scores, network_options, exported.spec, shape)
     reals = {
         network.name: real_set(options.real, network, network_options, shape)
         for network in networks
     }
     sources = _sources(run, exported.path, settings.seed, options.controls)
-    model = exported.model
+    model = exported.model.at_size(0)
     sampled = sample_many(sources, model, settings, cache, run.talk, _crew(run, options.workers))
     measure = _Measure(sampled, settings, SampleCache(cache, run.talk), run.talk)
     rows = {name: [] for name in sources if name not in (FLOAT, OTHER)}  # type: dict[str, list[FrechetInfo]]

@@ -14,8 +14,8 @@ class DropSqueezesPass(GraphPass):
     The exporter writes ``x.squeeze(1)`` as a Squeeze whatever the size of that axis is (PixArt's
     transformer ends so).
 
-    1. Every axis named has a known size other than one: the Squeeze goes, and its input takes its
-       place.
+    1. Every axis named has a known size other than one, or a symbol of the trace, which stands for
+       sizes other than one: the Squeeze goes, and its input takes its place.
     2. Any other Squeeze stays: an axis of size one, of unknown size, or no axes at all.
     """
 
@@ -46,4 +46,6 @@ def _does_nothing(node: ir.Node) -> bool:
     if source is None or source.shape is None or axes is None or axes.const_value is None:
         return False
     sizes = [source.shape[int(axis)] for axis in axes.const_value.numpy().reshape(-1)]
-    return bool(sizes) and all(isinstance(size, int) and size != 1 for size in sizes)
+    return bool(sizes) and all(
+        size.value is not None if isinstance(size, ir.SymbolicDim) else size != 1 for size in sizes
+    )

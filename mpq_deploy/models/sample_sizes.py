@@ -1,0 +1,123 @@
+"""The sizes that one graph is to take: checked, in what the model sees, and as its inputs' shapes.
+
+In: a denoiser as it was opened, sizes in pixels (without a decoder: in its sample's own units). Out:
+the same denoiser, whose inputs have a shape at each size.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from mpq_deploy.errors import UsageError
+from mpq_deploy.models.additions import CONFIG, VAE, read_json
+from mpq_deploy.models.denoiser import Denoiser
+from mpq_deploy.models.spec import DenoiserSpec
+from mpq_deploy.system.quantities import ImageSize
+
+ALONE = "Leave --sizes out: it is built for its own size."
+DECODER_FOLDERS = (VAE, "vqvae")
+
+
+def with_sizes(denoiser: Denoiser, sizes: Sequence[ImageSize], source: Path) -> Denoiser:
+    """Return ``denoiser``, opened from ``source``, for ``sizes``.
+
+    Raises UsageError where its samples have no height and width, and for a size that it cannot take.
+    """
+    spec = denoiser.spec
+    if spec.sizes:
+        return denoiser
+    if not spec.sampled or len(spec.sample.shape) != 3:
+        shape = list(spec.sample.shape)
+        what = f"{spec.name} takes samples of the shape {shape}, called by {_caller(spec)}"
+        raise UsageError(f"{what}: --sizes is for denoisers of [channels, height, width].", ALONE)
+    factor = pixel_factor(source, spec.config) if source.is_dir() else 1
+    check_multiples(sizes, factor * sample_multiple(spec.config))
+    channels = spec.sample.shape[0]
+    shapes = [(channels, size.height // factor, size.width // factor) for size in sizes]
+    sample = spec.sample.with_sizes(shapes)
+    spec = spec.model_copy(update={"sample": sample, "sizes": named_sizes(sizes)})
+    decoder = denoiser.decoder
+    if decoder is not None:
+        decoder = decoder.taking([decoder.inputs[0].with_sizes(shapes)])
+    return replace(
+        denoiser, spec=spec, network=denoiser.network.taking(spec.inputs), decoder=decoder
+    )
+
+
+def named_sizes(sizes: Sequence[ImageSize]) -> tuple[tuple[int, int], ...]:
+    """Return what a description says of several sizes; nothing for one."""
+    return tuple((size.width, size.height) for size in sizes) if len(sizes) > 1 else ()
+
+
+def sized_calls(
+    calls: Sequence[Mapping[str, Any]],
+    sizes: Sequence[ImageSize],
+    pipeline: Any,
+    config: Mapping[str, Any],
+) -> tuple[dict[str, Any], ...]:
+    """Return each call at each of the ``sizes``, one after the other; without sizes the calls.
+
+    ``config``: of the part that must take them. Raises UsageError for a size that it cannot take, a
+    pipeline that is not told a size, and calls that name one.
+    """
+    factor = int(getattr(pipeline, "vae_scale_factor", 1))
+    check_multiples(sizes, factor * sample_multiple(config))
+    taken = inspect.signature(type(pipeline).__call__).parameters
+    if sizes and not {"height", "width"} <= set(taken):
+        raise UsageError(f"{type(pipeline).__name__} takes no height and width.", ALONE)
+    if sizes and any({"height", "width"} & set(call) for call in calls):
+        raise UsageError(
+            "--call names a height or width, and --sizes names sizes.", "Leave one of them out."
+        )
+    shapes = [{"height": size.height, "width": size.width} for size in sizes] or [{}]
+    return tuple({**call, **shape} for call in calls for shape in shapes)
+
+
+def _caller(spec: DenoiserSpec) -> str:
+    if spec.recorded:
+        return "a script"
+    return "our sampler" if spec.sampled else "its pipeline"
+
+
+def pixel_factor(folder: Path, config: Mapping[str, Any]) -> int:
+    """Return how many pixels of an image lie along one element of the sample; 1 without a decoder."""
+    found = next(
+        (folder / n / CONFIG for n in DECODER_FOLDERS if (folder / n / CONFIG).is_file()), None
+    )
+    if found is None:
+        return 1
+    values = read_json(found)
+    levels = values.get("block_out_channels") or values.get("decoder_block_out_channels") or (0,)
+    return int(2 ** (len(levels) - 1))
+
+
+def sample_multiple(config: Mapping[str, Any]) -> int:
+    """Return what height and width of a sample must be multiples of: levels of a UNet, patches."""
+    if str(config.get("_class_name")).startswith("UNet"):
+        return int(2 ** (len(config.get("block_out_channels") or (0,) * 4) - 1))
+    patch = config.get("patch_size", 1)
+    return patch if isinstance(patch, int) else 1
+
+
+def check_multiples(sizes: Sequence[ImageSize], multiple: int) -> None:
+    """Raise UsageError that names the nearest sizes for one that is no multiple of ``multiple``."""
+    for size in sizes:
+        if size.width % multiple or size.height % multiple:
+            below, above = (
+                ImageSize(
+                    *(
+                        max(1, (side + up) // multiple) * multiple
+                        for side in (size.width, size.height)
+                    )
+                )
+                for up in (0, multiple - 1)
+            )
+            nearest = " or ".join(dict.fromkeys(map(str, (below, above))))
+            raise UsageError(
+                f"The size {size} is not in steps of {multiple}, which the model needs.",
+                f"Nearest: {nearest}.",
+            )

@@ -1,0 +1,150 @@
+"""One graph of several sizes: the same outputs as the model at each, and what is said where it takes one alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+diffusers = pytest.importorskip("diffusers")
+
+from mpq_deploy.errors import ModelError, UsageError  # noqa: E402
+from mpq_deploy.models.additions import Additions  # noqa: E402
+from mpq_deploy.models.export import export_denoiser, load_exported  # noqa: E402
+from mpq_deploy.models.open import open_denoiser  # noqa: E402
+from mpq_deploy.runtime.drop_in import load  # noqa: E402
+from mpq_deploy.runtime.ort import make_session  # noqa: E402
+from mpq_deploy.system.quantities import ImageSize  # noqa: E402
+from tests.exported_networks import Form  # noqa: E402
+from tests.pipeline.runs import describe  # noqa: E402
+from tests.tiny_models import (  # noqa: E402
+    ONE_LEVEL,
+    tiny_text_pipeline_folder,
+    tiny_text_transformer_folder,
+    tiny_transformer_folder,
+    tiny_unet_folder,
+)
+
+pytestmark = [pytest.mark.slow, pytest.mark.torch]
+SIZES = ImageSize.parse_list("8x8,16x12")
+SHAPES = [(4, 8, 8), (4, 12, 16)]
+
+
+def sized(text: str, **others: Any) -> Additions:
+    return Additions(sizes=ImageSize.parse_list(text), **others)
+
+
+@pytest.mark.parametrize("exporter", ["script", "dynamo"])
+def test_a_file_of_either_exporter_has_the_networks_outputs_at_each_size(
+    tmp_path: Path, exporter: str
+) -> None:
+    path = tmp_path / "model.onnx"
+    module = Form("unet", exporter, 18, open_sizes=True).export(path)
+    described = {"sample": {"name": "sample", "shape": [4, 8, 8]}, "pixel_range": None}
+    describe(path, **described)
+    report = export_denoiser(open_denoiser(path, Additions(sizes=SIZES)), tmp_path / "export")
+    assert report.max_relative_error < 1e-5
+    exported = load_exported(tmp_path / "export")
+    spec = exported.spec
+    # The least shape that holds both; each alone is a description of one size.
+    assert spec.sample.shape == (4, 12, 16) and spec.sample.sizes == tuple(SHAPES)
+    assert [spec.at_size(k).sample.shape for k in (0, 1)] == SHAPES
+    session, random = make_session(exported.model), np.random.default_rng(1)
+    for shape in SHAPES:
+        sample, times = random.standard_normal((3, *shape), np.float32), np.array([3, 500, 900])
+        (made,) = session.run(None, {"sample": sample, "timestep": times})
+        with torch.no_grad():
+            expected = module(torch.from_numpy(sample), torch.from_numpy(times))
+        np.testing.assert_allclose(made, expected.numpy(), atol=1e-5)
+
+
+def test_a_file_of_fixed_sizes_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    Form("unet", "script", 18).export(path)
+    describe(path, pixel_range=None)
+    with pytest.raises(UsageError, match="fixes the size of its input 'sample'"):
+        open_denoiser(path, Additions(sizes=SIZES))
+
+
+def test_one_size_is_described_as_before_there_were_several(tmp_path: Path) -> None:
+    folder = tiny_unet_folder(tmp_path)
+    own, given = open_denoiser(folder), open_denoiser(folder, sized("8x8"))
+    assert given.spec == own.spec and given.network.inputs == own.network.inputs
+    own.spec.save(tmp_path / "denoiser.json")
+    assert "sizes" not in (tmp_path / "denoiser.json").read_text(encoding="utf-8")
+    # Another single size than the configuration's.
+    assert open_denoiser(folder, sized("16x8")).spec.sample.shape == (3, 8, 16)
+
+
+def test_a_size_between_the_models_steps_names_the_nearest(tmp_path: Path) -> None:
+    folder = tiny_unet_folder(tmp_path)
+    with pytest.raises(UsageError, match=r"13x8 is not in steps of 2.*12x8 or 14x8"):
+        open_denoiser(folder, sized("8x8,13x8"))
+
+
+def test_a_transformer_that_takes_one_size_alone_is_refused(tmp_path: Path) -> None:
+    folder = tiny_transformer_folder(tmp_path, "DiTTransformer2DModel")
+    denoiser = open_denoiser(folder, sized("8x8,16x8"))
+    with pytest.raises(ModelError, match=r"for one size alone.*\[4, 8, 16\].*without --sizes"):
+        export_denoiser(denoiser, tmp_path / "export")
+
+
+def test_positions_that_the_pipeline_gives_are_refused(tmp_path: Path) -> None:
+    folder = tiny_text_transformer_folder(tmp_path, "FluxTransformer2DModel")
+    with pytest.raises(UsageError, match="another 'img_ids' at 32x16 than at 16x16"):
+        open_denoiser(folder, sized("16x16,32x16", prompts=prompts(tmp_path)))
+
+
+def prompts(folder: Path) -> Path:
+    (folder / "prompts.txt").write_text("abc\ndef\nxyz\n", encoding="utf-8")
+    return folder / "prompts.txt"
+
+
+def test_a_pipeline_gives_the_same_images_at_each_size(tmp_path: Path) -> None:
+    folder = tiny_text_pipeline_folder(tmp_path, **ONE_LEVEL)
+    denoiser = open_denoiser(folder, sized("16x16,24x16", prompts=prompts(tmp_path)))
+    spec = denoiser.spec
+    assert spec.pipeline is not None and len(spec.pipeline.calls) == 6
+    widths = [[c["width"] for c in spec.at_size(k).pipeline.calls] for k in (0, 1)]  # type: ignore[union-attr]
+    assert widths == [[16] * 3, [24] * 3]
+    export_denoiser(denoiser, tmp_path / "run" / "export")
+    pipe = diffusers.DiffusionPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+
+    def image(width: int, height: int) -> Any:
+        generator = torch.Generator().manual_seed(5)
+        options = {"generator": generator, "num_inference_steps": 3, "output_type": "np"}
+        return pipe("abc", width=width, height=height, **options).images
+
+    before = [image(16, 16), image(24, 16)]
+    pipe.unet = load(tmp_path / "run" / "export" / "model.onnx")
+    for expected, size in zip(before, ((16, 16), (24, 16))):
+        np.testing.assert_allclose(image(*size), expected, atol=2e-4)
+    with pytest.raises(UsageError, match=r"was not built for samples.*It takes 16x16 .*, 24x16"):
+        image(16, 24)
+
+
+def test_a_decoder_has_rows_of_each_size_in_turn(tmp_path: Path) -> None:
+    folder = tiny_text_pipeline_folder(tmp_path, **ONE_LEVEL)
+    options = {"component": "vae_decoder", "component_samples": 8}
+    denoiser = open_denoiser(folder, sized("16x16,24x16", prompts=prompts(tmp_path), **options))
+    spec, arrays = denoiser.spec, denoiser.conditions.arrays
+    name, rows = spec.sample.name, denoiser.conditions.rows
+    assert spec.calibration_rows == 6 and rows == 8 and len(spec.sample.sizes) == 2
+    for size, shape in enumerate(spec.sample.sizes):
+        alone = spec.conditions_at(size, arrays)[name]
+        assert alone.shape == (4, *shape) and np.abs(alone).min(axis=(0, 1)).all()
+        np.testing.assert_array_equal(alone, arrays[name][size::2, :, : shape[1], : shape[2]])
+    with pytest.raises(UsageError, match="text_encoder knows no sizes"):
+        open_denoiser(folder, sized("16x16", component="text_encoder"))
+
+
+def test_calls_that_name_a_size_themselves_are_refused(tmp_path: Path) -> None:
+    folder = tiny_text_pipeline_folder(tmp_path, **ONE_LEVEL)
+    call = tmp_path / "call.yaml"
+    call.write_text("{prompt: abc, height: 16}", encoding="utf-8")
+    with pytest.raises(UsageError, match="--call names a height or width"):
+        open_denoiser(folder, sized("16x16,24x16", call=call))
