@@ -251,6 +251,17 @@ LoraOption = Annotated[
         show_default=False,
     ),
 ]
+LoraSlotsOption = Annotated[
+    Optional[int],
+    typer.Option(
+        "--lora-slots",
+        metavar="RANK",
+        min=0,
+        help="Slots of this rank for LoRAs that are given to 'generate', without a rebuild.",
+        rich_help_panel=OF_MODEL,
+        show_default="0: none",
+    ),
+]
 OnlyOption = Annotated[
     Optional[str],
     typer.Option(

@@ -71,6 +71,7 @@ DEVICE_MODULES = (
         for name in ("__init__", "arrays", "float_levels", "quantizers", "row_grids")
     ),
     "engine/__init__.py",
+    *(f"models/{name}.py" for name in ("__init__", "lora_names", "lora_option", "weight_kinds")),
     *(
         f"engine/{name}.py"
         for name in ("bisect", "build_log", "build_target", "build_worker", "builder", "expected")
@@ -129,7 +130,7 @@ def check_plan(run: Run, target: Target) -> None:
     if refused:
         more = f" (and {len(refused) - 1} more layers)" if len(refused) > 1 else ""
         raise UsageError(f"The plan is not for '{target.name}': {refused[0]}{more}.", again)
-    for one in check_model(run.deployed / DEPLOYED, target).findings:
+    for one in check_model(run.built, target).findings:
         if one.effect in ERRORS or one.rule == "opset":
             where = one.node or "opset"
             raise ModelError(
@@ -246,7 +247,7 @@ def _files(run: Run) -> dict[str, Source]:
     quantized = run.deployed
     spec = run.exported.spec
     parts: dict[str, Source] = {
-        DEPLOYED: quantized / DEPLOYED,
+        DEPLOYED: run.built,
         WEIGHTS: quantized / WEIGHTS,
         PLAN: run.stage("allocate") / "plan.json",
         DENOISER: _json(_portable(spec).model_dump(mode="json")),

@@ -113,6 +113,9 @@ class WholeRun:
     def own_recipe(self, name: str, share: Share | None = None) -> Recipe:
         """Return the recipe of a part's run; before there is a ``share``, with the whole's budget."""
         given = {k: v for k, v in self._given.items() if k != "pinned"} | {"component": name}
+        if name.startswith("vae"):
+            # LoRAs update denoisers and text encoders.
+            given.pop("lora_slots", None)
         section = dict(given.get("allocate", {}))
         section |= {"objective": "quality", "max_latency": None, "max_loss": None}
         if name in self.parts.pinned:
