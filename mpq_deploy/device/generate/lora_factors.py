@@ -44,6 +44,7 @@ PREFIXES |= {f"te{number}": f"text_encoder_{number}" for number in (2, 3)}
 KOHYA = re.compile(r"lora_(unet|transformer|te\d?)_(.+)")
 # Blocks numbered through, as Stable Diffusion's own code and kohya's files for SDXL have them.
 NUMBERED = re.compile(r"(?:(input|output)_blocks_(\d+)|middle_block)_1_(.+)")
+TEXT_LAYER = re.compile(r"encoder_layers_(\d+)_")
 FUSE = "Fuse it at the build instead: --lora FILE."
 OTHER = f"It was trained for another model, or updates convolutions. {FUSE}"
 
@@ -80,6 +81,14 @@ class _Slots:
             int(width or 0),
             int(self.part.slots[module + UP_INPUT].shape[0] or 0),
         )
+
+    def unread(self, key: str) -> bool:
+        """Whether it names a text encoder's last layer, which SDXL does not read: no graph has it."""
+        layers = [int(found[1]) for one in self.modules if (found := TEXT_LAYER.match(one))]
+        found = TEXT_LAYER.match(key)
+        if not layers or found is None or int(found[1]) != max(layers) + 1:
+            return False
+        return f"{key[: found.start(1)]}{max(layers)}{key[found.end(1) :]}" in self.modules
 
     def module(self, key: str) -> str | None:
         """Return the module of a name; None where it has no slot."""
@@ -129,6 +138,8 @@ def slot_arrays(
             if update.part not in slots:
                 _check_part(update, lora, generation)
                 left[update.part] = left.get(update.part, 0) + 1
+                continue
+            if slots[update.part].unread(update.key):
                 continue
             module = _fitting(update, lora, slots[update.part])
             taken.setdefault((update.part, module), []).append((lora, update))

@@ -137,4 +137,7 @@ class _SlotWriter(LayerWriter):
             added = put("Transpose", [added], "channels_first", perm=first)
         if y.dtype not in (None, dtype):
             put("Cast", [added], "cast", to=int(y.dtype))
-        return self.add_output(nodes, "lora_add")
+        found = self.add_output(nodes, "lora_add")
+        # A branch may have called what it adds to by the usual name.
+        y.name = f"{found.name}//whole"
+        return found
