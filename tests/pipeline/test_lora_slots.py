@@ -158,9 +158,13 @@ def test_the_engine_and_the_package_hold_them(slotted: Built, tmp_path: Path, cl
     assert cli("package", run, "--target", "rtx-ada", "--out", out).code == 0
     with tarfile.open(out) as archive:
         (member,) = (one for one in archive.getmembers() if one.name.endswith("model.onnx"))
-        content = archive.extractfile(member)
-        assert content is not None
+        content, described = archive.extractfile(member), archive.extractfile("manifest.json")
+        assert content is not None and described is not None
         assert content.read() == (run / "quantize" / SLOTTED).read_bytes()
+        # trtexec would fill them with random numbers.
+        assert json.loads(described.read())["reference"]["empty"] == {
+            f"mid_block.attentions.0.attn.{one}.lora_B": 2 * RANK * WIDTH for one in LAYERS
+        }
 
 
 def test_a_model_without_blocks_is_refused_before_anything_is_measured(
