@@ -477,6 +477,12 @@ class Recipe(Section):
     lora: tuple[str, ...] = Field(
         (), description="LoRA files to fuse into the model: FILE.safetensors or FILE:SCALE"
     )
+    lora_slots: int = Field(
+        0,
+        ge=0,
+        le=1024,
+        description="rank of the slots that the engine gets for LoRAs that are given when it runs; 0: none",
+    )
     component: str | None = Field(
         None,
         description="pipeline parts: unet, vae_decoder, text_encoder ..., several: a,b; null: all, or the denoiser",

@@ -45,6 +45,28 @@ class BitProgram:
 
 
 @dataclass(frozen=True)
+class LoraSlots:
+    """Slots of one rank for LoRAs: how many layers have one, bytes of their inputs, and their time.
+
+    The bytes are no constants of the file. ``latency_ms`` of one call, estimated, is part of the
+    plan's; None where nothing is known of the target's speed.
+    """
+
+    rank: int
+    layers: int
+    size_bytes: int
+    latency_ms: float | None
+
+    def text(self, whole_ms: float | None) -> str:
+        """Say what they take, beside ``whole_ms`` of the whole call."""
+        said = f"LoRA slots of rank {self.rank} in {self.layers} layers: {self.size_bytes:,} bytes of inputs"
+        if self.latency_ms is None or not whole_ms:
+            return f"{said}; their time is unknown"
+        share = self.latency_ms / whole_ms
+        return f"{said}, {self.latency_ms:.3g} of {whole_ms:.3g} ms ({share:.0%}, estimated)"
+
+
+@dataclass(frozen=True)
 class PrecisionPlan:
     """One scheme per layer (``layers`` in graph order); ``others``: constants that are not layers.
 
@@ -73,6 +95,7 @@ class PrecisionPlan:
     tied: tuple[tuple[str, ...], ...] = ()
     predicted_interval: tuple[float, float] | None = None
     prediction_note: str = ""
+    lora_slots: LoraSlots | None = None
 
     def save(self, path: Path) -> None:
         """Write the plan as JSON with sorted keys."""

@@ -20,7 +20,7 @@ from mpq_deploy.allocate.milp import (
     limited,
     penalty_per_kernel,
 )
-from mpq_deploy.allocate.plan import BitProgram, PlannedLayer, PrecisionPlan
+from mpq_deploy.allocate.plan import BitProgram, LoraSlots, PlannedLayer, PrecisionPlan
 from mpq_deploy.allocate.problem import LayerChoice, Problem, protected_schemes
 from mpq_deploy.allocate.ties import tie, tied_layers
 from mpq_deploy.errors import InfeasibleBudgetError
@@ -31,6 +31,7 @@ from mpq_deploy.formats.sizes import ACTIVATION_SCALE_BYTES, FP16_BYTES
 from mpq_deploy.graph.attention import OPERANDS, projections, separate_operands
 from mpq_deploy.graph.census import take_census
 from mpq_deploy.graph.layers import Layer
+from mpq_deploy.graph.writers.lora_slots import require_slots, slot_bytes
 from mpq_deploy.graph.writers.prescale import foldable_inputs
 from mpq_deploy.latency.costs import LatencyCosts, PlanLatency, int8_warning
 from mpq_deploy.latency.plan_latency import latency_costs, plan_latency_info
@@ -152,6 +153,16 @@ class PlanSolver:
         tied = self.section.tie_qkv and self.target.builder != "none"
         self.groups = projections(self.exported.graph) if tied else []
         self.attentions = self._attentions()
+        self.slots = self._slots(run.recipe.lora_slots)
+
+    def _slots(self, rank: int) -> LoraSlots | None:
+        """Return what slots for LoRAs take; None where there are none."""
+        if not rank:
+            return None
+        layers = require_slots(self.exported.graph)
+        time = self.costs.slots_ns(layers, rank) if self.costs else None
+        milliseconds = None if time is None else time / 1e6
+        return LoraSlots(rank, len(layers), slot_bytes(layers, rank), milliseconds)
 
     def _attentions(self) -> list[LayerChoice]:
         """Return the attentions that may compute in FP8, as the measured table has them."""
@@ -169,8 +180,8 @@ class PlanSolver:
         return tied_layers(groups, {choice.name: tuple(choice.bytes) for choice in self.choices})
 
     def _joined(self, choice: LayerChoice) -> LayerChoice:
-        """Take off the time that tied layers save as one product."""
-        if self.costs is None or not choice.members:
+        """Take off the time that tied layers save as one product, which slots keep them from being."""
+        if self.costs is None or not choice.members or self.slots:
             return choice
         layers = [layer for layer in self.layers if layer.name in choice.members]
         times = {
@@ -184,6 +195,8 @@ class PlanSolver:
         timed = timed_problem(self.layers, self.costs, problem, self.choices)
         # What attentions take is a choice there.
         taken = sum(one.latency_ns.get("fp16", 0) for one in self.attentions)
+        if self.slots and self.slots.latency_ms and self.costs:
+            taken -= round(self.slots.latency_ms * 1e6)
         return replace(timed, fixed_ns=timed.fixed_ns - taken)
 
     def _limited(self, timed: Problem) -> Problem:
@@ -274,6 +287,7 @@ class PlanSolver:
                 *self.table.notes,
                 *self._latency_notes(latency),
                 *filter(None, [untied, self._attention_note(schemes)]),
+                *([self.slots.text(latency.ours_ms if latency else None)] if self.slots else []),
             ),
             bit_program=program,
             cross_terms=cross_terms,
@@ -282,6 +296,7 @@ class PlanSolver:
             tied=ties,
             predicted_interval=cross_terms.interval if cross_terms else None,
             prediction_note=self._prediction_note(cross_terms),
+            lora_slots=self.slots,
         )
 
     def _prediction_note(self, cross_terms: CrossTerms | None) -> str:

@@ -34,6 +34,7 @@ from mpq_deploy.cli.options import (
     EffortOption,
     LatencyTableOption,
     LoraOption,
+    LoraSlotsOption,
     MaxLatencyOption,
     ModelArgument,
     ObjectiveOption,
@@ -82,6 +83,7 @@ def build(
     config: ConfigOption = None,
     lora: LoraOption = None,
     sizes: SizesOption = None,
+    lora_slots: LoraSlotsOption = None,
     only: OnlyOption = None,
     component: PinnedOption = None,
     recover: Annotated[
@@ -111,7 +113,7 @@ def build(
     given |= {"pinned": pinned_parts(component), "sizes": sizes}
     given |= {"lora": lora or None, "config": config, "compute.device": compute.device}
     given |= latency_settings(max_latency, objective, latency_table)
-    given |= {"effort": effort, "time": time}
+    given |= {"effort": effort, "time": time, "lora_slots": lora_slots}
     run_build(out, recipe, given, compute.crew(), recover, dry_run)
 
 

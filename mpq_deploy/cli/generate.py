@@ -58,6 +58,14 @@ class Options:
     ] = None
     count: Annotated[int, typer.Option("--count", "-n", min=1, help="Number of images.")] = 1
     batch: Annotated[int, typer.Option("--batch", min=1, help="Images made at once.")] = 1
+    lora: Annotated[
+        Optional[list[str]],
+        typer.Option(
+            "--lora",
+            metavar="FILE[:SCALE]",
+            help="LoRA for the slots that the model was built with; repeatable.",
+        ),
+    ] = None
     one_at_a_time: Annotated[
         bool, typer.Option("--one-at-a-time", help="Hold one part in memory, never two.")
     ] = False
@@ -79,7 +87,8 @@ def _generate(**given: Any) -> None:
         from mpq_deploy.delivery.generation import generation_of
 
         folder = generation_of(folder, talk)
-    generator = Generator(folder, one_at_a_time=options.one_at_a_time, talk=talk)
+    alone, loras = options.one_at_a_time, options.lora or ()
+    generator = Generator(folder, one_at_a_time=alone, loras=loras, talk=talk)
     written = []
     for made in generator.generate(wish):
         name = f"{options.out.stem}-{made.seed}{options.out.suffix or '.png'}"

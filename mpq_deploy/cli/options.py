@@ -261,6 +261,17 @@ SizesOption = Annotated[
         show_default="the model's own",
     ),
 ]
+LoraSlotsOption = Annotated[
+    Optional[int],
+    typer.Option(
+        "--lora-slots",
+        metavar="RANK",
+        min=0,
+        help="Slots of this rank for LoRAs that are given to 'generate', without a rebuild.",
+        rich_help_panel=OF_MODEL,
+        show_default="0: none",
+    ),
+]
 OnlyOption = Annotated[
     Optional[str],
     typer.Option(

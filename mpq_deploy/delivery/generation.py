@@ -33,9 +33,11 @@ from mpq_deploy.device.generate.generation_folder import (
     open_generation,
 )
 from mpq_deploy.device.generate.schedulers import scheduler_from_config
+from mpq_deploy.device.lora_inputs import is_slot
 from mpq_deploy.errors import ModelError, UsageError
 from mpq_deploy.graph.load import external_files, read_proto
 from mpq_deploy.graph.writers.deployed_graphs import SIMULATED
+from mpq_deploy.graph.writers.lora_slots import SLOTTED_SIMULATED
 from mpq_deploy.models.additions import pipeline_index
 from mpq_deploy.models.locate import locate
 from mpq_deploy.models.pipeline_graphs import pipeline_length
@@ -83,8 +85,9 @@ def generation_of(run: Path, talk: Talk) -> Path:
     view = PipelineFile.load(run)
     files, digest = {}, hashlib.sha256()
     for name in view.parts:
-        deployed = Run.opened(run / RUNS / name, talk).deployed
-        files[name] = deployed / SIMULATED
+        part = Run.opened(run / RUNS / name, talk)
+        deployed = part.deployed
+        files[name] = deployed / (SLOTTED_SIMULATED if part.recipe.lora_slots else SIMULATED)
         if not files[name].is_file():
             raise UsageError(f"{run} has no graph of its {name}.", f"mpq-deploy build -o {run}")
         digest.update(name.encode() + (deployed / "stage.json").read_bytes())
@@ -196,9 +199,12 @@ def _write_part(name: str, file: Path, out: Path, pipeline: Any) -> dict[str, An
         shutil.copyfile(one, place / one.name)
     described: dict[str, Any] = {
         "file": file.name,
-        "inputs": {one.name: _tensor(one) for one in proto.graph.input},
+        "inputs": {one.name: _tensor(one) for one in proto.graph.input if not is_slot(one.name)},
         "outputs": {one.name: _tensor(one) for one in proto.graph.output},
     }
+    slots = {one.name: _tensor(one) for one in proto.graph.input if is_slot(one.name)}
+    if slots:
+        described["slots"] = slots
     if name.startswith("text_encoder"):
         described["vocabulary"] = int(getattr(pipeline, name).config.vocab_size)
     return described

@@ -15,6 +15,7 @@ import zipfile
 from dataclasses import replace
 from importlib import resources
 from importlib.metadata import version
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,12 +25,15 @@ import onnx
 from mpq_deploy.check.check import check_model
 from mpq_deploy.check.rule import ERRORS
 from mpq_deploy.device.archive import MANIFEST, PLAN, Source, part_digest, write_archive
+from mpq_deploy.device.lora_inputs import UP
 from mpq_deploy.device.manifest import LARGEST_TOLERANCE, Manifest, Reference
 from mpq_deploy.device.output_check import relative_squared_error
 from mpq_deploy.engine.plan_engine import batch_profile, check_target_memory, expected_layers
 from mpq_deploy.engine.target import Target, known_targets, load_target
 from mpq_deploy.errors import ModelError, UsageError
 from mpq_deploy.formats.scheme import SCHEMES
+from mpq_deploy.formats.sizes import FP16_BYTES
+from mpq_deploy.graph.load import read_proto
 from mpq_deploy.graph.writers.deployed_graphs import DEPLOYED, SIMULATED, WEIGHTS
 from mpq_deploy.runtime.correction import FILE as CORRECTION
 from mpq_deploy.system.names import plain_name
@@ -71,6 +75,7 @@ DEVICE_MODULES = (
         for name in ("__init__", "arrays", "float_levels", "quantizers", "row_grids")
     ),
     "engine/__init__.py",
+    *(f"models/{name}.py" for name in ("__init__", "lora_names", "lora_option", "weight_kinds")),
     *(
         f"engine/{name}.py"
         for name in ("bisect", "build_log", "build_target", "build_worker", "builder", "expected")
@@ -129,7 +134,7 @@ def check_plan(run: Run, target: Target) -> None:
     if refused:
         more = f" (and {len(refused) - 1} more layers)" if len(refused) > 1 else ""
         raise UsageError(f"The plan is not for '{target.name}': {refused[0]}{more}.", again)
-    for one in check_model(run.deployed / DEPLOYED, target).findings:
+    for one in check_model(run.built, target).findings:
         if one.effect in ERRORS or one.rule == "opset":
             where = one.node or "opset"
             raise ModelError(
@@ -187,6 +192,7 @@ def make_reference(run: Run) -> tuple[Reference, bytes]:
         f"ONNX Runtime {version('onnxruntime')}, CPU, FP32 arithmetic on the same integers and scales",
         fp16,
         min(LARGEST_TOLERANCE, max(TOLERANCE_FLOOR, TOLERANCE_FACTOR * (fp16 or 0.0))),
+        _slots(run.built),
     )
     return reference, npz_bytes(arrays)
 
@@ -250,7 +256,7 @@ def _files(run: Run) -> dict[str, Source]:
     quantized = run.deployed
     spec = run.exported.spec
     parts: dict[str, Source] = {
-        DEPLOYED: quantized / DEPLOYED,
+        DEPLOYED: run.built,
         WEIGHTS: quantized / WEIGHTS,
         PLAN: run.stage("allocate") / "plan.json",
         DENOISER: _json(_portable(spec).model_dump(mode="json")),
@@ -301,6 +307,13 @@ def _input_types(model: Path) -> dict[str, Any]:
     graph = onnx.load(model, load_external_data=False).graph
     kinds = {value.name: value.type.tensor_type.elem_type for value in graph.input}
     return {name: onnx.helper.tensor_dtype_to_np_dtype(kind) for name, kind in kinds.items()}
+
+
+def _slots(model: Path) -> dict[str, int]:
+    """Bytes of the second factors of slots for LoRAs: where these are zero the LoRA is."""
+    inputs = (one for one in read_proto(model).graph.input if one.name.endswith(UP))
+    shapes = {one.name: one.type.tensor_type.shape.dim for one in inputs}
+    return {n: FP16_BYTES * prod(dim.dim_value for dim in dims) for n, dims in shapes.items()}
 
 
 def _half_session(model: Path) -> Any:

@@ -14,6 +14,7 @@ import numpy as np
 
 from mpq_deploy.device.context import load_engine, open_context, refuse_other_gpu
 from mpq_deploy.device.cuda import Cuda
+from mpq_deploy.device.lora_inputs import is_slot
 from mpq_deploy.errors import EngineError
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -53,10 +54,19 @@ class EngineRunner:
         return tuple(engine.get_tensor_profile_shape(name, 0)[1]) if -1 in shape else shape
 
     def bind(self, feeds: Mapping[str, Array]) -> None:
-        """Copy the inputs to the GPU and bind every tensor; EngineError for a wrong type or shape."""
+        """Copy the inputs to the GPU and bind every tensor; EngineError for a wrong type or shape.
+
+        Slots for LoRAs stay as they are where none is given: zero at first.
+        """
         context, cuda = self.opened.context, self._cuda
         self._graph = None
-        for name, values in feeds.items():
+        held = {*feeds, *self._place}
+        empty = {
+            name: np.zeros(self.usual_shape(name), self.dtype(name))
+            for name in self.tensors()[0]
+            if is_slot(name) and name not in held
+        }
+        for name, values in {**empty, **feeds}.items():
             dtype = self.dtype(name)
             if values.dtype != dtype:
                 raise EngineError(f"The engine takes '{name}' as {dtype}, not {values.dtype}.")

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from mpq_deploy.device.archive import MANIFEST, PARTS, REQUIRED_PARTS, ArchiveError
+from mpq_deploy.device.lora_inputs import is_slot
 from mpq_deploy.engine.build_target import BUILDERS, BuildTarget
 from mpq_deploy.engine.expected import ExpectedLayers
 from mpq_deploy.errors import InputError, MpqError
@@ -24,6 +25,8 @@ AGAIN = "Package the run again."
 LARGEST_TOLERANCE = 0.1
 # Larger batches than any GPU of the targets holds (our choice).
 LARGEST_BATCH = 4096
+# A factor of rank 1024 beside 64 thousand channels, in FP16 (our choice).
+SLOT_BYTES = 1 << 27
 DIGEST, VERSION = re.compile(r"[0-9a-f]{64}"), re.compile(r"\d+(\.\d+)*\.?")
 TENSOR = re.compile(r"[\w./:-]+", re.ASCII)
 PRODUCTS = ("Conv", "Gemm", "MatMul")
@@ -35,7 +38,8 @@ class Reference:
 
     ``file`` holds ``<case>/<tensor>`` for each of ``cases``; outputs come from ``made_by`` in FP32
     arithmetic with the same integers and scales. ``fp16_nmse``: error of the FP16 graph in ONNX
-    Runtime (None: it cannot run it); ``tolerance_nmse``: what a device may differ by.
+    Runtime (None: it cannot run it); ``tolerance_nmse``: what a device may differ by. ``empty``:
+    inputs that are zero in all cases, the second factors of slots for LoRAs, by their bytes.
     """
 
     file: str
@@ -45,6 +49,7 @@ class Reference:
     made_by: str
     fp16_nmse: float | None
     tolerance_nmse: float
+    empty: dict[str, int] = field(default_factory=dict)
 
     def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Raise ValueError where nothing would be compared, or anything would pass."""
@@ -52,6 +57,8 @@ class Reference:
             raise ValueError("its references have no cases, or other inputs than the model")
         if len(set(self.cases)) < len(self.cases):
             raise ValueError("two cases of its references have one name")
+        if any(not is_slot(name) or not 0 < n <= SLOT_BYTES for name, n in self.empty.items()):
+            raise ValueError("inputs that are no slots for LoRAs are to be zero")
         if not 0 < self.tolerance_nmse <= LARGEST_TOLERANCE:
             raise ValueError(
                 f"its references' tolerance is {self.tolerance_nmse}, not above 0 and at most "
@@ -198,7 +205,8 @@ class Manifest:
                 raise ValueError(f"'{version}' is not a version")
         if target.builder not in BUILDERS:
             raise ValueError(f"its builder '{target.builder}' is not one of {', '.join(BUILDERS)}")
-        for name in (*self.shapes, *self.reference.inputs, self.reference.output):
+        reference = self.reference
+        for name in (*self.shapes, *reference.inputs, reference.output, *reference.empty):
             tensor_name(name)
 
 

@@ -108,7 +108,8 @@ def _with_trtexec(engine: Path, folder: Path, reference: Reference) -> Run:
         )
         for path in (exported, timed):
             path.unlink(missing_ok=True)
-        command = _trtexec_command(engine, folder, case, feeds, exported, timed)
+        given = _input_files(folder, case, feeds, reference.empty)
+        command = _trtexec_command(engine, given, feeds, exported, timed)
         try:
             done = run_bounded(command, seconds=RUN_SECONDS)
         except subprocess.TimeoutExpired as error:
@@ -126,16 +127,28 @@ def _with_trtexec(engine: Path, folder: Path, reference: Reference) -> Run:
     return Run(outputs, times, None, named.group(1).strip() if named else "", capability)
 
 
-def _trtexec_command(
-    engine: Path, folder: Path, case: str, feeds: Mapping[str, Array], exported: Path, timed: Path
+def _input_files(
+    folder: Path, case: str, feeds: Mapping[str, Array], empty: Mapping[str, int]
 ) -> list[str]:
-    """Inputs are raw files in the engine's own types; the output comes back as JSON."""
-    files, shapes = [], []
+    """Write the inputs as raw files in the engine's own types; return ``NAME:FILE`` of each.
+
+    Where trtexec is given no file it takes random numbers, so slots for LoRAs get zeros.
+    """
+    files = []
     for number, (name, values) in enumerate(feeds.items()):
         raw = folder / f"{case}.input{number}.bin"
         raw.write_bytes(values.tobytes())
         files.append(f"{name}:{raw}")
-        shapes.append(f"{name}:{'x'.join(map(str, values.shape)) or '1'}")
+    for size in set(empty.values()):
+        (folder / f"zeros{size}.bin").write_bytes(bytes(size))
+    return [*files, *(f"{name}:{folder / f'zeros{size}.bin'}" for name, size in empty.items())]
+
+
+def _trtexec_command(
+    engine: Path, files: list[str], feeds: Mapping[str, Array], exported: Path, timed: Path
+) -> list[str]:
+    """The output comes back as JSON."""
+    shapes = [f"{n}:{'x'.join(map(str, values.shape)) or '1'}" for n, values in feeds.items()]
     return [
         find_trtexec() or "trtexec",
         f"--loadEngine={engine}",

@@ -12,7 +12,7 @@ from mpq_deploy.engine.target import Target
 from mpq_deploy.formats.fp8 import FP8_SCHEME
 from mpq_deploy.formats.scheme import SCHEMES
 from mpq_deploy.graph.attention import separate_operands
-from mpq_deploy.graph.save import repeated_bytes, widened_bytes
+from mpq_deploy.graph.save import constant_bytes, repeated_bytes, widened_bytes
 from mpq_deploy.graph.writers.deployed_graphs import DEPLOYED
 
 if TYPE_CHECKING:
@@ -38,10 +38,12 @@ def batch_profile(run: Run) -> BatchProfile:
 def expected_layers(run: Run) -> ExpectedLayers:
     """Return what the plan's engine must hold."""
     schemes = {name: SCHEMES[scheme] for name, scheme in run.plan.schemes.items()}
-    graph = run.deployed / DEPLOYED
+    graph, size = run.built, run.plan.size_bytes
     apart = repeated_bytes(graph), widened_bytes(graph)
-    layers = run.exported.graph.layers
-    expected = ExpectedLayers.of(layers, schemes, run.plan.size_bytes, *apart)
+    if run.recipe.lora_slots:
+        # Factors that slots undo.
+        size += constant_bytes(graph) - constant_bytes(run.deployed / DEPLOYED)
+    expected = ExpectedLayers.of(run.exported.graph.layers, schemes, size, *apart)
     fp8 = (
         node
         for one in separate_operands(run.exported.graph.model)
@@ -55,6 +57,6 @@ def check_target_memory(run: Run, target: Target) -> MemoryEstimate:
     """Estimate what the engine takes; raises UsageError when that is more than the target has."""
     batch = run.recipe.engine.batch_max
     shapes = run.exported.spec.input_shapes(batch)
-    estimate = estimate_memory(run.deployed / DEPLOYED, shapes, run.plan.size_bytes)
+    estimate = estimate_memory(run.built, shapes, run.plan.size_bytes)
     refuse_too_large(estimate, target, batch)
     return estimate

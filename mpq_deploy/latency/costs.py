@@ -13,6 +13,7 @@ from math import ceil, prod
 
 from mpq_deploy.engine.target import Target
 from mpq_deploy.errors import UsageError
+from mpq_deploy.formats.branches.lowrank import LowRank
 from mpq_deploy.formats.fp8 import FP8_SCHEME
 from mpq_deploy.formats.scheme import FP16, Scheme
 from mpq_deploy.graph.attention import Operands
@@ -124,6 +125,20 @@ class LatencyCosts:
                 fp8 = name == FP8_SCHEME
                 found[name] = _ns(sum(node_seconds(n, self.shapes, self.rates, fp8) for n in nodes))
         return found
+
+    def slots_ns(self, layers: Iterable[Layer], rank: int) -> int | None:
+        """Estimate what slots of ``rank`` for LoRAs add to ``layers``; None without figures.
+
+        They are a branch of two FP16 factors, beside a body of any form.
+        """
+        if self.rates is None:
+            return None
+        slotted, total = FP16.with_branch(LowRank(rank)), 0.0
+        for layer, use in ((one, use) for one in layers for use in one.uses):
+            traffic = Traffic(prod(self.shapes[use.input]), prod(self.shapes[use.output]))
+            total += layer_seconds(layer, slotted, traffic, self.rates)
+            total -= layer_seconds(layer, FP16, traffic, self.rates)
+        return _ns(total)
 
     def quantizer_ns(self, tensor: str, scheme: Scheme, product: bool) -> int:
         """Estimate quantizing the activation ``tensor`` under ``scheme``, once for all readers.

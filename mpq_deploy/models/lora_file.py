@@ -7,8 +7,6 @@ drop, or what is no such update, is refused.
 
 from __future__ import annotations
 
-import json
-import math
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -19,40 +17,23 @@ from typing import Any
 import torch
 
 from mpq_deploy.errors import ModelError
-from mpq_deploy.models.lora_option import OTHER_FILE, LoraOption, check_lora
+from mpq_deploy.models.lora_names import (
+    BASES,
+    DOWN,
+    check_names,
+    peft_scale,
+    peft_settings,
+    plain_shape,
+    up_of,
+)
+from mpq_deploy.models.lora_option import LoraOption, check_lora
 from mpq_deploy.models.weight_files import DAMAGED, read_headers
 from mpq_deploy.models.weight_kinds import named_tensors
 from mpq_deploy.system.files import file_digest
 from mpq_deploy.system.libraries import gist, silenced
 from mpq_deploy.system.names import printable
 
-FLOATS = ("F16", "BF16", "F32", "F64")
-FUSE_THERE = "Fuse it with the tool that made it, write the result with save_pretrained(FOLDER), and give that folder."
-# Other kinds of adapters, by the names of their tensors; diffusers would drop parts of some.
-OTHERS: tuple[tuple[str, re.Pattern[str], str], ...] = (
-    ("a DoRA (magnitudes of weights)", re.compile(r"dora_scale|lora_magnitude_vector"), FUSE_THERE),
-    ("a LoHa (Hadamard products)", re.compile(r"\.hada_"), FUSE_THERE),
-    ("a LoKr (Kronecker products)", re.compile(r"\.lokr_"), FUSE_THERE),
-    ("a LoCon of three factors (lora_mid)", re.compile(r"\.lora_mid\."), FUSE_THERE),
-    ("a GLoRA, OFT or (IA)3", re.compile(r"\.(a1|b1|oft_blocks|oft_diag|on_input)\b"), FUSE_THERE),
-    ("biases of a LoRA", re.compile(r"lora_(B|up)\.(\w+\.)?bias$"), FUSE_THERE),
-    ("differences of whole weights", re.compile(r"\.(diff|diff_b|set_weight)$"), FUSE_THERE),
-    (
-        "an adapter as peft saves it, whose alpha is in another file",
-        re.compile(r"^base_model\.model\."),
-        "Save it with the pipeline's own save_lora_weights, which writes all into one file.",
-    ),
-)
-_DOWN = re.compile(r"(lora_down|lora_A|lora\.down|\.down)(\.[\w-]+)?\.weight$")
-_UP = (
-    ("lora_down", "lora_up"),
-    ("lora_A", "lora_B"),
-    ("lora.down", "lora.up"),
-    (".down", ".up"),
-)
 _LAYER = re.compile(r"(.+)\.lora_([AB])(\.default(_\d+)?)?\.weight")
-# Where diffusers writes peft's settings into a file, and trainers the base model.
-SETTINGS, BASES = "lora_adapter_metadata", ("modelspec.architecture", "ss_base_model_version")
 
 
 @dataclass(frozen=True)
@@ -70,11 +51,11 @@ class LowRank:
     @property
     def shape(self) -> list[int]:
         """The shape of the weight that it updates, without trailing ones."""
-        return _plain([self.b.shape[0], *self.a.shape[1:]])
+        return plain_shape([self.b.shape[0], *self.a.shape[1:]])
 
     def fits(self, weight: torch.Tensor) -> bool:
         """Whether it updates a weight of that shape; a Linear layer is a 1 x 1 convolution."""
-        return self.shape == _plain(list(weight.shape))
+        return self.shape == plain_shape(list(weight.shape))
 
 
 @dataclass(frozen=True)
@@ -101,10 +82,10 @@ def read_lora(option: LoraOption, loader: Any, config: Mapping[str, Any]) -> Lor
     path = option.file
     check_lora(path)
     types, metadata = read_headers([path], DAMAGED).types, _metadata(path)
-    _check_names(types, path)
+    check_names(types, path)
     tensors = _tensors(path)
     sha256 = file_digest(path)
-    pairs = sum(1 for name in tensors if _DOWN.search(name))
+    pairs = sum(1 for name in tensors if DOWN.search(name))
     try:
         with silenced():
             converted = _converted(_with_alphas(tensors, path), loader, config)
@@ -117,7 +98,7 @@ def read_lora(option: LoraOption, loader: Any, config: Mapping[str, Any]) -> Lor
             "It may be for another model, or from a trainer that diffusers does not know: give one that "
             "the pipeline's load_lora_weights takes.",
         ) from error
-    parts = _parts(converted, _settings(metadata, path), loader, path)
+    parts = _parts(converted, peft_settings(metadata, path), loader, path)
     layers = sum(map(len, parts.values()))
     if layers < pairs:
         raise ModelError(
@@ -144,23 +125,6 @@ def _metadata(path: Path) -> dict[str, str]:
 
     with safe_open(path, framework="numpy") as file:
         return dict(file.metadata() or {})
-
-
-def _check_names(types: Mapping[str, str], path: Path) -> None:
-    """Refuse other adapters, quantized tensors, and files of no adapter at all."""
-    for kind, pattern, remedy in OTHERS:
-        held = [name for name in types if pattern.search(name)]
-        if held:
-            raise ModelError(f"{path} holds {kind}: {named_tensors(held)}.", remedy)
-    other = [name for name, kind in types.items() if kind not in FLOATS and "alpha" not in name]
-    if other:
-        raise ModelError(
-            f"{path} holds tensors of the type {types[other[0]]}: {named_tensors(other)}.",
-            "Give the LoRA in float16, bfloat16 or float32.",
-        )
-    if not any(_DOWN.search(name) for name in types):
-        held_here = f": its tensors are {named_tensors(types)}" if types else ""
-        raise ModelError(f"{path} holds no LoRA{held_here}.", OTHER_FILE)
 
 
 def _tensors(path: Path) -> dict[str, torch.Tensor]:
@@ -191,24 +155,18 @@ def _with_alphas(tensors: Mapping[str, torch.Tensor], path: Path) -> dict[str, t
     found = dict(tensors)
     for name in [name for name in tensors if name.endswith(".alpha")]:
         stem = f"{name.removesuffix('.alpha')}."
-        downs = [n for n in tensors if n.startswith(stem) and _DOWN.search(n)]
+        downs = [n for n in tensors if n.startswith(stem) and DOWN.search(n)]
         if len(downs) != 1 or tensors[name].numel() != 1:
             raise ModelError(
                 f"'{printable(name)}' in {path} is the alpha of {len(downs)} layers, with "
                 f"{tensors[name].numel()} values.",
                 "An alpha is one number for one layer: the file is damaged or of another kind.",
             )
-        rank, up = tensors[downs[0]].shape[0] if tensors[downs[0]].ndim else 0, _up_of(downs[0])
+        rank, up = tensors[downs[0]].shape[0] if tensors[downs[0]].ndim else 0, up_of(downs[0])
         if rank and up in found:
             found[up] = tensors[up] * (float(tensors[name]) / rank)
             found[name] = torch.tensor(float(rank))
     return found
-
-
-def _up_of(down: str) -> str:
-    old, new = next((old, new) for old, new in _UP if old in down)
-    head, tail = down.rsplit(old, 1)
-    return f"{head}{new}{tail}"
 
 
 def _converted(
@@ -269,7 +227,7 @@ def _parts(
     parts: dict[str, dict[str, LowRank]] = {}
     for name, pair in halves.items():
         part, _, layer = name.partition(".")
-        scale = _scale(settings, part, layer, pair["A"].shape[0], path)
+        scale = peft_scale(settings, part, layer, pair["A"].shape[0], path)
         parts.setdefault(part, {})[layer] = LowRank(pair["A"], pair["B"], scale)
     return parts
 
@@ -278,48 +236,6 @@ def _fit(A: torch.Tensor, B: torch.Tensor) -> bool:
     """Whether B @ A exists: A [r, in, k...], B [out, r, 1...]."""
     whole = A.ndim > 1 and B.ndim > 1 and A.numel() > 0
     return whole and len(A) == B.shape[1] and int(B.numel()) == len(B) * len(A)
-
-
-def _plain(shape: list[int]) -> list[int]:
-    while len(shape) > 2 and shape[-1] == 1:
-        shape = shape[:-1]
-    return shape
-
-
-def _settings(metadata: Mapping[str, str], path: Path) -> dict[str, Any]:
-    """Return peft's settings by part and name (``unet.lora_alpha``); none where the file has none."""
-    text = metadata.get(SETTINGS)
-    if not text:
-        return {}
-    try:
-        settings = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ModelError(f"The {SETTINGS} in {path} is not JSON.", OTHER_FILE) from error
-    return settings if isinstance(settings, dict) else {}
-
-
-def _scale(settings: Mapping[str, Any], part: str, layer: str, rank: int, path: Path) -> float:
-    """Return alpha / rank (of rsLoRA alpha / sqrt(rank)) by peft's settings; without any 1."""
-    alpha = settings.get(f"{part}.lora_alpha")
-    if alpha is None:
-        return 1.0
-    patterns = settings.get(f"{part}.alpha_pattern") or {}
-    for pattern, value in patterns.items() if isinstance(patterns, dict) else ():
-        name = pattern.removeprefix("^")
-        if not re.fullmatch(r"[\w.]+", name):
-            raise ModelError(
-                f"The alpha_pattern '{printable(pattern[:80])}' in {path} is a regular expression.",
-                FUSE_THERE,
-            )
-        if layer == name or layer.endswith(f".{name}"):
-            alpha = value
-            break
-    if not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
-        raise ModelError(
-            f"The lora_alpha of {part} in {path} is {alpha!r}, not a number.", OTHER_FILE
-        )
-    root = settings.get(f"{part}.use_rslora") is True
-    return float(alpha) / (math.sqrt(rank) if root else rank)
 
 
 def made_for(file: LoraFile) -> str:

@@ -39,6 +39,15 @@ class LoraInfo(Part):
     layers: dict[str, int]
 
 
+class LoraSlotsInfo(Part):
+    """Slots for LoRAs beside the plan's layers: their rank, number, bytes as inputs, and estimated time."""
+
+    rank: int = Field(ge=1)
+    layers: int = Field(ge=1)
+    size_bytes: int = Field(ge=1)
+    latency_ms: float | None = Field(None, ge=0)
+
+
 class ModelInfo(Part):
     """The denoiser. ``synthetic``: what about it is not real (random weights), in words.
 
@@ -597,6 +606,7 @@ class ReportData(Quality):
     expected_latency: ExpectedLatency | None = Field(
         None, description="None: the target's speed is unknown"
     )
+    lora_slots: LoraSlotsInfo | None = Field(None, description="None: the engine has none")
     devices: tuple[DeviceInfo, ...] = Field((), description="from installed packages")
     layers: tuple[LayerRow, ...]
     others: tuple[OtherRow, ...] = ()

@@ -115,6 +115,9 @@ class WholeRun:
         given = {k: v for k, v in self._given.items() if k != "pinned"} | {"component": name}
         if name.startswith(TEXT):
             given.pop("sizes", None)
+        if name.startswith("vae"):
+            # LoRAs update denoisers and text encoders.
+            given.pop("lora_slots", None)
         section = dict(given.get("allocate", {}))
         section |= {"objective": "quality", "max_latency": None, "max_loss": None}
         if name in self.parts.pinned:

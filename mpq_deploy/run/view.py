@@ -27,6 +27,8 @@ from mpq_deploy.evaluate.cache import SampleCache
 from mpq_deploy.graph.layers import LayerGraph, layer_graph
 from mpq_deploy.graph.load import load_model
 from mpq_deploy.graph.shapes import known_shapes
+from mpq_deploy.graph.writers.deployed_graphs import DEPLOYED
+from mpq_deploy.graph.writers.lora_slots import SLOTTED
 from mpq_deploy.latency.conv_products import wants_products, with_products
 from mpq_deploy.models.export import load_exported
 from mpq_deploy.models.locate import locate
@@ -209,6 +211,11 @@ class Run:
     def deployed(self) -> Path:
         """Folder of the graphs that are deployed and compared."""
         return self.stage(self.deployed_stage)
+
+    @property
+    def built(self) -> Path:
+        """The graph that engines are built from: with slots for LoRAs where the recipe has them."""
+        return self.deployed / (SLOTTED if self.recipe.lora_slots else DEPLOYED)
 
     @cached_property
     def target(self) -> Target:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from mpq_deploy.device.context import RUNTIME_CACHE, load_engine, open_context, refuse_other_gpu
+from mpq_deploy.device.lora_inputs import is_slot
 from mpq_deploy.errors import EngineError, MissingDependencyError, ModelError
 from mpq_deploy.models.spec import DenoiserSpec
 from mpq_deploy.runtime.ort import ORT_ERRORS, OrtDenoiser
@@ -188,6 +189,7 @@ class EngineBackend:
         """Allocate and bind buffers of the shapes of ``feeds``; drop an older CUDA graph."""
         context, self._graph = self._opened.context, None
         self._buffers = {name: torch.empty_like(tensor) for name, tensor in feeds.items()}
+        self._buffers |= self._empty_slots()
         for name, tensor in feeds.items():
             if not context.set_input_shape(name, tuple(tensor.shape)):
                 raise EngineError(
@@ -198,6 +200,20 @@ class EngineBackend:
         self._buffers[self._output] = torch.empty(shape, dtype=kind, device=self.device)
         for name, buffer in self._buffers.items():
             context.set_tensor_address(name, buffer.data_ptr())
+
+    def _empty_slots(self) -> dict[str, torch.Tensor]:
+        """Zeros for the slots of LoRAs: fused ones are in the weights."""
+        engine = self._opened.engine
+        names = (engine.get_tensor_name(index) for index in range(engine.num_io_tensors))
+        return {
+            name: torch.zeros(
+                tuple(engine.get_tensor_shape(name)),
+                dtype=DTYPES[engine.get_tensor_dtype(name).name],
+                device=self.device,
+            )
+            for name in names
+            if is_slot(name)
+        }
 
     def _enqueue(self) -> None:
         if not self._opened.context.execute_async_v3(self._stream.cuda_stream):

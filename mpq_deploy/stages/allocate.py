@@ -19,12 +19,14 @@ if TYPE_CHECKING:
 
 
 # Raised with every change of what plan.json holds.
-PLAN_FORMAT = 2
+PLAN_FORMAT = 3
 
 
 def inputs(run: Run) -> Fields:
     """Return the settings and versions that the stage depends on, beside the stages it reads."""
+    rank = run.recipe.lora_slots
     return {
+        **({"recipe.lora_slots": rank} if rank else {}),
         "plan.format": PLAN_FORMAT,
         "recipe.budget": str(run.recipe.budget),
         "target.protected": list(run.target.protected),
@@ -49,6 +51,8 @@ def make(run: Run, folder: Path) -> str:
     if warning:
         run.talk.warn(warning)
     tied = f", {len(plan.tied)} groups of q, k and v tied" if plan.tied else ""
+    if plan.lora_slots:
+        run.talk.line(f"  {plan.notes[-1]}")
     return f"{plan.size_bytes:,} {kind} ({ratio:.4f} of FP16), {predicted}{_speed(plan)}{tied}"
 
 

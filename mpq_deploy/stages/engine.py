@@ -10,7 +10,6 @@ from mpq_deploy.engine.failure import BuilderKilledError
 from mpq_deploy.engine.plan_engine import batch_profile, check_target_memory, expected_layers
 from mpq_deploy.engine.target import RTX, Target, builder_present
 from mpq_deploy.errors import EngineError
-from mpq_deploy.graph.writers.deployed_graphs import DEPLOYED
 from mpq_deploy.run.stage import Stage, settings, version_of
 from mpq_deploy.run.stage_memory import check_memory
 from mpq_deploy.system.files import Fields, canonical_json
@@ -44,7 +43,7 @@ def make(run: Run, folder: Path) -> str:
         return f"none: {reason}"
     check_target_memory(run, target)
     check_memory(run, STAGE)
-    request = BuildRequest(run.deployed / DEPLOYED, target.build_target, batch_profile(run))
+    request = BuildRequest(run.built, target.build_target, batch_profile(run))
     try:
         record = build_engine(
             request, folder, expected_layers(run), run.talk, run.path / "engine.log"

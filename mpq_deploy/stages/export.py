@@ -10,6 +10,7 @@ from mpq_deploy.graph.census import take_census
 from mpq_deploy.graph.layers import layer_graph
 from mpq_deploy.graph.load import load_model
 from mpq_deploy.graph.writers.deployed_graphs import fp16_bytes
+from mpq_deploy.graph.writers.lora_slots import require_slots
 from mpq_deploy.models.call_file import pictures_of
 from mpq_deploy.models.export import export_denoiser
 from mpq_deploy.models.locate import source_files
@@ -72,6 +73,8 @@ def make(run: Run, folder: Path) -> str:
             f"{recipe.model} has no layer to quantize: {census.text()}",
             "Export it with its weights as constants that Conv, Gemm or MatMul read directly.",
         )
+    if recipe.lora_slots:
+        require_slots(graph)
     run.talk.line(f"  {census.text()}")
     spec = denoiser.spec
     size = fp16_bytes(load_model(folder / "model.onnx"), spec.timestep_name, spec.sample.name)

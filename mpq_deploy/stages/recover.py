@@ -14,7 +14,7 @@ from mpq_deploy.graph.writers.plan_graphs import write_plan
 from mpq_deploy.recover.training_trajectories import TrajectoryRecorder
 from mpq_deploy.rounding.candidate_store import iterate_candidates
 from mpq_deploy.run.stage import Stage, settings, version_of
-from mpq_deploy.stages.quantize import check_deployed
+from mpq_deploy.stages.quantize import check_deployed, slot_fields
 from mpq_deploy.system.files import Fields, canonical_json
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ def inputs(run: Run) -> Fields:
     return {
         "recover.format": RECOVER_FORMAT,
         "dialect": run.target.dialect,
+        **slot_fields(run),
         **settings(run.recipe.recover, "recover"),
         "recipe.calibrate.steps": run.recipe.calibrate.steps,
         "recipe.evaluate.sampler": run.recipe.evaluate.sampler,

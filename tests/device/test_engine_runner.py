@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mpq_deploy.device import engine_runner
 from mpq_deploy.device.context import RUNTIME_CACHE, open_context, refuse_other_gpu
 from mpq_deploy.device.engine_runner import EngineRunner
 from mpq_deploy.errors import EngineError
@@ -71,6 +72,20 @@ def test_outputs_follow_the_inputs_whatever_launches_them(
     # TensorRT-RTX captures by itself; TensorRT's calls are captured here, anew for each binding.
     assert cuda.captured == (3 if graphs and content == b"trt" else 0)
     assert cuda.launched == 2 * cuda.captured
+
+
+def test_slots_for_loras_are_zero_until_they_are_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the fake the input t stands for a slot."""
+    monkeypatch.setattr(engine_runner, "is_slot", lambda name: name == "t")
+    runner = EngineRunner(fake, fake.FakeCuda(), engine_file(tmp_path), None)  # type: ignore[arg-type]
+    given = feeds(2)
+    for bound, added in (({"x"}, 0), ({"x", "t"}, 1), ({"x"}, 1)):
+        runner.bind({name: values for name, values in given.items() if name in bound})
+        runner.call()
+        expected = 2 * given["x"] + added * given["t"][:, None]
+        np.testing.assert_array_equal(runner.output("y"), expected)
 
 
 def test_a_shape_or_type_that_the_engine_does_not_take_is_named(tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ from mpq_deploy.report.parts_page import pipeline_text, write_pipeline
 from mpq_deploy.run.pipeline_file import PipelineFile
 from mpq_deploy.run.several_parts import build_whole
 from tests.device.generate.folders import SameNoise, same_noise
+from tests.lora_files import RANK, diffusers_file, factors, layers_of
 from tests.pipeline.runs import FEW_SCHEMES, Notes, recipe_for
 from tests.tiny_models import (
     ONE_LEVEL,
@@ -172,6 +173,43 @@ def test_images_are_generated_from_the_run(
     (made_in / "made_from.txt").write_text("other plans", encoding="utf-8")
     generation_of(run, Notes())
     assert (made_in / "generation.json").stat().st_mtime_ns != before
+
+
+def test_loras_are_given_to_a_run_with_slots(
+    finished: tuple[Path, PipelineFile], folder: Path, tmp_path: Path
+) -> None:
+    """As diffusers makes them with the LoRA in its weights, but for what quantizing costs without it."""
+    run = Path(shutil.copytree(finished[0], tmp_path / "run"))
+    _, notes = built(recipe(folder, lora_slots=RANK), run)
+    assert sum("LoRA slots of rank" in line for line in notes.lines) == 2
+    assert not list((run / "components" / "vae_decoder").glob("quantize/*lora*"))
+    pipe = diffusers.DiffusionPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    parts = {"unet": pipe.unet, "text_encoder": pipe.text_encoder}
+    ends = ("to_q", "to_v", "to_out.0", "ff.net.2", "q_proj", "fc1")
+    file = diffusers_file(tmp_path / "a.safetensors", parts, ends)
+    images = {}
+    for loras in ((), (str(file),)):
+        made_in = generation_of(run, Notes())
+        generator = Generator(made_in, threads=1, loras=loras)
+        generator.noise_for = lambda seed: SameNoise()
+        asked = {"num_inference_steps": 4, "guidance_scale": 3.0, "output_type": "np"}
+        width, height = generator.generation.sizes[0]
+        images[loras] = generator("abc", steps=4, guidance=3.0)[0].array
+        for part, module in parts.items() if loras else ():
+            for name, (a, b) in factors(layers_of(module, *ends), list(parts).index(part)).items():
+                with torch.no_grad():
+                    module.get_submodule(name).weight.add_(b @ a)
+        with same_noise():
+            images[loras, "float"] = pipe("abc", width=width, height=height, **asked).images[0]
+    errors = [
+        float(np.mean((images[key] - images[key, "float"]) ** 2)) for key in list(images)[::2]
+    ]
+    moved = np.mean((images[(str(file),), "float"] - images[(), "float"]) ** 2)
+    assert 0 < errors[1] < 3 * errors[0] and moved > 3 * errors[1]
+    out = tmp_path / "x.png"
+    command = ["generate", run, "-p", "abc", "--steps", "1", "-o", out, "--lora", file]
+    assert CliRunner().invoke(app, list(map(str, command))).exit_code == 0
 
 
 def in_place_of(part: Any, method: str, folder: Path) -> None:

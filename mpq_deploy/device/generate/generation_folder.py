@@ -7,7 +7,7 @@ defaults of a call; beside it ``scheduler_config.json``, ``tokenizer*/`` and ``c
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +60,10 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Part:
-    """A part of the pipeline. ``largest_batch``: None where its graph takes any."""
+    """A part of the pipeline. ``largest_batch``: None where its graph takes any.
+
+    ``slots``: further inputs, the same for all calls: a LoRA's factors (``device.lora_inputs``).
+    """
 
     name: str
     file: Path
@@ -68,6 +71,7 @@ class Part:
     outputs: Mapping[str, Tensor]
     vocabulary: int | None = None
     largest_batch: int | None = None
+    slots: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def rows(self) -> int | None:
@@ -165,13 +169,14 @@ def _generation(folder: Path, read: Mapping[str, Any]) -> Generation:
 
 
 def _part(folder: Path, name: str, values: Mapping[str, Any]) -> Part:
-    inputs, outputs = (
-        {key: Tensor(str(one["dtype"]), tuple(one["shape"])) for key, one in values[way].items()}
-        for way in ("inputs", "outputs")
+    inputs, outputs, slots = (
+        {key: Tensor(str(one["dtype"]), tuple(one["shape"])) for key, one in given.items()}
+        for given in (values["inputs"], values["outputs"], values.get("slots", {}))
     )
     place = path_inside(folder / COMPONENTS, name, "A part", InputError)
     file = path_inside(place, str(values["file"]), "A part's file", InputError)
-    return Part(name, file, inputs, outputs, values.get("vocabulary"), values.get("largest_batch"))
+    limits = values.get("vocabulary"), values.get("largest_batch")
+    return Part(name, file, inputs, outputs, *limits, slots)
 
 
 def _check_parts(generation: Generation, files: bool) -> None:

@@ -7,7 +7,7 @@ turns (``one_at_a_time``). Noise is NumPy's by seed, so one seed gives another i
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -36,10 +36,12 @@ from mpq_deploy.device.generate.image_arrays import (
     mask_array,
     read_picture,
 )
+from mpq_deploy.device.generate.lora_factors import slot_arrays
 from mpq_deploy.device.generate.noise_schedule import Array
 from mpq_deploy.device.generate.schedulers import scheduler_from_config
 from mpq_deploy.device.generate.text_states import Texts, encode_texts
 from mpq_deploy.errors import UsageError
+from mpq_deploy.models.lora_option import parse_lora
 from mpq_deploy.system.progress import Talk
 
 LARGEST_COUNT = 100_000
@@ -96,9 +98,10 @@ class _Given:
 class Generator:
     """Makes images from a folder that ``mpq_deploy.delivery.generation`` wrote.
 
-    ``one_at_a_time``: never hold two parts (little memory; each batch loads both anew). ``opener``
-    runs the parts in place of their files, which the folder then need not hold. Raises InputError
-    for a folder that is incomplete or whose parts do not belong together.
+    ``one_at_a_time``: never hold two parts (little memory; each batch loads both anew); ``loras``:
+    as for ``use_loras``. ``opener`` runs the parts in place of their files, which the folder then
+    need not hold. Raises InputError for a folder that is incomplete or whose parts do not belong
+    together.
     """
 
     def __init__(
@@ -106,6 +109,7 @@ class Generator:
         folder: str | Path,
         *,
         one_at_a_time: bool = False,
+        loras: Sequence[str] = (),
         threads: int = 0,
         talk: Talk | None = None,
         opener: Callable[[Part], OpenPart] | None = None,
@@ -116,6 +120,16 @@ class Generator:
         self._alone, self._threads, self._talk = one_at_a_time, threads, talk or Talk()
         self._opener = opener
         self._open: dict[str, OpenPart] = {}
+        self.use_loras(*loras)
+
+    def use_loras(self, *loras: str) -> None:
+        """Take these LoRAs, ``FILE[:SCALE]``, for the images from now on; none: as it was built.
+
+        Raises as ``parse_lora`` and ``slot_arrays``.
+        """
+        self.close()
+        options = [parse_lora(text) for text in loras]
+        self._slots = slot_arrays(options, self.generation, self._talk.warn)
 
     def __call__(self, prompt: str, **wishes: Any) -> list[Made]:
         """Return the images of ``generate`` as a list."""
@@ -156,8 +170,8 @@ class Generator:
     def _opened(self, name: str) -> OpenPart:
         if name not in self._open:
             started, part = time.monotonic(), self.generation.part(name)
-            opener = self._opener
-            self._open[name] = opener(part) if opener else open_part(part, self._threads)
+            opener, slots = self._opener, self._slots.get(name)
+            self._open[name] = opener(part) if opener else open_part(part, self._threads, slots)
             self._talk.line(f"  {name} loaded in {time.monotonic() - started:.1f} s")
         return self._open[name]
 

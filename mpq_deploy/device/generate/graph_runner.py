@@ -33,17 +33,20 @@ class PartMemoryError(EngineError):
     """A part did not fit into memory."""
 
 
-def open_part(part: Part, threads: int = 0) -> OpenPart:
-    """Open a part by its file's suffix. Raises EngineError or InputError where that fails."""
+def open_part(part: Part, threads: int = 0, slots: Mapping[str, Array] | None = None) -> OpenPart:
+    """Open a part by its file's suffix; ``slots``: what its slots hold.
+
+    Raises EngineError or InputError where that fails.
+    """
     if part.file.suffix == ENGINE_SUFFIX:
-        return EnginePart(part)
-    return OrtPart(part, threads)
+        return EnginePart(part, slots or {})
+    return OrtPart(part, threads, slots or {})
 
 
 class OrtPart:
     """An ONNX graph in ONNX Runtime on the CPU."""
 
-    def __init__(self, part: Part, threads: int) -> None:
+    def __init__(self, part: Part, threads: int, slots: Mapping[str, Array]) -> None:
         try:
             import onnxruntime as ort
         except ImportError as error:
@@ -59,16 +62,17 @@ class OrtPart:
         # Its arena keeps the largest call's memory; the pattern of each shape adds to that.
         options.enable_cpu_mem_arena = False
         options.enable_mem_pattern = False
-        self._part = part
+        self._part, self._slots = part, slots
         try:
             providers = ["CPUExecutionProvider"]
             self._session: Any = ort.InferenceSession(str(part.file), options, providers)
         except Exception as error:
             raise _failure(part, error, "cannot be loaded") from error
         found = {one.name for one in self._session.get_inputs()}
-        if found != set(part.inputs):
+        said = {*part.inputs, *part.slots}
+        if found != said:
             what = f"{part.file} takes {', '.join(sorted(found))}"
-            raise InputError(f"{what}, not {', '.join(sorted(part.inputs))}.", "Write it again.")
+            raise InputError(f"{what}, not {', '.join(sorted(said))}.", "Write it again.")
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:  # noqa: D102
         given = {
@@ -77,7 +81,7 @@ class OrtPart:
         }
         names = list(self._part.outputs)
         try:
-            outputs = self._session.run(names, given)
+            outputs = self._session.run(names, {**self._slots, **given})
         except Exception as error:
             raise _failure(self._part, error, "failed") from error
         return {name: np.asarray(one, np.float32) for name, one in zip(names, outputs)}
@@ -96,7 +100,7 @@ def _failure(part: Part, error: Exception, what: str) -> EngineError:
 class EnginePart:
     """A TensorRT engine on the first GPU."""
 
-    def __init__(self, part: Part) -> None:
+    def __init__(self, part: Part, slots: Mapping[str, Array]) -> None:
         from mpq_deploy.device.cuda import Cuda
         from mpq_deploy.device.engine_runner import EngineRunner
 
@@ -104,14 +108,15 @@ class EnginePart:
         if not names:
             raise MissingDependencyError("tensorrt", "tensorrt", f"The engine of {part.name}")
         trt = importlib.import_module(names[0])
-        self._part = part
+        self._part, self._slots = part, slots
         self._runner = EngineRunner(trt, Cuda(), part.file, trt.Logger(trt.Logger.WARNING))
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:  # noqa: D102
         dtype = self._runner.dtype
-        self._runner.bind(
-            {name: np.ascontiguousarray(feeds[name], dtype(name)) for name in self._part.inputs}
-        )
+        given = {name: np.ascontiguousarray(feeds[name], dtype(name)) for name in self._part.inputs}
+        # Slots stay where the first call has copied them to.
+        self._runner.bind({**self._slots, **given})
+        self._slots = {}
         return {name: np.float32(self._runner.output(name)) for name in self._part.outputs}
 
     def close(self) -> None:  # noqa: D102

@@ -303,12 +303,16 @@ class LayerWriter(NodeWriter):
             del self.graph.initializers[bias.name or ""]
         return self.constant("bias", array)
 
-    def add_output(self, nodes: list[ir.Node], label: str) -> None:
-        """Insert ``nodes`` after the layer's, and add what the last of them gives to its output."""
+    def add_output(self, nodes: list[ir.Node], label: str) -> ir.Value:
+        """Insert ``nodes`` after the layer's, and add what the last of them gives to its output.
+
+        Return the sum.
+        """
         output = self.node.outputs[0]
         add = self.beside("Add", [output, nodes[-1].outputs[0]], {}, label)
         self.graph.insert_after(self.node, [*nodes, add])
         self.hand_over(output, add, add)
+        return add.outputs[0]
 
     def hand_over(self, old: ir.Value, last: ir.Node, reader: ir.Node) -> None:
         """Let every reader of ``old`` but the branch's own ``reader`` read what ``last`` gives, by the old name."""

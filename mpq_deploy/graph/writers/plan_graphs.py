@@ -10,11 +10,24 @@ from mpq_deploy.formats.interfaces import ActivationGrid
 from mpq_deploy.formats.scheme import SCHEMES
 from mpq_deploy.graph.attention import separate_operands
 from mpq_deploy.graph.dialects import dialect_named
-from mpq_deploy.graph.writers.deployed_graphs import FloatGraph, write_quantized
+from mpq_deploy.graph.writers.deployed_graphs import (
+    DEPLOYED,
+    SIMULATED,
+    FloatGraph,
+    write_quantized,
+)
+from mpq_deploy.graph.writers.lora_slots import (
+    SLOTTED,
+    SLOTTED_SIMULATED,
+    require_slots,
+    write_slotted,
+)
+from mpq_deploy.graph.writers.prescale import foldable_inputs
 from mpq_deploy.graph.writers.quantize_layers import LayerRewrite
 from mpq_deploy.rounding.candidate_store import iterate_candidates
 
 if TYPE_CHECKING:
+    from mpq_deploy.models.spec import Array
     from mpq_deploy.run.view import Run
 
 
@@ -45,3 +58,23 @@ def write_plan(run: Run, schemes: dict[str, str], folder: Path) -> int:
             operands.update(operand_grids(one, stats))
     source = FloatGraph(exported.path, *names, beyond_fp16=beyond, fp8_operands=operands)
     return write_quantized(source, rewrites, scales, folder, dialect)
+
+
+def write_plan_slots(run: Run, folder: Path) -> Path:
+    """Write the plan's graphs in ``folder`` with slots for LoRAs, too; return the deployed one."""
+    graph, rank = run.exported.graph, run.recipe.lora_slots
+    layers = require_slots(graph)
+    folded: dict[str, Array] = {}
+    schemes = {name: SCHEMES[scheme] for name, scheme in run.plan.schemes.items()}
+    for tensor, readers in foldable_inputs(graph).items():
+        taken = {schemes[name] for name in readers}
+        if (
+            all(one.branch.rescales for one in taken)
+            and len({o.activation_form for o in taken}) == 1
+        ):
+            stats = run.calibration.stats.activations[tensor]
+            factors = taken.pop().branch.factors(stats)
+            assert factors is not None
+            folded[tensor] = factors
+    write_slotted(folder / SIMULATED, SLOTTED_SIMULATED, layers, rank, folded)
+    return write_slotted(folder / DEPLOYED, SLOTTED, layers, rank, folded)
