@@ -143,8 +143,19 @@ class MeasureSettings(Section):
     """How the loss of every (layer, scheme) is predicted."""
 
     method: Literal[
-        "probe", "gain", "local_error", "exhaustive", "kurtosis", "orm", "size-only", "random"
-    ] = Field("probe", description="sensitivity metric")
+        "probe",
+        "trajectory",
+        "gain",
+        "local_error",
+        "exhaustive",
+        "kurtosis",
+        "orm",
+        "size-only",
+        "random",
+    ] = Field(
+        "probe",
+        description="sensitivity metric: of single outputs, or (trajectory) of the final images",
+    )
     probes: int = Field(4, ge=1, description="random adjoint directions per call")
     timesteps: int = Field(20, ge=1, description="calibrated timesteps that are measured")
     samples: int = Field(

@@ -10,6 +10,7 @@ from mpq_deploy.formats.fp8 import FP8_SCHEME
 from mpq_deploy.graph.layers import Layer
 from mpq_deploy.latency.plan_latency import check_latency
 from mpq_deploy.rounding.candidate_store import wanted_schemes
+from mpq_deploy.sensitivity.methods import METHODS
 
 if TYPE_CHECKING:
     from mpq_deploy.recipe import Recipe
@@ -63,10 +64,11 @@ def _check_attention(recipe: Recipe, target: Target) -> None:
             f"allocate.attention is fp8, and the target {target.name} has no FP8 products.",
             "Choose a target of GPUs that have them (rtx-ada, rtx-blackwell, jetson-thor), or leave attention at fp16.",
         )
-    if recipe.measure.method != "probe" or recipe.recover.steps:
+    probed = METHODS[recipe.measure.method].probes
+    if not probed or recipe.recover.steps:
         what = (
             f"measure.method is {recipe.measure.method}"
-            if recipe.measure.method != "probe"
+            if not probed
             else f"recover.steps is {recipe.recover.steps}"
         )
         raise UsageError(
