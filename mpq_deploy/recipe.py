@@ -237,6 +237,12 @@ class AllocateSettings(Section):
     protect: tuple[ProtectRule, ...] = Field(
         (), description="layers that may only take some schemes"
     )
+    tail: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="minimize the mean error of this share of the images, the worst (measure.method: trajectory)",
+    )
     tie_qkv: bool = Field(
         True,
         description="queries, keys and values of one input share a scheme: TensorRT may fuse their products",

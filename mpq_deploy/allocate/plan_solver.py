@@ -23,6 +23,7 @@ from mpq_deploy.allocate.milp import (
 from mpq_deploy.allocate.plan import BitProgram, PlannedLayer, PrecisionPlan
 from mpq_deploy.allocate.predicted_images import PredictedImages, predicted_images
 from mpq_deploy.allocate.problem import LayerChoice, Problem, protected_schemes
+from mpq_deploy.allocate.tail import allocate_tail
 from mpq_deploy.allocate.ties import tie, tied_layers
 from mpq_deploy.errors import InfeasibleBudgetError
 from mpq_deploy.formats.candidates import Choices
@@ -277,7 +278,7 @@ class PlanSolver:
             notes=(
                 *self.table.notes,
                 *self._latency_notes(latency),
-                *filter(None, [untied, self._attention_note(schemes)]),
+                *filter(None, [untied, self._attention_note(schemes), self._tail_note()]),
             ),
             bit_program=program,
             cross_terms=cross_terms,
@@ -372,6 +373,14 @@ class PlanSolver:
                 )
         return [note for note in notes if note]
 
+    def _tail_note(self) -> str:
+        share = self.section.tail
+        if share is None:
+            return ""
+        if not self.table.of_images:
+            return f"allocate.tail is {share:g}, but no final images could be measured: the plan is that of the mean"
+        return f"the plan is that of the minimum error of the worst {share:.0%} of the images (allocate.tail)"
+
     def _attention_note(self, schemes: dict[str, str]) -> str:
         if self.section.attention == "fp16":
             return ""
@@ -382,9 +391,13 @@ class PlanSolver:
         """Solve, and refine by the cross terms where the metric knows them."""
         if self.table.projections is None:
             return self._allocated(problem), None
-        return allocate_with_cross_terms(
-            problem, self.table, self._allocated, self.section.cross_terms
-        )
+
+        def solve(part: Problem, table: SensitivityTable) -> tuple[Allocation, CrossTerms]:
+            return allocate_with_cross_terms(part, table, self._allocated, self.section.cross_terms)
+
+        if self.section.tail is None or not self.table.of_images:
+            return solve(problem, self.table)
+        return allocate_tail(problem, self.table, self.section.tail, solve)
 
     def _allocated(self, problem: Problem, kernel_penalty: float | None = None) -> Allocation:
         """Solve without cross terms."""

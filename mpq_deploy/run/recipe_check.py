@@ -25,6 +25,7 @@ def check_recipe(recipe: Recipe) -> None:
         )
     _check_schemes(recipe, target)
     _check_attention(recipe, target)
+    _check_tail(recipe)
     check_latency(recipe, target)
     if recipe.measure.method == "orm" or recipe.measure.sampling == "adaptive":
         check_timesteps(recipe)
@@ -74,6 +75,16 @@ def _check_attention(recipe: Recipe, target: Target) -> None:
         raise UsageError(
             f"allocate.attention is fp8, and {what}: attention in FP8 is measured by probes and not trained.",
             "Leave out one of them.",
+        )
+
+
+def _check_tail(recipe: Recipe) -> None:
+    """Refuse a share of the worst images where no images are measured."""
+    method = recipe.measure.method
+    if recipe.allocate.tail is not None and not METHODS[method].images:
+        raise UsageError(
+            f"allocate.tail is {recipe.allocate.tail:g}, but measure.method is {method}: no final images are measured.",
+            "Set measure.method to trajectory, or leave allocate.tail out.",
         )
 
 

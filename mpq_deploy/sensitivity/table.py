@@ -145,6 +145,14 @@ class SensitivityTable:
         count = len(np.unique(self.calls))
         return np.asarray(entries[order].reshape(count, -1).sum(axis=1) * count)
 
+    def weighing(self, weights: Array) -> SensitivityTable:
+        """Return the table in which calls count by ``weights``, float64 [N], instead of 1 each."""
+        assert self.projections is not None and self.calls is not None
+        roots = np.sqrt(weights[self.calls]).astype(np.float32)
+        vectors = _each(self.projections, lambda vector: vector * roots)
+        table = _from_vectors(self.metric, self.timesteps, vectors, self.notes)
+        return replace(table, calls=self.calls, mean_square=self.mean_square)
+
     def folds(self, count: int) -> list[tuple[SensitivityTable, SensitivityTable]]:
         """Split the calls into ``count`` parts; for each, return the tables without and of it.
 
