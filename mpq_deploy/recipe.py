@@ -149,8 +149,19 @@ class MeasureSettings(Section):
     """How the loss of every (layer, scheme) is predicted."""
 
     method: Literal[
-        "probe", "gain", "local_error", "exhaustive", "kurtosis", "orm", "size-only", "random"
-    ] = Field("probe", description="sensitivity metric")
+        "probe",
+        "trajectory",
+        "gain",
+        "local_error",
+        "exhaustive",
+        "kurtosis",
+        "orm",
+        "size-only",
+        "random",
+    ] = Field(
+        "probe",
+        description="sensitivity metric: of single outputs, or (trajectory) of the final images",
+    )
     probes: int = Field(4, ge=1, description="random adjoint directions per call")
     timesteps: int = Field(20, ge=1, description="calibrated timesteps that are measured")
     samples: int = Field(
@@ -231,6 +242,12 @@ class AllocateSettings(Section):
     )
     protect: tuple[ProtectRule, ...] = Field(
         (), description="layers that may only take some schemes"
+    )
+    tail: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="minimize the mean error of this share of the images, the worst (measure.method: trajectory)",
     )
     tie_qkv: bool = Field(
         True,

@@ -277,7 +277,8 @@ class CrossTerms:
     Losses are full quadratics: ``..._seen`` of the plan itself, on the calls that it was chosen on;
     ``..._held_back`` of plans chosen in the same way on all but a part of the calls, on that part,
     mean over ``folds`` parts (None where the calls cannot be split). ``interval``: 95 %, of the
-    prediction for the resulting plan; None where a timestep has one call alone.
+    prediction for the resulting plan; None where a timestep has one call alone. ``by_call``: the
+    prediction for each trajectory, for metrics of final images.
     """
 
     rho: float
@@ -289,6 +290,7 @@ class CrossTerms:
     refined_seen: float
     refined_held_back: float | None
     interval: tuple[float, float] | None = None
+    by_call: tuple[float, ...] = ()
 
     @property
     def predicted_loss(self) -> float:
@@ -341,8 +343,16 @@ def allocate_with_cross_terms(
         refined_seen=table.plan_loss(new),
         refined_held_back=held_back[1] if parts else None,
         interval=_interval(entries, table),
+        by_call=_by_call(entries, table),
     )
     return (replace(milp, schemes=refined) if kept else milp), result
+
+
+def _by_call(entries: list[Array], table: SensitivityTable) -> tuple[float, ...]:
+    if not table.of_images:
+        return ()
+    rows = np.sum(entries, axis=0) / len(entries)
+    return tuple(float(error) for error in table.errors_by_call(rows))
 
 
 def _interval(entries: list[Array], table: SensitivityTable) -> tuple[float, float] | None:

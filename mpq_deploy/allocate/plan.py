@@ -8,6 +8,7 @@ from pathlib import Path
 
 from mpq_deploy.allocate.cross_terms import CrossTerms
 from mpq_deploy.allocate.milp import SolverReport
+from mpq_deploy.allocate.predicted_images import PredictedImages
 from mpq_deploy.graph.layers import OtherWeight
 from mpq_deploy.latency.costs import PlanLatency
 from mpq_deploy.system.inputs import read_json
@@ -75,7 +76,8 @@ class PrecisionPlan:
     ``latency``: where something is known of the target's speed. ``simulated``: some layers have
     schemes that no engine can hold, and bytes are nominal. ``tied``: layers that had to take one
     scheme (``allocate.tie_qkv``). ``predicted_interval``: 95 %, of ``predicted_loss``;
-    ``prediction_note``: what it leaves out, or why there is none.
+    ``prediction_note``: what it leaves out, or why there is none. ``predicted_images``: of metrics
+    of final images, which predict no error of outputs.
     """
 
     budget_bytes: int
@@ -96,6 +98,7 @@ class PrecisionPlan:
     predicted_interval: tuple[float, float] | None = None
     prediction_note: str = ""
     lora_slots: LoraSlots | None = None
+    predicted_images: PredictedImages | None = None
 
     def save(self, path: Path) -> None:
         """Write the plan as JSON with sorted keys."""

@@ -21,7 +21,9 @@ from mpq_deploy.allocate.milp import (
     penalty_per_kernel,
 )
 from mpq_deploy.allocate.plan import BitProgram, LoraSlots, PlannedLayer, PrecisionPlan
+from mpq_deploy.allocate.predicted_images import PredictedImages, predicted_images
 from mpq_deploy.allocate.problem import LayerChoice, Problem, protected_schemes
+from mpq_deploy.allocate.tail import allocate_tail
 from mpq_deploy.allocate.ties import tie, tied_layers
 from mpq_deploy.errors import InfeasibleBudgetError
 from mpq_deploy.formats.candidates import Choices
@@ -43,6 +45,9 @@ if TYPE_CHECKING:
     from mpq_deploy.run.view import Run
 
 
+# What the prediction of final images rests on.
+IMAGES_APART = "The prediction is to first order, and that of plans chosen in the same way on other trajectories."
+IMAGES_SEEN = "The prediction is to first order, on the trajectories that the plan was chosen on."
 # A layer's importance and the bits that the linear program gives it.
 LayerBits = tuple[float | None, float | None]
 
@@ -217,7 +222,7 @@ class PlanSolver:
     @property
     def _slack_is_unknown(self) -> bool:
         """Whether the balanced objective has no errors to compare: the metric only ranks layers."""
-        return self.section.objective == "balanced" and not self.table.predicts_nmse
+        return self.section.objective == "balanced" and not self.table.predicts
 
     @property
     def fixed_bytes(self) -> int:
@@ -286,7 +291,7 @@ class PlanSolver:
             notes=(
                 *self.table.notes,
                 *self._latency_notes(latency),
-                *filter(None, [untied, self._attention_note(schemes)]),
+                *filter(None, [untied, self._attention_note(schemes), self._tail_note()]),
                 *([self.slots.text(latency.ours_ms if latency else None)] if self.slots else []),
             ),
             bit_program=program,
@@ -294,14 +299,37 @@ class PlanSolver:
             simulated=any(SCHEMES[name].simulated for name in schemes.values()),
             latency=latency,
             tied=ties,
-            predicted_interval=cross_terms.interval if cross_terms else None,
+            predicted_interval=cross_terms.interval
+            if cross_terms and self.table.predicts_nmse
+            else None,
             prediction_note=self._prediction_note(cross_terms),
             lora_slots=self.slots,
+            predicted_images=self._images(cross_terms),
+        )
+
+    def _images(self, cross_terms: CrossTerms | None) -> PredictedImages | None:
+        """Predict the final images of the plan, beside those of everything in INT8 where it was measured."""
+        table = self.table
+        if cross_terms is None or not cross_terms.by_call or table.mean_square is None:
+            return None
+        int8 = best_int8(self.layers, self.target, table.losses, True)
+        schemes = {name: scheme.name for name, scheme in int8.items()}
+        known = all(scheme in table.losses[name] for name, scheme in schemes.items())
+        entries = table.plan_entries(schemes) if known else None
+        errors = np.array(cross_terms.by_call)
+        assert table.calls is not None
+        return predicted_images(
+            errors,
+            len(table.calls) // len(errors),
+            table.mean_square,
+            None if entries is None else table.errors_by_call(entries),
         )
 
     def _prediction_note(self, cross_terms: CrossTerms | None) -> str:
-        if not self.table.predicts_nmse:
+        if not self.table.predicts:
             return ""
+        if self.table.of_images and cross_terms is not None:
+            return IMAGES_APART if cross_terms.folds else IMAGES_SEEN
         if cross_terms is None:
             return f"The prediction has no interval: {self.table.metric} keeps no errors by call."
         if cross_terms.interval is None:
@@ -320,7 +348,7 @@ class PlanSolver:
         if self.costs is None:
             return None
         ours = problem.plan_ns(schemes)
-        int8 = best_int8(self.layers, self.target, self.table.losses, self.table.predicts_nmse)
+        int8 = best_int8(self.layers, self.target, self.table.losses, self.table.predicts)
         info = plan_latency_info(self.costs, self.exported, schemes, int8, ours, self.recipe)
         return self._with_faster(info, problem) if info.ours_ms > info.fp16_ms else info
 
@@ -360,6 +388,14 @@ class PlanSolver:
                 )
         return [note for note in notes if note]
 
+    def _tail_note(self) -> str:
+        share = self.section.tail
+        if share is None:
+            return ""
+        if not self.table.of_images:
+            return f"allocate.tail is {share:g}, but no final images could be measured: the plan is that of the mean"
+        return f"the plan is that of the minimum error of the worst {share:.0%} of the images (allocate.tail)"
+
     def _attention_note(self, schemes: dict[str, str]) -> str:
         if self.section.attention == "fp16":
             return ""
@@ -370,9 +406,13 @@ class PlanSolver:
         """Solve, and refine by the cross terms where the metric knows them."""
         if self.table.projections is None:
             return self._allocated(problem), None
-        return allocate_with_cross_terms(
-            problem, self.table, self._allocated, self.section.cross_terms
-        )
+
+        def solve(part: Problem, table: SensitivityTable) -> tuple[Allocation, CrossTerms]:
+            return allocate_with_cross_terms(part, table, self._allocated, self.section.cross_terms)
+
+        if self.section.tail is None or not self.table.of_images:
+            return solve(problem, self.table)
+        return allocate_tail(problem, self.table, self.section.tail, solve)
 
     def _allocated(self, problem: Problem, kernel_penalty: float | None = None) -> Allocation:
         """Solve without cross terms."""
@@ -381,7 +421,7 @@ class PlanSolver:
         return allocate(problem, self.section, kernel_penalty)
 
     def _predicted(self, schemes: dict[str, str], cross_terms: CrossTerms | None) -> float | None:
-        if cross_terms is not None:
+        if cross_terms is not None and self.table.predicts_nmse:
             return cross_terms.predicted_loss
         return self.table.plan_loss(schemes) if self.table.predicts_nmse else None
 

@@ -150,6 +150,14 @@ class DdimSampler:
 
     def step(self, model_output: Array, step_index: int, x: Array) -> Array:
         """Return the sample of the next, less noisy timestep; float32 [N, ...] in and out."""
+        return np.asarray(self.move(model_output, step_index, x), np.float32)
+
+    def scale(self, x: Any, step_index: int) -> Any:
+        """Do as ``scale_model_input`` does."""
+        return x
+
+    def move(self, model_output: Any, step_index: int, x: Any) -> Any:
+        """Do as ``step`` does, on arrays or on tensors of torch, which it can be differentiated on."""
         signal, noise = _roots(self._current[step_index])
         if self.prediction_type == "epsilon":
             clean, epsilon = (x - noise * model_output) / signal, model_output
@@ -158,9 +166,14 @@ class DdimSampler:
         else:
             clean, epsilon = signal * x - noise * model_output, signal * model_output + noise * x
         next_signal, next_noise = _roots(self._previous[step_index])
-        return np.asarray(next_signal * self._clipped(clean) + next_noise * epsilon, np.float32)
+        return next_signal * self._clipped(clean) + next_noise * epsilon
 
-    def _clipped(self, clean: Array) -> Array:
+    @property
+    def differentiable(self) -> bool:
+        """Whether ``move`` takes tensors: the quantiles of dynamic thresholding are NumPy's."""
+        return not self._config.get("thresholding")
+
+    def _clipped(self, clean: Any) -> Any:
         config = self._config
         if config.get("thresholding"):
             return _thresholded(
@@ -169,14 +182,15 @@ class DdimSampler:
                 float(config.get("sample_max_value", THRESHOLD_LIMIT)),
             )
         if config.get("clip_sample", config.get("_class_name") in CLIPPING_CLASSES):
-            limit = np.float32(config.get("clip_sample_range", 1.0))
-            return np.asarray(np.clip(clean, -limit, limit))
+            limit = float(config.get("clip_sample_range", 1.0))
+            return clean.clip(-limit, limit)
         return clean
 
 
-def _roots(power: Any) -> tuple[np.float32, np.float32]:
-    """Return sqrt(alpha-bar) and sqrt(1 - alpha-bar)."""
-    return np.sqrt(np.float32(power)), np.sqrt(np.float32(1.0) - np.float32(power))
+def _roots(power: Any) -> tuple[float, float]:
+    """Return sqrt(alpha-bar) and sqrt(1 - alpha-bar), taken in float32."""
+    power = np.float32(power)
+    return float(np.sqrt(power)), float(np.sqrt(np.float32(1.0) - power))
 
 
 def _thresholded(clean: Array, quantile: float, limit: float) -> Array:

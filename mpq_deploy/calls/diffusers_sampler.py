@@ -23,6 +23,8 @@ class DiffusersSampler:
     sampler gives the same trajectory each time. A scheduler that adds noise draws it from ``seed``.
     """
 
+    differentiable = True
+
     def __init__(self, config: dict[str, Any], steps: int, seed: int) -> None:
         import torch
 
@@ -53,23 +55,26 @@ class DiffusersSampler:
 
     def scale_model_input(self, x: Array, step_index: int) -> Array:
         """Return what the denoiser is fed at this step; step 0 begins a new trajectory."""
+        return np.asarray(self.scale(self._torch.from_numpy(x), step_index).numpy(), np.float32)
+
+    def scale(self, x: Any, step_index: int) -> Any:
+        """Do as ``scale_model_input`` does, on tensors."""
         if step_index == 0:
             self._begin()
         if not hasattr(self._scheduler, "scale_model_input"):
             return x
-        scaled = self._scheduler.scale_model_input(
-            self._torch.from_numpy(x), self._timesteps[step_index]
-        )
-        return np.asarray(scaled.numpy(), np.float32)
+        return self._scheduler.scale_model_input(x, self._timesteps[step_index])
 
     def step(self, model_output: Array, step_index: int, x: Array) -> Array:
         """Return the sample of the next timestep; float32 [N, ...] in and out."""
-        options = {"generator": self._generator} if self._takes_generator else {}
         output, sample = self._torch.from_numpy(model_output), self._torch.from_numpy(x)
-        stepped = self._scheduler.step(
-            output, self._timesteps[step_index], sample, return_dict=False, **options
-        )[0]
-        return np.asarray(stepped.numpy(), np.float32)
+        return np.asarray(self.move(output, step_index, sample).numpy(), np.float32)
+
+    def move(self, model_output: Any, step_index: int, x: Any) -> Any:
+        """Do as ``step`` does, on tensors, which it can be differentiated on."""
+        options = {"generator": self._generator} if self._takes_generator else {}
+        timestep = self._timesteps[step_index]
+        return self._scheduler.step(model_output, timestep, x, return_dict=False, **options)[0]
 
     def corrected(
         self, correction: Correction, guidance_scale: float

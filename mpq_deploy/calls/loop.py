@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -61,10 +61,6 @@ class GuidedDenoiser:
     on_call: OnCall | None = None
     lanes: int = 1
 
-    @property
-    def _guided(self) -> bool:
-        return self.spec.guidance_scale != 1 and self.spec.uncond_row is not None
-
     def calls(
         self, fed: Array, rows: Array, batch_size: int, step_index: int, timestep: float
     ) -> Array:
@@ -79,12 +75,12 @@ class GuidedDenoiser:
         for (inputs, taken), output in zip(given, made, strict=True):
             if self.on_call is not None:
                 self.on_call(step_index, timestep, inputs, taken, output)
-            outputs.append(self._answer(inputs, output))
+            outputs.append(answer(self.spec, inputs.shape[1], output))
         return np.concatenate(outputs)
 
     def _given(self, fed: Array, rows: Array) -> tuple[Array, Array]:
         """Return what the model is given: with guidance each sample twice, first without its condition."""
-        if not self._guided:
+        if not guided(self.spec):
             return fed, rows
         return np.concatenate([fed, fed]), np.concatenate(
             [np.full_like(rows, self.spec.uncond_row), rows]
@@ -94,19 +90,24 @@ class GuidedDenoiser:
         taken = {name: values[rows] for name, values in self.conditions.items()}
         return self.denoiser(inputs, timestep, taken)
 
-    def _answer(self, inputs: Array, output: Array) -> Array:
-        """Return the output for the sampler; of a learned variance (2C channels) the first C.
 
-        With guidance it is led away from the unconditional row (Ho & Salimans 2022, equation 6).
-        """
-        channels = inputs.shape[1]
-        if self.spec.timestep is not None and output.shape[1] == 2 * channels:
-            output = output[:, :channels]
-        if not self._guided:
-            return output
-        base, conditioned = np.split(output, 2)
-        scale = np.float32(self.spec.guidance_scale)
-        return np.asarray(base + scale * (conditioned - base), np.float32)
+def guided(spec: DenoiserSpec) -> bool:
+    """Whether each sample is given to the model twice, first without its condition."""
+    return spec.guidance_scale != 1 and spec.uncond_row is not None
+
+
+def answer(spec: DenoiserSpec, channels: int, output: Any) -> Any:
+    """Return the output (an array or a tensor) for the sampler; of a learned variance (2C channels) the first C.
+
+    With guidance it is led away from the unconditional row (Ho & Salimans 2022, equation 6).
+    """
+    if spec.timestep is not None and output.shape[1] == 2 * channels:
+        output = output[:, :channels]
+    if not guided(spec):
+        return output
+    half = len(output) // 2
+    base, conditioned = output[:half], output[half:]
+    return base + float(np.float32(spec.guidance_scale)) * (conditioned - base)
 
 
 def denoise(

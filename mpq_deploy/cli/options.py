@@ -65,6 +65,7 @@ class Sensitivity(str, Enum):
     """Values of --sensitivity."""
 
     probe = "probe"
+    trajectory = "trajectory"
     gain = "gain"
     local_error = "local_error"
     exhaustive = "exhaustive"

@@ -65,7 +65,8 @@ def layer_gradients(
 
     ``directions``: output of the graph -> what gets its value and returns tensors like it. Uses
     come in the order of ``uses`` within a part; those that no output depends on are left out.
-    ``through``: the numbers of those whose input's gradient is wanted, too.
+    ``through``: the numbers of those whose input's gradient is wanted, too. Feeds that require a
+    gradient come last, numbered -1, with it as ``rows``.
     """
     before = [dict(feeds)]
     with torch.no_grad():
@@ -77,7 +78,7 @@ def layer_gradients(
         leaves = {
             name: value.detach().requires_grad_()
             for name, value in known.items()
-            if name not in feeds and value.is_floating_point()
+            if value.is_floating_point() and (name not in feeds or value.requires_grad)
         }
         numbers = [number for number, use in enumerate(uses) if use.output in made]
         targets = [uses[number].output for number in numbers]
@@ -98,6 +99,8 @@ def layer_gradients(
             own, rows[place] = rows[place], []
             if own:
                 yield UseGradients(number, inputs[place], own, into.pop(number, []))
+    for name, rows_of_feed in (gradients or {}).items():
+        yield UseGradients(-1, feeds[name], rows_of_feed, [])
 
 
 class _Alias:

@@ -280,6 +280,7 @@ def _prediction(plan: PrecisionPlan) -> dict[str, Any]:
         "predicted_nmse": plan.predicted_loss,
         "predicted_interval": _ends(plan.predicted_interval),
         "prediction_note": plan.prediction_note,
+        "predicted_images": plan.predicted_images,
     }
 
 

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, computed_field
 
+from mpq_deploy.allocate.predicted_images import PredictedImages
 from mpq_deploy.formats.scheme import FP16
 from mpq_deploy.models.spec import Array
 
@@ -590,6 +591,9 @@ class ReportData(Quality):
     predicted_interval: Interval | None = None
     prediction_note: str = Field(
         "", description="what the interval leaves out, or why there is none"
+    )
+    predicted_images: PredictedImages | None = Field(
+        None, description="PSNR of final images, by metrics that predict these"
     )
     timesteps: tuple[float, ...] = ()
     evaluation: EvaluationInfo | None = None

@@ -39,6 +39,7 @@ _SPECIAL = "\\`*_{}[]<>#|~"
 
 def markdown_report(data: ReportData) -> str:
     """Return the report as GitHub Markdown."""
+    subject = "Output error" if data.predicted_images is None else "Final images"
     parts = [
         f"## {plain(data.model.name)}: {percent(data.size_ratio)} of FP16 for {plain(data.target.name)}",
         " ".join(headline(data)),
@@ -47,7 +48,7 @@ def markdown_report(data: ReportData) -> str:
         plain(controls_note(data)),
         plain(control_layers(data)),
         intervals_note(data),
-        f"Output error: {prediction(data)}. {plain(data.prediction_note)} {_engine_line(data)}".replace(
+        f"{subject}: {prediction(data)}. {plain(data.prediction_note)} {_engine_line(data)}".replace(
             "  ", " "
         ),
         *(["### Sizes", table(SIZE_COLUMNS, size_rows(data))] if data.by_size else []),

@@ -39,6 +39,7 @@ SHAPES = {
     "random": DOWN,
     "probe": CIRCLE,
     "probe-cross": CIRCLE,
+    "trajectory": DOWN,
     "gain": SQUARE,
     "local_error": UP,
     "exhaustive": SQUARE,

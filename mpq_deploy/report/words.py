@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+from mpq_deploy.allocate.predicted_images import psnr_text
 from mpq_deploy.evaluate.interval import MARGIN_DB
 from mpq_deploy.report.data import (
     Control,
@@ -409,6 +410,8 @@ def against_control(data: ReportData) -> str:
 
 def prediction(data: ReportData) -> str:
     """Compare the predicted error with the measured one, or say that none is predicted."""
+    if data.predicted_images is not None:
+        return f"predicted {psnr_text(data.predicted_images)}"
     if data.predicted_nmse is None:
         return f"not predicted by the metric {data.sensitivity}".rstrip()
     ratio = data.prediction_ratio
@@ -424,11 +427,11 @@ def curve_note(data: ReportData) -> str:
         return f"The metric {data.sensitivity} does not predict errors.".replace("  ", " ")
     objective = data.expected_latency.objective if data.expected_latency else "quality"
     note = ""
-    if data.sensitivity == "probe":
+    if data.sensitivity in ("probe", "trajectory"):
         note = "Predictions include the cross terms between layers. "
     if objective in PLACES:
         return f"{note}{PLACES[objective]}"
-    if data.sensitivity == "probe":
+    if data.sensitivity in ("probe", "trajectory"):
         note += "A build also refines its plan with those terms, so this run's own may lie a little below the line."
     return note.strip()
 

@@ -33,6 +33,7 @@ from mpq_deploy.rounding.rounder import Rounder
 from mpq_deploy.run.stage_work import LayerWork, ModelWork, has_torch
 from mpq_deploy.runtime.ort import OrtDenoiser, make_session
 from mpq_deploy.sensitivity.measured_calls import MEMORY_BYTES
+from mpq_deploy.sensitivity.methods import METHODS
 from mpq_deploy.system.compute import CPU, computing_on
 from mpq_deploy.system.files import sealed_json, unsealed, write_text
 from mpq_deploy.system.inputs import read_text
@@ -100,7 +101,7 @@ def speed_of(run: Run, model: ModelWork, rounding: Callable[[LayerWork], float])
 
 
 def _wants_torch(recipe: Recipe) -> bool:
-    probed = recipe.measure.method == "probe" or recipe.quantize.salience == "probe"
+    probed = METHODS[recipe.measure.method].probes or recipe.quantize.salience == "probe"
     return has_torch() and probed
 
 

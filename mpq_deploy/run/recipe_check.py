@@ -10,6 +10,7 @@ from mpq_deploy.formats.fp8 import FP8_SCHEME
 from mpq_deploy.graph.layers import Layer
 from mpq_deploy.latency.plan_latency import check_latency
 from mpq_deploy.rounding.candidate_store import wanted_schemes
+from mpq_deploy.sensitivity.methods import METHODS
 
 if TYPE_CHECKING:
     from mpq_deploy.recipe import Recipe
@@ -25,6 +26,7 @@ def check_recipe(recipe: Recipe) -> None:
     _check_schemes(recipe, target)
     _check_attention(recipe, target)
     _check_sizes(recipe)
+    _check_tail(recipe)
     check_latency(recipe, target)
     if recipe.measure.method == "orm" or recipe.measure.sampling == "adaptive":
         check_timesteps(recipe)
@@ -64,10 +66,11 @@ def _check_attention(recipe: Recipe, target: Target) -> None:
             f"allocate.attention is fp8, and the target {target.name} has no FP8 products.",
             "Choose a target of GPUs that have them (rtx-ada, rtx-blackwell, jetson-thor), or leave attention at fp16.",
         )
-    if recipe.measure.method != "probe" or recipe.recover.steps:
+    probed = METHODS[recipe.measure.method].probes
+    if not probed or recipe.recover.steps:
         what = (
             f"measure.method is {recipe.measure.method}"
-            if recipe.measure.method != "probe"
+            if not probed
             else f"recover.steps is {recipe.recover.steps}"
         )
         raise UsageError(
@@ -88,6 +91,16 @@ def _check_sizes(recipe: Recipe) -> None:
         raise UsageError(
             f"{given} is for one size, and {len(recipe.sizes)} are given (--sizes).",
             "Leave one of them out.",
+        )
+
+
+def _check_tail(recipe: Recipe) -> None:
+    """Refuse a share of the worst images where no images are measured."""
+    method = recipe.measure.method
+    if recipe.allocate.tail is not None and not METHODS[method].images:
+        raise UsageError(
+            f"allocate.tail is {recipe.allocate.tail:g}, but measure.method is {method}: no final images are measured.",
+            "Set measure.method to trajectory, or leave allocate.tail out.",
         )
 
 

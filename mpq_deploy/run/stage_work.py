@@ -36,7 +36,7 @@ from mpq_deploy.rounding.rounder import LARGE_VARIANTS, LARGE_WEIGHTS
 from mpq_deploy.rounding.salient_rows import SALIENCE_SAMPLES, SALIENCE_TIMESTEPS
 from mpq_deploy.run.memory_model import ModelSize, hessian_groups
 from mpq_deploy.sensitivity.gain import GAIN_SAMPLES
-from mpq_deploy.sensitivity.methods import ORM_CONTROLS
+from mpq_deploy.sensitivity.methods import METHODS, ORM_CONTROLS
 from mpq_deploy.stages.correction import CORRECTION_CALLS
 
 if TYPE_CHECKING:
@@ -247,8 +247,11 @@ def _measure(recipe: Recipe, model: ModelWork) -> Work:
     calls = min(section.calls, section.samples, held_out)
     count = min(section.timesteps, timesteps(recipe, model)) * calls
     batch = min(section.batch_size, calls)
-    if section.method == "probe":
-        return Work(adjoints=count, directions=section.probes, batch=batch)
+    if METHODS[section.method].images:
+        count = model.steps(recipe, recipe.calibrate.steps) * model.guided * calls
+    if METHODS[section.method].probes:
+        floats = count if METHODS[section.method].images else 0
+        return Work(floats=floats, adjoints=count, directions=section.probes, batch=batch)
     if section.method == "exhaustive":
         return Work(floats=count * (1 + model.pairs), batch=batch, sessions=1)
     if section.method == "gain":

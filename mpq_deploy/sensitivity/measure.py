@@ -17,9 +17,9 @@ from mpq_deploy.sensitivity.table import SensitivityTable
 def measure(method: str, subject: Subject) -> SensitivityTable:
     """Return the table of ``method``, one of ``METHODS``.
 
-    Where torch is missing, or the graph holds an operator that torch cannot evaluate here, "probe"
-    becomes "gain": the table's ``metric`` and ``notes`` say so. Raises UsageError for an unknown
-    method.
+    Where torch is missing, or the graph holds an operator that torch cannot evaluate here, probes
+    become "gain"; "trajectory" without a sampler that torch can differentiate becomes "probe": the
+    table's ``metric`` and ``notes`` say so. Raises UsageError for an unknown method.
     """
     if method not in METHODS:
         known = ", ".join(METHODS)
@@ -30,16 +30,22 @@ def measure(method: str, subject: Subject) -> SensitivityTable:
     if shares is not None and not METHODS[method].weighs_bits:
         even = replace(subject, shares=None)
         return measure(method, even).weighted(np.asarray(shares))
-    if method != "probe":
+    if not METHODS[method].probes:
         return _measure(method, subject)
     if importlib.util.find_spec("torch") is None:
         return _gain_instead("torch is not installed", subject)
+    from mpq_deploy.calls.sampler_tape import NoTrajectory
     from mpq_deploy.onnx_torch.torch_graph import UnsupportedOperator
 
     try:
         return _measure(method, subject)
     except UnsupportedOperator as error:
         return _gain_instead(error.message, subject)
+    except NoTrajectory as error:
+        note = f"losses are of single outputs, not of final images: {error.message}"
+        subject.talk.warn(note)
+        table = measure("probe", subject)
+        return replace(table, notes=(*table.notes, note))
 
 
 def _gain_instead(reason: str, subject: Subject) -> SensitivityTable:

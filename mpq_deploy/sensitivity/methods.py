@@ -9,21 +9,25 @@ from dataclasses import dataclass
 class Method:
     """A metric: ``measure_MODULE`` of the ``module`` of that name makes its table.
 
-    ``predicts``: its losses are expected relative squared errors of the denoiser's output; those of
-    others only rank. ``weighs_bits``: by an importance of each layer, and the timesteps with it.
-    ``any_size``: of calls of several sizes all; others take those of the largest. ``control``:
-    measured beside orm, to show what its ranking is worth.
+    ``predicts``: its losses are expected relative squared errors of the denoiser's output, or of the
+    final ``images``; those of others only rank. ``probes``: by random adjoint probes.
+    ``weighs_bits``: by an importance of each layer, and the timesteps with it. ``any_size``: of
+    calls of several sizes all; others take those of the largest. ``control``: measured beside orm,
+    to show what its ranking is worth.
     """
 
     module: str
     predicts: bool = False
+    images: bool = False
+    probes: bool = False
     weighs_bits: bool = False
     any_size: bool = True
     control: bool = False
 
 
 METHODS = {
-    "probe": Method("probe", predicts=True),
+    "probe": Method("probe", predicts=True, probes=True),
+    "trajectory": Method("trajectory", predicts=True, images=True, probes=True, any_size=False),
     "gain": Method("gain", predicts=True, any_size=False),
     "local_error": Method("local_error"),
     "exhaustive": Method("exhaustive", predicts=True),

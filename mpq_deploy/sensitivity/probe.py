@@ -14,7 +14,7 @@ vectors give the cross terms between layers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -25,6 +25,7 @@ import torch
 from mpq_deploy.errors import ModelError
 from mpq_deploy.formats.fp8 import FP8_SCHEME, FloatGrid, operand_grids
 from mpq_deploy.graph.layers import Layer, LayerUse
+from mpq_deploy.models.spec import Array
 from mpq_deploy.onnx_torch.adjoint import (
     UseGradients,
     gradient_bytes,
@@ -44,7 +45,7 @@ from mpq_deploy.sensitivity.subject import Subject, timestep_of
 from mpq_deploy.sensitivity.table import Nested, SensitivityTable, table_from_projections
 from mpq_deploy.sensitivity.torch_projection import ProjectedUse, TorchStack, project_layer
 from mpq_deploy.system.gpu_memory import Shrinking
-from mpq_deploy.system.parallel.work import Result, Within, Work, run_shards
+from mpq_deploy.system.parallel.work import Pool, Result, Within, Work, run_shards
 from mpq_deploy.system.progress import Talk
 
 
@@ -56,10 +57,7 @@ def measure_probe(subject: Subject) -> SensitivityTable:
     """
     calls = subject.calls()
     with subject.crew.open(subject.job("probes", _probing), subject.talk) as pool:
-        first = subject.shard("probes, size of batches", _Task(), 0, part="probes, plan")
-        (plan,) = run_shards(pool, "", [first], Within.silent(subject.talk), subject.store)
-        batch, notes = int(plan["batch"]), tuple(str(note) for note in plan["notes"])
-        ends = tuple(int(end) for end in plan["ends"])
+        batch, ends, notes = batch_plan(subject, pool, _Task(), "probes")
         key = {"part": "probes", "batch": batch, "ends": list(ends)}
         shards = [
             subject.shard(
@@ -70,14 +68,24 @@ def measure_probe(subject: Subject) -> SensitivityTable:
         results = list(run_shards(pool, "probes", shards, subject.talk, subject.store))
     power = np.array([float(result["power"]) for result in results])
     norm = np.sqrt(np.where(power > 0, power / calls.count, 1.0)).astype(np.float32)[:, None, None]
-    values: Nested = {name: {} for name, _ in _pairs(subject)}
-    for number, (layer, scheme) in enumerate(_pairs(subject)):
+    values: Nested = {name: {} for name, _ in measured_pairs(subject)}
+    for number, (layer, scheme) in enumerate(measured_pairs(subject)):
         values[layer][scheme] = np.stack([result["values"][number] for result in results]) / norm
     return table_from_projections(calls.timesteps, values, notes, calls.turns)
 
 
+def batch_plan(
+    subject: Subject, pool: Pool, task: Any, what: str
+) -> tuple[int, tuple[int, ...], tuple[str, ...]]:
+    """Return what ``Probing.plan`` gives in a worker, by ``task``."""
+    first = subject.shard(f"{what}, size of batches", task, 0, part=f"{what}, plan")
+    (plan,) = run_shards(pool, "", [first], Within.silent(subject.talk), subject.store)
+    notes = tuple(str(note) for note in plan["notes"])
+    return int(plan["batch"]), tuple(int(end) for end in plan["ends"]), notes
+
+
 # Calls, and the parts of the graph that hold their values one after the other.
-_Piece = tuple[slice, tuple[slice, ...]]
+Piece = tuple[slice, tuple[slice, ...]]
 # Where even so many parts take more memory than the GPU has, the CPU computes.
 MOST_PARTS = 64
 
@@ -91,7 +99,7 @@ class _Task:
     ends: tuple[int, ...] = ()
 
 
-def _pairs(subject: Subject) -> list[tuple[str, str]]:
+def measured_pairs(subject: Subject) -> list[tuple[str, str]]:
     """Return every (layer, scheme), in the order in which their projections are stacked."""
     layers = [(n.name, s.name) for n in subject.layers for s in subject.candidates[n.name].schemes]
     return [*layers, *((one.name, s) for one in subject.attentions for s in ("fp16", FP8_SCHEME))]
@@ -103,20 +111,13 @@ def _probing(subject: Subject) -> Work:
     Those are ``power``, the sum of ||output||^2 over the calls, and ``values`` float32 [pairs,
     probes, calls].
     """
-    calls, pairs = subject.calls(), _pairs(subject)
-    work = Shrinking(partial(_Probing, subject), "probes", subject.talk)
-    smaller = partial(_smaller, calls)
+    calls, pairs = subject.calls(), measured_pairs(subject)
+    work = Shrinking(partial(Probing, subject), "probes", subject.talk)
+    smaller = partial(smaller_pieces, calls)
 
     def compute(task: _Task, talk: Talk) -> Result:
         if task.step_index is None:
-            ((batch, ends, notes),) = work.run(
-                None, lambda _: (), lambda probing, _: probing.plan()
-            )
-            return {
-                "batch": np.array(batch),
-                "ends": np.array(ends, np.int64),
-                "notes": np.array(notes, np.str_),
-            }
+            return work.run(None, lambda _: (), lambda probing, _: probing.plan())[0]
         parts = tuple(slice(start, end) for start, end in zip((0, *task.ends), task.ends))
         stacked = np.zeros((len(pairs), subject.settings.probes, calls.count), np.float32)
         values: Nested = {}
@@ -124,7 +125,7 @@ def _probing(subject: Subject) -> Work:
             values.setdefault(layer, {})[scheme] = row
         step, power = task.step_index, 0.0
 
-        def probe(probing: _Probing, piece: _Piece) -> float:
+        def probe(probing: Probing, piece: Piece) -> float:
             return probing.probe(step, *piece, values)
 
         with talk.bar("probes", calls.count) as advance:
@@ -136,7 +137,7 @@ def _probing(subject: Subject) -> Work:
     return compute
 
 
-def _smaller(calls: Calls, piece: _Piece) -> list[_Piece]:
+def smaller_pieces(calls: Calls, piece: Piece) -> list[Piece]:
     """Halve the calls of a piece, or the parts of the graph where they cannot be; to a limit."""
     chunk, parts = piece
     fewer = calls.halves(chunk)
@@ -174,7 +175,7 @@ class _Use:
     roundings: dict[str, InputRounding]
 
 
-class _Probing:
+class Probing:
     """The graph in torch with what each layer's inner products need."""
 
     def __init__(self, subject: Subject) -> None:
@@ -214,13 +215,21 @@ class _Probing:
     def _rounded(self) -> list[int]:
         return [number for number, item in enumerate(self._uses) if item.roundings]
 
-    def plan(self) -> tuple[int, tuple[int, ...], tuple[str, ...]]:
-        """Return how many samples to evaluate at once, where parts of the graph end, and notes.
+    def plan(self) -> Result:
+        """Return how many samples to evaluate at once (``batch``), where parts of the graph end, and ``notes``.
 
         A layer whose values are not [samples, ...] in the order of the samples (such as the
         embedding of a scalar timestep) is measured rightly only one sample at a time. There is more
         than one part only where one batch takes several times the memory allowed.
         """
+        batch, ends, notes = self._plan()
+        return {
+            "batch": np.array(batch),
+            "ends": np.array(ends, np.int64),
+            "notes": np.array(notes, np.str_),
+        }
+
+    def _plan(self) -> tuple[int, tuple[int, ...], tuple[str, ...]]:
         finite = _Finite()
         with torch.no_grad():
             footprint, _ = self._graph.footprint(
@@ -264,7 +273,6 @@ class _Probing:
     def probe(self, step_index: int, chunk: slice, parts: Sequence[slice], values: Nested) -> float:
         """Add the products of a chunk of samples into ``values``; return the sum of ||output||^2."""
         arrays, power = self._calls.feeds(step_index, chunk), 0.0
-        feeds, timestep = self._graph.feed(arrays), timestep_of(self._subject.spec, arrays)
 
         def seeds(output: Any) -> list[Any]:
             nonlocal power
@@ -272,30 +280,59 @@ class _Probing:
             if not np.isfinite(power):
                 finite = _Finite()
                 with torch.no_grad():
-                    self._graph.footprint(feeds, finite.look)
+                    self._graph.footprint(self._graph.feed(arrays), finite.look)
                 finite.refuse()
             noise = self._noise(step_index, chunk, tuple(output.shape[1:]))
             return [one.reshape(output.shape) for one in noise]
 
-        products: list[tuple[Any, Any]] = []
+        products, _ = self.back(arrays, parts, seeds, chunk.stop - chunk.start)
+        for layer, scheme, found in products:
+            values[layer][scheme][:, chunk] += found
+        return power
+
+    def run(self, arrays: Mapping[str, Array]) -> Array:
+        """Return the output for the graph's inputs ``arrays``."""
+        with torch.no_grad():
+            output = self._graph.run(self._graph.feed(arrays))[self._output]
+        return np.asarray(output.float().cpu().numpy())
+
+    def back(
+        self,
+        arrays: Mapping[str, Array],
+        parts: Sequence[slice],
+        seeds: Callable[[Any], list[Any]],
+        samples: int,
+        into: str = "",
+    ) -> tuple[list[tuple[str, str, Array]], list[Any]]:
+        """Take what ``seeds`` makes of the output back through all layers.
+
+        Returns (layer, scheme, inner products [probes, samples]) of every use, and what comes back
+        to the input ``into``, one gradient per direction.
+        """
+        feeds, timestep = self._graph.feed(arrays), timestep_of(self._subject.spec, arrays)
+        if into:
+            feeds[into] = feeds[into].detach().requires_grad_()
+        products, back = list[tuple[str, str, Any]](), list[Any]()
         for came in layer_gradients(
             self._graph, feeds, parts, self._places, {self._output: seeds}, self._rounded
         ):
             with torch.no_grad():
-                if came.number >= len(self._uses):
+                if came.number < 0:
+                    back = came.rows
+                elif came.number >= len(self._uses):
                     one = self._operands[came.number - len(self._uses)]
-                    found = one.products(came.x, torch.stack(came.rows), chunk.stop - chunk.start)
-                    products.append((values[one.attention][FP8_SCHEME], found.float()))
-                    continue
-                item = self._uses[came.number]
-                for scheme, found in self._products(item, came, timestep, chunk).items():
-                    products.append((values[item.layer.name][scheme], found.float()))
+                    found = one.products(came.x, torch.stack(came.rows), samples)
+                    products.append((one.attention, FP8_SCHEME, found.float()))
+                else:
+                    item = self._uses[came.number]
+                    by_scheme = self._products(item, came, timestep, samples)
+                    products += [(item.layer.name, s, p.float()) for s, p in by_scheme.items()]
+        if not products:
+            return [], back
         # Once for all: to fetch a number from a GPU is to wait for it.
-        if products:
-            fetched = torch.stack([found for _, found in products]).cpu().numpy()
-            for (held, _), found in zip(products, fetched, strict=True):
-                held[:, chunk] += found
-        return power
+        fetched = torch.stack([found for *_, found in products]).cpu().numpy()
+        pairs = zip(products, fetched, strict=True)
+        return [(layer, scheme, found) for (layer, scheme, _), found in pairs], back
 
     def _noise(self, step_index: int, chunk: slice, shape: tuple[int, ...]) -> Any:
         """Draw the probes of each sample from its own seed: the batch size does not matter."""
@@ -308,14 +345,14 @@ class _Probing:
         return torch.from_numpy(np.stack(rows, 1)).to(self._device, non_blocking=True)
 
     def _products(
-        self, item: _Use, came: UseGradients, timestep: float | None, chunk: slice
+        self, item: _Use, came: UseGradients, timestep: float | None, samples: int
     ) -> dict[str, Any]:
         attributes = self._attributes[item.use.node]
         roundings = {form: rounding.at(timestep) for form, rounding in item.roundings.items()}
         use = ProjectedUse(item.layer, attributes, self._stacks[item.layer], roundings)
         through = torch.stack(came.through, 1) if came.through else None
         rows = torch.stack(came.rows, 1)
-        return project_layer(use, came.x, rows, through, chunk.stop - chunk.start)
+        return project_layer(use, came.x, rows, through, samples)
 
 
 class _Finite:

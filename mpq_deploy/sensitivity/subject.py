@@ -12,8 +12,8 @@ from mpq_deploy.calibrate.stats import CalibrationStats
 from mpq_deploy.calls.recorded import CallSet, RecordedCalls
 from mpq_deploy.graph.attention import Operands
 from mpq_deploy.graph.layers import Layer, LayerGraph
-from mpq_deploy.models.spec import DenoiserSpec
-from mpq_deploy.recipe import MeasureSettings
+from mpq_deploy.models.spec import Array, DenoiserSpec
+from mpq_deploy.recipe import MeasureSettings, SamplerKind
 from mpq_deploy.sensitivity.layer_weights import CandidateWeights, measured_layers
 from mpq_deploy.sensitivity.measured_calls import MEMORY_BYTES, STACK_BYTES, Calls
 from mpq_deploy.system.compute import computing_on
@@ -41,6 +41,15 @@ class Spread:
 
 
 @dataclass(frozen=True)
+class Sampling:
+    """How the model is sampled by our own loop: all rows of its conditions, the steps, the sampler."""
+
+    conditions: Mapping[str, Array]
+    steps: int
+    kind: SamplerKind
+
+
+@dataclass(frozen=True)
 class Subject:
     """The model and the calls that every metric takes.
 
@@ -50,6 +59,7 @@ class Subject:
     timestep stands for, of sum 1; None: equal ones. ``rotate``: at each timestep the next
     ``settings.calls`` of the calls, so that more of them are seen in the same time, else the same
     evenly spaced ones. ``attentions``: those whose rounding to FP8 is measured beside the layers.
+    ``sampling``: None where only recorded calls are known.
     """
 
     graph: LayerGraph
@@ -63,6 +73,7 @@ class Subject:
     shares: tuple[float, ...] | None = None
     rotate: bool = False
     attentions: tuple[Operands, ...] = ()
+    sampling: Sampling | None = None
 
     def at_one_size(self) -> Subject:
         """Return the subject at the largest of several sizes alone, for metrics that keep values by shape."""

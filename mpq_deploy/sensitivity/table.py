@@ -82,6 +82,8 @@ class SensitivityTable:
     0); None where that is not known.
 
     Where not ``predicts_nmse``, layers are ranked by a loss of the metric's own unit.
+    ``mean_square``: of final images whose peak is 1, where losses are relative to it; None: of
+    another metric, or not known.
     ``importance``: of metrics that weigh bits; their tables lack the schemes that their activation
     bits rule out.
     """
@@ -94,11 +96,22 @@ class SensitivityTable:
     notes: tuple[str, ...] = field(default=())
     importance: Importance | None = None
     calls: Array | None = None
+    mean_square: float | None = None
+
+    @property
+    def predicts(self) -> bool:
+        """Whether a plan's loss is a prediction of an error, of outputs or of final images."""
+        return self.metric in METHODS and METHODS[self.metric].predicts
+
+    @property
+    def of_images(self) -> bool:
+        """Whether losses are errors of final images, with an entry per probe and trajectory."""
+        return self.metric in METHODS and METHODS[self.metric].images
 
     @property
     def predicts_nmse(self) -> bool:
-        """Whether a plan's loss is a prediction of the error that evaluation measures."""
-        return self.metric in METHODS and METHODS[self.metric].predicts
+        """Whether a plan's loss is a prediction of the output's error that evaluation measures."""
+        return self.predicts and not self.of_images
 
     def weighted(self, shares: Array) -> SensitivityTable:
         """Return the table with timestep k weighted by ``shares[k]`` [K] instead of 1 / K."""
@@ -125,6 +138,21 @@ class SensitivityTable:
         total = sum(self.projections[n][s].astype(np.float64) for n, s in schemes.items())
         return np.asarray(np.square(total))
 
+    def errors_by_call(self, entries: Array) -> Array:
+        """Return a plan's error of each call, float64 [N], whose mean is the sum of its ``entries`` [P]."""
+        assert self.calls is not None
+        order = np.argsort(self.calls, kind="stable")
+        count = len(np.unique(self.calls))
+        return np.asarray(entries[order].reshape(count, -1).sum(axis=1) * count)
+
+    def weighing(self, weights: Array) -> SensitivityTable:
+        """Return the table in which calls count by ``weights``, float64 [N], instead of 1 each."""
+        assert self.projections is not None and self.calls is not None
+        roots = np.sqrt(weights[self.calls]).astype(np.float32)
+        vectors = _each(self.projections, lambda vector: vector * roots)
+        table = _from_vectors(self.metric, self.timesteps, vectors, self.notes)
+        return replace(table, calls=self.calls, mean_square=self.mean_square)
+
     def folds(self, count: int) -> list[tuple[SensitivityTable, SensitivityTable]]:
         """Split the calls into ``count`` parts; for each, return the tables without and of it.
 
@@ -146,7 +174,8 @@ class SensitivityTable:
         assert self.projections is not None and self.calls is not None
         vectors = _each(self.projections, lambda vector: vector * roots)
         table = _from_vectors(self.metric, self.timesteps, vectors, self.notes)
-        return replace(table, calls=np.where(part, self.calls, -1).astype(np.int32))
+        calls = np.where(part, self.calls, -1).astype(np.int32)
+        return replace(table, calls=calls, mean_square=self.mean_square)
 
     def save(self, folder: Path) -> None:
         """Write ``table.json`` and ``projections.npz`` into ``folder``."""
@@ -169,6 +198,7 @@ class SensitivityTable:
             "losses": self.losses,
             "pairs": pairs,
             "notes": list(self.notes),
+            "mean_square": self.mean_square,
         }
         (folder / "table.json").write_text(json.dumps(text, indent=1) + "\n", encoding="utf-8")
 
@@ -190,6 +220,7 @@ class SensitivityTable:
                 tuple(text["notes"]),
                 Importance.load(stored) if stored.exists() else None,
                 data.get("calls"),
+                text.get("mean_square"),
             )
 
 

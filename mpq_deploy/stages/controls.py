@@ -58,7 +58,7 @@ def _control_schemes(run: Run) -> dict[str, dict[str, str]]:
     graph, target, stats = run.exported.graph, run.target, run.calibration.stats
     table = SensitivityTable.load(run.stage("measure"))
     plans = control_plans(graph, target, stats)
-    plans["int8"] = best_int8(graph.layers, target, table.losses, table.predicts_nmse, stats)
+    plans["int8"] = best_int8(graph.layers, target, table.losses, table.predicts, stats)
     found = {
         name: {layer: scheme.name for layer, scheme in plan.items()} for name, plan in plans.items()
     }

@@ -29,7 +29,7 @@ from mpq_deploy.sensitivity.earlier_pairs import (
 from mpq_deploy.sensitivity.measure import measure
 from mpq_deploy.sensitivity.methods import METHODS, ORM_CONTROLS
 from mpq_deploy.sensitivity.orm import adapted_steps
-from mpq_deploy.sensitivity.subject import Spread, Subject
+from mpq_deploy.sensitivity.subject import Sampling, Spread, Subject
 from mpq_deploy.sensitivity.table import SensitivityTable
 from mpq_deploy.system.files import Fields
 from mpq_deploy.system.progress import Talk
@@ -55,7 +55,8 @@ def make(run: Run, folder: Path) -> str:
     section = run.recipe.measure
     subject, notes = stage_subject(run)
     table = _measured(run, subject)
-    if _held_out(run) is run.calibration.inputs and section.method not in ORM_CONTROLS:
+    own = section.method in ORM_CONTROLS or METHODS[table.metric].images
+    if _held_out(run) is run.calibration.inputs and not own:
         optimistic = "losses are measured on the samples that the weights were rounded on"
         notes = (*notes, f"{optimistic}, so they are optimistic")
     replace(table, notes=tuple(dict.fromkeys((*table.notes, *notes)))).save(folder)
@@ -118,7 +119,14 @@ def measured_subject(chosen: tuple[int, ...], run: Run, left: _Left | None = Non
     of = (exported.graph, every, run.calibration.stats)
     attention = run.recipe.allocate.attention != "fp16" and (left is None or left[1])
     attentions = separate_operands(exported.graph.model) if attention else ()
-    return Subject(*of, *calls, _settings(run), run.talk, rotate=True, attentions=attentions)
+    subject = Subject(*of, *calls, _settings(run), run.talk, rotate=True, attentions=attentions)
+    return replace(subject, sampling=sampling_of(run))
+
+
+def sampling_of(run: Run) -> Sampling:
+    """Return how the run's model is sampled."""
+    recipe = run.recipe
+    return Sampling(run.exported.conditions, recipe.calibrate.steps, recipe.evaluate.sampler)
 
 
 def _held_out(run: Run) -> CallSet:
@@ -148,7 +156,8 @@ def _measured_steps(run: Run) -> tuple[Array, tuple[float, ...] | None, tuple[st
     section, calls = run.recipe.measure, _held_out(run)
     available = len(calls.timesteps)
     count = min(section.timesteps, available)
-    if section.sampling == "uniform" or count == available:
+    # Trajectories go through all steps.
+    if section.sampling == "uniform" or count == available or METHODS[section.method].images:
         fewer = f"all {available} calibrated timesteps are measured: measure.timesteps asks for {section.timesteps}"
         notes = (fewer,) if section.timesteps > available else ()
         return sampled_steps(available, count), None, notes

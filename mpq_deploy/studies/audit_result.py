@@ -11,6 +11,7 @@ from mpq_deploy.studies.agreement import Calibration, Correlation
 TITLES = {
     "probe": "probes",
     "probe+cross": "probes, cross terms",
+    "trajectory": "trajectory probes",
     "gain": "gain × local error",
     "local_error": "local error",
     "kurtosis": "kurtosis",

@@ -30,6 +30,7 @@ from mpq_deploy.sensitivity.measure import measure
 from mpq_deploy.sensitivity.methods import METHODS
 from mpq_deploy.sensitivity.subject import Spread, Subject
 from mpq_deploy.sensitivity.table import SensitivityTable
+from mpq_deploy.stages.measure import sampling_of
 from mpq_deploy.system.files import Fields
 from mpq_deploy.system.memory import metered
 from mpq_deploy.system.parallel.work import Alone, Job, Result, Shard, Within, Work, run_shards
@@ -88,7 +89,7 @@ class Losses:
         """Return the table of ``method``, one of ``METHODS``."""
         section = self._run.recipe.measure
         fields: Fields = {}
-        if method == "probe":
+        if METHODS[method].probes:
             fields["recipe.measure.probes"] = section.probes
         if METHODS[method].weighs_bits:
             fields.update(
@@ -187,7 +188,8 @@ class Losses:
         own = partial(_open_subject, self.samples)
         opener, root, files = self._run.for_workers(own, *FILES)
         spread = Spread(self._run.crew, root, files, opener)
-        return Subject(self.graph, self.candidates, self._stats, *calls, spread)
+        subject = Subject(self.graph, self.candidates, self._stats, *calls, spread)
+        return replace(subject, sampling=sampling_of(self._run))
 
     def _fields(self) -> Fields:
         section = self._run.recipe.measure

@@ -159,10 +159,20 @@ def test_more_timesteps_than_there_are(model: Path, changes: dict[str, Any], wor
 
 @pytest.mark.parametrize(
     "option",
-    ["probe", "gain", "local_error", "exhaustive", "kurtosis", "orm", "size-only", "random"],
+    [
+        "probe",
+        "trajectory",
+        "gain",
+        "local_error",
+        "exhaustive",
+        "kurtosis",
+        "orm",
+        "size-only",
+        "random",
+    ],
 )
 def test_every_method_is_an_option_of_the_command_line(option: str, run: Path, cli: Any) -> None:
-    if option in ("probe", "exhaustive"):
+    if option in ("probe", "trajectory", "exhaustive"):
         pytest.importorskip("torch")
     recipe = run / "recipe.yaml"
     text = recipe.read_text(encoding="utf-8").replace("  timesteps: 20\n", "  timesteps: 2\n")

@@ -213,7 +213,7 @@ def test_a_stopped_measurement_goes_on_with_the_timesteps_that_are_finished(
     model: Path, run: Path, finished: Built, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     remade(run, "measure")
-    real, seen = probe._Probing.probe, []
+    real, seen = probe.Probing.probe, []
 
     def stopping(self: Any, step_index: int, *rest: Any) -> float:
         seen.append(step_index)
@@ -221,7 +221,7 @@ def test_a_stopped_measurement_goes_on_with_the_timesteps_that_are_finished(
             raise KeyboardInterrupt
         return real(self, step_index, *rest)
 
-    monkeypatch.setattr(probe._Probing, "probe", stopping)
+    monkeypatch.setattr(probe.Probing, "probe", stopping)
     with pytest.raises(KeyboardInterrupt):
         over(None, model, run, lambda pipeline: pipeline.run_until("measure"))
     assert (
@@ -229,7 +229,7 @@ def test_a_stopped_measurement_goes_on_with_the_timesteps_that_are_finished(
     )  # the batch size, and one timestep
     seen.clear()
     monkeypatch.setattr(
-        probe._Probing,
+        probe.Probing,
         "probe",
         lambda self, step, *rest: (seen.append(step), real(self, step, *rest))[1],
     )

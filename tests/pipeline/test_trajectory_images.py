@@ -1,0 +1,44 @@
+"""A build by trajectory probes: predicted final images instead of predicted outputs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from mpq_deploy.allocate.plan import PrecisionPlan
+from mpq_deploy.errors import UsageError
+from mpq_deploy.run.recipe_check import check_recipe
+from mpq_deploy.sensitivity.table import SensitivityTable
+from tests.pipeline.runs import build, recipe_for
+
+pytestmark = pytest.mark.torch
+
+
+def test_images_are_predicted_before_anything_is_built(model: Path, run: Path) -> None:
+    pytest.importorskip("torch")
+    found = build(
+        recipe_for(model, measure__method="trajectory", measure__calls=4, measure__samples=4), run
+    )
+    table = SensitivityTable.load(run / "measure")
+    assert table.metric == "trajectory" and table.mean_square is not None
+    images = PrecisionPlan.load(run / "allocate" / "plan.json").predicted_images
+    assert images is not None and images.images == 4
+    assert list(images.quantiles) == sorted(images.quantiles)
+    assert [line for line in found.said if "predicted PSNR of the final images" in line]
+    # What was measured at outputs is not what was predicted.
+    assert found.report["predicted_nmse"] is None
+    assert found.report["predicted_images"]["psnr_db"] == pytest.approx(images.psnr_db)
+    for page in ("report.html", "report.md"):
+        assert f"final images {images.psnr_db:.1f} dB" in (run / page).read_text(encoding="utf-8")
+    json.dumps(found.report)
+
+
+def test_the_worst_images_may_be_asked_for(model: Path, run: Path) -> None:
+    pytest.importorskip("torch")
+    changes = {"measure__method": "trajectory", "measure__calls": 4, "measure__samples": 4}
+    found = build(recipe_for(model, **changes, allocate__tail=0.25), run)
+    assert any("worst 25% of the images (allocate.tail)" in note for note in found.report["notes"])
+    with pytest.raises(UsageError, match="no final images are measured"):
+        check_recipe(recipe_for(model, allocate__tail=0.25))
