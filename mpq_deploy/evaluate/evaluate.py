@@ -170,9 +170,10 @@ def _float_model(
 def _job(setup: Setup, models: list[Path]) -> tuple[Files, Job]:
     """Return the files of all models, and the job whose workers open one at a time."""
     models = models if setup.decoder is None else [*models, setup.decoder]
-    files = Files.of(file for model in dict.fromkeys(models) for file in model_files(model))
+    every = {model: model_files(model) for model in models}
+    files = Files.of(file for some in every.values() for file in some)
     # A worker has the float model and then a variant, as it is and prepared for the kernels.
-    largest = 2 * max(sum(file.stat().st_size for file in model_files(model)) for model in models)
+    largest = 2 * max(sum(file.stat().st_size for file in some) for some in every.values())
     # Workers get paths relative to the root, and no progress.
     told = replace(
         setup, decoder=None if setup.decoder is None else files.below(setup.decoder), talk=Talk()

@@ -109,25 +109,28 @@ def check_external_data(proto: onnx.ModelProto, path: Path) -> None:
     are links into ``blobs/``: there the locations become the names of those files.
     """
     folder, blobs = path.resolve().parent, hub_blobs(path)
+    sizes: dict[str, int] = {}
     for tensor in external_tensors(proto):
         entries = {entry.key: entry.value for entry in tensor.external_data}
         location = entries.get("location", "")
-        inside = not Path(location).is_absolute() and ".." not in Path(location).parts
         file = (folder if blobs is None else path.parent) / location
-        if not location or not inside or not file.resolve().is_relative_to(folder):
-            raise ModelError(
-                f"The weight '{tensor.name}' of {path} is stored outside the model's folder, in '{location}'.",
-                "Put the data file beside the model and save the model with a plain file name as location.",
-            )
-        if not file.is_file():
-            raise ModelError(
-                f"The weights of {path} are missing: there is no file '{location}' beside it.",
-                "Copy the data file together with the model.",
-            )
+        if location not in sizes:
+            inside = not Path(location).is_absolute() and ".." not in Path(location).parts
+            if not location or not inside or not file.resolve().is_relative_to(folder):
+                raise ModelError(
+                    f"The weight '{tensor.name}' of {path} is stored outside the model's folder, in '{location}'.",
+                    "Put the data file beside the model and save the model with a plain file name as location.",
+                )
+            if not file.is_file():
+                raise ModelError(
+                    f"The weights of {path} are missing: there is no file '{location}' beside it.",
+                    "Copy the data file together with the model.",
+                )
+            sizes[location] = file.stat().st_size
         needed = _end(tensor, entries, path)
-        if file.stat().st_size < needed:
+        if sizes[location] < needed:
             raise ModelError(
-                f"'{location}' beside {path} has {file.stat().st_size:,} bytes, but '{tensor.name}' "
+                f"'{location}' beside {path} has {sizes[location]:,} bytes, but '{tensor.name}' "
                 f"ends at {needed:,}.",
                 "The data file is truncated: export or copy it again.",
             )

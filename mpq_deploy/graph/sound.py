@@ -51,17 +51,19 @@ def check_bounds(proto: onnx.ModelProto, name: str) -> None:
     for function in functions:
         for one in (function.name, function.domain, *function.input, *function.output):
             _check_name(one, "function", name)
+    graphs = [proto.graph]
     for nodes in (proto.graph.node, *(function.node for function in functions)):
         for node in _nodes(nodes, name):
             for one in (node.name, node.op_type, node.domain, *node.input, *node.output):
                 _check_name(one, "node", name)
             for attribute in node.attribute:
-                for tensor in (attribute.t, *attribute.tensors):
+                graphs += (*attribute.graphs, *([attribute.g] if attribute.HasField("g") else ()))
+                for tensor in (
+                    *([attribute.t] if attribute.HasField("t") else ()),
+                    *attribute.tensors,
+                ):
                     _check_tensor(tensor, name)
-    for graph in (
-        *_graphs(proto.graph.node, name, proto.graph),
-        *(graph for function in functions for graph in _graphs(function.node, name)),
-    ):
+    for graph in graphs:
         for value in (*graph.input, *graph.output, *graph.value_info):
             _check_name(value.name, "value", name)
         for tensor in graph.initializer:

@@ -193,8 +193,7 @@ class Pipeline:
         run.folder.save_timing(name, seconds, peak)
         self._outlook.finish(name, seconds)
         run.talk.line(f"{name:<10} {seconds:6.1f} s  {peak / 1e6:6.0f} MB  {note}".rstrip())
-        # A new view, so that nothing opened of the former stage stays.
-        self.run = replace(run)
+        self.run = run.after(name)
         return StageResult(name, seconds, peak, False)
 
     def _fill(self, stage: Stage, inputs: Fields | None) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -77,13 +78,16 @@ def stages_in_order(*stages: Stage) -> dict[str, Stage]:
 
 def version_of(*packages: str) -> Fields:
     """Return ``version.NAME`` of this tool and of each package; None for one not installed."""
-    versions: Fields = {"version.mpq-deploy": __version__}
-    for package in packages:
-        try:
-            versions[f"version.{package}"] = version(package)
-        except PackageNotFoundError:
-            versions[f"version.{package}"] = None
-    return versions
+    found = {f"version.{package}": _installed(package) for package in packages}
+    return {"version.mpq-deploy": __version__, **found}
+
+
+@cache
+def _installed(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def settings(section: BaseModel, prefix: str) -> Fields:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from math import prod
 from pathlib import Path
@@ -136,6 +136,13 @@ class Run:
         from mpq_deploy.recipe import load_recipe
 
         return cls(load_recipe(root / RECIPE), RunFolder(root), talk)
+
+    def after(self, stage: str) -> Run:
+        """Return a new view, once ``stage`` is made: nothing that was opened of its former files stays."""
+        view = replace(self)
+        if stage not in SHARED and "exported" in vars(self):
+            vars(view)["exported"] = self.exported
+        return view
 
     @property
     def path(self) -> Path:

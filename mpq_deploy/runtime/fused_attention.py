@@ -9,6 +9,7 @@ take 0.5 GB per sample, twice; the operator works on blocks of them that fit the
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 
 import onnx
 import onnx_ir as ir
@@ -37,7 +38,15 @@ def fused_proto(proto: onnx.ModelProto) -> bytes | None:
 
     Constants in files stay named as they are.
     """
-    if not any(node.op_type == "Softmax" for node in proto.graph.node):
+    made = {name for node in proto.graph.node if node.op_type == "Softmax" for name in node.output}
+    known = {value.name: value.type.tensor_type.shape.dim for value in proto.graph.value_info}
+    # Nearly all that a graph says of its scores' sizes spares building it.
+    if all(
+        (sizes := [size.dim_value for size in known.get(name, ())][1:])
+        and all(sizes)
+        and prod(sizes) < LEAST_SCORES
+        for name in made
+    ):
         return None
     model = ir.from_proto(proto)
     return ir.to_proto(model).SerializeToString() if fuse_attention(model) else None

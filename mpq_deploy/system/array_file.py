@@ -5,9 +5,11 @@ NumPy and the standard library only: devices use it, too.
 
 from __future__ import annotations
 
+import io
 import math
 import zipfile
 import zlib
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -131,13 +133,19 @@ def _array(file: Any, size: int, shown: str, error: type[MpqError], hint: str) -
 
 def _header(file: Any) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
     version = np.lib.format.read_magic(file)
-    readers = {
-        (1, 0): np.lib.format.read_array_header_1_0,
-        (2, 0): np.lib.format.read_array_header_2_0,
-    }
-    if version not in readers:
+    if version == (1, 0):
+        length = file.read(2)
+        return _known_header(length + file.read(int.from_bytes(length, "little")))
+    if version != (2, 0):
         raise ValueError(f"version {version} of the format")
-    shape, fortran, dtype = readers[version](file)
+    shape, fortran, dtype = np.lib.format.read_array_header_2_0(file)
+    return shape, fortran, dtype
+
+
+@lru_cache(maxsize=256)
+def _known_header(text: bytes) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    # Python's parser takes longer than most arrays do, and most headers are alike.
+    shape, fortran, dtype = np.lib.format.read_array_header_1_0(io.BytesIO(text))
     return shape, fortran, dtype
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -37,10 +38,16 @@ def model_of(
     Raises ``error`` that names ``source`` and the first field that is wrong.
     """
     try:
-        return TypeAdapter(kind).validate_python(values)
+        return _adapter(kind).validate_python(values)
     except (ValidationError, RecursionError) as problem:
         said = first_error(problem) if isinstance(problem, ValidationError) else "nested too deep"
         raise error(f"{printable(source)}: {said}.", hint) from problem
+
+
+@lru_cache(maxsize=64)
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    # To make one takes longer than to use it.
+    return TypeAdapter(kind)
 
 
 def first_error(error: ValidationError) -> str:
