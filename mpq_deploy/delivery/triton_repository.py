@@ -67,6 +67,7 @@ PROMPT_INPUTS: dict[str, tuple[str, list[int]]] = {
 }
 NO_ENGINE = "Triton's TensorRT backend loads no TensorRT-RTX engine"
 STALE = "its engine is of an earlier plan"
+SLOTTED = "its engine has slots for LoRAs, which nothing fills here"
 MODEL_PY = '''"""Run by Triton's Python backend; the code is that of mpq-deploy, in the file beside this one."""
 
 import sys
@@ -153,6 +154,8 @@ def _engine(view: Run) -> tuple[Path | None, str]:
         return None, str(reason)
     if record.backend == RTX:
         return None, NO_ENGINE
+    if view.recipe.lora_slots:
+        return None, SLOTTED
     stage = view.folder.record("engine")
     if stage is None or stage.inputs.get("quantize") != view.digest(view.deployed_stage):
         return None, STALE
@@ -271,6 +274,7 @@ def _write_denoise(generation: Path, parts: Mapping[str, ServedGraph], place: Pa
     for name, served in parts.items():
         values, known = asdict(served.part), described["parts"][name]
         known["largest_batch"] = served.part.largest_batch
+        known.pop("slots", None)
         for way in ("inputs", "outputs"):
             known[way] = {tensor: values[way][tensor] for tensor in known[way]}
     write_text(place / "generation" / FILE, canonical_json(described))
