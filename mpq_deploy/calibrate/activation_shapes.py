@@ -85,10 +85,9 @@ def activation_shapes(
 
 def _call_of(calls: RecordedCalls, size: int | None) -> int:
     """Return the first call of a size, or of the largest."""
-    sizes, wanted = calls.recorded.sizes, (calls.spec.largest_first if size is None else (size,))
-    if sizes is None:
-        return 0
-    return next(int(np.argmax(sizes[0] == one)) for one in wanted if (sizes[0] == one).any())
+    sizes = calls.recorded.sizes
+    wanted = calls.recorded.largest(calls.spec) if size is None else size
+    return 0 if sizes is None else int(np.argmax(sizes[0] == wanted))
 
 
 def _declared(

@@ -122,6 +122,13 @@ class CallSet:
         """Return the first call of each size, int64."""
         return np.array([some[0] for some in self.of_one_size(0, np.arange(self.count))])
 
+    def largest(self, spec: DenoiserSpec) -> int:
+        """Return the number of the largest size that has calls; 0 where there is one size."""
+        sizes = self.sizes
+        if sizes is None:
+            return 0
+        return next(size for size in spec.largest_first if (sizes[0] == size).any())
+
     def dealt(self, order: Array) -> Array:
         """Return ``order`` dealt out by conditions, and then by sizes (``dealt``)."""
         found = dealt(self.rows, order)

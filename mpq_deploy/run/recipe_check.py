@@ -87,6 +87,11 @@ def _check_sizes(recipe: Recipe) -> None:
         "--calls": recipe.calls,
     }
     given = next((name for name, value in alone.items() if value), "")
+    if len(recipe.sizes) > recipe.calibrate.samples:
+        raise UsageError(
+            f"calibrate.samples is {recipe.calibrate.samples}, and {len(recipe.sizes)} sizes are given (--sizes).",
+            "Calibrate on at least one sample of each.",
+        )
     if len(recipe.sizes) > 1 and given:
         raise UsageError(
             f"{given} is for one size, and {len(recipe.sizes)} are given (--sizes).",

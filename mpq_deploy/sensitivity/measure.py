@@ -62,5 +62,5 @@ def _measure(method: str, subject: Subject) -> SensitivityTable:
     table: SensitivityTable = getattr(module, f"measure_{name}")(alone)
     if alone is subject:
         return table
-    largest = subject.spec.size_names[subject.spec.largest_first[0]]
+    largest = subject.spec.size_names[subject.calibration.largest(subject.spec)]
     return replace(table, notes=(*table.notes, f"losses are measured at {largest} alone"))

@@ -79,7 +79,7 @@ class Subject:
         """Return the subject at the largest of several sizes alone, for metrics that keep values by shape."""
         if not self.spec.sizes:
             return self
-        size = self.spec.largest_first[0]
+        size = self.calibration.largest(self.spec)
         alone = self.calibration.at_size(self.spec, size)
         return replace(self, calibration=alone, spec=self.spec.at_size(size))
 

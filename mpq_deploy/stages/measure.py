@@ -164,7 +164,7 @@ def _measured_steps(run: Run) -> tuple[Array, tuple[float, ...] | None, tuple[st
     exported = run.exported
     spec = exported.spec
     if spec.sizes:
-        size = spec.largest_first[0]
+        size = calls.largest(spec)
         calls, spec = calls.at_size(spec, size), spec.at_size(size)
     recorded = RecordedCalls(calls, spec)
     coarse = min(section.coarse_timesteps, available)

@@ -204,6 +204,7 @@ def test_the_drop_in_takes_both_and_refuses_another(built: Built, run: Run) -> N
         ({"recover__steps": 2}, "recover.steps is for one size"),
         ({"evaluate__correction": "ptqd"}, "evaluate.correction is for one size"),
         ({"calls": "calls"}, "--calls is for one size"),
+        ({"calibrate__samples": 1}, "calibrate.samples is 1, and 2 sizes"),
     ],
 )
 def test_what_is_for_one_size_is_refused(tmp_path: Path, options: Any, said: str) -> None:
