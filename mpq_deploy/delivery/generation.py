@@ -27,6 +27,7 @@ from mpq_deploy.device.generate.generation_folder import (
     SD,
     SD3,
     SDXL,
+    TEXT_OUTPUTS,
     TOKENIZER,
     WHAT,
     Generation,
@@ -119,9 +120,9 @@ def write_generation(
     scheduler_from_config(scheduler)
     written = {name: _write_part(name, file, out, pipeline) for name, file in parts.items()}
     tokenizers = {
-        name: _write_tokenizer(pipeline, name, out / name)
-        for name in ("tokenizer", "tokenizer_2", "tokenizer_3")
-        if getattr(pipeline, name, None) is not None
+        name.replace("text_encoder", "tokenizer"): _write_tokenizer(pipeline, name, written, out)
+        for name in TEXT_OUTPUTS[kind]
+        if name in written
     }
     denoiser = pipeline.unet if kind in (SD, SDXL) else pipeline.transformer
     steps, guidance = DEFAULTS[kind]
@@ -191,6 +192,14 @@ def _write_part(name: str, file: Path, out: Path, pipeline: Any) -> dict[str, An
         "outputs": {one.name: _tensor(one) for one in proto.graph.output},
     }
     if name.startswith("text_encoder"):
+        if len(described["inputs"]) > 1:
+            raise ModelError(
+                f"The {name} takes {', '.join(described['inputs'])}: a mask of its padding is not supported."
+            )
+        # What joins them for comparison is nothing that a pipeline takes.
+        taken = TEXT_OUTPUTS[KINDS[type(pipeline).__name__]][name]
+        outputs = described["outputs"]
+        described["outputs"] = {one: outputs[one] for one in taken if one in outputs} or outputs
         described["vocabulary"] = int(getattr(pipeline, name).config.vocab_size)
     return described
 
@@ -202,9 +211,13 @@ def _tensor(value: onnx.ValueInfoProto) -> dict[str, Any]:
     return {"dtype": str(dtype), "shape": shape}
 
 
-def _write_tokenizer(pipeline: Any, name: str, place: Path) -> dict[str, Any]:
-    """Write tokenizer.json; return what generation.json says of it."""
-    tokenizer = getattr(pipeline, name)
+def _write_tokenizer(
+    pipeline: Any, encoder: str, written: Mapping[str, Any], out: Path
+) -> dict[str, Any]:
+    """Write the tokenizer.json of a text encoder; return what generation.json says of it."""
+    name = encoder.replace("text_encoder", "tokenizer")
+    tokenizer, place = getattr(pipeline, name), out / name
+    (ids,) = written[encoder]["inputs"].values()
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise ModelError(
@@ -214,9 +227,8 @@ def _write_tokenizer(pipeline: Any, name: str, place: Path) -> dict[str, Any]:
     backend.no_padding()
     backend.no_truncation()
     backend.save(str(place / TOKENIZER))
-    t5 = "T5" in type(tokenizer).__name__
     return {
-        "length": pipeline_length(pipeline) if t5 else int(tokenizer.model_max_length),
+        "length": int(ids["shape"][1]),
         "pad": int(tokenizer.pad_token_id),
         "vocabulary": int(backend.get_vocab_size()),
     }
