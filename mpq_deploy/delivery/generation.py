@@ -11,6 +11,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Mapping
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,9 @@ from mpq_deploy.device.generate.generation_folder import (
     Generation,
     open_generation,
 )
+from mpq_deploy.device.generate.residency import RUNTIME_BYTES
 from mpq_deploy.device.generate.schedulers import scheduler_from_config
+from mpq_deploy.engine.engine_memory import estimate_memory
 from mpq_deploy.errors import ModelError, UsageError
 from mpq_deploy.graph.load import external_files, read_proto
 from mpq_deploy.graph.writers.deployed_graphs import SIMULATED
@@ -42,7 +45,7 @@ from mpq_deploy.models.locate import locate
 from mpq_deploy.models.pipeline_graphs import pipeline_length
 from mpq_deploy.run.pipeline_file import COMPONENTS as RUNS
 from mpq_deploy.run.pipeline_file import PIPELINE, PipelineFile
-from mpq_deploy.run.view import Run
+from mpq_deploy.run.view import RECIPE, Run
 from mpq_deploy.system.files import write_text
 from mpq_deploy.system.progress import Talk
 from mpq_deploy.system.release import __version__
@@ -60,6 +63,10 @@ DEFAULTS = {SD: (50, 7.5), SDXL: (50, 5.0), SD3: (28, 7.0), FLUX: (28, 3.5)}
 STRENGTH = 0.8
 # What a run keeps its folder as, and beside generation.json which plans it was written from.
 GENERATION, MADE_FROM = "generation", "made_from.txt"
+# What this module writes changes with it.
+WRITTEN = "2"
+# ONNX Runtime holds dequantized weights so many times while it opens a graph (over 2.15, seen).
+OPENED, CALL_ROWS = 2.15, 2
 
 
 def pipeline_kind(folder: Path) -> str:
@@ -80,8 +87,11 @@ def generation_of(run: Path, talk: Talk) -> Path:
     if not (run / PIPELINE).is_file():
         return run
     view = PipelineFile.load(run)
-    files, digest = {}, hashlib.sha256()
+    files, digest = {}, hashlib.sha256(WRITTEN.encode())
     for name in view.parts:
+        if not (run / RUNS / name / RECIPE).is_file():
+            what = f"{run} has no run of its {name}, {WHAT.get(name, 'a part')}."
+            raise UsageError(what, f"mpq-deploy build -o {run}")
         deployed = Run.opened(run / RUNS / name, talk).deployed
         files[name] = deployed / SIMULATED
         if not files[name].is_file():
@@ -201,7 +211,18 @@ def _write_part(name: str, file: Path, out: Path, pipeline: Any) -> dict[str, An
         outputs = described["outputs"]
         described["outputs"] = {one: outputs[one] for one in taken if one in outputs} or outputs
         described["vocabulary"] = int(getattr(pipeline, name).config.vocab_size)
+    described["memory_bytes"] = _memory(file, proto, described["inputs"])
     return described
+
+
+def _memory(file: Path, proto: onnx.ModelProto, inputs: Mapping[str, Any]) -> int:
+    """Return what ONNX Runtime takes for a graph: its weights in float as it opens it, and activations."""
+    weights = 4 * sum(prod(one.dims) for one in proto.graph.initializer)
+    shapes = {
+        name: tuple(CALL_ROWS if size is None else size for size in one["shape"])
+        for name, one in inputs.items()
+    }
+    return estimate_memory(file, shapes, int(OPENED * weights)).total_bytes - RUNTIME_BYTES
 
 
 def _tensor(value: onnx.ValueInfoProto) -> dict[str, Any]:

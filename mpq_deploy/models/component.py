@@ -122,8 +122,7 @@ def open_component(folder: Path, source: str, additions: Additions, talk: Talk) 
     call = _forward(recorded, inputs, method, tuple(places.values()), factor)
     network = TorchNetwork(part, inputs, outputs[0], call, outputs[1:])
     what = "samples of the float denoiser" if decodes else "texts that its pipeline gives it"
-    note = f"The {component}'s inputs are {len(labels)} {what}"
-    notes = (note, *told(uses, talk))
+    notes = (f"The {component}'s inputs are {len(labels)} {what}", *told(uses, talk))
     return Denoiser(spec, Conditions(arrays, len(labels), None, labels), network, None, notes)
 
 

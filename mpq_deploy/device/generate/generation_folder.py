@@ -60,7 +60,10 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Part:
-    """A part of the pipeline. ``largest_batch``: None where its graph takes any."""
+    """A part of the pipeline. ``largest_batch``: None where its graph takes any.
+
+    ``memory_bytes``: what it takes while it is open, estimated; None: not known.
+    """
 
     name: str
     file: Path
@@ -68,6 +71,7 @@ class Part:
     outputs: Mapping[str, Tensor]
     vocabulary: int | None = None
     largest_batch: int | None = None
+    memory_bytes: int | None = None
 
     @property
     def rows(self) -> int | None:
@@ -122,6 +126,10 @@ class Generation:
 def open_generation(folder: Path) -> Generation:
     """Read and check ``folder``; InputError says in one line what is wrong."""
     file = folder / FILE
+    if folder.is_file():
+        raise InputError(
+            f"{folder} is a file.", f"Install a package first: mpq-deploy install {folder}"
+        )
     hint = f"Give a folder that holds {FILE}."
     read = read_json_object(file, error=InputError, hint=hint)
     if read.get("format") != FORMAT:
@@ -167,8 +175,11 @@ def _part(folder: Path, name: str, values: Mapping[str, Any]) -> Part:
         for way in ("inputs", "outputs")
     )
     place = path_inside(folder / COMPONENTS, name, "A part", InputError)
-    file = path_inside(place, str(values["file"]), "A part's file", InputError)
-    return Part(name, file, inputs, outputs, values.get("vocabulary"), values.get("largest_batch"))
+    # An engine lies in a folder of its own.
+    for piece in str(values["file"]).split("/"):
+        place = path_inside(place, piece, "A part's file", InputError)
+    more = (values.get(key) for key in ("vocabulary", "largest_batch", "memory_bytes"))
+    return Part(name, place, inputs, outputs, *more)
 
 
 def _check_parts(generation: Generation) -> None:
