@@ -21,8 +21,8 @@ from mpq_deploy.bench.statistics import ratio, summary
 from mpq_deploy.bench.timed_subject import ORT, Subject
 from mpq_deploy.device.archive import MANIFEST
 from mpq_deploy.device.cuda import Cuda, why_no_gpu
-from mpq_deploy.device.installer import RESULTS_FORMAT, board
-from mpq_deploy.device.manifest import Manifest
+from mpq_deploy.device.installer import board
+from mpq_deploy.device.manifest import RESULTS_FORMAT, Manifest
 from mpq_deploy.engine.record import EngineRecord
 from mpq_deploy.errors import EngineError, MpqError, UsageError
 from mpq_deploy.system.children import child_command, child_environment, fate

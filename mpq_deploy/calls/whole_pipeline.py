@@ -10,7 +10,6 @@ import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ from mpq_deploy.calls.pipeline_runs import (
 from mpq_deploy.calls.stand_in import Caller
 from mpq_deploy.errors import ModelError
 from mpq_deploy.models.additions import DENOISERS, ENCODE, FORWARD, pipeline_index, place_of
-from mpq_deploy.models.component import followed, text_places
+from mpq_deploy.models.component import followed, joined, parted, text_places
 from mpq_deploy.models.lora import Loras
 from mpq_deploy.models.lora_option import parse_lora
 from mpq_deploy.models.spec import Array, DenoiserSpec
@@ -70,8 +69,9 @@ class WholePipeline:
         self.specs, self.rows = dict(specs), dict.fromkeys(specs, 0)
         texts = [name for name in specs if _of_text(name)]
         arguments = with_steps(self.pipeline, self.calls[0], FIRST_STEPS)
-        self._places: dict[str, tuple[Any, ...]] = dict.fromkeys(specs, (0,))
-        self._places |= text_places(self.pipeline, texts, denoiser, arguments)
+        self._places: dict[str, list[tuple[Any, ...]]] = {key: [(0,)] for key in specs}
+        for name, places in text_places(self.pipeline, texts, denoiser, arguments).items():
+            self._places[name] = list(places.values())
 
     def image(self, number: int, steps: int, seed: int, changes: Mapping[str, Change]) -> Array:
         """Return what call ``number`` gives (in turn) with the parts in ``changes`` changed."""
@@ -92,7 +92,8 @@ class WholePipeline:
                 delattr(getattr(self.pipeline, attribute), method)
 
     def _watched(self, name: str, part: Any, method: str, change: Change | None) -> Any:
-        original, spec, place = getattr(part, method), self.specs[name], self._places[name]
+        original, spec, places = getattr(part, method), self.specs[name], self._places[name]
+        factor = spec.pooled_factor
 
         def called(*args: Any, **kwargs: Any) -> Any:
             output = original(*args, **kwargs)
@@ -100,12 +101,16 @@ class WholePipeline:
             self.rows[name] += len(given.tensors[spec.sample.name])
             if change is None:
                 return output
-            taken = _moments if method == ENCODE else partial(followed, path=place)
-            call = PartCall(_array(taken(output)), lambda: _feeds(part, spec, given))
-            made = torch.from_numpy(change(call)).to(taken(output).dtype)
+            taken = [followed(output, place) for place in places]
+            if method == ENCODE:
+                taken = [getattr(taken[0], "parameters", taken[0])]
+            call = PartCall(_array(joined(taken, factor)), lambda: _feeds(part, spec, given))
+            made: list[Any] = list(parted(torch.from_numpy(change(call)), taken, factor))
             if method == ENCODE and hasattr(output[0], "parameters"):
-                made = type(output[0])(made)
-            return replaced(output, place, made)
+                made = [type(output[0])(made[0])]
+            for place, value in zip(places, made, strict=True):
+                output = replaced(output, place, value)
+            return output
 
         return called
 
@@ -141,12 +146,6 @@ def replaced(output: Any, place: tuple[Any, ...], value: torch.Tensor) -> Any:
     changed = copy.copy(output)
     changed[name] = replaced(output[name], tuple(rest), value)
     return changed
-
-
-def _moments(output: Any) -> torch.Tensor:
-    """Return mean and variance of what a VAE's encoder gives."""
-    found: torch.Tensor = getattr(output[0], "parameters", output[0])
-    return found
 
 
 def _array(value: torch.Tensor) -> Array:

@@ -65,7 +65,10 @@ def package(
         ),
     ] = Form.archive,
 ) -> None:
-    """Pack a run: into one archive with its checks and an installer, or as a folder."""
+    """Pack a run: into one archive with its checks and an installer, or as a folder.
+
+    Of a whole pipeline all components are packed, with reference images.
+    """
     from mpq_deploy.run.folder import runs_at, several_in
 
     if form is not Form.archive:
@@ -115,15 +118,18 @@ def _package(
     """Pack one run; return what was written as values and as text."""
     from mpq_deploy.delivery.package import check_builder, make_package
     from mpq_deploy.engine.target import load_target
-    from mpq_deploy.run.folder import check_one_run
     from mpq_deploy.run.pipeline import open_pipeline
 
-    check_one_run(run)
     recipe = recipe_of(run, None)
     device = load_target(target or recipe.target)
-    check_builder(device)
-    with open_pipeline(recipe, run, make_talk(), computes=False) as pipeline:
-        written = make_package(pipeline.deployed(corrected=True), device, out)
+    if (run / "pipeline.json").is_file():
+        from mpq_deploy.delivery.whole_package import make_whole_package
+
+        written = make_whole_package(run, device, out, make_talk())
+    else:
+        check_builder(device)
+        with open_pipeline(recipe, run, make_talk(), computes=False) as pipeline:
+            written = make_package(pipeline.deployed(corrected=True), device, out)
     text = f"{written['file']}  {written['bytes']:,} bytes\nsha256 {written['sha256']}"
     if key is not None:
         from mpq_deploy.device.signature import sign as sign_file
@@ -245,7 +251,7 @@ def deploy(
     """
     import shlex
 
-    from mpq_deploy.delivery.deploy import Remote
+    from mpq_deploy.delivery.deploy import Remote, deploy_whole
     from mpq_deploy.delivery.deploy import deploy as deploy_run
     from mpq_deploy.delivery.package import check_builder
     from mpq_deploy.device.installer import summary
@@ -254,10 +260,13 @@ def deploy(
 
     recipe = recipe_of(run, None)
     device = load_target(target or recipe.target)
-    check_builder(device)
     remote = Remote(ssh, tuple(shlex.split(ssh_command)), folder, python)
-    with open_pipeline(recipe, run, make_talk(), computes=False) as pipeline:
-        results = deploy_run(pipeline.deployed(corrected=True), device, remote)
+    if (run / "pipeline.json").is_file():
+        results = deploy_whole(run, device, remote, make_talk())
+    else:
+        check_builder(device)
+        with open_pipeline(recipe, run, make_talk(), computes=False) as pipeline:
+            results = deploy_run(pipeline.deployed(corrected=True), device, remote)
     print_result(results, summary(results, Path(folder)))
     if not results["passed"]:
         raise typer.Exit(1)

@@ -23,7 +23,7 @@ class Options:
         Path,
         typer.Argument(
             metavar="RUN",
-            help="A run of a whole pipeline, or a generation folder.",
+            help="A run of a whole pipeline, an installed package, or a generation folder.",
             show_default=False,
         ),
     ]
@@ -67,8 +67,13 @@ class Options:
         ),
     ] = None
     one_at_a_time: Annotated[
-        bool, typer.Option("--one-at-a-time", help="Hold one part in memory, never two.")
-    ] = False
+        Optional[bool],
+        typer.Option(
+            "--one-at-a-time/--together",
+            help="Hold one part in memory, or denoiser and decoder.",
+            show_default="as memory allows",
+        ),
+    ] = None
 
 
 def _generate(**given: Any) -> None:

@@ -7,6 +7,7 @@ already, so that a repeated call continues at the last byte that arrived, or aft
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import shlex
 import subprocess
@@ -20,7 +21,8 @@ from typing import TYPE_CHECKING, Any
 
 from mpq_deploy.delivery.package import INSTALLER, make_package
 from mpq_deploy.device.archive import MANIFEST, pieces, read_archive
-from mpq_deploy.device.installer import RESULTS
+from mpq_deploy.device.generate.generation_folder import COMPONENTS
+from mpq_deploy.device.manifest import RESULTS
 from mpq_deploy.errors import EngineError, InputError, UsageError
 from mpq_deploy.system.children import Collected, run_bounded
 from mpq_deploy.system.files import file_digest, write_text
@@ -112,11 +114,46 @@ def deploy(run: Run, target: Target, remote: Remote) -> dict[str, Any]:
     """
     from mpq_deploy.delivery.device_results import read_results, take_in
 
-    talk = run.talk
-    kept = run.path / KEPT
+    def packed(archive: Path) -> dict[str, Any]:
+        return make_package(run, target, archive)
+
+    results = _deliver(run.path, target, remote, run.talk, packed)
+    return read_results(take_in(run, results)).model_dump(mode="json")
+
+
+def deploy_whole(path: Path, target: Target, remote: Remote, talk: Talk) -> dict[str, Any]:
+    """Deploy the run of a whole pipeline at ``path`` as ``deploy`` does; return its results.
+
+    Each component's results are kept in its own run.
+    """
+    from mpq_deploy.delivery.device_results import take_in
+    from mpq_deploy.delivery.whole_package import make_whole_package
+    from mpq_deploy.run.view import Run
+
+    def packed(archive: Path) -> dict[str, Any]:
+        return make_whole_package(path, target, archive, talk)
+
+    results = _deliver(path, target, remote, talk, packed)
+    values = as_object(parse_json(results.read_text(encoding="utf-8"), RESULTS), RESULTS)
+    for name, one in as_object(values["components"], RESULTS).items():
+        own = Run.opened(path / COMPONENTS / name, talk)
+        write_text(results.with_name(f"{name}.json"), json.dumps(one))
+        take_in(own, results.with_name(f"{name}.json"))
+    return values
+
+
+def _deliver(
+    run: Path,
+    target: Target,
+    remote: Remote,
+    talk: Talk,
+    packed: Callable[[Path], dict[str, Any]],
+) -> Path:
+    """Package, copy and install; return the file of the results."""
+    kept = run / KEPT
     kept.mkdir(exist_ok=True)
     archive = kept / f"{target.name}.mpq.tar"
-    written = make_package(run, target, archive)
+    written = packed(archive)
     talk.line(f"packaged {archive}, {written['bytes']:,} bytes")
     name = f"{written['sha256'][:16]}.mpq.tar"
     remote.run(f"mkdir -p {remote.place}")
@@ -133,7 +170,7 @@ def deploy(run: Run, target: Target, remote: Remote) -> dict[str, Any]:
         )
     results = kept / RESULTS
     write_text(results, fetched)
-    return read_results(take_in(run, results)).model_dump(mode="json")
+    return results
 
 
 def upload(remote: Remote, archive: Path, name: str, talk: Talk) -> None:

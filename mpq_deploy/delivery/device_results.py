@@ -20,7 +20,7 @@ from pydantic import (
 )
 
 from mpq_deploy.bench.timed_subject import ORT
-from mpq_deploy.device.installer import RESULTS_FORMAT
+from mpq_deploy.device.manifest import RESULTS_FORMAT
 from mpq_deploy.errors import InputError, UsageError
 from mpq_deploy.report.data import DeviceInfo, Ratio
 from mpq_deploy.system.files import write_text

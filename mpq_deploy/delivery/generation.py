@@ -11,6 +11,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +28,16 @@ from mpq_deploy.device.generate.generation_folder import (
     SD,
     SD3,
     SDXL,
+    TEXT_OUTPUTS,
     TOKENIZER,
     WHAT,
     Generation,
     open_generation,
 )
+from mpq_deploy.device.generate.residency import RUNTIME_BYTES
 from mpq_deploy.device.generate.schedulers import scheduler_from_config
 from mpq_deploy.device.lora_inputs import is_slot
+from mpq_deploy.engine.engine_memory import estimate_memory
 from mpq_deploy.errors import ModelError, UsageError
 from mpq_deploy.graph.load import external_files, read_proto
 from mpq_deploy.graph.writers.deployed_graphs import SIMULATED
@@ -44,7 +48,7 @@ from mpq_deploy.models.pipeline_graphs import pipeline_length
 from mpq_deploy.recipe import make_recipe
 from mpq_deploy.run.pipeline_file import COMPONENTS as RUNS
 from mpq_deploy.run.pipeline_file import PIPELINE, PipelineFile
-from mpq_deploy.run.view import Run
+from mpq_deploy.run.view import RECIPE, Run
 from mpq_deploy.system.files import write_text
 from mpq_deploy.system.progress import Talk
 from mpq_deploy.system.quantities import ImageSize
@@ -63,6 +67,10 @@ DEFAULTS = {SD: (50, 7.5), SDXL: (50, 5.0), SD3: (28, 7.0), FLUX: (28, 3.5)}
 STRENGTH = 0.8
 # What a run keeps its folder as, and beside generation.json which plans it was written from.
 GENERATION, MADE_FROM = "generation", "made_from.txt"
+# What this module writes changes with it.
+WRITTEN = "2"
+# ONNX Runtime holds dequantized weights so many times while it opens a graph (over 2.15, seen).
+OPENED, CALL_ROWS = 2.15, 2
 
 
 def pipeline_kind(folder: Path) -> str:
@@ -83,8 +91,11 @@ def generation_of(run: Path, talk: Talk) -> Path:
     if not (run / PIPELINE).is_file():
         return run
     view = PipelineFile.load(run)
-    files, digest = {}, hashlib.sha256()
+    files, digest = {}, hashlib.sha256(WRITTEN.encode())
     for name in view.parts:
+        if not (run / RUNS / name / RECIPE).is_file():
+            what = f"{run} has no run of its {name}, {WHAT.get(name, 'a part')}."
+            raise UsageError(what, f"mpq-deploy build -o {run}")
         part = Run.opened(run / RUNS / name, talk)
         deployed = part.deployed
         files[name] = deployed / (SLOTTED_SIMULATED if part.recipe.lora_slots else SIMULATED)
@@ -131,9 +142,9 @@ def write_generation(
     scheduler_from_config(scheduler)
     written = {name: _write_part(name, file, out, pipeline) for name, file in parts.items()}
     tokenizers = {
-        name: _write_tokenizer(pipeline, name, out / name)
-        for name in ("tokenizer", "tokenizer_2", "tokenizer_3")
-        if getattr(pipeline, name, None) is not None
+        name.replace("text_encoder", "tokenizer"): _write_tokenizer(pipeline, name, written, out)
+        for name in TEXT_OUTPUTS[kind]
+        if name in written
     }
     denoiser = pipeline.unet if kind in (SD, SDXL) else pipeline.transformer
     steps, guidance = DEFAULTS[kind]
@@ -206,8 +217,27 @@ def _write_part(name: str, file: Path, out: Path, pipeline: Any) -> dict[str, An
     if slots:
         described["slots"] = slots
     if name.startswith("text_encoder"):
+        if len(described["inputs"]) > 1:
+            raise ModelError(
+                f"The {name} takes {', '.join(described['inputs'])}: a mask of its padding is not supported."
+            )
+        # What joins them for comparison is nothing that a pipeline takes.
+        taken = TEXT_OUTPUTS[KINDS[type(pipeline).__name__]][name]
+        outputs = described["outputs"]
+        described["outputs"] = {one: outputs[one] for one in taken if one in outputs} or outputs
         described["vocabulary"] = int(getattr(pipeline, name).config.vocab_size)
+    described["memory_bytes"] = _memory(file, proto, described["inputs"])
     return described
+
+
+def _memory(file: Path, proto: onnx.ModelProto, inputs: Mapping[str, Any]) -> int:
+    """Return what ONNX Runtime takes for a graph: its weights in float as it opens it, and activations."""
+    weights = 4 * sum(prod(one.dims) for one in proto.graph.initializer)
+    shapes = {
+        name: tuple(CALL_ROWS if size is None else size for size in one["shape"])
+        for name, one in inputs.items()
+    }
+    return estimate_memory(file, shapes, int(OPENED * weights)).total_bytes - RUNTIME_BYTES
 
 
 def _tensor(value: onnx.ValueInfoProto) -> dict[str, Any]:
@@ -217,9 +247,13 @@ def _tensor(value: onnx.ValueInfoProto) -> dict[str, Any]:
     return {"dtype": str(dtype), "shape": shape}
 
 
-def _write_tokenizer(pipeline: Any, name: str, place: Path) -> dict[str, Any]:
-    """Write tokenizer.json; return what generation.json says of it."""
-    tokenizer = getattr(pipeline, name)
+def _write_tokenizer(
+    pipeline: Any, encoder: str, written: Mapping[str, Any], out: Path
+) -> dict[str, Any]:
+    """Write the tokenizer.json of a text encoder; return what generation.json says of it."""
+    name = encoder.replace("text_encoder", "tokenizer")
+    tokenizer, place = getattr(pipeline, name), out / name
+    (ids,) = written[encoder]["inputs"].values()
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise ModelError(
@@ -229,9 +263,8 @@ def _write_tokenizer(pipeline: Any, name: str, place: Path) -> dict[str, Any]:
     backend.no_padding()
     backend.no_truncation()
     backend.save(str(place / TOKENIZER))
-    t5 = "T5" in type(tokenizer).__name__
     return {
-        "length": pipeline_length(pipeline) if t5 else int(tokenizer.model_max_length),
+        "length": int(ids["shape"][1]),
         "pad": int(tokenizer.pad_token_id),
         "vocabulary": int(backend.get_vocab_size()),
     }

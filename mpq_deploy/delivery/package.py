@@ -103,23 +103,28 @@ def make_package(run: Run, target: Target, out: Path) -> dict[str, Any]:
     UsageError when the target builds no engine or does not take a scheme of the plan, ModelError
     when its TensorRT would refuse the graph.
     """
+    parts, manifest = package_parts(run, target)
+    parts |= {INSTALLER: installer(), SCRIPT: build_script(manifest).encode()}
+    manifest = replace(manifest, parts={name: part_digest(part) for name, part in parts.items()})
+    parts[MANIFEST] = manifest.to_json().encode()
+    digest = write_archive(out, parts)
+    return {"file": str(out), "sha256": digest, "bytes": out.stat().st_size, "parts": sorted(parts)}
+
+
+def package_parts(run: Run, target: Target) -> tuple[dict[str, Source], Manifest]:
+    """Return the parts of a package but for its programs, and their manifest. Raises as ``make_package``."""
     check_builder(target)
     check_plan(run, target)
     needed = check_target_memory(run, target)
     reference, arrays = make_reference(run)
-    parts = _files(run)
-    parts[REFERENCE] = arrays
-    parts[INSTALLER] = installer()
-    manifest = replace(_manifest(run, target, reference, parts), needed_bytes=needed.total_bytes)
-    parts[SCRIPT] = build_script(manifest).encode()
+    parts = {**_files(run), REFERENCE: arrays}
+    manifest = replace(_manifest(run, target, reference), needed_bytes=needed.total_bytes)
     manifest = replace(manifest, parts={name: part_digest(part) for name, part in parts.items()})
     try:
         manifest.check()
     except ValueError as error:
         raise ModelError(f"The run cannot be packaged: {error}.") from error
-    parts[MANIFEST] = manifest.to_json().encode()
-    digest = write_archive(out, parts)
-    return {"file": str(out), "sha256": digest, "bytes": out.stat().st_size, "parts": sorted(parts)}
+    return parts, manifest
 
 
 def check_plan(run: Run, target: Target) -> None:
@@ -267,7 +272,7 @@ def _files(run: Run) -> dict[str, Source]:
     return parts
 
 
-def _manifest(run: Run, target: Target, reference: Reference, parts: dict[str, Source]) -> Manifest:
+def _manifest(run: Run, target: Target, reference: Reference) -> Manifest:
     profile = batch_profile(run)
     return Manifest(
         name=run.exported.spec.name,

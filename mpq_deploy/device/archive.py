@@ -1,8 +1,9 @@
 """The package file: a tar archive in a single canonical form, so that any change shows.
 
-Parts are regular files with plain names; every header field but name and size is fixed. Reading
-compares each header and each byte of padding with that form, so links, paths, owners and times
-cannot occur and any altered byte is found. ``SHA256SUMS`` comes first.
+Parts are regular files with plain names, in folders where a whole pipeline is packed; every header
+field but name and size is fixed. Reading compares each header and each byte of padding with that
+form, so links, paths upwards, owners and times cannot occur and any altered byte is found.
+``SHA256SUMS`` comes first.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import hashlib
 import os
 import re
 import tarfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -28,13 +29,24 @@ REQUIRED_PARTS = frozenset(
     | {"scheduler_config.json", "install.pyz", "build.sh"}
 )
 PARTS = REQUIRED_PARTS | {"correction.json"}
+# Programs of a package; those of a whole pipeline come once, not with each component.
+PROGRAMS = frozenset({"install.pyz", "build.sh"})
+# What the package of a whole pipeline holds, and what it may hold in folders.
+GENERATION = "generation.json"
+WHOLE_PARTS = PROGRAMS | {GENERATION, "scheduler_config.json"}
+COMPONENT_PARTS = (PARTS - PROGRAMS) | {MANIFEST, "model.fp32.onnx"}
+INNER = re.compile(
+    r"tokenizer(_[23])?/tokenizer\.json|reference/[0-9]\.png|"
+    r"components/(text_encoder(_[23])?|unet|transformer|vae_decoder|vae_encoder)/(?P<part>[^/]+)"
+)
+MOST_PARTS = 128
 BLOCK = tarfile.BLOCKSIZE
 PIECE = 1 << 20
 # What is read at once (our choice: a manifest has some hundred bytes for each layer).
 LISTS = {SUMS: 1 << 16, MANIFEST: 64 << 20}
 # hashlib names no type for what sha256() returns.
 Digest = Any
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,98}")
+NAME = re.compile(r"(?=.{1,99}\Z)[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*){0,2}")
 # The size field of a ustar header has eleven octal digits.
 LARGEST = 8**11 - 1
 EXECUTABLE = (".sh",)
@@ -95,10 +107,23 @@ def read_archive(path: Path) -> dict[str, Entry]:
 
 def check_parts(entries: Mapping[str, Entry], path: Path) -> None:
     """Raise ArchiveError where the archive holds other parts than a package's: no code comes along."""
-    odd = sorted(set(entries) - PARTS - {SUMS, MANIFEST}) + sorted(REQUIRED_PARTS - set(entries))
+    odd = odd_parts(set(entries) - {SUMS, MANIFEST})
     if odd:
         what = f"{path} does not hold the parts of a package: {', '.join(odd[:5])}."
         raise ArchiveError(what, "See mpq-deploy package.")
+
+
+def odd_parts(names: Iterable[str]) -> list[str]:
+    """Return those of ``names`` that no package has, and what a package lacks without."""
+    found = set(names)
+    if GENERATION not in found:
+        return sorted(found - PARTS) + sorted(REQUIRED_PARTS - found)
+    odd = []
+    for name in found - WHOLE_PARTS:
+        match = INNER.fullmatch(name)
+        if match is None or (match["part"] and match["part"] not in COMPONENT_PARTS):
+            odd.append(name)
+    return sorted(odd) + sorted(WHOLE_PARTS - found)
 
 
 def extract(path: Path, entries: Mapping[str, Entry], folder: Path) -> None:
@@ -112,6 +137,10 @@ def extract(path: Path, entries: Mapping[str, Entry], folder: Path) -> None:
             target = folder / entry.name
             digest = hashlib.sha256()
             file.seek(entry.offset)
+            for above in list(Path(entry.name).parents)[:-1]:
+                if (folder / above).is_symlink():
+                    raise ArchiveError(f"{folder / above} is a link; nothing is unpacked into it.")
+            target.parent.mkdir(parents=True, exist_ok=True)
             # A link that lies there already is replaced, not followed.
             target.unlink(missing_ok=True)
             with target.open("xb") as out:
@@ -164,7 +193,7 @@ def _entries(file: BinaryIO, path: Path) -> dict[str, Entry]:
             raise ArchiveError(f"{path} is truncated after {last}.", AGAIN)
         if not any(header):
             break
-        if len(entries) == len(PARTS) + len(LISTS):
+        if len(entries) == MOST_PARTS:
             raise ArchiveError(f"{path} holds more parts than a package has.", AGAIN)
         entry = _entry(file, header, last, path)
         if entry.name in entries:

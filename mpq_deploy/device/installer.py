@@ -29,10 +29,12 @@ from mpq_deploy.device.archive import (
     read_archive,
 )
 from mpq_deploy.device.cuda import Cuda, why_no_gpu
-from mpq_deploy.device.manifest import DIGEST, Manifest
+from mpq_deploy.device.manifest import DIGEST, RESULTS, RESULTS_FORMAT, Manifest
 from mpq_deploy.device.output_check import compare
 from mpq_deploy.device.run import Run, reference_arrays, run_engine
 from mpq_deploy.device.signature import read_public_key, verify
+from mpq_deploy.device.whole_installer import install_whole, whole_summary
+from mpq_deploy.device.whole_manifest import is_whole
 from mpq_deploy.engine.build_target import BUILDERS, BuildTarget, version_fits
 from mpq_deploy.engine.builder import PACKAGES, BatchProfile, BuildRequest, build_engine
 from mpq_deploy.engine.record import EngineRecord
@@ -47,8 +49,7 @@ from mpq_deploy.system.progress import PlainTalk, Talk
 from mpq_deploy.system.release import __version__
 from mpq_deploy.system.typed import typed
 
-RESULTS, ENGINE_FOLDER = "results.json", "engine"
-RESULTS_FORMAT = 1
+ENGINE_FOLDER = "engine"
 BANNER_SECONDS = 120.0
 # TensorRT-RTX's builder was measured at about three times the weights, on top of what it needs for
 # itself.
@@ -127,7 +128,8 @@ def install(
     Nothing of it is read before it is verified as ``trust`` asks. Raises ArchiveError for an
     archive that is truncated or altered, EngineError for a wrong TensorRT or GPU, too little memory
     (unless ``force_memory``) or a builder that fails. An engine that differs from the plan or the
-    references only makes ``results["passed"]`` false.
+    references only makes ``results["passed"]`` false. Of a whole pipeline all components are installed,
+    and its images made.
     """
     trust.check(archive)
     if archive.is_dir():
@@ -135,6 +137,14 @@ def install(
     refuse_links(out, ArchiveError)
     if not archive.is_dir():
         unpack(archive, out, talk)
+    if is_whole(out):
+        return install_whole(
+            out, lambda place: _install_unpacked(place, talk, force_memory), talk, force_memory
+        )
+    return _install_unpacked(out, talk, force_memory)
+
+
+def _install_unpacked(out: Path, talk: Talk, force_memory: bool) -> dict[str, Any]:
     manifest = Manifest.load(out / MANIFEST)
     check_unpacked(out, manifest)
     runtime = probe(manifest)
@@ -361,6 +371,8 @@ def _needed(builder: str) -> str:
 
 def summary(results: dict[str, Any], out: Path) -> str:
     """What is printed at the end."""
+    if "components" in results:
+        return whole_summary(results, out)
     engine, reference, times = results["engine"], results["reference"], results["latency"]
     wrong = [one for one in engine["problems"] if one["severity"] == "wrong"]
     layers = "as planned"

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from mpq_deploy.device.archive import MANIFEST, PARTS, REQUIRED_PARTS, ArchiveError
+from mpq_deploy.device.archive import MANIFEST, PARTS, PROGRAMS, REQUIRED_PARTS, ArchiveError
 from mpq_deploy.device.lora_inputs import is_slot
 from mpq_deploy.engine.build_target import BUILDERS, BuildTarget
 from mpq_deploy.engine.expected import ExpectedLayers
@@ -19,6 +19,8 @@ from mpq_deploy.system.names import checked_name, plain_name, printable
 from mpq_deploy.system.typed import typed
 
 FORMAT = 1
+# What an installer leaves: its file's name, and its format.
+RESULTS, RESULTS_FORMAT = "results.json", 1
 AGAIN = "Package the run again."
 # A device whose output differs by more than a tenth of its energy (-10 dB) runs another model, in
 # whatever arithmetic (our choice; usual tolerances are 1e-4 to 1e-2).
@@ -130,8 +132,9 @@ class Manifest:
         forged packages from looking checked (docs/security.md).
         """
         self._check_names()
-        if not REQUIRED_PARTS <= set(self.parts) <= PARTS:
-            odd = sorted(set(self.parts) - PARTS) + sorted(REQUIRED_PARTS - set(self.parts))
+        needed = REQUIRED_PARTS - PROGRAMS
+        if not needed <= set(self.parts) <= PARTS:
+            odd = sorted(set(self.parts) - PARTS) + sorted(needed - set(self.parts))
             raise ValueError(f"its parts are not those of a package: {', '.join(odd[:5])}")
         for name, digest in self.parts.items():
             if not DIGEST.fullmatch(digest):
@@ -190,24 +193,36 @@ class Manifest:
                 raise ValueError(f"it expects the layer '{name}', which the plan does not have")
 
     def _check_names(self) -> None:
-        target = self.target
+        check_target(self.target, self.alternatives)
         for name, what in (
-            (target.name, "The target's name"),
-            (target.dialect, "The dialect"),
             *((one, "A part's name") for one in (*self.parts, self.model, self.reference.file)),
             *((one, "A case's name") for one in self.reference.cases),
-            *((one, "A target's name") for one in self.alternatives),
-            *((one, "A compute capability") for one in target.compute_capabilities),
         ):
             plain_name(name, what)
-        for version in (*target.versions, *(v for one in self.alternatives.values() for v in one)):
-            if not VERSION.fullmatch(version):
-                raise ValueError(f"'{version}' is not a version")
-        if target.builder not in BUILDERS:
-            raise ValueError(f"its builder '{target.builder}' is not one of {', '.join(BUILDERS)}")
         reference = self.reference
         for name in (*self.shapes, *reference.inputs, reference.output, *reference.empty):
             tensor_name(name)
+
+
+def check_target(
+    target: BuildTarget, alternatives: Mapping[str, tuple[str, ...]], more: tuple[str, ...] = ()
+) -> None:
+    """Raise ValueError or InputError where a package's target has impossible names, versions or builder.
+
+    ``more``: builders beside ``BUILDERS``.
+    """
+    for name, what in (
+        (target.name, "The target's name"),
+        (target.dialect, "The dialect"),
+        *((one, "A target's name") for one in alternatives),
+        *((one, "A compute capability") for one in target.compute_capabilities),
+    ):
+        plain_name(name, what)
+    for version in (*target.versions, *(v for one in alternatives.values() for v in one)):
+        if not VERSION.fullmatch(version):
+            raise ValueError(f"'{version}' is not a version")
+    if target.builder not in (*BUILDERS, *more):
+        raise ValueError(f"its builder '{target.builder}' is not one of {', '.join(BUILDERS)}")
 
 
 def tensor_name(name: str) -> str:

@@ -15,14 +15,12 @@ from pathlib import Path
 import onnx
 import onnx_ir as ir
 
+from mpq_deploy.device.generate.residency import RUNTIME_BYTES
 from mpq_deploy.engine.target import Target
 from mpq_deploy.errors import UsageError
 from mpq_deploy.graph.attention import plain_attention
 from mpq_deploy.graph.shapes import inferred_graph
 
-# Context, library and compiled kernels of a process that runs one engine (our choice, not
-# measured).
-RUNTIME_BYTES = 500_000_000
 # Activations: what TensorRT-RTX 1.7 takes for the smallest graph, and for each byte that lives at
 # once (read off its builds of the bundled models: 8.7 MB for 0.36 MB alive, 28.6 MB for 6.8 MB).
 WORKSPACE_BYTES, COPIES = 8_400_000, 3

@@ -17,7 +17,8 @@ from dataclasses import replace
 from math import prod
 from typing import TYPE_CHECKING
 
-from mpq_deploy.engine.engine_memory import COPIES, RUNTIME_BYTES, WORKSPACE_BYTES
+from mpq_deploy.device.generate.residency import RUNTIME_BYTES
+from mpq_deploy.engine.engine_memory import COPIES, WORKSPACE_BYTES
 from mpq_deploy.formats.scheme import SCHEMES
 from mpq_deploy.formats.sizes import FP16_BYTES
 from mpq_deploy.graph.layers import Layer, LayerGraph, Window

@@ -2,7 +2,7 @@
 
 What it takes is recorded while its pipeline runs in float: the latents that the VAE decodes, the
 tokens that a text encoder is given. Three quarters calibrate; what comes out is compared on the
-others.
+others. Of a text encoder that gives states and a pooled vector both are compared, as one output.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from mpq_deploy.calls.pipeline_runs import (
 )
 from mpq_deploy.calls.sampler import ONE_CALL
 from mpq_deploy.calls.stand_in import shell
+from mpq_deploy.device.generate.generation_folder import POOLED, STATES
 from mpq_deploy.errors import UsageError, nearest
 from mpq_deploy.models.additions import (
     DECODE,
@@ -52,7 +53,13 @@ from mpq_deploy.models.torch_export import TorchNetwork
 from mpq_deploy.models.weight_files import own_tensors
 from mpq_deploy.system.progress import Talk
 
-OUTPUTS = {FORWARD: "hidden_states", DECODE: "image", ENCODE: "moments"}
+OUTPUTS = {DECODE: "image", ENCODE: "moments"}
+# The output of a text encoder whose states and pooled vector are taken: both in one row.
+JOINED = "states_and_pooled"
+# Calls that say how large both are.
+WEIGHED_CALLS = 8
+# What of a text encoder's output its pipeline takes -> where that lies: names and numbers, from outside in.
+Places = dict[str, tuple[Any, ...]]
 # Share of the rows that calibrate.
 CALIBRATED = 0.75
 # Seed of the noise that latents come from: no other stage's.
@@ -102,6 +109,9 @@ def open_component(folder: Path, source: str, additions: Additions, talk: Talk) 
     recorded = _record(pipeline, component, part, additions, talk)
     inputs, arrays, labels = _rows(recorded)
     sizes, decodes = len(inputs[0].sizes) or 1, method == DECODE
+    places = _used(recorded) if method == FORWARD else {}
+    factor = _pooled_factor(part, recorded, places) if len(places) > 1 else None
+    outputs = ((JOINED,) if factor else ()) + (tuple(places) or (OUTPUTS[method],))
     spec = DenoiserSpec(
         name=f"{folder.resolve().name} {component}",
         source=source,
@@ -109,18 +119,19 @@ def open_component(folder: Path, source: str, additions: Additions, talk: Talk) 
         timestep=None,
         calibration_rows=max(1, int(len(labels) // sizes * CALIBRATED)) * sizes,
         conditions=tuple(inputs[1:]),
-        output=OUTPUTS[method],
+        output=outputs[0],
         prediction_type="sample",
         scheduler={"_class_name": ONE_CALL},
         labels=labels,
         pixel_range=IMAGE_RANGE if decodes and len(inputs[0].shape) == 3 else None,
+        pooled_factor=factor,
         loras=uses,
         sizes=named_sizes(additions.sizes),
     )
-    network = TorchNetwork(part, inputs, spec.output, _forward(recorded, inputs, method))
+    call = _forward(recorded, inputs, method, tuple(places.values()), factor)
+    network = TorchNetwork(part, inputs, outputs[0], call, outputs[1:])
     what = "samples of the float denoiser" if decodes else "texts that its pipeline gives it"
-    note = f"The {component}'s inputs are {len(labels)} {what}"
-    notes = (note, *told(uses, talk))
+    notes = (f"The {component}'s inputs are {len(labels)} {what}", *told(uses, talk))
     return Denoiser(spec, Conditions(arrays, len(labels), None, labels), network, None, notes)
 
 
@@ -237,16 +248,25 @@ def _rows(recorded: _Recorded) -> tuple[list[InputSpec], dict[str, Array], tuple
     return inputs, stacked, tuple(label for label, _ in listed)
 
 
-def _forward(recorded: _Recorded, inputs: Sequence[InputSpec], method: str) -> Any:
-    """Return how the part is called, and what of its output the pipeline uses."""
+def _forward(
+    recorded: _Recorded,
+    inputs: Sequence[InputSpec],
+    method: str,
+    places: Sequence[tuple[Any, ...]],
+    factor: float | None,
+) -> Any:
+    """Return how the part is called: what of its output the pipeline takes, joined before it."""
     given, names = recorded.calls[0], [item.name for item in inputs]
     fixed = {name: value for name, value in given.tensors.items() if name not in names}
-    used = _used(recorded)
 
-    def call(model: Any, *values: torch.Tensor) -> torch.Tensor:
+    def call(model: Any, *values: torch.Tensor) -> Any:
         arguments = given.filled({**fixed, **dict(zip(names, values, strict=True))})
         if method == FORWARD:
-            output: Any = followed(model(**arguments), used)
+            answer = model(**arguments)
+            taken = [followed(answer, place) for place in places]
+            if factor is not None:
+                return joined(taken, factor), *taken
+            output: Any = taken[0]
         else:
             output = getattr(model, method)(**arguments, return_dict=False)[0]
             output = getattr(output, "parameters", output) if method == ENCODE else output
@@ -259,8 +279,8 @@ def _forward(recorded: _Recorded, inputs: Sequence[InputSpec], method: str) -> A
 
 def text_places(
     pipeline: Any, names: Sequence[str], denoiser: str, arguments: Mapping[str, Any]
-) -> dict[str, tuple[Any, ...]]:
-    """Return where in the output of each text encoder the states are that the pipeline takes."""
+) -> dict[str, Places]:
+    """Return where in the output of each text encoder that lies which the pipeline takes."""
     recorded = {name: _Recorded() for name in names}
 
     def watch(name: str) -> Any:
@@ -277,10 +297,40 @@ def text_places(
     return {name: _used(one) for name, one in recorded.items()}
 
 
-def _used(recorded: _Recorded) -> tuple[Any, ...]:
-    """Return where in the output the states are that the pipeline takes: those it looked at last."""
-    states = [path for path, dimensions in recorded.used if dimensions > 2]
-    return states[-1] if states else (recorded.used[-1][0] if recorded.used else (0,))
+def _used(recorded: _Recorded) -> Places:
+    """Return where in the output that lies which the pipeline looked at last: states, a vector per text."""
+    found = {STATES if dims > 2 else POOLED: path for path, dims in recorded.used}
+    return {name: found[name] for name in (STATES, POOLED) if name in found} or {STATES: (0,)}
+
+
+def _pooled_factor(part: Any, recorded: _Recorded, places: Places) -> float:
+    """Return what makes pooled vectors as large as the states of a text (to three digits)."""
+    squares = dict.fromkeys(places, 0.0)
+    with torch.no_grad():
+        for call in recorded.calls[:WEIGHED_CALLS]:
+            output = part(**call.filled(call.tensors))
+            for name, place in places.items():
+                squares[name] += float(followed(output, place).double().square().sum())
+    return float(f"{(squares[STATES] / max(squares[POOLED], 1e-12)) ** 0.5:.3g}") or 1.0
+
+
+def joined(taken: Sequence[torch.Tensor], factor: float | None) -> torch.Tensor:
+    """Return states [N, L, D] and pooled vectors [N, P] as [N, L D + P]; one tensor without ``factor``."""
+    if factor is None:
+        return taken[0]
+    return torch.cat([taken[0].flatten(1), taken[1] * factor], dim=1)
+
+
+def parted(
+    value: torch.Tensor, like: Sequence[torch.Tensor], factor: float | None
+) -> list[torch.Tensor]:
+    """Return what ``joined`` was given, of the shapes and types of ``like``."""
+    sizes = [one[0].numel() for one in like] if factor is not None else [value[0].numel()]
+    pieces = value.flatten(1).split(sizes, dim=1)
+    return [
+        (piece / factor if factor and number else piece).reshape(one.shape).to(one.dtype)
+        for number, (piece, one) in enumerate(zip(pieces, like, strict=True))
+    ]
 
 
 def followed(output: Any, path: tuple[Any, ...]) -> Any:

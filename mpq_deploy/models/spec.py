@@ -123,7 +123,9 @@ class DenoiserSpec(Sized):
     ``timestep`` None: a component that is called once (a VAE's decoder, a text encoder). Its
     samples are rows of conditions.npz by their input's name: the first ``calibration_rows`` to
     calibrate with, the others to compare with. ``first_tokens``: by condition, the first token of every text, for which
-    alone the graph holds (``graph.passes.first_token``). ``pipeline``: the model's calls are those
+    alone the graph holds (``graph.passes.first_token``). ``pooled_factor``: of a text encoder of which
+    its pipeline takes two outputs; ``output`` is then the states in a row and behind them the pooled
+    vector times this factor, so that both weigh alike (``models.component``). ``pipeline``: the model's calls are those
     of a diffusers pipeline; then ``conditions.npz`` holds those of one call alone. ``recorded``: its calls
     were recorded by somebody's script, and there is nothing to sample with. ``loras``: fused into the
     graph and, where a pipeline calls the model, into its text encoders whenever it is run. ``sizes``:
@@ -146,6 +148,7 @@ class DenoiserSpec(Sized):
     decoder: str | None = None
     synthetic: str = ""
     first_tokens: dict[str, tuple[float, ...]] = {}
+    pooled_factor: float | None = None
     recorded: bool = False
     pipeline: PipelineSpec | None = None
     loras: tuple[LoraUse, ...] = ()

@@ -52,7 +52,7 @@ class TorchNetwork:
     """A PyTorch module with plain tensors in and one tensor out.
 
     ``call`` gets the module and the inputs in their order (batch first), and returns the output, or
-    a tuple with ``more_outputs`` behind it (then there is no ``reference``).
+    a tuple with ``more_outputs`` behind it.
     """
 
     tolerance = TOLERANCE
@@ -94,7 +94,8 @@ class TorchNetwork:
         """Return the module's output for arrays by input name."""
         tensors = [torch.from_numpy(np.ascontiguousarray(feeds[item.name])) for item in self.inputs]
         with torch.no_grad():
-            return np.asarray(self._call(self.module, *tensors).numpy(), np.float32)
+            made = self._call(self.module, *tensors)
+        return np.asarray((made[0] if self.more_outputs else made).numpy(), np.float32)
 
     def release(self) -> None:
         """Take the parameters out of memory; the module keeps their shapes."""

@@ -341,10 +341,6 @@ def _notes(parts: Mapping[str, PartFigures]) -> tuple[str, ...]:
     pinned = [name for name, part in parts.items() if part.state == "pinned"]
     if pinned:
         notes.append(f"Pinned to FP16, and run in float here: {', '.join(pinned)}.")
-    if "text_encoder_2" in parts:
-        notes.append(
-            "A second text encoder's pooled output is not part of its graph: the float one is used."
-        )
     return tuple(notes)
 
 

@@ -25,7 +25,7 @@ from mpq_deploy.system.files import Fields, canonical_json, file_digest
 if TYPE_CHECKING:
     from mpq_deploy.run.view import Run
 
-EXPORT_FORMAT = 2
+EXPORT_FORMAT = 3
 
 
 def inputs(run: Run) -> Fields:

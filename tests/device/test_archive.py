@@ -178,7 +178,7 @@ def test_what_is_no_package_says_so(content: bytes, tmp_path: Path) -> None:
     assert caught.value.hint
 
 
-@pytest.mark.parametrize("name", ["../x", "a/b", "", ".x", "x" * 100])
+@pytest.mark.parametrize("name", ["../x", "a//b", "/a", "a/../b", "a/b/c/d", "", ".x", "x" * 100])
 def test_names_that_are_not_plain_are_not_written(name: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError):
         write_archive(tmp_path / "a.tar", {**parts(), name: b""})
@@ -187,7 +187,7 @@ def test_names_that_are_not_plain_are_not_written(name: str, tmp_path: Path) -> 
 
 def test_long_lists_and_many_parts_are_refused_before_they_are_read(tmp_path: Path) -> None:
     path = tmp_path / "a.mpq.tar"
-    write_archive(path, {MANIFEST: b"{}", **{f"p{number}": b"x" for number in range(30)}})
+    write_archive(path, {MANIFEST: b"{}", **{f"p{number}": b"x" for number in range(130)}})
     with pytest.raises(ArchiveError, match="more parts than a package has"):
         read_archive(path)
     write_archive(path, {MANIFEST: b"x" * ((64 << 20) + 1)})

@@ -9,10 +9,10 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from mpq_deploy.device.generate.residency import RUNTIME_BYTES
 from mpq_deploy.engine.builder import BuildRequest, build_engine
 from mpq_deploy.engine.engine_memory import (
     COPIES,
-    RUNTIME_BYTES,
     WORKSPACE_BYTES,
     estimate_memory,
     refuse_too_large,

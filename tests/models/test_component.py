@@ -13,6 +13,7 @@ pytest.importorskip("transformers")
 
 from mpq_deploy.errors import ModelError, UsageError  # noqa: E402
 from mpq_deploy.models.additions import Additions  # noqa: E402
+from mpq_deploy.models.component import parted  # noqa: E402
 from mpq_deploy.models.export import export_denoiser  # noqa: E402
 from mpq_deploy.models.open import open_denoiser  # noqa: E402
 from tests.tiny_models import tiny_text_pipeline_folder  # noqa: E402
@@ -43,6 +44,33 @@ def test_a_decoder_gets_what_the_pipeline_decodes(text: Path, tmp_path: Path) ->
     with torch.no_grad():
         expected = vae.network.module.decode(torch.from_numpy(rows[:2])).sample.numpy()  # type: ignore[attr-defined]
     np.testing.assert_allclose(vae.network.reference({"z": rows[:2]}), expected, atol=1e-6)
+
+
+def test_states_and_the_pooled_vector_are_one_output_and_two_more(tmp_path: Path) -> None:
+    """Joined with equal weight, as transformers gives them."""
+    import onnxruntime as ort
+
+    folder = tiny_text_pipeline_folder(tmp_path, xl=True)
+    (tmp_path / "prompts.txt").write_text("abc\ndef\nghi\n", encoding="utf-8")
+    wanted = Additions(component="text_encoder_2", prompts=tmp_path / "prompts.txt")
+    encoder = open_denoiser(folder, wanted)
+    assert export_denoiser(encoder, tmp_path / "export").max_relative_error < 1e-4
+    ids = encoder.conditions.arrays["input_ids"]
+    with torch.no_grad():
+        own = encoder.network.module(torch.from_numpy(ids), output_hidden_states=True)  # type: ignore[attr-defined]
+    session = ort.InferenceSession(str(tmp_path / "export" / "model.onnx"))
+    names = [one.name for one in session.get_outputs()]
+    assert names == ["states_and_pooled", "hidden_states", "pooled"]
+    both, states, pooled = session.run(None, {"input_ids": ids})
+    np.testing.assert_allclose(states, own.hidden_states[-2].numpy(), atol=1e-5)
+    np.testing.assert_allclose(pooled, own.text_embeds.numpy(), atol=1e-5)
+    shares = np.square(both[:, : states[0].size]).sum(), np.square(both[:, states[0].size :]).sum()
+    assert shares[0] == pytest.approx(shares[1], rel=0.02)
+    parts = parted(
+        torch.from_numpy(both), [own.hidden_states[-2], own.text_embeds], encoder.spec.pooled_factor
+    )
+    for one, other in zip(parts, (states, pooled), strict=True):
+        np.testing.assert_allclose(one.numpy(), other, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("xl", [False, True])

@@ -26,11 +26,12 @@ from mpq_deploy.delivery.generation import generation_of
 from mpq_deploy.device.generate.generator import Generator
 from mpq_deploy.errors import UsageError
 from mpq_deploy.models.pipeline_parts import whole_parts
-from mpq_deploy.recipe import Recipe
+from mpq_deploy.recipe import Recipe, load_recipe
 from mpq_deploy.report.parts_page import pipeline_text, write_pipeline
+from mpq_deploy.run.pipeline import open_pipeline
 from mpq_deploy.run.pipeline_file import PipelineFile
 from mpq_deploy.run.several_parts import build_whole
-from tests.device.generate.folders import SameNoise, same_noise
+from tests.device.generate.folders import SameNoise, same_noise, tiny_folder
 from tests.lora_files import RANK, diffusers_file, factors, layers_of
 from tests.pipeline.runs import FEW_SCHEMES, Notes, recipe_for
 from tests.tiny_models import (
@@ -150,22 +151,7 @@ def test_images_are_generated_from_the_run(
     """As diffusers makes them with our graphs in its parts' places, from the same noise."""
     run = Path(shutil.copytree(finished[0], tmp_path / "run"))
     made_in = generation_of(run, Notes())
-    generator = Generator(made_in, threads=1)
-    generator.noise_for = lambda seed: SameNoise()
-    size = generator.generation.sizes[0]
-    made = generator("abc", negative="def", steps=4, guidance=3.0)[0]
-    pipe = diffusers.DiffusionPipeline.from_pretrained(folder)
-    pipe.set_progress_bar_config(disable=True)
-    asked = {"num_inference_steps": 4, "guidance_scale": 3.0, "output_type": "np"}
-    given = {"negative_prompt": "def", "width": size[0], "height": size[1], **asked}
-    with same_noise():
-        floats = pipe("abc", **given).images[0]
-        pipe.unet = mpq_deploy.load(run)
-        for name, method in (("text_encoder", "forward"), ("vae_decoder", "decode")):
-            in_place_of(getattr(pipe, name.split("_dec")[0]), method, made_in / "components" / name)
-        expected = pipe("abc", **given).images[0]
-    np.testing.assert_allclose(made.array, expected, atol=1e-3)
-    assert np.abs(expected - floats).max() > 1e-3
+    assert_images_of_diffusers(run, made_in, folder, {"negative": "def"})
     # Written once for the same plans, and again for others.
     before = (made_in / "generation.json").stat().st_mtime_ns
     assert generation_of(run, Notes()).samefile(made_in)
@@ -212,18 +198,92 @@ def test_loras_are_given_to_a_run_with_slots(
     assert CliRunner().invoke(app, list(map(str, command))).exit_code == 0
 
 
+def assert_images_of_diffusers(
+    run: Path, made_in: Path, folder: Path, more: dict[str, str], **call: Any
+) -> None:
+    """Both with our graphs, from the same noise; ``more``: a negative prompt, ``call``: diffusers' own arguments."""
+    generator = Generator(made_in, threads=1)
+    generator.noise_for = lambda seed: SameNoise()
+    size = generator.generation.sizes[0]
+    made = generator("abc", steps=4, guidance=3.0, **more)[0]
+    pipe = diffusers.DiffusionPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    asked = {"num_inference_steps": 4, "guidance_scale": 3.0, "output_type": "np", **call}
+    asked |= {f"{name}_prompt": text for name, text in more.items()}
+    given = {"width": size[0], "height": size[1], **asked}
+    with same_noise():
+        floats = pipe("abc", **given).images[0]
+        setattr(pipe, PipelineFile.load(run).denoiser, mpq_deploy.load(run))
+        for name in generator.generation.parts:
+            part, method = ("vae", "decode") if name == "vae_decoder" else (name, "forward")
+            if name not in ("unet", "transformer"):
+                in_place_of(getattr(pipe, part), method, made_in / "components" / name)
+        expected = pipe("abc", **given).images[0]
+    np.testing.assert_allclose(made.array, expected, atol=1e-3)
+    assert np.abs(expected - floats).max() > 1e-3
+
+
+class Answer(dict[str, torch.Tensor]):
+    """What a part answers with: a graph's outputs where pipelines look for them."""
+
+    def __getitem__(self, place: Any) -> Any:
+        return self.get("pooled", next(iter(self.values())))
+
+    @property
+    def hidden_states(self) -> tuple[Any, ...]:
+        return None, self.get("hidden_states"), None
+
+    @property
+    def pooler_output(self) -> Any:
+        return self["pooled"]
+
+
 def in_place_of(part: Any, method: str, folder: Path) -> None:
     """Let ONNX Runtime answer for ``part``."""
     options = ort.SessionOptions()
     options.add_session_config_entry("session.disable_quant_qdq", "1")
     (graph,) = folder.glob("*.onnx")
     session = ort.InferenceSession(str(graph), options)
+    names = [one.name for one in session.get_outputs() if one.name != "states_and_pooled"]
 
-    def answer(first: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor]:
+    def answer(first: torch.Tensor, *args: Any, **kwargs: Any) -> Answer:
         name = session.get_inputs()[0].name
-        return (torch.from_numpy(session.run(None, {name: first.numpy()})[0]),)
+        values = session.run(names, {name: first.numpy()})
+        return Answer(zip(names, map(torch.from_numpy, values), strict=True))
 
     setattr(part, method, answer)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "last"), [("sdxl", "report"), ("sd3", ""), ("flux", "")])
+def test_pipelines_that_take_a_pooled_vector_are_whole(
+    kind: str, last: str, tmp_path: Path
+) -> None:
+    """Built under one budget, and generated from the run as diffusers makes images with our graphs."""
+    folder, run = tiny_folder(tmp_path, kind), tmp_path / "run"
+    short = {} if kind == "sdxl" else {"max_sequence_length": 16}
+    calls = [{"prompt": one, "height": 16, "width": 16, **short} for one in ("abc", "def", "gh")]
+    (tmp_path / "calls.yaml").write_text(json.dumps(calls), encoding="utf-8")
+    settings = recipe(folder, call=str(tmp_path / "calls.yaml"), prompts=None, budget=0.5)
+    view, _ = built(settings, run, last or "allocate")
+    assert (view.size_bytes or 0) <= (view.budget_bytes or 0)
+    for name in () if last else view.parts:
+        # Its graphs alone: what compares them was made for another kind.
+        with open_pipeline(
+            load_recipe(run / "components" / name / "recipe.yaml"),
+            run / "components" / name,
+            Notes(),
+        ) as part:
+            part.deployed()
+    if last:
+        assert (view.parts["text_encoder_2"].measured_image_error or 0) > 0
+    more = {} if kind == "flux" else {"negative": "def"}
+    made_in = generation_of(run, Notes())
+    length = Generator(made_in).generation.tokenizers
+    assert [one.length for one in length.values()][1:] == (
+        [8] if kind == "sdxl" else [8, 16][kind == "flux" :]
+    )
+    assert_images_of_diffusers(run, made_in, folder, more, **short)
 
 
 def test_commands_take_the_whole(finished: tuple[Path, PipelineFile]) -> None:

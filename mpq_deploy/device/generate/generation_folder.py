@@ -63,6 +63,7 @@ class Part:
     """A part of the pipeline. ``largest_batch``: None where its graph takes any.
 
     ``slots``: further inputs, the same for all calls: a LoRA's factors (``device.lora_inputs``).
+    ``memory_bytes``: what it takes while it is open, estimated; None: not known.
     """
 
     name: str
@@ -71,6 +72,7 @@ class Part:
     outputs: Mapping[str, Tensor]
     vocabulary: int | None = None
     largest_batch: int | None = None
+    memory_bytes: int | None = None
     slots: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
@@ -129,6 +131,10 @@ def open_generation(folder: Path, files: bool = True) -> Generation:
     ``files``: whether the parts' files must be there.
     """
     file = folder / FILE
+    if folder.is_file():
+        raise InputError(
+            f"{folder} is a file.", f"Install a package first: mpq-deploy install {folder}"
+        )
     hint = f"Give a folder that holds {FILE}."
     read = read_json_object(file, error=InputError, hint=hint)
     if read.get("format") != FORMAT:
@@ -174,9 +180,11 @@ def _part(folder: Path, name: str, values: Mapping[str, Any]) -> Part:
         for given in (values["inputs"], values["outputs"], values.get("slots", {}))
     )
     place = path_inside(folder / COMPONENTS, name, "A part", InputError)
-    file = path_inside(place, str(values["file"]), "A part's file", InputError)
-    limits = values.get("vocabulary"), values.get("largest_batch")
-    return Part(name, file, inputs, outputs, *limits, slots)
+    # An engine lies in a folder of its own.
+    for piece in str(values["file"]).split("/"):
+        place = path_inside(place, piece, "A part's file", InputError)
+    more = {key: values.get(key) for key in ("vocabulary", "largest_batch", "memory_bytes")}
+    return Part(name, place, inputs, outputs, **more, slots=slots)
 
 
 def _check_parts(generation: Generation, files: bool) -> None:

@@ -24,6 +24,7 @@ from mpq_deploy.device.generate.generation_folder import (
     open_generation,
 )
 from mpq_deploy.device.generate.graph_runner import (
+    ENGINE_SUFFIX,
     OpenPart,
     PartMemoryError,
     open_part,
@@ -38,6 +39,7 @@ from mpq_deploy.device.generate.image_arrays import (
 )
 from mpq_deploy.device.generate.lora_factors import slot_arrays
 from mpq_deploy.device.generate.noise_schedule import Array
+from mpq_deploy.device.generate.residency import free_room, residency
 from mpq_deploy.device.generate.schedulers import scheduler_from_config
 from mpq_deploy.device.generate.text_states import Texts, encode_texts
 from mpq_deploy.errors import UsageError
@@ -98,17 +100,17 @@ class _Given:
 class Generator:
     """Makes images from a folder that ``mpq_deploy.delivery.generation`` wrote.
 
-    ``one_at_a_time``: never hold two parts (little memory; each batch loads both anew); ``loras``:
-    as for ``use_loras``. ``opener`` runs the parts in place of their files, which the folder then
-    need not hold. Raises InputError for a folder that is incomplete or whose parts do not belong
-    together.
+    ``one_at_a_time``: never hold two parts (little memory; each batch loads both anew); None: where
+    both are estimated not to fit. ``loras``: as for ``use_loras``. ``opener`` runs the parts in
+    place of their files, which the folder then need not hold. Raises InputError for a folder that
+    is incomplete or whose parts do not belong together.
     """
 
     def __init__(
         self,
         folder: str | Path,
         *,
-        one_at_a_time: bool = False,
+        one_at_a_time: bool | None = None,
         loras: Sequence[str] = (),
         threads: int = 0,
         talk: Talk | None = None,
@@ -117,8 +119,9 @@ class Generator:
         self.generation: Generation = open_generation(Path(folder), opener is None)
         self.scheduler = scheduler_from_config(self.generation.scheduler)
         self.noise_for: Callable[[int], Any] = np.random.default_rng
-        self._alone, self._threads, self._talk = one_at_a_time, threads, talk or Talk()
-        self._opener = opener
+        self._threads, self._talk, self._opener = threads, talk or Talk(), opener
+        turns = opener is None and one_at_a_time is None and self._take_turns()
+        self._alone = bool(one_at_a_time) or turns
         self._open: dict[str, OpenPart] = {}
         self.use_loras(*loras)
 
@@ -175,6 +178,18 @@ class Generator:
             self._talk.line(f"  {name} loaded in {time.monotonic() - started:.1f} s")
         return self._open[name]
 
+    def _take_turns(self) -> bool:
+        """Whether denoiser and decoder do not fit together, by their estimates and what is free."""
+        parts = self.generation.parts.values()
+        sizes = {part.name: part.memory_bytes for part in parts if part.memory_bytes is not None}
+        room = free_room(any(part.file.suffix == ENGINE_SUFFIX for part in parts))
+        if room is None or len(sizes) < len(parts):
+            return False
+        shared = residency(sizes, room)
+        if shared.take_turns:
+            self._talk.line(shared.words)
+        return shared.take_turns
+
     def _free(self, name: str) -> None:
         self._open.pop(name).close()
 
@@ -199,7 +214,7 @@ class Generator:
             raise UsageError("--strength needs an image.", "Give --image, or leave it out.")
         if generation.kind == FLUX and wish.negative:
             raise UsageError("Flux takes no negative prompt here.", "Leave out --negative.")
-        if self._painting and mask is None:
+        if self.paints and mask is None:
             raise UsageError("This denoiser paints into masks.", "Give --image and --mask.")
         for name, value, low, high in (
             ("steps", steps, 1, generation.scheduler.get("num_train_timesteps", 1000)),
@@ -220,7 +235,7 @@ class Generator:
         return replace(wish, image=image, mask=mask, size=size, **filled)
 
     @property
-    def _painting(self) -> bool:
+    def paints(self) -> bool:
         """Whether the UNet takes the mask and the masked image beside the latents."""
         channels = self.generation.vae["latent_channels"]
         sample = self.generation.denoiser.inputs.get("sample")
@@ -244,7 +259,7 @@ class Generator:
         moments, mask, masked = self._encoded(picture), None, None
         if wish.mask is not None:
             mask = mask_array(wish.mask)
-            if self._painting:
+            if self.paints:
                 masked = self._encoded(picture * (mask < 0.5))
             factor = generation.vae["scale_factor"]
             mask = mask[:, :, ::factor, ::factor]
@@ -295,7 +310,7 @@ class Generator:
         else:
             latents = scheduler.add_noise(original, noise)
         extra: Array | None = None
-        if self._painting and given.masked is not None and given.mask is not None:
+        if self.paints and given.masked is not None and given.mask is not None:
             hidden = self._sampled(given.masked, draw())
             extra = np.concatenate([np.repeat(given.mask, len(seeds), 0), hidden], axis=1)
         step_shape = shape

@@ -110,6 +110,10 @@ class EnginePart:
         trt = importlib.import_module(names[0])
         self._part, self._slots = part, slots
         self._runner = EngineRunner(trt, Cuda(), part.file, trt.Logger(trt.Logger.WARNING))
+        found = self._runner.tensors()[0]
+        if set(found) != set(part.inputs):
+            what = f"{part.file} takes {', '.join(sorted(found))}"
+            raise InputError(f"{what}, not {', '.join(sorted(part.inputs))}.", "Build it again.")
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:  # noqa: D102
         dtype = self._runner.dtype
