@@ -161,14 +161,17 @@ def _check_part(update: Update, lora: LoraOption, generation: Generation) -> Non
 
 def _fitting(update: Update, lora: LoraOption, slots: _Slots) -> str:
     """Return the module of an update. Raises ModelError where there is none, or of another shape."""
-    module, what = slots.module(update.key), f"'{printable(update.name)}' in {lora.file} updates"
+    module, name = slots.module(update.key), printable(update.name)
     if module is None:
-        raise ModelError(f"{what} a layer for which the {update.part} has no slot.", OTHER)
+        raise ModelError(
+            f"'{name}' in {lora.file} updates a layer for which the {update.part} has no slot.",
+            OTHER,
+        )
     _, width, out = slots.shapes(module)
     shape = [len(update.b), update.a.shape[1] // prod(update.kernel), *update.kernel]
     if plain_shape(shape) != [out, width]:
         raise ModelError(
-            f"{what} a weight of the shape {plain_shape(shape)}; in this {update.part} it has "
+            f"'{name}' in {lora.file} updates a weight of the shape {plain_shape(shape)}; in this {update.part} it has "
             f"[{out}, {width}].",
             "It was trained for another model: give one for this model.",
         )
