@@ -222,6 +222,12 @@ def lora_case(bases: Bases, folder: Path, draw: Random) -> Arguments:
     return ("lora", str(bases.root / "tiny_text"), str(path), str(bases.root / "texts.npz"))
 
 
+def slots_case(bases: Bases, folder: Path, draw: Random) -> Arguments:
+    """A LoRA that a device reads for its slots."""
+    _, _, path, _ = lora_case(bases, folder, draw)
+    return ("slots", path)
+
+
 def checkpoint_case(bases: Bases, folder: Path, draw: Random) -> Arguments:
     """A checkpoint in one file, or the folder of its configuration."""
     path = folder / "checkpoint.safetensors"
@@ -327,6 +333,7 @@ KINDS: dict[str, Callable[[Bases, Path, Random], Arguments]] = {
     "arrays": arrays_case,
     "safetensors": safetensors_case,
     "lora": lora_case,
+    "slots": slots_case,
     "checkpoint": checkpoint_case,
     "archive": archive_case,
     "run": run_case,

@@ -173,6 +173,13 @@ def _lora(folder: str, file: str, texts: str) -> Any:
     return open_denoiser(scheduler / "unet", given)
 
 
+def _slots(file: str) -> Any:
+    from mpq_deploy.device.generate.lora_factors import updates_in
+    from mpq_deploy.models.lora_option import parse_lora
+
+    return list(updates_in(parse_lora(file), "unet"))
+
+
 def _checkpoint(file: str, config: str) -> Any:
     from mpq_deploy.models.additions import Additions
     from mpq_deploy.models.open import open_denoiser
@@ -190,6 +197,7 @@ def _load(source: str) -> Any:
 LIBRARY: dict[str, Callable[..., Any]] = {
     "open": _open,
     "lora": _lora,
+    "slots": _slots,
     "checkpoint": _checkpoint,
     "load": _load,
 }

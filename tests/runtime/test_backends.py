@@ -118,6 +118,20 @@ def test_rtx_captures_by_itself_and_its_cache_is_kept_per_shape(cuda: None, tmp_
     assert (tmp_path / "model.runtime-cache").read_bytes() == b"fake:2,3;3,3"
 
 
+def test_slots_for_loras_are_zero(
+    cuda: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the fake the input t stands for a slot."""
+    from mpq_deploy.runtime import backends
+
+    engine = backend(tmp_path, b"rtx")
+    monkeypatch.setattr(backends, "is_slot", lambda name: name == "t")
+    monkeypatch.setattr(fake.Engine, "get_tensor_shape", lambda *_: (2,))
+    engine._opened.context.shapes["t"] = (2,)
+    x = torch.randn(2, 3)
+    assert torch.equal(engine({"x": x}), 2 * x)
+
+
 def test_an_engine_of_another_gpu_is_refused(cuda: None, tmp_path: Path) -> None:
     (tmp_path / "build.json").write_text(
         '{"compute_capabilities": ["SM75"], "target": "rtx-turing"}', encoding="utf-8"

@@ -17,11 +17,11 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from mpq_deploy.device.generate.generation_folder import Generation, Part
+from mpq_deploy.device.generate.generation_folder import AGAIN, Generation, Part
 from mpq_deploy.device.generate.noise_schedule import Array
 from mpq_deploy.device.lora_inputs import DOWN as DOWN_INPUT
 from mpq_deploy.device.lora_inputs import UP as UP_INPUT
-from mpq_deploy.errors import ModelError, UsageError
+from mpq_deploy.errors import InputError, ModelError, UsageError
 from mpq_deploy.models.lora_names import (
     DOWN,
     check_names,
@@ -50,7 +50,7 @@ OTHER = f"It was trained for another model, or updates convolutions. {FUSE}"
 
 
 @dataclass(frozen=True)
-class _Update:
+class Update:
     """An update of a layer by its name in the file: ``a`` [r, in], ``b`` [out, r], scaled."""
 
     name: str
@@ -71,6 +71,9 @@ class _Slots:
     @classmethod
     def of(cls, part: Part) -> _Slots:
         names = [n.removesuffix(DOWN_INPUT) for n in part.slots if n.endswith(DOWN_INPUT)]
+        both = {name + end for name in names for end in (DOWN_INPUT, UP_INPUT)}
+        if both != set(part.slots) or any(len(one.shape) != 2 for one in part.slots.values()):
+            raise InputError(f"The slots of {part.name} are not pairs of matrices.", AGAIN)
         return cls(part, {_key(name): name for name in names})
 
     def shapes(self, module: str) -> tuple[int, int, int]:
@@ -131,10 +134,10 @@ def slot_arrays(
             f"The {denoiser} in {generation.folder} has no slots for LoRAs.",
             f"Build with --lora-slots RANK. {FUSE}",
         )
-    taken: dict[tuple[str, str], list[tuple[LoraOption, _Update]]] = {}
+    taken: dict[tuple[str, str], list[tuple[LoraOption, Update]]] = {}
     for lora in loras:
         left: dict[str, int] = {}
-        for update in _updates(lora, denoiser):
+        for update in updates_in(lora, denoiser):
             if update.part not in slots:
                 _check_part(update, lora, generation)
                 left[update.part] = left.get(update.part, 0) + 1
@@ -150,22 +153,25 @@ def slot_arrays(
     return arrays
 
 
-def _check_part(update: _Update, lora: LoraOption, generation: Generation) -> None:
+def _check_part(update: Update, lora: LoraOption, generation: Generation) -> None:
     if update.part not in generation.parts:
         what = f"'{printable(update.name)}' in {lora.file} updates the {printable(update.part)}"
         raise ModelError(f"{what}, which {generation.folder} has not.", OTHER)
 
 
-def _fitting(update: _Update, lora: LoraOption, slots: _Slots) -> str:
+def _fitting(update: Update, lora: LoraOption, slots: _Slots) -> str:
     """Return the module of an update. Raises ModelError where there is none, or of another shape."""
-    module, what = slots.module(update.key), f"'{printable(update.name)}' in {lora.file} updates"
+    module, name = slots.module(update.key), printable(update.name)
     if module is None:
-        raise ModelError(f"{what} a layer for which the {update.part} has no slot.", OTHER)
+        raise ModelError(
+            f"'{name}' in {lora.file} updates a layer for which the {update.part} has no slot.",
+            OTHER,
+        )
     _, width, out = slots.shapes(module)
     shape = [len(update.b), update.a.shape[1] // prod(update.kernel), *update.kernel]
     if plain_shape(shape) != [out, width]:
         raise ModelError(
-            f"{what} a weight of the shape {plain_shape(shape)}; in this {update.part} it has "
+            f"'{name}' in {lora.file} updates a weight of the shape {plain_shape(shape)}; in this {update.part} it has "
             f"[{out}, {width}].",
             "It was trained for another model: give one for this model.",
         )
@@ -175,7 +181,7 @@ def _fitting(update: _Update, lora: LoraOption, slots: _Slots) -> str:
 def _fill(
     arrays: Mapping[str, Array],
     module: str,
-    found: Sequence[tuple[LoraOption, _Update]],
+    found: Sequence[tuple[LoraOption, Update]],
     slots: _Slots,
 ) -> None:
     """Write the updates of one module behind each other. Raises UsageError where they are too many."""
@@ -188,9 +194,9 @@ def _fill(
         )
     start = 0
     for lora, update in found:
-        a, b = _balanced(update.a, update.b)
-        end = start + len(a)
-        with np.errstate(over="ignore"):
+        end = start + len(update.a)
+        with np.errstate(all="ignore"):
+            a, b = _balanced(update.a, update.b)
             arrays[module + DOWN_INPUT][start:end] = a
             arrays[module + UP_INPUT][:, start:end] = b
         if not all(np.isfinite(arrays[module + one]).all() for one in (DOWN_INPUT, UP_INPUT)):
@@ -211,7 +217,7 @@ def _balanced(a: Array, b: Array) -> tuple[Array, Array]:
     return a * factor[:, None], b / factor
 
 
-def _updates(lora: LoraOption, denoiser: str) -> Iterator[_Update]:
+def updates_in(lora: LoraOption, denoiser: str) -> Iterator[Update]:
     """Yield the updates in a file. Raises ModelError for tensors that make none."""
     path = lora.file
     check_lora(path)
@@ -233,8 +239,9 @@ def _updates(lora: LoraOption, denoiser: str) -> Iterator[_Update]:
         scale = (
             peft_scale(settings, part, layer, rank, path) if alpha is None else alpha.item() / rank
         )
-        b = b.reshape(len(b), rank) * np.float32(lora.scale * scale)
-        yield _Update(name, part, key, a.reshape(rank, -1), b, a.shape[2:])
+        with np.errstate(over="ignore"):
+            b = b.reshape(len(b), rank) * np.float32(lora.scale * scale)
+        yield Update(name, part, key, a.reshape(rank, -1), b, a.shape[2:])
     if left:
         raise ModelError(
             f"'{printable(next(iter(left)))}' in {path} is no part of a LoRA's update.", DAMAGED
@@ -278,8 +285,9 @@ def read_tensors(path: Path) -> tuple[dict[str, Array], dict[str, str]]:
             check_names({name: str(one["dtype"]) for name, one in header.items()}, path)
             start = 8 + length
             tensors = {name: _tensor(file, start, size, one) for name, one in header.items()}
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ModelError(f"The LoRA {path} cannot be read: {error}.", DAMAGED) from error
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+            what = printable(str(error)[:200])
+            raise ModelError(f"The LoRA {path} cannot be read: {what}.", DAMAGED) from error
     for name, values in tensors.items():
         wrong = int((~np.isfinite(values)).sum())
         if wrong:
