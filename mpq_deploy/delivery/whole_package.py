@@ -148,10 +148,9 @@ def _say_memory(sizes: Mapping[str, int], target: Target, talk: Talk) -> None:
         return
     shared = residency(sizes, Room(int(target.memory_bytes.value), target.name))
     talk.line(shared.words)
-    if not shared.fits:
-        name, size = max(sizes.items(), key=lambda item: item[1])
+    for name in shared.too_large:
         raise UsageError(
-            f"The {name} alone is estimated to take {size / 1e9:.2f} GB, and {target.name} has "
+            f"The {name} alone is estimated to take {sizes[name] / 1e9:.2f} GB, and {target.name} has "
             f"{target.memory_bytes.value / 1e9:.2f}.",
             "Build with a smaller budget.",
         )

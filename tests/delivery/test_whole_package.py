@@ -36,6 +36,7 @@ from mpq_deploy.device.generate.generator import Generator
 from mpq_deploy.device.generate.residency import RUNTIME_BYTES, residency
 from mpq_deploy.device.installer import Trust, install, summary
 from mpq_deploy.device.whole_manifest import WholeManifest
+from mpq_deploy.engine import builder
 from mpq_deploy.engine.target import load_target
 from mpq_deploy.errors import EngineError, InputError, UsageError
 from mpq_deploy.models.pipeline_parts import whole_parts
@@ -204,13 +205,14 @@ def test_altered_bytes_are_found(package: Path, tmp_path: Path) -> None:
 
 def test_the_denoiser_and_the_decoder_share_memory_or_take_turns() -> None:
     sizes = {"text_encoder": 5 * 10**9, "unet": 2 * 10**9, "vae_decoder": 10**9}
-    for free, turns, fits in ((8, False, True), (5.6, False, True), (3.4, True, False)):
+    large = ("text_encoder",)
+    for free, turns, beyond in ((8, False, ()), (5.6, False, ()), (3.4, True, large)):
         shared = residency(sizes, Room(int(free * 1e9), "orin"))
-        assert (shared.take_turns, shared.fits) == (turns, fits)
+        assert (shared.take_turns, shared.too_large) == (turns, beyond)
         assert f"orin has {free:.1f} GB free" in shared.words
     least = {**sizes, "text_encoder": 10**9}
-    assert residency(least, Room(RUNTIME_BYTES + 2 * 10**9, "orin")).fits
-    assert residency(least, Room(RUNTIME_BYTES + 2 * 10**9, "orin")).take_turns
+    shared = residency(least, Room(RUNTIME_BYTES + 2 * 10**9, "orin"))
+    assert shared.take_turns and not shared.too_large
 
 
 def test_little_memory_is_told_and_too_little_refused(
@@ -253,7 +255,9 @@ def test_it_is_deployed_over_ssh(run: Path, server: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.rtx
-def test_engines_of_all_components_are_built_in_turn(run: Path, tmp_path: Path) -> None:
+def test_engines_of_all_components_are_built_in_turn(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """By TensorRT-RTX, without a GPU: layers are checked, images are not made."""
     pytest.importorskip("tensorrt_rtx")
     archive, out = packed(run, tmp_path / "rtx.mpq.tar", "rtx"), tmp_path / "out"
@@ -273,6 +277,13 @@ def test_engines_of_all_components_are_built_in_turn(run: Path, tmp_path: Path) 
     assert all(part.largest_batch and part.memory_bytes for part in parts.values())
     # What an interrupted call has finished is not built again.
     (out / "components" / "vae_decoder" / "results.json").unlink()
-    again = Notes()
+    again, asked = Notes(), []
+    real = builder._save_job
+    monkeypatch.setattr(builder, "_save_job", lambda *job: asked.append(job[0]) or real(*job))
+    sizes = WholeManifest.load(out / MANIFEST).components
+    little = Room(RUNTIME_BYTES + sizes["vae_decoder"] - 1, "a small GPU")
+    monkeypatch.setattr(whole_installer, "free_room", lambda engines: little)
+    # One that does not fit is built to stream its weights.
     assert install(out, out, again)["passed"]
-    assert sum("building the engine" in line for line in again.lines) == 1
+    assert [one.streams_weights for one in asked] == [True]
+    assert any("vae_decoder alone is estimated" in line for line in again.lines)
