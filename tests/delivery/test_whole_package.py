@@ -22,6 +22,7 @@ from typer.testing import CliRunner
 
 from mpq_deploy.cli import app
 from mpq_deploy.delivery.deploy import Remote, deploy_whole
+from mpq_deploy.delivery.device_results import take_in
 from mpq_deploy.delivery.whole_package import make_whole_package
 from mpq_deploy.device import whole_installer
 from mpq_deploy.device.archive import (
@@ -43,6 +44,7 @@ from mpq_deploy.models.pipeline_parts import whole_parts
 from mpq_deploy.recipe import load_recipe
 from mpq_deploy.run.pipeline import open_pipeline
 from mpq_deploy.run.several_parts import build_whole
+from mpq_deploy.run.view import Run
 from mpq_deploy.system.memory import Room
 from mpq_deploy.system.progress import Talk
 from tests.delivery.test_deploy import needs_sshd, remote, server
@@ -243,6 +245,12 @@ def test_a_run_that_lacks_a_component_is_refused_by_name(run: Path, tmp_path: Pa
         packed(copy, tmp_path / "x.mpq.tar")
 
 
+def test_a_plan_for_another_target_is_refused_by_component(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="vae_decoder: The plan is not for 'jetson") as caught:
+        packed(run, tmp_path / "x.mpq.tar", "jetson-orin-nano")
+    assert "--target jetson-orin-nano" in caught.value.hint and not list(tmp_path.iterdir())
+
+
 @needs_sshd
 def test_it_is_deployed_over_ssh(run: Path, server: Path, tmp_path: Path) -> None:
     copy, device = Path(shutil.copytree(run, tmp_path / "run")), remote(server, tmp_path / "device")
@@ -260,13 +268,17 @@ def test_engines_of_all_components_are_built_in_turn(
 ) -> None:
     """By TensorRT-RTX, without a GPU: layers are checked, images are not made."""
     pytest.importorskip("tensorrt_rtx")
-    archive, out = packed(run, tmp_path / "rtx.mpq.tar", "rtx"), tmp_path / "out"
+    copy, out = Path(shutil.copytree(run, tmp_path / "run")), tmp_path / "out"
+    archive = packed(copy, tmp_path / "rtx.mpq.tar", "rtx")
     notes = Notes()
     results = install(archive, out, notes)
     assert results["passed"] and tuple(results["components"]) == PARTS
     for name, one in results["components"].items():
         assert one["engine"]["verified"]
         assert (out / "components" / name / "engine" / "model.engine").is_file()
+        # And into the report of its own run.
+        own = Run.opened(copy / "components" / name, Talk())
+        assert take_in(own, out / "components" / name / "results.json").is_file()
     assert [line for line in notes.lines if line.startswith("component ")] == [
         f"component {name}" for name in PARTS
     ]
