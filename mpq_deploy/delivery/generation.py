@@ -49,6 +49,7 @@ from mpq_deploy.recipe import make_recipe
 from mpq_deploy.run.pipeline_file import COMPONENTS as RUNS
 from mpq_deploy.run.pipeline_file import PIPELINE, PipelineFile
 from mpq_deploy.run.view import RECIPE, Run
+from mpq_deploy.runtime.ort import SESSION_COPIES
 from mpq_deploy.system.files import write_text
 from mpq_deploy.system.progress import Talk
 from mpq_deploy.system.quantities import ImageSize
@@ -233,11 +234,13 @@ def _write_part(name: str, file: Path, out: Path, pipeline: Any) -> dict[str, An
 def _memory(file: Path, proto: onnx.ModelProto, inputs: Mapping[str, Any]) -> int:
     """Return what ONNX Runtime takes for a graph: its weights in float as it opens it, and activations."""
     weights = 4 * sum(prod(one.dims) for one in proto.graph.initializer)
+    quantized = any(node.op_type == "DequantizeLinear" for node in proto.graph.node)
+    copies = OPENED if quantized else 1 + SESSION_COPIES
     shapes = {
         name: tuple(CALL_ROWS if size is None else size for size in one["shape"])
         for name, one in inputs.items()
     }
-    return estimate_memory(file, shapes, int(OPENED * weights)).total_bytes - RUNTIME_BYTES
+    return estimate_memory(file, shapes, int(copies * weights)).total_bytes - RUNTIME_BYTES
 
 
 def _tensor(value: onnx.ValueInfoProto) -> dict[str, Any]:

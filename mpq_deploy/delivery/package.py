@@ -103,6 +103,8 @@ def make_package(run: Run, target: Target, out: Path) -> dict[str, Any]:
     UsageError when the target builds no engine or does not take a scheme of the plan, ModelError
     when its TensorRT would refuse the graph.
     """
+    check_builder(target)
+    check_plan(run, target)
     parts, manifest = package_parts(run, target)
     parts |= {INSTALLER: installer(), SCRIPT: build_script(manifest).encode()}
     manifest = replace(manifest, parts={name: part_digest(part) for name, part in parts.items()})
@@ -112,9 +114,10 @@ def make_package(run: Run, target: Target, out: Path) -> dict[str, Any]:
 
 
 def package_parts(run: Run, target: Target) -> tuple[dict[str, Source], Manifest]:
-    """Return the parts of a package but for its programs, and their manifest. Raises as ``make_package``."""
-    check_builder(target)
-    check_plan(run, target)
+    """Return the parts of a package but for its programs, and their manifest.
+
+    ``target`` builds engines and takes the plan. Raises UsageError where it has too little memory.
+    """
     needed = check_target_memory(run, target)
     reference, arrays = make_reference(run)
     parts = {**_files(run), REFERENCE: arrays}

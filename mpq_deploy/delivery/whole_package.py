@@ -18,6 +18,7 @@ from mpq_deploy.delivery.package import (
     INSTALLER,
     SCRIPT,
     alternatives,
+    check_plan,
     installer,
     package_parts,
 )
@@ -29,7 +30,7 @@ from mpq_deploy.device.whole_installer import made
 from mpq_deploy.device.whole_manifest import ReferenceImage, WholeManifest
 from mpq_deploy.engine.builder import ENGINE
 from mpq_deploy.engine.target import Target
-from mpq_deploy.errors import UsageError
+from mpq_deploy.errors import MpqError, UsageError
 from mpq_deploy.recipe import load_recipe
 from mpq_deploy.run.pipeline import open_pipeline
 from mpq_deploy.run.pipeline_file import PipelineFile
@@ -105,6 +106,11 @@ def make_whole_package(run: Path, target: Target, out: Path, talk: Talk) -> dict
 
 def _engine_parts(run: Run, target: Target, name: str, parts: dict[str, Source]) -> dict[str, Any]:
     """Add a component's own package to ``parts``; return what generation.json says of its engine."""
+    try:
+        check_plan(run, target)
+    except MpqError as error:
+        again = f"Build the whole for it: mpq-deploy build MODEL --target {target.name} -o RUN"
+        raise type(error)(f"{name}: {error.message}", again) from error
     own, manifest = package_parts(run, target)
     own[MANIFEST] = manifest.to_json().encode()
     parts |= {f"{COMPONENTS}/{name}/{file}": one for file, one in own.items()}
@@ -148,10 +154,9 @@ def _say_memory(sizes: Mapping[str, int], target: Target, talk: Talk) -> None:
         return
     shared = residency(sizes, Room(int(target.memory_bytes.value), target.name))
     talk.line(shared.words)
-    if not shared.fits:
-        name, size = max(sizes.items(), key=lambda item: item[1])
+    for name in shared.too_large:
         raise UsageError(
-            f"The {name} alone is estimated to take {size / 1e9:.2f} GB, and {target.name} has "
+            f"The {name} alone is estimated to take {sizes[name] / 1e9:.2f} GB, and {target.name} has "
             f"{target.memory_bytes.value / 1e9:.2f}.",
             "Build with a smaller budget.",
         )

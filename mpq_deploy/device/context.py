@@ -73,7 +73,7 @@ def _record(engine: Path) -> dict[str, Any]:
 
 
 def load_engine(trt: Any, logger: Any, path: Path) -> Any:
-    """Return the deserialized engine.
+    """Return the deserialized engine; one that streams weights keeps on the GPU what the library proposes.
 
     Raises EngineError before the library sees it where its record has another digest, and where the
     library cannot load it on this GPU.
@@ -88,6 +88,9 @@ def load_engine(trt: Any, logger: Any, path: Path) -> Any:
             f"{trt.__name__} {trt.__version__} cannot load {path}.",
             "Engines run on the GPUs and the version they were built for: build it again here.",
         )
+    # Of an engine that was built to stream its weights; unproven, no GPU was available.
+    if getattr(engine, "streamable_weights_size", 0):
+        engine.weight_streaming_budget_v2 = engine.get_weight_streaming_automatic_budget()
     return engine
 
 

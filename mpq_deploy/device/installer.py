@@ -14,6 +14,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as package_version
 from pathlib import Path
@@ -139,12 +140,18 @@ def install(
         unpack(archive, out, talk)
     if is_whole(out):
         return install_whole(
-            out, lambda place: _install_unpacked(place, talk, force_memory), talk, force_memory
+            out,
+            partial(_install_unpacked, talk=talk, force_memory=force_memory),
+            talk,
+            force_memory,
         )
     return _install_unpacked(out, talk, force_memory)
 
 
-def _install_unpacked(out: Path, talk: Talk, force_memory: bool) -> dict[str, Any]:
+def _install_unpacked(
+    out: Path, talk: Talk, force_memory: bool, streams: bool = False
+) -> dict[str, Any]:
+    """Install what lies in ``out``; ``streams``: weights from host memory, where the builder can do that."""
     manifest = Manifest.load(out / MANIFEST)
     check_unpacked(out, manifest)
     runtime = probe(manifest)
@@ -153,8 +160,9 @@ def _install_unpacked(out: Path, talk: Talk, force_memory: bool) -> dict[str, An
     )
     check_gpu(manifest)
     check_memory(manifest, force_memory)
-    check_gpu_memory(manifest, force_memory)
-    record = _build(manifest, runtime, out, talk)
+    streams = streams and runtime.builder != "trtexec"
+    check_gpu_memory(manifest, force_memory or streams)
+    record = _build(manifest, runtime, out, talk, streams)
     run = run_engine(runtime.builder, out / ENGINE_FOLDER / record.file, out, manifest.reference)
     text = (
         json.dumps(_results(manifest, record, run, out), indent=1, sort_keys=True, allow_nan=False)
@@ -315,10 +323,12 @@ def _module_version(name: str) -> str:
         return str(getattr(importlib.import_module(name), "__version__", ""))
 
 
-def _build(manifest: Manifest, runtime: Runtime, out: Path, talk: Talk) -> EngineRecord:
+def _build(
+    manifest: Manifest, runtime: Runtime, out: Path, talk: Talk, streams: bool
+) -> EngineRecord:
     target = replace(manifest.target, builder=runtime.builder)
     profile = BatchProfile(*manifest.batches, manifest.shapes, manifest.least, manifest.usual)
-    request = BuildRequest(out / manifest.model, target, profile)
+    request = BuildRequest(out / manifest.model, target, profile, streams)
     return build_engine(request, out / ENGINE_FOLDER, manifest.expected, talk)
 
 

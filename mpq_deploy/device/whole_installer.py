@@ -31,22 +31,23 @@ Results = dict[str, Any]
 
 
 def install_whole(
-    folder: Path, install_part: Callable[[Path], Results], talk: Talk, force_memory: bool
+    folder: Path, install_part: Callable[..., Results], talk: Talk, force_memory: bool
 ) -> Results:
     """Install what was unpacked into ``folder``; return what its results.json holds.
 
-    ``install_part`` installs one component's folder. Components that an interrupted call finished
-    are not built again. Raises ArchiveError for a part that is missing or altered, EngineError for
-    too little memory (unless ``force_memory``), and what ``install_part`` raises.
+    ``install_part`` installs one component's folder; with ``streams`` it keeps weights in host memory,
+    as of those that are estimated not to fit. Components that an interrupted call finished are not
+    built again. Raises ArchiveError for a part that is missing or altered, EngineError for too little
+    memory (unless ``force_memory``), and what ``install_part`` raises.
     """
     manifest = WholeManifest.load(folder / MANIFEST)
     _check_unpacked(folder, manifest)
     shared = _shared(manifest, talk, force_memory)
-    components = {}
+    components, large = {}, shared.too_large if shared else ()
     for name in manifest.components if manifest.engines else ():
         place = folder / COMPONENTS / name
         talk.line(f"component {name}")
-        components[name] = _finished(place) or install_part(place)
+        components[name] = _finished(place) or install_part(place, streams=name in large)
     images = _images(folder, manifest, shared, talk)
     results = {
         "format": RESULTS_FORMAT,
@@ -79,12 +80,14 @@ def _shared(manifest: WholeManifest, talk: Talk, force: bool) -> Residency | Non
         return None
     shared = residency(manifest.components, room)
     talk.line(shared.words)
-    if not shared.fits and not force:
-        name, size = max(manifest.components.items(), key=lambda item: item[1])
-        raise EngineError(
-            f"The {name} alone is estimated to take {size / 1e9:.2f} GB, and {room}.",
-            "Close other programs, package with a smaller budget, or continue with --force-memory.",
-        )
+    for name in () if force else shared.too_large:
+        what = f"The {name} alone is estimated to take {manifest.components[name] / 1e9:.2f} GB"
+        if not manifest.engines:
+            raise EngineError(
+                f"{what}, and {room}.",
+                "Close other programs, package with a smaller budget, or continue with --force-memory.",
+            )
+        talk.warn(f"{what}: its weights are streamed, where TensorRT's Python package is here")
     return shared
 
 

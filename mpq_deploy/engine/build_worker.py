@@ -52,6 +52,7 @@ class BuildJob:
     compute_capabilities: tuple[str, ...] = ()
     shapes: dict[str, InputShapes] = field(default_factory=dict)
     workspace_bytes: int | None = None
+    streams_weights: bool = False
 
     def save(self, path: Path) -> None:
         """Write the job as JSON."""
@@ -105,6 +106,11 @@ def build(trt: Any, job: BuildJob, logger: Any, problems: list[str]) -> memoryvi
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     if job.workspace_bytes is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, job.workspace_bytes)
+    if job.streams_weights:
+        flag = getattr(trt.BuilderFlag, "WEIGHT_STREAMING", None)
+        if flag is None:
+            raise BuildFailedError("configure", _plain(["it has no weight streaming"]))
+        config.set_flag(flag)
     if job.compute_capabilities:
         config.num_compute_capabilities = len(job.compute_capabilities)
         for index, name in enumerate(job.compute_capabilities):

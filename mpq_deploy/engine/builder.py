@@ -95,11 +95,15 @@ class BatchProfile:
 
 @dataclass(frozen=True)
 class BuildRequest:
-    """What is built: the graph ``model`` (FP16), for which target, and at which batch sizes."""
+    """What is built: the graph ``model`` (FP16), for which target, and at which batch sizes.
+
+    ``streams_weights``: so that its weights may stay in host memory (by a Python package alone).
+    """
 
     model: Path
     target: BuildTarget
     profile: BatchProfile
+    streams_weights: bool = False
 
 
 @dataclass(frozen=True)
@@ -225,6 +229,7 @@ def _save_job(request: BuildRequest, engine: Path, log: Path) -> tuple[Path, Pat
         result=str(result),
         compute_capabilities=request.target.compute_capabilities,
         shapes=request.profile.inputs(),
+        streams_weights=request.streams_weights,
     ).save(job_file)
     return job_file, result
 

@@ -22,6 +22,7 @@ from typer.testing import CliRunner
 
 from mpq_deploy.cli import app
 from mpq_deploy.delivery.deploy import Remote, deploy_whole
+from mpq_deploy.delivery.device_results import take_in
 from mpq_deploy.delivery.whole_package import make_whole_package
 from mpq_deploy.device import whole_installer
 from mpq_deploy.device.archive import (
@@ -36,12 +37,14 @@ from mpq_deploy.device.generate.generator import Generator
 from mpq_deploy.device.generate.residency import RUNTIME_BYTES, residency
 from mpq_deploy.device.installer import Trust, install, summary
 from mpq_deploy.device.whole_manifest import WholeManifest
+from mpq_deploy.engine import builder
 from mpq_deploy.engine.target import load_target
 from mpq_deploy.errors import EngineError, InputError, UsageError
 from mpq_deploy.models.pipeline_parts import whole_parts
 from mpq_deploy.recipe import load_recipe
 from mpq_deploy.run.pipeline import open_pipeline
 from mpq_deploy.run.several_parts import build_whole
+from mpq_deploy.run.view import Run
 from mpq_deploy.system.memory import Room
 from mpq_deploy.system.progress import Talk
 from tests.delivery.test_deploy import needs_sshd, remote, server
@@ -204,13 +207,14 @@ def test_altered_bytes_are_found(package: Path, tmp_path: Path) -> None:
 
 def test_the_denoiser_and_the_decoder_share_memory_or_take_turns() -> None:
     sizes = {"text_encoder": 5 * 10**9, "unet": 2 * 10**9, "vae_decoder": 10**9}
-    for free, turns, fits in ((8, False, True), (5.6, False, True), (3.4, True, False)):
+    large = ("text_encoder",)
+    for free, turns, beyond in ((8, False, ()), (5.6, False, ()), (3.4, True, large)):
         shared = residency(sizes, Room(int(free * 1e9), "orin"))
-        assert (shared.take_turns, shared.fits) == (turns, fits)
+        assert (shared.take_turns, shared.too_large) == (turns, beyond)
         assert f"orin has {free:.1f} GB free" in shared.words
     least = {**sizes, "text_encoder": 10**9}
-    assert residency(least, Room(RUNTIME_BYTES + 2 * 10**9, "orin")).fits
-    assert residency(least, Room(RUNTIME_BYTES + 2 * 10**9, "orin")).take_turns
+    shared = residency(least, Room(RUNTIME_BYTES + 2 * 10**9, "orin"))
+    assert shared.take_turns and not shared.too_large
 
 
 def test_little_memory_is_told_and_too_little_refused(
@@ -241,6 +245,12 @@ def test_a_run_that_lacks_a_component_is_refused_by_name(run: Path, tmp_path: Pa
         packed(copy, tmp_path / "x.mpq.tar")
 
 
+def test_a_plan_for_another_target_is_refused_by_component(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="vae_decoder: The plan is not for 'jetson") as caught:
+        packed(run, tmp_path / "x.mpq.tar", "jetson-orin-nano")
+    assert "--target jetson-orin-nano" in caught.value.hint and not list(tmp_path.iterdir())
+
+
 @needs_sshd
 def test_it_is_deployed_over_ssh(run: Path, server: Path, tmp_path: Path) -> None:
     copy, device = Path(shutil.copytree(run, tmp_path / "run")), remote(server, tmp_path / "device")
@@ -253,16 +263,22 @@ def test_it_is_deployed_over_ssh(run: Path, server: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.rtx
-def test_engines_of_all_components_are_built_in_turn(run: Path, tmp_path: Path) -> None:
+def test_engines_of_all_components_are_built_in_turn(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """By TensorRT-RTX, without a GPU: layers are checked, images are not made."""
     pytest.importorskip("tensorrt_rtx")
-    archive, out = packed(run, tmp_path / "rtx.mpq.tar", "rtx"), tmp_path / "out"
+    copy, out = Path(shutil.copytree(run, tmp_path / "run")), tmp_path / "out"
+    archive = packed(copy, tmp_path / "rtx.mpq.tar", "rtx")
     notes = Notes()
     results = install(archive, out, notes)
     assert results["passed"] and tuple(results["components"]) == PARTS
     for name, one in results["components"].items():
         assert one["engine"]["verified"]
         assert (out / "components" / name / "engine" / "model.engine").is_file()
+        # And into the report of its own run.
+        own = Run.opened(copy / "components" / name, Talk())
+        assert take_in(own, out / "components" / name / "results.json").is_file()
     assert [line for line in notes.lines if line.startswith("component ")] == [
         f"component {name}" for name in PARTS
     ]
@@ -273,6 +289,13 @@ def test_engines_of_all_components_are_built_in_turn(run: Path, tmp_path: Path) 
     assert all(part.largest_batch and part.memory_bytes for part in parts.values())
     # What an interrupted call has finished is not built again.
     (out / "components" / "vae_decoder" / "results.json").unlink()
-    again = Notes()
+    again, asked = Notes(), []
+    real = builder._save_job
+    monkeypatch.setattr(builder, "_save_job", lambda *job: asked.append(job[0]) or real(*job))
+    sizes = WholeManifest.load(out / MANIFEST).components
+    little = Room(RUNTIME_BYTES + sizes["vae_decoder"] - 1, "a small GPU")
+    monkeypatch.setattr(whole_installer, "free_room", lambda engines: little)
+    # One that does not fit is built to stream its weights.
     assert install(out, out, again)["passed"]
-    assert sum("building the engine" in line for line in again.lines) == 1
+    assert [one.streams_weights for one in asked] == [True]
+    assert any("vae_decoder alone is estimated" in line for line in again.lines)

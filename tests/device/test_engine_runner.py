@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from mpq_deploy.device import engine_runner
-from mpq_deploy.device.context import RUNTIME_CACHE, open_context, refuse_other_gpu
+from mpq_deploy.device.context import RUNTIME_CACHE, load_engine, open_context, refuse_other_gpu
 from mpq_deploy.device.engine_runner import EngineRunner
 from mpq_deploy.errors import EngineError
 from tests.device import fake_tensorrt as fake
@@ -171,3 +172,15 @@ def test_buffers_are_kept_for_calls_of_the_same_size_and_freed_at_the_end(tmp_pa
         assert len(cuda.kept) == count
     runner.close()
     assert not cuda.kept
+
+
+def test_an_engine_that_streams_weights_keeps_what_the_library_proposes(tmp_path: Path) -> None:
+    """A FAKE; the names are those of the library where it is installed."""
+    engine = SimpleNamespace(streamable_weights_size=10)
+    engine.get_weight_streaming_automatic_budget = lambda: 4
+    opened = SimpleNamespace(deserialize_cuda_engine=lambda content: engine)
+    (tmp_path / "x.engine").write_bytes(b"x")
+    load_engine(SimpleNamespace(Runtime=lambda logger: opened), None, tmp_path / "x.engine")
+    assert engine.weight_streaming_budget_v2 == 4
+    library = pytest.importorskip("tensorrt_rtx").ICudaEngine
+    assert all(hasattr(library, name) for name in vars(engine))

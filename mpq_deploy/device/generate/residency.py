@@ -16,10 +16,10 @@ RUNTIME_BYTES = 500_000_000
 
 @dataclass(frozen=True)
 class Residency:
-    """Whether denoiser and decoder take turns, whether the largest part fits at all, and all that in words."""
+    """Whether denoiser and decoder take turns, which parts do not even fit alone, and all that in words."""
 
     take_turns: bool
-    fits: bool
+    too_large: tuple[str, ...]
     words: str
 
 
@@ -34,7 +34,8 @@ def residency(sizes: Mapping[str, int], room: Room) -> Residency:
         f"memory, estimated: {each} GB and {RUNTIME_BYTES / 1e9:g} for the runtime; {room}: "
         f"{' and '.join(lasting)} {how}, the others are freed after use"
     )
-    return Residency(turns, room.holds(RUNTIME_BYTES + max(sizes.values())), words)
+    large = tuple(name for name, size in sizes.items() if not room.holds(RUNTIME_BYTES + size))
+    return Residency(turns, large, words)
 
 
 def free_room(engines: bool) -> Room | None:
