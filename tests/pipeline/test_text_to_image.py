@@ -71,6 +71,7 @@ def random_alexnet(path: Path) -> Path:
 def test_prompts_of_the_package_become_images_through_the_vae(built: Built) -> None:
     report = built.report
     assert report["evaluation"]["image_kind"] == "pixels"
+    assert "StableDiffusionPipeline" in report["evaluation"]["sampler"]
     assert report["size_bytes"] <= report["budget_bytes"]
     assert 0 < report["measured_nmse"] < report["controls"]["int4"]["measured_nmse"]
     evaluation = Evaluation.load(built.run / "evaluate")
