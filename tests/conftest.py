@@ -36,6 +36,7 @@ KEPT_SECONDS = 14 * 86400
 
 # Whole builds, exports, children and browsers. Beside all rooms: one build per recipe.
 HEAVY_ROOMS = ("pipeline", "oracle", "models", "recover", "delivery", "engine", "report", "run")
+HEAVY_ROOMS += ("bench", "docs", "rounding", "system", "parallel")
 HEAVY_FILES = ("test_recipes.py",)
 
 
