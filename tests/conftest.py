@@ -36,6 +36,7 @@ KEPT_SECONDS = 14 * 86400
 
 # Whole builds, exports, children and browsers. Beside all rooms: one build per recipe.
 HEAVY_ROOMS = ("pipeline", "oracle", "models", "recover", "delivery", "engine", "report", "run")
+HEAVY_ROOMS += ("bench", "docs", "rounding", "system", "parallel")
 HEAVY_FILES = ("test_recipes.py",)
 
 
@@ -56,9 +57,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Let the garbage collector pass over what was imported: torch alone has a million objects."""
+    """Let the garbage collector pass over what was imported: torch alone has a million objects.
+
+    What a test imports later it then passes over less often.
+    """
     gc.collect()
     gc.freeze()
+    gc.set_threshold(50_000, 20, 20)
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -117,7 +122,7 @@ def shared_exports(
 
 @pytest.fixture(autouse=True, scope="session")
 def machine_timed_once() -> Iterator[None]:
-    """Time what a model takes on this machine once: hundreds of builds are of the same few models."""
+    """Time what a model takes on this machine once, by one call: hundreds of builds are of the same few models."""
     from mpq_deploy.run import machine_speed
 
     timed, known = machine_speed.time_machine, dict[Any, Any]()
@@ -127,7 +132,9 @@ def machine_timed_once() -> Iterator[None]:
         sizes = recipe.calibrate.batch_size, recipe.evaluate.batch_size
         key = (run.digest("export"), *sizes, machine_speed._wants_torch(recipe))
         if key not in known:
-            known[key] = timed(run, *rest)
+            with pytest.MonkeyPatch.context() as one_call:
+                one_call.setattr(machine_speed, "WARM_CALLS", 0)
+                known[key] = timed(run, *rest)
         return known[key]
 
     with pytest.MonkeyPatch.context() as patch:

@@ -226,7 +226,7 @@ def write_text_encoder(
     randomize(model, seed).save_pretrained(folder, safe_serialization=True)
 
 
-def tiny_clip_folder(tmp_path: Path, seed: int = 0) -> Path:
+def tiny_clip_folder(tmp_path: Path, seed: int = 0, features: int = 12) -> Path:
     """A whole CLIP of random weights with its tokenizer: images of 28 x 28 pixels, both towers of one layer."""
     import torch
     from transformers import CLIPConfig, CLIPModel
@@ -245,7 +245,7 @@ def tiny_clip_folder(tmp_path: Path, seed: int = 0) -> Path:
     vision = {**shape, "image_size": 28, "patch_size": 14}
     torch.manual_seed(seed)
     model = randomize(
-        CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=12)), seed
+        CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=features)), seed
     )
     model.save_pretrained(folder, safe_serialization=True)
     half = [0.5, 0.5, 0.5]

@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from mpq_deploy.errors import InputError, MpqError
+from mpq_deploy.system import inputs
 from mpq_deploy.system.inputs import check_values, read_text
 from mpq_deploy.system.names import printable
 
@@ -69,5 +70,20 @@ def parse_yaml(
         # the others on odd keys.
         text = printable(" ".join(str(problem).split()))
         raise error(f"{printable(source)} is not usable YAML: {text}.", hint) from problem
+    if _count(values, {}) > inputs.VALUES:
+        what = f"{printable(source)} holds more than {inputs.VALUES:,} values, the maximum"
+        raise error(f"{what}; what an alias repeats counts each time.", hint)
     check_values(values, source, error=error, hint=hint)
     return values
+
+
+def _count(values: Any, known: dict[int, int]) -> int:
+    """Return how many values there are, shared parts each time they occur; these are walked once."""
+    if not isinstance(values, (dict, list)):
+        return 1
+    if id(values) not in known:
+        # A part of itself, which is refused as nested too deep.
+        known[id(values)] = 1
+        inner = values.values() if isinstance(values, dict) else values
+        known[id(values)] = 1 + sum(_count(one, known) for one in inner)
+    return known[id(values)]

@@ -16,7 +16,7 @@ from xml.etree import ElementTree
 import pytest
 import yaml
 
-from tests.pipeline.runs import write_recipe
+from tests.pipeline.runs import FEW_SCHEMES, write_recipe
 from tests.tiny_models import ONE_LEVEL_CLASSES, tiny_unet_folder
 
 WORKFLOW = Path(__file__).parents[2] / "docs" / "workflows" / "model.yml"
@@ -31,7 +31,9 @@ WITH_BASELINE = "${{ vars.MPQ_BASELINE != '' }}"
 def runner(tmp_path: Path) -> Path:
     """A checkout with a model and a recipe, and ``mpq-deploy`` first on the path."""
     tiny_unet_folder(tmp_path, **ONE_LEVEL_CLASSES).rename(tmp_path / "model")
-    write_recipe(tmp_path / "recipe.yaml", engine__build=True, evaluate__controls=False)
+    write_recipe(
+        tmp_path / "recipe.yaml", engine__build=True, evaluate__controls=False, **FEW_SCHEMES
+    )
     (tmp_path / "bin").mkdir()
     program = tmp_path / "bin" / "mpq-deploy"
     program.write_text(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from onnx import helper, numpy_helper
 
 from mpq_deploy.errors import InfeasibleBudgetError, ModelError
 from mpq_deploy.graph.save import constant_bytes
+from mpq_deploy.recipe import Recipe
 from tests.graphs import GraphBuilder, awkward_graph, denoiser_graph
 from tests.pipeline.runs import EVERY_SCHEME, Built, build, describe, recipe_for, save_denoiser
 
@@ -93,20 +95,30 @@ def test_a_shared_weight_is_one_layer(awkward: tuple[Path, Built]) -> None:
 def smallest_of(path: Path, run: Path, family: str) -> Any:
     """The recipe under which every layer that may takes ``family``, at the smallest budget."""
     rules = [{"layers": "*", "schemes": [family, "fp16"]}]
+    # The controls are those of ``awkward``.
     given = {**ALIKE, "allocate__schemes": [family], "allocate__protect": rules}
+    given["evaluate__controls"] = False
     with pytest.raises(InfeasibleBudgetError) as error:
         build(recipe_for(path, budget="1B", **given), run)
     return recipe_for(path, budget=f"{error.value.smallest}B", **given)
 
 
+@pytest.fixture(scope="module")
+def in_family(awkward: tuple[Path, Built], tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Return what builds ``smallest_of`` a family once: its recipe and finished run."""
+
+    def built(family: str) -> tuple[Recipe, Built]:
+        run = tmp_path_factory.mktemp(family) / "run"
+        recipe = smallest_of(awkward[0], run, family)
+        return recipe, build(recipe, run)
+
+    return cache(built)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_layer_in_one_family(
-    awkward: tuple[Path, Built], tmp_path: Path, family: str
-) -> None:
+def test_every_layer_in_one_family(in_family: Any, family: str) -> None:
     """The smallest plan of each family: every layer that may take it does, and the file still agrees."""
-    path, _ = awkward
-    built = build(smallest_of(path, tmp_path / "run", family), tmp_path / "run")
-    layers = check(built, factor=8)
+    layers = check(in_family(family)[1], factor=8)
     for row in layers.values():
         refused = [name for name in row["refused"] if name.startswith(family)]
         took = row["scheme"].startswith(family)
@@ -115,15 +127,12 @@ def test_every_layer_in_one_family(
 
 @pytest.mark.rtx
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_engine_holds_what_was_planned(
-    awkward: tuple[Path, Built], tmp_path: Path, family: str
-) -> None:
+def test_the_engine_holds_what_was_planned(in_family: Any, family: str) -> None:
     pytest.importorskip("tensorrt_rtx")
-    path, _ = awkward
-    recipe = smallest_of(path, tmp_path / "run", family)
+    recipe, built = in_family(family)
     engine = recipe.engine.model_copy(update={"build": True})
-    build(recipe.model_copy(update={"engine": engine}), tmp_path / "run", "engine")
-    record = json.loads((tmp_path / "run" / "engine" / "build.json").read_text(encoding="utf-8"))
+    build(recipe.model_copy(update={"engine": engine}), built.run, "engine")
+    record = json.loads((built.run / "engine" / "build.json").read_text(encoding="utf-8"))
     assert not [problem for problem in record["problems"] if problem["severity"] == "wrong"]
 
 

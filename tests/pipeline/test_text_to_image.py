@@ -71,6 +71,7 @@ def random_alexnet(path: Path) -> Path:
 def test_prompts_of_the_package_become_images_through_the_vae(built: Built) -> None:
     report = built.report
     assert report["evaluation"]["image_kind"] == "pixels"
+    assert "StableDiffusionPipeline" in report["evaluation"]["sampler"]
     assert report["size_bytes"] <= report["budget_bytes"]
     assert 0 < report["measured_nmse"] < report["controls"]["int4"]["measured_nmse"]
     evaluation = Evaluation.load(built.run / "evaluate")
@@ -142,17 +143,17 @@ def test_scores_reach_reports_and_gate(
         "--weights",
         f"lpips={random_alexnet(tmp_path / 'alexnet.pth')}",
         "--weights",
-        f"clip={tiny_clip_folder(tmp_path)}",
+        f"clip={tiny_clip_folder(tmp_path, features=6)}",
     )
     assert cli("gate", run, "--max-lpips", 1).code == 1
-    # CLIP's own network has 12 features: 16 images are enough.
+    # CLIP's own network has 6 features: 8 images are enough.
     asked = (
         "metrics",
         run,
         "--network",
         "clip",
         "--images",
-        16,
+        8,
         "--workers",
         1,
         "--lpips",
@@ -199,8 +200,8 @@ def test_scores_reach_reports_and_gate(
         for row in report["scores"]
         if (row["score"], row["variant"]) == ("lpips", "ours")
     ]
-    assert sorted(lpips) == [3, 16]
-    assert "Frechet" not in alone.out and "16 images" not in alone.out
+    assert sorted(lpips) == [3, 8]
+    assert "Frechet" not in alone.out and "8 images" not in alone.out
     kept = (run / "metrics.json").read_bytes()
     assert cli(*asked, *weights).code == 0
     assert (run / "metrics.json").read_bytes() == kept

@@ -33,6 +33,7 @@ from mpq_deploy.system.parallel.work import Crew
 from mpq_deploy.system.progress import Talk
 from tests.pipeline.conftest import Outcome
 from tests.pipeline.runs import (
+    FEW_SCHEMES,
     Built,
     Notes,
     call,
@@ -256,17 +257,18 @@ def test_a_sweep_over_workers_is_the_same_sweep(model: Path, run: Path, tmp_path
 def test_an_audit_over_workers_is_the_same_audit(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(losses_module, "SHARD", 12)
+    monkeypatch.setattr(losses_module, "SHARD", 9)
+    changes = {**CHANGES, **FEW_SCHEMES}
     options, found = AuditOptions((0.35, 0.5), ("probe", "size-only"), 30), []
 
     def audited(pipeline: Pipeline) -> AuditResult:
         return run_audit(pipeline.current("candidates"), options)
 
-    over(None, model, tmp_path / "0", lambda pipeline: pipeline.run_until("candidates"), **CHANGES)
+    over(None, model, tmp_path / "0", lambda pipeline: pipeline.run_until("candidates"), **changes)
     shutil.copytree(tmp_path / "0", tmp_path / "1")
     for crew in (None, Processes(2)):
         run = tmp_path / str(len(found))
-        result, said = over(crew, model, run, audited, **CHANGES)
+        result, said = over(crew, model, run, audited, **changes)
         found.append(without_seconds(json.loads(json.dumps(result.as_json()))))
     assert found[0] == found[1]
     assert "exhaustive on 2 workers" in said and "measuring plans on 2 workers" in said

@@ -140,6 +140,7 @@ def test_another_layout_of_the_same_values_is_verified(tmp_path, layout):
         | st.floats(allow_nan=False, allow_infinity=False)
         | st.text(),
         lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+        max_leaves=10,
     )
 )
 def test_values_go_through_json_without_another_digest(value):

@@ -90,7 +90,7 @@ def test_a_model_is_exported_built_and_packed(elsewhere: dict[str, str], tmp_pat
     model, run = tiny_unet_folder(tmp_path, **ONE_LEVEL_CLASSES), tmp_path / "run"
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(TINY, encoding="utf-8")
-    build = ("build", model, "-r", recipe, "--budget", "0.35", "-o", run, "--workers", "2")
+    build = ("build", model, "-r", recipe, "--budget", "0.35", "-o", run, "--workers", "1")
     for arguments in (build, ("package", run, "-o", tmp_path / "model.mpq.tar")):
         done = call(*arguments, **elsewhere)
         assert done.returncode == 0, done.stderr

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +31,21 @@ CLOSE = 1e-3
 BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 
 
+@pytest.fixture(scope="module")
+def of_kind(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The folders of a kind, written once. Tests leave them as they are."""
+    return cache(lambda kind: written(tmp_path_factory.mktemp(kind), kind))
+
+
 @pytest.fixture(scope="module", params=["sd", "sdxl", "sd3", "flux"])
-def folders(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return request.param, *written(tmp_path_factory.mktemp(request.param), request.param)
+def folders(request: pytest.FixtureRequest, of_kind: Any) -> Any:
+    return request.param, *of_kind(request.param)
 
 
 @pytest.fixture(scope="module")
-def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def plain(of_kind: Any) -> Path:
     """A Stable Diffusion folder, for what does not depend on the kind."""
-    return written(tmp_path_factory.mktemp("plain"), "sd")[1]
+    return of_kind("sd")[1]
 
 
 def pipeline_of(folder: Path, config: dict[str, Any] | None, task: str = "") -> Any:
