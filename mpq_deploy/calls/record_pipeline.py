@@ -190,10 +190,12 @@ class _Watch:
             self._step += 1
         self._last = timestep
         kept = {OUTPUT: np.asarray(output, np.float32)} if self._outputs else {}
-        size = self._spec.size_of(feeds[self._spec.sample.name]) if self._spec.sizes else None
-        sized = {item.name: item.shape for item in self._spec.inputs if item.sizes}
-        filled = {n: fill_to(v, sized[n]) if n in sized else v for n, v in feeds.items()}
-        self.recorder.add(self._run, self._step, timestep, {**filled, **kept}, output, size)
+        given, size = {**feeds, **kept}, None
+        if self._spec.sizes:
+            sample = self._spec.sample
+            size = self._spec.size_of(feeds[sample.name])
+            given[sample.name] = fill_to(feeds[sample.name], sample.shape)
+        self.recorder.add(self._run, self._step, timestep, given, output, size)
         return output
 
     def _timestep(self, feeds: dict[str, Array]) -> float:

@@ -230,10 +230,9 @@ def _compared_with_source(denoiser: Denoiser, path: Path, release: bool) -> floa
         with _at(name):
             errors.append(relative_error(run_session(session, spec.output, feeds), reference))
         if not errors[-1] <= denoiser.network.tolerance:
-            of = f" at {name}" if name else ""
             raise ModelError(
-                f"The exported model differs from its source by {errors[-1]:.2e} of the largest output{of}.",
-                EACH_SIZE
+                f"The exported model differs from its source by {errors[-1]:.2e} of the largest output.",
+                f"That is at {name}. {EACH_SIZE}"
                 if name
                 else f"At most {denoiser.network.tolerance:g} is expected: please report the model's configuration.",
             )

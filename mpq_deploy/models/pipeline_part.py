@@ -118,10 +118,10 @@ def _sized_inputs(
     ``found``: what the denoiser is given at each. Raises UsageError for a constant that is another
     one at another size, and for inputs beside the sample whose shape changes.
     """
-    listed, fixed = zip(*(_inputs(one, more, names) for one in found), strict=True)
-    first = _texts({**fixed[0], **found[0].constants})
+    listed, fixed = _inputs(found[0], more, names)
+    first = _texts({**fixed, **found[0].constants})
     for size, other in zip(sizes[1:], found[1:]):
-        here = _texts({**{n: other.tensors.get(n) for n in fixed[0]}, **other.constants})
+        here = _texts({**{n: other.tensors.get(n) for n in fixed}, **other.constants})
         changed = next((name for name in first if here.get(name) != first[name]), None)
         if changed is not None:
             raise UsageError(
@@ -129,13 +129,22 @@ def _sized_inputs(
                 "holds it as a constant.",
                 EACH_SIZE,
             )
-    inputs = [of[0].with_sizes([one.shape for one in of]) for of in zip(*listed, strict=True)]
+    inputs = [item.with_sizes([_shape_in(one, item, names[0]) for one in found]) for item in listed]
     if changing := next((item.name for item in inputs[1:] if item.sizes), None):
         raise UsageError(
             f"The shape of '{changing}' changes with the size, as only that of the sample may.",
             EACH_SIZE,
         )
-    return inputs, fixed[0]
+    return inputs, fixed
+
+
+def _shape_in(given: Arguments, item: InputSpec, sample: str) -> tuple[int, ...]:
+    """Return the shape of an input in another call."""
+    value, count = given.tensors.get(item.name), len(given.tensors[sample])
+    if value is None or not item.shape:
+        return item.shape
+    rows = (len(value) // count,) if len(value) > count else ()
+    return (*rows, *value.shape[1:])
 
 
 def _fused_pipeline(

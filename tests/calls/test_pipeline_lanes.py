@@ -103,7 +103,9 @@ def test_calls_are_recorded_in_the_order_of_the_images(
 ) -> None:
     monkeypatch.setattr(record_module, "PipelineRuns", lambda *_: runs())
     monkeypatch.setattr(record_module, "pipeline_folder", lambda model: Path())
-    model: Any = SimpleNamespace(spec=SimpleNamespace(timestep_name="timestep", conditions=()))
+    model: Any = SimpleNamespace(
+        spec=SimpleNamespace(timestep_name="timestep", conditions=(), sizes=())
+    )
     found = []
     for lanes in (1, 3):
         (folder := tmp_path / str(lanes)).mkdir()

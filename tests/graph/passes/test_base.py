@@ -64,10 +64,11 @@ def boolean_where() -> Made:
 
 def drop_squeezes() -> Made:
     graph = GraphBuilder()
-    x = graph.input("x", ["n", 4, 3])
-    axis = graph.weight("axis", np.array([1]))
+    # A number other than one, and a size that the trace left open.
+    x = graph.input("x", ["n", "tokens", 3])
+    axes = graph.weight("axes", np.array([1, 2]))
     return DropSqueezesPass(), model_of(
-        graph, graph.op("Squeeze", [x, axis], "squeeze"), ["n", 4, 3]
+        graph, graph.op("Squeeze", [x, axes], "squeeze"), ["n", "tokens", 3]
     )
 
 
