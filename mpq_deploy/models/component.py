@@ -90,22 +90,8 @@ def open_component(folder: Path, source: str, additions: Additions, talk: Talk) 
             f"{folder} has no {INDEX}, so it has no component '{component}'.",
             "Give a pipeline folder.",
         )
-    index = read_json(folder / INDEX)
-    here = [name for name in index if (folder / name / CONFIG).is_file()]
-    module, method = place_of(component)
-    if module not in here:
-        raise UsageError(
-            f"{folder} has no component '{component}'.",
-            f"{nearest(component, here)}Here: {', '.join(here) or 'none'}.",
-        )
-    pipeline, uses = _loaded(folder, index, additions)
-    part = getattr(pipeline, module)
-    if method != FORWARD and not hasattr(part, method):
-        raise UsageError(
-            f"The {module} of {folder} does not {method}.", f"It is a {type(part).__name__}."
-        )
-    if method == FORWARD and additions.sizes:
-        raise UsageError(f"The {component} knows no sizes of images.", "Leave --sizes out.")
+    pipeline, part, uses = _part(folder, component, additions)
+    method = place_of(component)[1]
     recorded = _record(pipeline, component, part, additions, talk)
     inputs, arrays, labels = _rows(recorded)
     sizes, decodes = len(inputs[0].sizes) or 1, method == DECODE
@@ -133,6 +119,29 @@ def open_component(folder: Path, source: str, additions: Additions, talk: Talk) 
     what = "samples of the float denoiser" if decodes else "texts that its pipeline gives it"
     notes = (f"The {component}'s inputs are {len(labels)} {what}", *told(uses, talk))
     return Denoiser(spec, Conditions(arrays, len(labels), None, labels), network, None, notes)
+
+
+def _part(
+    folder: Path, component: str, additions: Additions
+) -> tuple[Any, Any, tuple[LoraUse, ...]]:
+    """Return the pipeline, its part ``component``, and what LoRAs changed. Raises UsageError for an absent part."""
+    index = read_json(folder / INDEX)
+    here = [name for name in index if (folder / name / CONFIG).is_file()]
+    module, method = place_of(component)
+    if module not in here:
+        raise UsageError(
+            f"{folder} has no component '{component}'.",
+            f"{nearest(component, here)}Here: {', '.join(here) or 'none'}.",
+        )
+    if method == FORWARD and additions.sizes:
+        raise UsageError(f"The {component} knows no sizes of images.", "Leave --sizes out.")
+    pipeline, uses = _loaded(folder, index, additions)
+    part = getattr(pipeline, module)
+    if method != FORWARD and not hasattr(part, method):
+        raise UsageError(
+            f"The {module} of {folder} does not {method}.", f"It is a {type(part).__name__}."
+        )
+    return pipeline, part, uses
 
 
 def _loaded(
