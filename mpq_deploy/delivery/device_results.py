@@ -212,6 +212,11 @@ def read_results(path: Path, talk: Talk | None = None) -> DeviceResults:
         version = printable(repr(values.get("format"))[:40])
         what = f"{path} is not a results.json of format {RESULTS_FORMAT} (found {version})."
         raise UsageError(what, HINT)
+    if "components" in values:
+        what = f"{path} is the results.json of a whole pipeline."
+        raise UsageError(
+            what, "Give a component's, with its own run: components/NAME/results.json."
+        )
     try:
         return DeviceResults.model_validate(values)
     except ValidationError as error:

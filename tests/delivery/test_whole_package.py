@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 
 from mpq_deploy.cli import app
 from mpq_deploy.delivery.deploy import Remote, deploy_whole
-from mpq_deploy.delivery.device_results import take_in
+from mpq_deploy.delivery.device_results import read_results, take_in
 from mpq_deploy.delivery.whole_package import make_whole_package
 from mpq_deploy.device import whole_installer
 from mpq_deploy.device.archive import (
@@ -110,6 +110,8 @@ def test_it_installs_without_pytorch_and_makes_the_images_of_the_run(
     assert "images   agree" in done.stdout and "memory, estimated: text_encoder" in done.stderr
     results = json.loads((out / "results.json").read_text(encoding="utf-8"))
     assert results["passed"] and results["images"]["ran"] and results["components"] == {}
+    with pytest.raises(UsageError, match="of a whole pipeline"):
+        read_results(out / "results.json")
     manifest = WholeManifest.load(out / MANIFEST)
     assert tuple(manifest.components) == PARTS and len(manifest.images) == 2
     assert [one.prompt for one in manifest.images] == ["abc", "def"]
