@@ -42,6 +42,9 @@ from mpq_deploy.system.gpu_memory import Shrinking
 from mpq_deploy.system.parallel.work import Result, Work, run_shards
 from mpq_deploy.system.progress import Talk
 
+# Keeps the probes' generators apart from all others (our choice).
+APART = 0x7261
+
 
 def measure_trajectory(subject: Subject) -> SensitivityTable:
     """Measure all schemes of all layers on ``settings.calls`` trajectories.
@@ -151,9 +154,13 @@ def to_image(final: Any, spec: DenoiserSpec) -> Any:
 
 
 def drawn_probes(seed: int, numbers: range, shape: tuple[int, ...]) -> Array:
-    """Draw the probes of trajectories, ``shape`` [P, ...] each, from their own seeds: [P, N, ...]."""
+    """Draw the probes of trajectories, ``shape`` [P, ...] each, from their own seeds: [P, N, ...].
+
+    The noise that trajectories begin with is drawn from (seed, number): errors depend on it, and what
+    is independent of them must not.
+    """
     rows = [
-        np.random.default_rng((seed, number)).standard_normal(shape, np.float32)
+        np.random.default_rng((seed, APART, number)).standard_normal(shape, np.float32)
         for number in numbers
     ]
     return np.stack(rows, 1)

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from mpq_deploy.allocate.problem import Problem
@@ -394,3 +395,34 @@ def test_a_rule_that_is_smaller_faster_and_as_good_is_named(script: ModuleType) 
     better = [script.Plan(p.title, 60, 9e-4, 94) for p in plans]
     checks = list(script.checks_of(case, fp16, [rule], better, {rule.title: rule}))
     assert [passed for passed, _ in checks] == [True, True]
+
+
+@using("trajectory")
+def test_steps_with_and_without_their_signs(script: ModuleType) -> None:
+    pytest.importorskip("torch")
+    from mpq_deploy.sensitivity.trajectory import StepProducts
+
+    z = np.random.default_rng(0).standard_normal((5, 2, 40)).astype(np.float32)
+    products = StepProducts({"layer": {"w8a8": z, "fp16": 0 * z}}, np.full(40, 3.0), 0.25)
+    together = float(np.square(z.sum(0)).mean() / 3)
+    apart = float(np.square(z).sum(0).mean() / 3)
+    for coherence, loss in ((1.0, together), (0.0, apart), (0.5, (together + apart) / 2)):
+        found = script.mixed(products, coherence).losses["layer"]
+        assert found["w8a8"] == pytest.approx(loss, rel=1e-5) and found["fp16"] == 0
+    assert products.table().losses["layer"]["w8a8"] == pytest.approx(together, rel=1e-5)
+    each = script.weighted(products, "each")
+    errors = each.errors_by_call(each.plan_entries({"layer": "w8a8"}))
+    np.testing.assert_allclose(errors, errors.mean(), rtol=1e-4)
+
+
+@using("trajectory")
+def test_gains_are_beside_the_first_objective(script: ModuleType) -> None:
+    pytest.importorskip("torch")
+    rows = [
+        ("a", "old", "weights only", 0.3, (40.0, 39.0, 35.0, 30.0)),
+        ("a", "new", "weights only", 0.3, (41.0, 39.0, 34.0, 31.0)),
+        ("b", "old", "weights only", 0.3, (50.0, 49.0, 45.0, 40.0)),
+        ("b", "new", "weights only", 0.3, (50.0, 50.0, 45.5, 44.0)),
+    ]
+    last = script.summary(rows, ["old", "new"]).splitlines()[-1]
+    assert last == "| new | +0.50 (1 of 2) | +0.50 (1 of 2) | -0.25 (1 of 2) | +2.50 (2 of 2) |"

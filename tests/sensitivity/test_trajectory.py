@@ -13,7 +13,12 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("diffusers")
 
-from mpq_deploy.calls.loop import GuidedDenoiser, denoise, first_samples  # noqa: E402
+from mpq_deploy.calls.loop import (  # noqa: E402
+    GuidedDenoiser,
+    denoise,
+    first_samples,
+    initial_noise,
+)
 from mpq_deploy.calls.recorded import InputCalls  # noqa: E402
 from mpq_deploy.calls.sampler import make_sampler  # noqa: E402
 from mpq_deploy.calls.sampler_tape import Tape  # noqa: E402
@@ -28,7 +33,7 @@ from mpq_deploy.sensitivity.layer_weights import form_stack, input_roundings  # 
 from mpq_deploy.sensitivity.measure import measure  # noqa: E402
 from mpq_deploy.sensitivity.subject import Sampling, Subject, timestep_of  # noqa: E402
 from mpq_deploy.sensitivity.torch_projection import lost_by_rounding  # noqa: E402
-from mpq_deploy.sensitivity.trajectory import measure_trajectory  # noqa: E402
+from mpq_deploy.sensitivity.trajectory import drawn_probes, measure_trajectory  # noqa: E402
 from mpq_deploy.system.progress import Talk  # noqa: E402
 from tests.graphs import GraphBuilder  # noqa: E402
 from tests.sensitivity.cases import Setting, setting  # noqa: E402
@@ -257,7 +262,7 @@ def test_errors_of_steps_are_added() -> None:
     weight = torch.from_numpy(subject.candidates["middle"].weight)
     total = np.zeros((2, 3))
     for number in range(3):
-        seed = np.random.default_rng((subject.settings.seed, number))
+        seed = np.random.default_rng((subject.settings.seed, 0x7261, number))
         for p, r in enumerate(seed.standard_normal((2, *image.shape[1:]), np.float32)):
             end = torch.zeros_like(image)
             end[number] = torch.from_numpy(r)
@@ -281,6 +286,16 @@ def test_errors_of_steps_are_added() -> None:
     found = table.projections["middle"][scheme.name].reshape(2, 3)
     wanted = total / np.sqrt(6) / np.sqrt(float(image.detach().double().square().sum()) / 3)
     np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=1e-6 * np.abs(wanted).max())
+
+
+def test_probes_are_independent_of_the_noise_that_trajectories_begin_with() -> None:
+    drawn = drawn_probes(2, range(5, 8), (3, 2, 16, 16))
+    noise = initial_noise(made(*SAMPLERS["euler"]).subject.spec, 8, 2)[5:]
+    assert drawn.shape == (3, 3, 2, 16, 16)
+    for number in range(3):
+        flat = drawn[:, number].reshape(-1)
+        assert abs(flat[: noise[number].size] @ noise[number].reshape(-1)) < 25
+    np.testing.assert_array_equal(drawn[:, 1], drawn_probes(2, range(6, 7), (3, 2, 16, 16))[:, 0])
 
 
 def test_batches_and_parts_of_the_graph_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
