@@ -5,11 +5,17 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import onnx
 import pytest
+
+from mpq_deploy.models.pipeline_parts import Parts
+from mpq_deploy.recipe import load_recipe
+from mpq_deploy.run.several_parts import WholeRun
+from mpq_deploy.system.progress import Talk
 
 pytest.importorskip("torch")
 pytest.importorskip("diffusers")
@@ -378,3 +384,12 @@ def test_pictures_make_the_encoder_a_part(folder: Path, tmp_path: Path) -> None:
     encoder = view.parts["vae_encoder"]
     assert (encoder.gain or 0) > 0 and (encoder.measured_image_error or 0) > 0
     assert (view.size_bytes or 0) <= (view.budget_bytes or 0)
+
+
+def test_sizes_are_for_the_parts_that_see_images(tmp_path: Path) -> None:
+    recipe = load_recipe(None, {"model": "sd", "sizes": "512x512,768x512"})
+    names = ("text_encoder", "unet", "vae_decoder")
+    parts = Parts(tmp_path, "StableDiffusionPipeline", "unet", names, frozenset())
+    folder: Any = SimpleNamespace(path=tmp_path)
+    whole = WholeRun(recipe, folder, parts, Talk(), None)
+    assert [len(whole.own_recipe(name).sizes) for name in names] == [0, 2, 2]
