@@ -69,7 +69,7 @@ STRENGTH = 0.8
 # What a run keeps its folder as, and beside generation.json which plans it was written from.
 GENERATION, MADE_FROM = "generation", "made_from.txt"
 # What this module writes changes with it.
-WRITTEN = "2"
+WRITTEN = "3"
 # ONNX Runtime holds dequantized weights so many times while it opens a graph (over 2.15, seen).
 OPENED, CALL_ROWS = 2.15, 2
 
@@ -141,7 +141,10 @@ def write_generation(
     # As the pipeline holds it: its index names the class, and it corrects old settings.
     scheduler = json.loads(pipeline.scheduler.to_json_string())
     scheduler_from_config(scheduler)
-    written = {name: _write_part(name, file, out, pipeline) for name, file in parts.items()}
+    largest = max((s.height for s in sizes), default=0), max((s.width for s in sizes), default=0)
+    written = {
+        name: _write_part(name, file, out, pipeline, largest) for name, file in parts.items()
+    }
     tokenizers = {
         name.replace("text_encoder", "tokenizer"): _write_tokenizer(pipeline, name, written, out)
         for name in TEXT_OUTPUTS[kind]
@@ -202,8 +205,13 @@ def _size(parts: Mapping[str, Any], kind: str, pipeline: Any) -> list[int]:
     return [int(given[3]) * factor, int(given[2]) * factor]
 
 
-def _write_part(name: str, file: Path, out: Path, pipeline: Any) -> dict[str, Any]:
-    """Copy a graph with its weights; return what generation.json says of it."""
+def _write_part(
+    name: str, file: Path, out: Path, pipeline: Any, largest: tuple[int, int]
+) -> dict[str, Any]:
+    """Copy a graph with its weights; return what generation.json says of it.
+
+    ``largest``: height and width of images that memory is estimated for, where the graph leaves them open.
+    """
     proto = read_proto(file)
     place = out / COMPONENTS / name
     place.mkdir(parents=True)
@@ -227,17 +235,24 @@ def _write_part(name: str, file: Path, out: Path, pipeline: Any) -> dict[str, An
         outputs = described["outputs"]
         described["outputs"] = {one: outputs[one] for one in taken if one in outputs} or outputs
         described["vocabulary"] = int(getattr(pipeline, name).config.vocab_size)
-    described["memory_bytes"] = _memory(file, proto, described["inputs"])
+    scale = 1 if name == "vae_encoder" else int(pipeline.vae_scale_factor)
+    open_axes = {0: CALL_ROWS, 2: largest[0] // scale, 3: largest[1] // scale}
+    described["memory_bytes"] = _memory(file, proto, described["inputs"], open_axes)
     return described
 
 
-def _memory(file: Path, proto: onnx.ModelProto, inputs: Mapping[str, Any]) -> int:
+def _memory(
+    file: Path, proto: onnx.ModelProto, inputs: Mapping[str, Any], open_axes: Mapping[int, int]
+) -> int:
     """Return what ONNX Runtime takes for a graph: its weights in float as it opens it, and activations."""
     weights = 4 * sum(prod(one.dims) for one in proto.graph.initializer)
     quantized = any(node.op_type == "DequantizeLinear" for node in proto.graph.node)
     copies = OPENED if quantized else 1 + SESSION_COPIES
     shapes = {
-        name: tuple(CALL_ROWS if size is None else size for size in one["shape"])
+        name: tuple(
+            open_axes.get(axis, CALL_ROWS) if size is None else size
+            for axis, size in enumerate(one["shape"])
+        )
         for name, one in inputs.items()
     }
     return estimate_memory(file, shapes, int(copies * weights)).total_bytes - RUNTIME_BYTES
