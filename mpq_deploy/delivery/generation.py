@@ -131,12 +131,7 @@ def write_generation(
     scheduler that is not supported, a part that is missing, or a folder that is not empty.
     """
     kind = pipeline_kind(folder)
-    missing = [name for name in NEEDED[kind] if name not in parts]
-    if missing:
-        names = ", ".join(f"{name} ({WHAT[name]})" for name in missing)
-        raise UsageError(f"A {kind} pipeline needs {names}.", "Export all parts.")
-    if out.exists() and any(out.iterdir()):
-        raise UsageError(f"{out} is not empty.", "Give a new folder.")
+    _refuse_incomplete(kind, parts, out)
     pipeline = load_pipeline(folder, pipeline_index(folder))
     # As the pipeline holds it: its index names the class, and it corrects old settings.
     scheduler = json.loads(pipeline.scheduler.to_json_string())
@@ -170,6 +165,15 @@ def write_generation(
     write_text(out / SCHEDULER, _json(scheduler))
     write_text(out / FILE, _json(described))
     return open_generation(out)
+
+
+def _refuse_incomplete(kind: str, parts: Mapping[str, Path], out: Path) -> None:
+    missing = [name for name in NEEDED[kind] if name not in parts]
+    if missing:
+        names = ", ".join(f"{name} ({WHAT[name]})" for name in missing)
+        raise UsageError(f"A {kind} pipeline needs {names}.", "Export all parts.")
+    if out.exists() and any(out.iterdir()):
+        raise UsageError(f"{out} is not empty.", "Give a new folder.")
 
 
 def _json(values: Any) -> str:

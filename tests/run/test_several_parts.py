@@ -12,11 +12,6 @@ import numpy as np
 import onnx
 import pytest
 
-from mpq_deploy.models.pipeline_parts import Parts
-from mpq_deploy.recipe import load_recipe
-from mpq_deploy.run.several_parts import WholeRun
-from mpq_deploy.system.progress import Talk
-
 pytest.importorskip("torch")
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
@@ -31,12 +26,13 @@ from mpq_deploy.cli import app
 from mpq_deploy.delivery.generation import generation_of
 from mpq_deploy.device.generate.generator import Generator
 from mpq_deploy.errors import UsageError
-from mpq_deploy.models.pipeline_parts import whole_parts
+from mpq_deploy.models.pipeline_parts import Parts, whole_parts
 from mpq_deploy.recipe import Recipe, load_recipe
 from mpq_deploy.report.parts_page import pipeline_text, write_pipeline
 from mpq_deploy.run.pipeline import open_pipeline
 from mpq_deploy.run.pipeline_file import PipelineFile
-from mpq_deploy.run.several_parts import build_whole
+from mpq_deploy.run.several_parts import WholeRun, build_whole
+from mpq_deploy.system.progress import Talk
 from tests.device.generate.folders import SameNoise, same_noise, tiny_folder
 from tests.lora_files import RANK, diffusers_file, factors, layers_of
 from tests.pipeline.runs import FEW_SCHEMES, Notes, recipe_for
