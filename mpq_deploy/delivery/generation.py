@@ -69,7 +69,7 @@ STRENGTH = 0.8
 # What a run keeps its folder as, and beside generation.json which plans it was written from.
 GENERATION, MADE_FROM = "generation", "made_from.txt"
 # What this module writes changes with it.
-WRITTEN = "3"
+WRITTEN = "4"
 # ONNX Runtime holds dequantized weights so many times while it opens a graph (over 2.15, seen).
 OPENED, CALL_ROWS = 2.15, 2
 
@@ -219,10 +219,13 @@ def _write_part(
     proto = read_proto(file)
     place = out / COMPONENTS / name
     place.mkdir(parents=True)
-    for one in (file, *external_files(proto, file)):
+    # Whoever reads the folder finds slots by the graph's inputs, not by its file's name.
+    graph = SIMULATED if file.name == SLOTTED_SIMULATED else file.name
+    shutil.copyfile(file, place / graph)
+    for one in external_files(proto, file):
         shutil.copyfile(one, place / one.name)
     described: dict[str, Any] = {
-        "file": file.name,
+        "file": graph,
         "inputs": {one.name: _tensor(one) for one in proto.graph.input if not is_slot(one.name)},
         "outputs": {one.name: _tensor(one) for one in proto.graph.output},
     }

@@ -195,9 +195,17 @@ def test_loras_are_given_to_a_run_with_slots(
     ]
     moved = np.mean((images[(str(file),), "float"] - images[(), "float"]) ** 2)
     assert 0 < errors[1] < 3 * errors[0] and moved > 3 * errors[1]
-    out = tmp_path / "x.png"
-    command = ["generate", run, "-p", "abc", "--steps", "1", "-o", out, "--lora", file]
-    assert CliRunner().invoke(app, list(map(str, command))).exit_code == 0
+    archive, installed = tmp_path / "a.mpq.tar", tmp_path / "installed"
+    asked_for = ("-p", "abc", "--steps", "1", "--lora", file, "-o")
+    for command in (
+        ("generate", run, *asked_for, tmp_path / "here.png"),
+        ("package", run, "-t", "onnxruntime-cpu", "-o", archive),
+        ("install", archive, "-o", installed),
+        ("generate", installed, *asked_for, tmp_path / "there.png"),
+    ):
+        outcome = CliRunner().invoke(app, list(map(str, command)))
+        assert outcome.exit_code == 0, outcome.output
+    assert (tmp_path / "here.png").read_bytes() == (tmp_path / "there.png").read_bytes()
 
 
 def assert_images_of_diffusers(
