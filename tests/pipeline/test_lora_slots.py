@@ -158,7 +158,8 @@ def test_the_engine_and_the_package_hold_them(slotted: Built, tmp_path: Path, cl
 
     run = Path(shutil.copytree(slotted.run, tmp_path / "run"))
     recipe = run / "recipe.yaml"
-    recipe.write_text(recipe.read_text(encoding="utf-8").replace("build: false", "build: true"))
+    text = recipe.read_text(encoding="utf-8").replace("build: false", "build: true")
+    recipe.write_text(text, encoding="utf-8")
     assert cli("engine", run).code == 0
     record = read(run / "engine" / "build.json")
     assert record["verified"] and not record["problems"]

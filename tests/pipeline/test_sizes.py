@@ -177,7 +177,7 @@ def test_a_package_has_the_profile_and_references_of_the_first_size(run: Run) ->
     from mpq_deploy.delivery.package import _manifest, _shape_flags
 
     reference, arrays = make_reference(run)
-    manifest = _manifest(run, run.target, reference, {})
+    manifest = _manifest(run, run.target, reference)
     assert len(arrays) and manifest.shapes["sample"] == (4, 16, 8)
     assert manifest.takes("sample", (4, 8, 8)) and not manifest.takes("sample", (4, 16, 16))
     flags = dict(flag.split("=") for flag in _shape_flags(manifest))
