@@ -503,7 +503,8 @@ def use_scheduler(pipeline: Any, config: Mapping[str, Any] | None) -> None:
 
 def image_seed(seed: int, number: int) -> int:
     """Return the seed of image ``number``'s noise: another for each, the same for any count."""
-    return int(np.random.SeedSequence((seed, number)).generate_state(1, np.uint64)[0] >> 1)
+    # Python's number: NumPy 1 shifts no unsigned one by it.
+    return int(np.random.SeedSequence((seed, number)).generate_state(1, np.uint64)[0]) >> 1
 
 
 def opened_call(call: Mapping[str, Any]) -> dict[str, Any]:
