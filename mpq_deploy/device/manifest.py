@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Protocol, TypeVar
 
 from mpq_deploy.device.archive import MANIFEST, PARTS, PROGRAMS, REQUIRED_PARTS, ArchiveError
 from mpq_deploy.device.lora_inputs import is_slot
@@ -109,21 +110,7 @@ class Manifest:
         Raises ArchiveError for another format, a field of another kind, and checks that are left
         out or switched off (``check``).
         """
-        values = read_json_object(path, error=ArchiveError, hint=AGAIN)
-        version = values.pop("format", None)
-        if version != FORMAT:
-            made_by = printable(str(values.get("made_by"))[:60])
-            raise ArchiveError(
-                f"{path} has format {printable(repr(version)[:20])}; this mpq-deploy reads format {FORMAT}.",
-                f"Install the mpq-deploy that made it ({made_by}) on the device.",
-            )
-        try:
-            manifest = typed(cls, values)
-            manifest.check()
-        except (ValueError, MpqError) as error:
-            what = f"The part '{MANIFEST}' cannot be used: {printable(str(error))}."
-            raise ArchiveError(what.replace("..", "."), AGAIN) from error
-        return manifest
+        return read_manifest(cls, path)
 
     def check(self) -> None:
         """Raise ValueError or InputError where a value is impossible, or a check is switched off.
@@ -202,6 +189,36 @@ class Manifest:
         reference = self.reference
         for name in (*self.shapes, *reference.inputs, reference.output, *reference.empty):
             tensor_name(name)
+
+
+class Checked(Protocol):
+    """What a manifest is read into."""
+
+    def check(self) -> None:
+        """Raise ValueError or InputError where a value is impossible."""
+
+
+Kind = TypeVar("Kind", bound=Checked)
+
+
+def read_manifest(kind: type[Kind], path: Path, mark: str = "") -> Kind:
+    """Read a manifest of ``kind`` and check it; ``mark``: an entry beside its fields. Raises ArchiveError."""
+    values = read_json_object(path, error=ArchiveError, hint=AGAIN)
+    version = values.pop("format", None)
+    if version != FORMAT:
+        made_by = printable(str(values.get("made_by"))[:60])
+        raise ArchiveError(
+            f"{path} has format {printable(repr(version)[:20])}; this mpq-deploy reads format {FORMAT}.",
+            f"Install the mpq-deploy that made it ({made_by}) on the device.",
+        )
+    values.pop(mark, None)
+    try:
+        manifest = typed(kind, values)
+        manifest.check()
+    except (ValueError, MpqError) as error:
+        what = f"The part '{MANIFEST}' cannot be used: {printable(str(error))}."
+        raise ArchiveError(what.replace("..", "."), AGAIN) from error
+    return manifest
 
 
 def check_target(

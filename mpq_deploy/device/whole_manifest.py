@@ -10,12 +10,17 @@ from typing import Any
 
 from mpq_deploy.device.archive import MANIFEST, ArchiveError, odd_parts
 from mpq_deploy.device.generate.generation_folder import COMPONENTS, WHAT
-from mpq_deploy.device.manifest import AGAIN, DIGEST, FORMAT, LARGEST_TOLERANCE, check_target
+from mpq_deploy.device.manifest import (
+    AGAIN,
+    DIGEST,
+    FORMAT,
+    LARGEST_TOLERANCE,
+    check_target,
+    read_manifest,
+)
 from mpq_deploy.engine.build_target import BuildTarget
-from mpq_deploy.errors import MpqError
 from mpq_deploy.system.inputs import read_json_object
 from mpq_deploy.system.names import checked_name, printable
-from mpq_deploy.system.typed import typed
 
 # In the manifest: that it is of a whole pipeline.
 WHOLE = "whole"
@@ -65,18 +70,7 @@ class WholeManifest:
     @classmethod
     def load(cls, path: Path) -> WholeManifest:
         """Read what ``to_json`` gave. Raises ArchiveError as ``Manifest.load`` does."""
-        values = read_json_object(path, error=ArchiveError, hint=AGAIN)
-        made_by = printable(str(values.get("made_by"))[:60])
-        if values.pop("format", None) != FORMAT:
-            raise ArchiveError(f"{path} is of another format.", f"Install mpq-deploy {made_by}.")
-        values.pop(WHOLE, None)
-        try:
-            manifest = typed(cls, values)
-            manifest.check()
-        except (ValueError, MpqError) as error:
-            what = f"The part '{MANIFEST}' cannot be used: {printable(str(error))}."
-            raise ArchiveError(what.replace("..", "."), AGAIN) from error
-        return manifest
+        return read_manifest(cls, path, WHOLE)
 
     def check(self) -> None:
         """Raise ValueError or InputError where a value is impossible, or a check is switched off."""
