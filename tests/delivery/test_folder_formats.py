@@ -55,8 +55,8 @@ Cli = Callable[..., Any]
 
 
 @pytest.fixture(scope="module")
-def run(finished: Any) -> Path:
-    return finished[0]
+def run(finished: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return Path(shutil.copytree(finished[0], tmp_path_factory.mktemp("whole") / "run"))
 
 
 @pytest.fixture(scope="module")
@@ -206,9 +206,11 @@ def test_a_run_of_one_denoiser_is_one_model(run: Path, tmp_path: Path, cli: Cli)
 
 
 @pytest.mark.slow
-def test_other_kinds_and_given_images(tmp_path: Path) -> None:
+def test_other_kinds_and_given_images(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     """SDXL's float graphs, from an image: through the STAND-IN as the folder itself makes it."""
-    _, made_in = written(tmp_path, "sdxl")
+    _, made_in, _ = written(tmp_path_factory, "sdxl")
     generation = open_generation(made_in)
     parts = {
         name: ServedGraph(replace(part, largest_batch=1), 1, "")

@@ -11,7 +11,7 @@ from tests.fuzz.cases import KINDS, Bases
 from tests.fuzz.runner import FORKED, PRELOAD, run_case, run_seed
 
 # Seeds of a kind here; `make fuzz` draws others, without end.
-CASES = 30
+CASES = 12
 CORPUS = Path(__file__).with_name("corpus")
 # Files of past findings, by the command that reads them: {} is the file.
 COMMANDS = {

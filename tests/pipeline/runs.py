@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from mpq_deploy.recipe import AllocateSettings, Recipe, load_recipe
+from mpq_deploy.recipe import AllocateSettings, Recipe, recipe_over
 from mpq_deploy.run.pipeline import open_pipeline
 from mpq_deploy.system.progress import Talk
 from tests.graphs import GraphBuilder, denoiser_graph
@@ -102,14 +102,9 @@ def write_recipe(path: Path, **changes: Any) -> Path:
 
 def recipe_for(model: Path | str, **changes: Any) -> Recipe:
     """The tiny recipe for ``model``."""
-    values = json.loads(json.dumps(RECIPE))
     overrides = {key.replace("__", "."): value for key, value in changes.items()}
-    import tempfile
-
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "recipe.yaml"
-        path.write_text(yaml.safe_dump(values), encoding="utf-8")
-        return load_recipe(path, {"model": str(model), **overrides})
+    values = json.loads(json.dumps(RECIPE))
+    return recipe_over(values, {"model": str(model), **overrides}, "recipe.yaml")
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,7 @@ from mpq_deploy.system.progress import Talk
 from tests.device.generate.folders import SameNoise, same_noise, tiny_folder
 from tests.lora_files import RANK, diffusers_file, factors, layers_of
 from tests.pipeline.runs import FEW_SCHEMES, Notes, recipe_for
+from tests.shared import made_once
 from tests.tiny_models import (
     ONE_LEVEL,
     tiny_text_pipeline_folder,
@@ -46,14 +47,18 @@ pytestmark = pytest.mark.torch
 PARTS = ("text_encoder", "unet", "vae_decoder")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_text_pipeline_folder(tmp_path_factory.mktemp("tiny"), **ONE_LEVEL)
+    tiny = made_once(
+        tmp_path_factory, "tiny-sd", lambda place: tiny_text_pipeline_folder(place, **ONE_LEVEL)
+    )
+    return tiny / "tiny_text"
 
 
 def recipe(folder: Path, **changes: Any) -> Recipe:
     prompts = folder.parent / "prompts.txt"
-    prompts.write_text("abc\ndef\nghi\njkl\nmno\npqr\nstu\n", encoding="utf-8")
+    if not prompts.exists():
+        prompts.write_text("abc\ndef\nghi\njkl\nmno\npqr\nstu\n", encoding="utf-8")
     given = {"target": "onnxruntime-cpu", "prompts": str(prompts), "component_samples": 8}
     more = {"evaluate__controls": False, "budget": 0.5}
     return recipe_for(folder, **{**FEW_SCHEMES, **given, **more, **changes})
@@ -65,12 +70,16 @@ def built(settings: Recipe, run: Path, last: str = "report") -> tuple[PipelineFi
     return build_whole(settings, run, parts, last, notes), notes
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def finished(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, PipelineFile]:
-    run = tmp_path_factory.mktemp("whole") / "run"
-    view, _ = built(recipe(folder), run)
-    write_pipeline(run, view)
-    return run, view
+    """A whole pipeline's run. Tests leave it as it is."""
+
+    def make(place: Path) -> None:
+        view, _ = built(recipe(folder), place / "run")
+        write_pipeline(place / "run", view)
+
+    run = made_once(tmp_path_factory, "whole-run", make) / "run"
+    return run, PipelineFile.load(run)
 
 
 def constant_bytes(path: Path) -> int:
@@ -296,8 +305,8 @@ def test_pipelines_that_take_a_pooled_vector_are_whole(
     assert_images_of_diffusers(run, made_in, folder, more, **short)
 
 
-def test_commands_take_the_whole(finished: tuple[Path, PipelineFile]) -> None:
-    run, view = finished
+def test_commands_take_the_whole(finished: tuple[Path, PipelineFile], tmp_path: Path) -> None:
+    run, view = Path(shutil.copytree(finished[0], tmp_path / "run")), finished[1]
 
     def call(*arguments: object) -> Any:
         return CliRunner().invoke(app, ["-q", *map(str, arguments)])

@@ -11,10 +11,12 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
+import pytest
 import torch
 
 from mpq_deploy.delivery.generation import pipeline_kind, write_generation
 from mpq_deploy.models.pipeline_graphs import export_pipeline
+from tests.shared import made_once
 from tests.tiny_models import (
     WHOLE_LEVEL,
     tiny_scheduler,
@@ -39,13 +41,22 @@ def tiny_folder(place: Path, kind: str, **options: Any) -> Path:
     return tiny_text_transformer_folder(place, names[kind], **options)
 
 
-def written(place: Path, kind: str, **options: Any) -> tuple[Path, Path]:
-    """A tiny pipeline's folder, and its GENERATION folder of float graphs."""
-    folder = tiny_folder(place, kind, **options)
-    images = kind in ("sd", "sdxl")
-    files = export_pipeline(folder, pipeline_kind(folder), place / "graphs", images=images)
-    write_generation(folder, files, place / "generation")
-    return folder, place / "generation"
+def written(factory: pytest.TempPathFactory, kind: str) -> tuple[Path, Path, Path]:
+    """A tiny pipeline's folder, its GENERATION folder of float graphs, and the folder of those graphs.
+
+    Made once for all tests, which leave them as they are.
+    """
+
+    def make(place: Path) -> None:
+        folder = tiny_folder(place / "source", kind)
+        images = kind in ("sd", "sdxl")
+        files = export_pipeline(folder, pipeline_kind(folder), place / "graphs", images=images)
+        write_generation(folder, files, place / "generation")
+        (place / "folder.txt").write_text(str(folder), encoding="utf-8")
+
+    place = made_once(factory, f"generation-{kind}", make)
+    folder = Path((place / "folder.txt").read_text(encoding="utf-8"))
+    return folder, place / "generation", place / "graphs"
 
 
 class SameNoise:

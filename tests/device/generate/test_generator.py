@@ -33,8 +33,8 @@ BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.
 
 @pytest.fixture(scope="module")
 def of_kind(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """The folders of a kind, written once. Tests leave them as they are."""
-    return cache(lambda kind: written(tmp_path_factory.mktemp(kind), kind))
+    """The folders of a kind."""
+    return cache(lambda kind: written(tmp_path_factory, kind)[:2])
 
 
 @pytest.fixture(scope="module", params=["sd", "sdxl", "sd3", "flux"])

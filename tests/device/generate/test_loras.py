@@ -47,17 +47,17 @@ def with_slots(source: Path, graphs: Path, out: Path, *names: str) -> Path:
 def folders(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The diffusers folder, its float GENERATION folder, and the same with slots."""
     place = tmp_path_factory.mktemp(request.param)
-    source, plain = written(place, request.param)
-    encoders = [one.name for one in sorted((place / "graphs").glob("text_encoder*"))]
-    return source, plain, with_slots(source, place / "graphs", place / "slots", "unet", *encoders)
+    source, plain, graphs = written(tmp_path_factory, request.param)
+    encoders = [one.name for one in sorted(graphs.glob("text_encoder*"))]
+    return source, plain, with_slots(source, graphs, place / "slots", "unet", *encoders)
 
 
 @pytest.fixture(scope="module")
 def slotted(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A Stable Diffusion folder and its GENERATION folder, the UNet alone with slots."""
     place = tmp_path_factory.mktemp("slotted")
-    source, _ = written(place, "sd")
-    return source, with_slots(source, place / "graphs", place / "slots", "unet")
+    source, _, graphs = written(tmp_path_factory, "sd")
+    return source, with_slots(source, graphs, place / "slots", "unet")
 
 
 def modules(source: Path) -> dict[str, Any]:
