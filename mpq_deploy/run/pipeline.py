@@ -35,6 +35,7 @@ from mpq_deploy.system.compute import AUTO, Compute, compute_on, computing_on, f
 from mpq_deploy.system.files import Fields, write_text
 from mpq_deploy.system.inputs import read_text
 from mpq_deploy.system.memory import metered, spare_address_space
+from mpq_deploy.system.parallel.processes import kept_workers
 from mpq_deploy.system.parallel.work import Alone, Crew
 from mpq_deploy.system.progress import Talk
 from mpq_deploy.system.quantities import duration_text
@@ -258,7 +259,7 @@ def open_pipeline(
         no_device = error
     if place != Compute():
         talk.line(f"computing on {place}")
-    with open_run(run) as folder, compute_on(place):
+    with open_run(run) as folder, compute_on(place), kept_workers():
         stored = run / RECIPE
         before = read_text(stored, error=RunFolderError) if stored.is_file() else None
         write_text(stored, recipe.to_yaml())

@@ -27,6 +27,7 @@ from mpq_deploy.run.stage import version_of
 from mpq_deploy.run.view import RECIPE, Run
 from mpq_deploy.system.files import Fields, canonical_json
 from mpq_deploy.system.inputs import read_json_object
+from mpq_deploy.system.parallel.processes import kept_workers
 from mpq_deploy.system.parallel.work import Crew
 from mpq_deploy.system.progress import Talk
 from mpq_deploy.system.quantities import Budget
@@ -368,5 +369,5 @@ def build_whole(
             f"A whole pipeline is built for one target at a time, not for '{recipe.target}'.",
             "Build once per target, each into a folder of its own; or one part: --only NAME.",
         )
-    with open_run(run) as folder:
+    with open_run(run) as folder, kept_workers():
         return WholeRun(recipe, folder, parts, talk, crew).run_until(last)

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
 import subprocess
-import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +24,9 @@ from mpq_deploy.studies import compared_losses as losses_module
 from mpq_deploy.studies.audit import AuditOptions, run_audit
 from mpq_deploy.studies.audit_result import AuditResult
 from mpq_deploy.studies.sweep import run_sweep
+from mpq_deploy.system.children import child_environment
 from mpq_deploy.system.parallel import processes
-from mpq_deploy.system.parallel.processes import Processes
+from mpq_deploy.system.parallel.processes import Processes, kept_workers
 from mpq_deploy.system.parallel.work import Crew
 from mpq_deploy.system.progress import Talk
 from tests.pipeline.conftest import Outcome
@@ -37,7 +35,6 @@ from tests.pipeline.runs import (
     Built,
     Notes,
     call,
-    children_of,
     command,
     environment,
     recipe_for,
@@ -61,6 +58,18 @@ def remade(run: Path, *stages: str) -> Path:
     for stage in stages:
         shutil.rmtree(run / stage)
     return run
+
+
+@pytest.fixture(autouse=True, scope="module")
+def workers_stay() -> Iterator[None]:
+    """What starts for one test works for the next, too: each start imports torch."""
+
+    def without_test() -> dict[str, str]:
+        return {k: v for k, v in child_environment().items() if k != "PYTEST_CURRENT_TEST"}
+
+    with pytest.MonkeyPatch.context() as patch, kept_workers():
+        patch.setattr(processes, "child_environment", without_test)
+        yield
 
 
 # Without branches no salient channels are looked for, which takes each worker an import of torch.
@@ -153,61 +162,6 @@ def test_layers_are_rounded_by_one_thread_of_blas(
         over(None, model, tmp_path / "run", lambda pipeline: pipeline.run_until("candidates"))
         assert {found["num_threads"] for found in blas.info()} == {2}
     assert seen == {1}
-
-
-@pytest.mark.parametrize("task", ["_Gather", "_Layer"])
-def test_a_worker_killed_while_it_rounds_changes_nothing(
-    model: Path, plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, task: str
-) -> None:
-    """Killed when it has just been given its first timestep, or its first layer."""
-    run = remade(Path(shutil.copytree(plain, tmp_path / "run")), "candidates")
-    real, killed = processes._ProcessPool._assign, []
-
-    def assigning(self: Any, waiting: Any, shards: Any) -> None:
-        real(self, waiting, shards)
-        if not killed and any(
-            w.busy is not None and type(shards[w.busy].task).__name__ == task for w in self.workers
-        ):
-            killed.append(self.workers[0].process.pid)
-            os.kill(killed[0], signal.SIGKILL)
-
-    monkeypatch.setattr(processes._ProcessPool, "_assign", assigning)
-    _, said = over(
-        Processes(2), model, run, lambda pipeline: pipeline.run_until("candidates"), **PLAIN
-    )
-    what = "Hessians 1 of 1, timestep" if task == "_Gather" else "layer "
-    assert killed and f"a worker was killed by SIGKILL; the shard '{what}" in said
-    assert stage_bytes(run) == stage_bytes(plain)
-    assert not workers_of(os.getpid())
-
-
-def test_a_worker_killed_while_it_measures_changes_nothing(
-    model: Path, run: Path, finished: Built
-) -> None:
-    remade(run, "measure")
-    ended = threading.Event()
-    killed: list[int] = []
-
-    def kill() -> None:
-        while not killed and not ended.is_set():
-            for pid in workers_of(os.getpid()):
-                os.kill(pid, signal.SIGKILL)
-                killed.append(pid)
-            time.sleep(0.02)
-
-    killer = threading.Thread(target=kill)
-    killer.start()
-    _, said = over(Processes(2), model, run, lambda pipeline: pipeline.run_until("measure"))
-    ended.set()
-    killer.join()
-    assert killed and "a worker was killed by SIGKILL; the shard 'probes" in said
-    assert stage_bytes(run) == stage_bytes(finished.run)
-    assert not workers_of(os.getpid())
-
-
-def workers_of(parent: int) -> list[int]:
-    """The worker processes that ``parent`` started."""
-    return children_of(parent, "mpq_deploy.system.parallel.child")
 
 
 def test_a_stopped_measurement_goes_on_with_the_timesteps_that_are_finished(

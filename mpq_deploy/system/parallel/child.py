@@ -1,14 +1,15 @@
-"""A worker process: opens the job once, then computes shards one after the other.
+"""A worker process: opens a job once, then computes shards one after the other, then the next job.
 
 Orders come on stdin, answers go to stdout, both pickled; what it prints goes to stderr. When the
 process that started it ends, however that ends, so does this one.
 
-Orders: ("open", opener, root), ("run", number, task), None (end). Answers: ("line" or "warn",
+Orders: ("open", opener, root), ("run", number, task), ("close",), None (end). Answers: ("line" or "warn",
 text), ("steps", number, steps), ("done", number, arrays), ("failed", number or None, error).
 """
 
 from __future__ import annotations
 
+import gc
 import os
 import pickle
 import sys
@@ -40,6 +41,10 @@ class Worker:
             if order[0] == "open":
                 self._root = order[2]
                 self._work = order[1](order[2], self._talk(None))
+            elif order[0] == "close":
+                self._work = None
+                # Sessions and modules are in cycles; nothing of a job is held while waiting for the next.
+                gc.collect()
             else:
                 self._send(("done", number, self._run(order[1], order[2])))
         except Exception as error:

@@ -2,7 +2,8 @@
 
 Processes are started with ``python -m`` in a session of their own, not forked: threads of ONNX
 Runtime and torch do not survive a fork, a user's script needs no guard around its main code, and
-Ctrl-C reaches this process alone, which ends the others.
+Ctrl-C reaches this process alone, which ends the others. Within ``kept_workers`` one job's workers
+take the next job, too: starting them anew would import torch for each.
 """
 
 from __future__ import annotations
@@ -99,7 +100,9 @@ class _Process:
 
     process: subprocess.Popen[bytes]
     answers: SimpleQueue[tuple[_Process, bytes]]
+    environment: dict[str, str]
     busy: int | None = None
+    gone: bool = False
 
     @classmethod
     def start(
@@ -112,7 +115,7 @@ class _Process:
             env=environment,
             **apart(),
         )
-        worker = cls(process, answers)
+        worker = cls(process, answers, environment)
         threading.Thread(target=worker._listen, daemon=True).start()
         return worker
 
@@ -138,7 +141,79 @@ class _Process:
         with self.process.stdout as stream:
             while answer := read_frame(stream):
                 self.answers.put((self, answer))
+        # Before it is said to whom it answers now: who takes it over asks afterwards.
+        self.gone = True
         self.answers.put((self, b""))
+
+
+class _Kept:
+    """Workers between two jobs, while a ``kept_workers`` block is open."""
+
+    def __init__(self) -> None:
+        self._lock, self._blocks = threading.Lock(), 0
+        self._waiting: list[_Process] = []
+
+    def enter(self) -> None:
+        """Count a block more."""
+        with self._lock:
+            self._blocks += 1
+
+    def leave(self) -> None:
+        """Count a block less; end all at the end of the last one."""
+        with self._lock:
+            self._blocks -= 1
+            if self._blocks:
+                return
+            waiting, self._waiting = self._waiting, []
+        _end(waiting)
+
+    def keep(self, worker: _Process) -> bool:
+        """Let an idle worker wait for the next job; False outside all blocks."""
+        with self._lock:
+            if not self._blocks or worker.gone:
+                return False
+            worker.send(("close",))
+            self._waiting.append(worker)
+            return True
+
+    def take(
+        self, environment: dict[str, str], answers: SimpleQueue[tuple[_Process, bytes]]
+    ) -> _Process | None:
+        """Return a waiting worker of that environment, which answers to ``answers`` from now on."""
+        with self._lock:
+            for worker in [one for one in self._waiting if one.environment == environment]:
+                self._waiting.remove(worker)
+                worker.answers = answers
+                if not worker.gone and worker.process.poll() is None:
+                    return worker
+                worker.end()
+        return None
+
+    @property
+    def count(self) -> int:
+        """How many wait."""
+        return len(self._waiting)
+
+
+_KEPT = _Kept()
+
+
+@contextmanager
+def kept_workers() -> Iterator[None]:
+    """Keep workers from one job to the next; when the outermost block ends, none is left."""
+    _KEPT.enter()
+    try:
+        yield
+    finally:
+        _KEPT.leave()
+
+
+def _end(workers: Sequence[_Process]) -> None:
+    """End processes that have nothing to do: all are told before the first is waited for."""
+    for worker in workers:
+        worker.send(None)
+    for worker in workers:
+        worker.end(PATIENCE)
 
 
 @dataclass
@@ -176,15 +251,12 @@ class _ProcessPool:
                 self._say(*answer)
 
     def end(self) -> None:
-        """End all processes: idle ones may clean up, the others are killed."""
+        """Let idle workers wait for the next job, or clean up and end; kill the others."""
         workers, self.workers = self.workers, []
         for worker in workers:
             if worker.busy is not None:
                 worker.process.kill()
-            else:
-                worker.send(None)
-        for worker in workers:
-            worker.end(PATIENCE)
+        _end([worker for worker in workers if worker.busy is not None or not _KEPT.keep(worker)])
 
     def _assign(self, waiting: deque[int], shards: Sequence[Shard]) -> None:
         """Give waiting shards to idle workers, and to new ones while there may be more."""
@@ -198,7 +270,8 @@ class _ProcessPool:
         if not self.told:
             self.told = True
             check_workers(self.crew.workers, self.job, self.talk)
-        worker = _Process.start(self.crew.environment(), self.answers)
+        environment = self.crew.environment()
+        worker = _KEPT.take(environment, self.answers) or _Process.start(environment, self.answers)
         self.workers.append(worker)
         worker.send(("open", self.job.opener, self.job.root))
         return worker
@@ -231,7 +304,8 @@ def check_workers(workers: int, job: Job, talk: Talk) -> None:
     each = job.memory_bytes + PROCESS_BYTES
     talk.line(f"  {job.name} on {_many(workers)}, an estimated {each / 1e9:.1f} GB each")
     room = memory_room()
-    if room is not None and not room.holds(workers * each):
+    # Those that wait hold their code already.
+    if room is not None and not room.holds(workers * each - _KEPT.count * PROCESS_BYTES):
         raise UsageError(
             f"{_many(workers)} would need about {workers * each / 1e9:.1f} GB of memory for {job.name} "
             f"({each / 1e9:.1f} GB each), and {room}.",

@@ -105,7 +105,7 @@ class Crew(Protocol):
         """Return the threads that every shard is computed with, whatever the number of workers."""
 
     def open(self, job: Job, talk: Talk) -> AbstractContextManager[Pool]:
-        """Open ``job`` for the time of the block; at its end, however it ends, no worker is left."""
+        """Open ``job`` for the time of the block; at its end, however it ends, no worker holds it or computes."""
 
 
 class Alone:

@@ -14,7 +14,7 @@ import pytest
 
 from mpq_deploy.errors import InfeasibleBudgetError, ModelError, UsageError
 from mpq_deploy.evaluate.cache import SampleCache
-from mpq_deploy.system.parallel.processes import Processes
+from mpq_deploy.system.parallel.processes import Processes, kept_workers
 from mpq_deploy.system.parallel.work import Alone, ShardError, run_shards
 from mpq_deploy.system.progress import Talk
 from tests.system.parallel.tasks import Task, job, shards
@@ -75,6 +75,36 @@ def test_any_number_of_workers_gives_the_same_bits(tmp_path, workers):
     assert gone(pids)
     assert heard.total == sum(heard.moves) == 3 * PARTS
     assert heard.warnings == ["opened with care"]  # said once, however many workers say it
+
+
+def pids_of(results):
+    return {int(result["pid"]) for result in results}
+
+
+def test_workers_take_the_next_job_until_the_block_ends(tmp_path):
+    alone = merged(Alone(), tmp_path / "job", shards(PARTS))
+    with kept_workers():
+        # Both are there: two shards wait for each other.
+        met = shards(
+            2, at0=Task(0, "meet", tmp_path / "met-0"), at1=Task(1, "meet", tmp_path / "met-1")
+        )
+        first = pids_of(merged(Processes(2), tmp_path / "job", met))
+        with kept_workers():
+            again, heard = merged(Processes(2), tmp_path / "job", shards(PARTS), Heard()), Heard()
+            same(again, alone)
+            assert len(first) == 2 and pids_of(again) <= first
+        other = pids_of(merged(Processes(2, threads=2), tmp_path / "job", shards(PARTS)))
+        assert not other & first and all(alive(pid) for pid in first)
+        # One that dies while it waits is one less.
+        killed = min(first)
+        os.kill(killed, signal.SIGKILL)
+        same(merged(Processes(2), tmp_path / "job", shards(PARTS), heard), alone)
+        assert gone([killed])
+        # What fails ends those that are at it.
+        with pytest.raises(ModelError):
+            merged(Processes(2), tmp_path / "job", shards(1, at0=Task(0, "model")))
+        same(merged(Processes(2), tmp_path / "job", shards(PARTS)), alone)
+    assert gone(first | other)
 
 
 @pytest.mark.parametrize("accident", ["killed", "exit"])
