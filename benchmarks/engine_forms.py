@@ -646,6 +646,7 @@ def build(model: onnx.ModelProto, shape: tuple[int, ...], sm: tuple[str, ...]) -
 # The forms that tell Turing from the rest.
 TURING = (
     "conv w8a8 1x1",
+    "conv w8a8, range of each sample, shifted",
     "conv w8a16",
     "conv w4a16 b64",
     "conv w4a8 b64, output_dtype",
