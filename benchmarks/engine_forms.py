@@ -676,6 +676,7 @@ What follows from it, and is a rule of the target `rtx` or of the check of engin
   tokens on.
 - Queries, keys and values whose weights are all FP16, or all INT8 with INT8 activations, are one product over all their
   columns. Those whose kernel unpacks the weight stay apart; w4a8 (in some graphs) and FP8 (for SM89 alone) may be one.
+  A run reads it from its own engine ([latency](latency.md#what-a-built-engine-shows)).
 """
 
 

@@ -37,6 +37,7 @@ from mpq_deploy.models.locate import locate
 from mpq_deploy.models.open import model_folder
 from mpq_deploy.models.spec import Array, FloatModel
 from mpq_deploy.run.folder import SHARED, TARGETS, RunFolder, targets_in
+from mpq_deploy.run.pipeline_file import COMPONENTS
 from mpq_deploy.system.files import Fields
 from mpq_deploy.system.inputs import read_json_object
 from mpq_deploy.system.parallel.work import Alone, Crew
@@ -270,7 +271,12 @@ class Run:
 
     @property
     def shown_products(self) -> Shown | None:
-        """Which products are one kernel in the engine that lies here, if it is of the recipe's target."""
+        """Which products are one kernel in the engine that lies here, if it is of the recipe's target.
+
+        None for parts of a whole pipeline: their shares of its time are counted without any engine.
+        """
+        if self.path.parent.name == COMPONENTS:
+            return None
         try:
             record = EngineRecord.beside(self.stage("engine") / RECORD)
         except InputError:
