@@ -313,8 +313,9 @@ class PlanSolver:
         latency = self._latency(problem, plan.schemes)
         if before is None or latency is None:
             return plan
-        chosen = f"{latency.fusion}; when the plan was chosen, {before.ours_ms:.4g} ms, assumed"
-        return replace(plan, latency=replace(latency, fusion=chosen))
+        chosen = f"when the plan was chosen, its time was estimated as {before.ours_ms:.4g} ms"
+        said = "; ".join(filter(None, (latency.fusion, chosen)))
+        return replace(plan, latency=replace(latency, fusion=said))
 
     def _images(self, cross_terms: CrossTerms | None) -> PredictedImages | None:
         """Predict the final images of the plan, beside those of everything in INT8 where it was measured."""
