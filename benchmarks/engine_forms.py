@@ -419,137 +419,169 @@ def moving(op: str, kind: str, kernel: int = 3, shifted: bool = False) -> Form:
     return form
 
 
-def forms() -> list[tuple[str, tuple[int, ...], Form]]:
-    """(name, shape of x without batch, form)."""
-    square, many = (64, 16, 16), (16,)
-    listed: list[tuple[str, tuple[int, ...], Form]] = [
-        ("conv w8a8, no zero point, output_dtype", square, conv8(64, 64, 3)),
-        ("conv w8a8, int8 zero point", square, conv8(64, 64, 3, act="const")),
-        (
-            "conv w8a8, no zero point, no output_dtype (defaults to uint8)",
-            square,
-            conv8(64, 64, 3, act="bare"),
-        ),
-        ("conv w8a8 with bias", square, bias_conv8),
-        ("conv w8a8 1x1", square, conv8(64, 64, 1)),
-        ("conv w8a8 3 -> 64", (3, 16, 16), conv8(64, 3, 3)),
-        ("conv w8a8 64 -> 3", square, conv8(3, 64, 3)),
-        ("conv w8a8 groups=32", square, conv8(64, 64, 3, group=32)),
-        ("conv w8a8 groups=2", square, conv8(64, 64, 3, group=2)),
-        ("conv w8a8 depthwise", square, conv8(64, 64, 3, group=64)),
-        ("conv w8a8 1-D", (64, 32), conv1d8),
-        ("conv w8a8 3-D", (32, 8, 8, 8), conv3d8),
-        ("conv w8a8, scale of shape [1]", square, scale_rank1),
-        ("conv w8a8, Q/DQ before Resize", square, qdq_before_resize),
-        ("conv w8a8, Q/DQ after Resize", square, qdq_after_resize),
-        ("conv w8a8, range by timestep", square, moving("Conv", "timestep")),
-        ("conv w8a8, range of each sample", square, moving("Conv", "dynamic")),
-        ("conv w8a8, range of each sample, shifted", square, moving("Conv", "dynamic", 3, True)),
-        ("conv w8a8 1x1, range by timestep, shifted", square, moving("Conv", "timestep", 1, True)),
-        ("matmul w8a8, range by timestep", (32, 64), moving("MatMul", "timestep")),
-        ("matmul w8a8, range of each row", (32, 64), moving("MatMul", "dynamic")),
-        ("two convs w8a8 sharing one Q/DQ", square, shared_act),
-        ("two convs w8a8 and w4a8 sharing one Q/DQ", square, shared_act_mixed),
-        ("one conv w8a8 and one fp16 on the same tensor", square, act_and_plain),
-        ("two convs w8a8 sharing one weight", square, shared_weight8),
-        ("conv w8a16", square, conv8(64, 64, 3, act="")),
-        ("conv w8a16 1x1", square, conv8(64, 64, 1, act="")),
-        ("conv w8a16 groups=32", square, conv8(64, 64, 3, group=32, act="")),
-        ("conv w8a16 depthwise", square, conv8(64, 64, 3, group=64, act="")),
-        ("conv w4a16 b64", square, conv4(64, 64, 3, 64)),
-        ("conv w4a16 b256 (K=2304)", (256, 16, 16), conv4(64, 256, 3, 256)),
-        ("conv w4a16 K=27 one block of 27", (3, 16, 16), conv4(64, 3, 3, 27)),
-        ("conv w4a16 K=36 one block of 36", (4, 16, 16), conv4(64, 4, 3, 36)),
-        ("conv w4a16 K=27 b32 (ragged)", (3, 16, 16), conv4(64, 3, 3, 32)),
-        ("conv w4a16 K=36 b32 (ragged)", (4, 16, 16), conv4(64, 4, 3, 32)),
-        ("conv w4a16 K=36 b18", (4, 16, 16), conv4(64, 4, 3, 18)),
-        ("conv w4a16 K=45 b9 (odd block)", (5, 16, 16), conv4(64, 5, 3, 9)),
-        ("conv w4a16 O=3 (odd) b64", square, conv4(3, 64, 3, 64)),
-        ("conv w4a16 O=3 and K=27", (3, 16, 16), conv4(3, 3, 3, 27)),
-        ("conv w4a16 1x1 b64", square, conv4(64, 64, 1, 64)),
-        ("conv w4a16 groups=32 (K=18)", square, conv4(64, 64, 3, 18, group=32)),
-        ("conv w4a16 groups=2 b32", square, conv4(64, 64, 3, 32, group=2)),
-        ("conv w4a16 depthwise (K=9)", square, conv4(64, 64, 3, 9, group=64)),
-        ("conv w4a16 1-D", (64, 32), conv1d4),
-        ("conv w4a16 b64 as a product over windows", square, product(64, 64, 3, 64)),
-        ("conv w4a16 b64 as a product, stride 2", square, product(64, 64, 3, 64, stride=2)),
-        ("conv w4a16 b64 as a product, dilation 2", square, product(64, 64, 3, 64, dilation=2)),
-        ("conv w4a16 b64 as a product, 1-D", (64, 16), product(64, 64, 3, 64, rank=1)),
-        (
-            "conv w4a16 b64 as a product, 1-D with a fourth axis",
-            (64, 16),
-            product(64, 64, 3, 64, rank=1, fourth=True),
-        ),
-        ("conv w4a16 b96 as a product, 3-D", (32, 4, 8, 8), product(64, 32, 3, 96, rank=3)),
-        ("conv w4a16 b32 as a product, 1x1", square, product(64, 64, 1, 32)),
-        ("conv w4a16 b64 as a product, 1x1 of one block", square, product(64, 64, 1, 64)),
-        ("conv w4a16 b18 as a product, 4 channels in", (4, 16, 16), product(64, 4, 3, 18)),
-        ("conv w4a16 b64 as a product, 4 channels out", square, product(4, 64, 3, 64)),
-        ("conv w4a16 b64 as a product, 5x5", square, product(64, 64, 5, 64)),
-        ("conv w8a16 as a product over windows", square, product(64, 64, 3, None)),
-        ("conv w8a16 as a product, 1x1", square, product(64, 64, 1, None)),
-        ("conv w4a16 b64, positions first", square, conv4_turned(64, 64, 3, 64)),
-        ("conv w4a8 b64, positions first", square, conv4_turned(64, 64, 3, 64, act="none")),
-        ("conv w4a8 b64, output_dtype", square, conv4(64, 64, 3, 64, act="none")),
-        ("conv w4a8 b64, int8 zero points", square, conv4(64, 64, 3, 64, act="const")),
-        ("conv w4a8 1x1 b64", square, conv4(64, 64, 1, 64, act="none")),
-        ("conv w4a8 3 -> 64, block 27", (3, 16, 16), conv4(64, 3, 3, 27, act="none")),
-        ("conv w4a8 4 -> 64, block 36", (4, 16, 16), conv4(64, 4, 3, 36, act="none")),
-        ("conv w4a8 64 -> 3, b64", square, conv4(3, 64, 3, 64, act="none")),
-        ("conv w4a8 groups=2 b32", square, conv4(64, 64, 3, 32, group=2, act="none")),
-        ("matmul w8a8 3-D x", (*many, 128), matmul8(128, 128)),
-        ("matmul w8a8 2-D x", (128,), matmul8(128, 128)),
-        ("matmul w8a8 int8 zero point", (*many, 128), matmul8(128, 128, "const")),
-        ("matmul w8a8 K=27 N=45", (*many, 27), matmul8(27, 45)),
-        ("matmul w8a16 3-D x", (*many, 128), matmul8(128, 128, "")),
-        ("matmul w8a16 2-D x", (128,), matmul8(128, 128, "")),
-        ("matmul w8a16 K=27 N=45", (*many, 27), matmul8(27, 45, "")),
-        ("matmul w8a16 K=36 N=46", (*many, 36), matmul8(36, 46, "")),
-        ("gemm w8a8 transB=1 bias", (128,), gemm(128, 128, trans=1, act="none")),
-        ("gemm w8a8 transB=0 bias", (128,), gemm(128, 128, trans=0, act="none")),
-        ("gemm w8a16 transB=1 bias", (128,), gemm(128, 128, trans=1)),
-        ("gemm w8a16 transB=0 bias", (128,), gemm(128, 128, trans=0)),
-        ("gemm w8a16 transB=1 no bias", (128,), gemm(128, 128, trans=1, bias=False)),
-    ]
-    for block in (16, 20, 32, 48, 64, 128, 256):
-        k = {20: 100, 48: 96, 256: 512}.get(block, 128)
-        listed.append((f"matmul w4a16 K={k} b{block} 3-D x", (*many, k), matmul4(k, 128, block)))
-    listed += [
-        ("matmul w4a16 K=128 b64 2-D x", (128,), matmul4(128, 128, 64)),
-        ("matmul w4a16 K=64 b32 (two blocks)", (*many, 64), matmul4(64, 64, 32)),
-        ("matmul w4a16 K=64 b64 (one block)", (*many, 64), matmul4(64, 64, 64)),
-        ("matmul w4a16 K=66 b33 (odd block)", (*many, 66), matmul4(66, 64, 33)),
-        ("matmul w4a16 N=46 b64", (*many, 128), matmul4(128, 46, 64)),
-        ("matmul w4a16 K=27 one block of 27", (*many, 27), matmul4(27, 64, 27)),
-        ("matmul w4a16 K=36 one block of 36", (*many, 36), matmul4(36, 64, 36)),
-        ("matmul w4a16 K=100 one block of 100", (*many, 100), matmul4(100, 64, 100)),
-        ("matmul w4a16 K=100 b32 (ragged)", (*many, 100), matmul4(100, 64, 32)),
-        ("matmul w4a16 K=45 b9", (*many, 45), matmul4(45, 64, 9)),
-        ("matmul w4a16 K=100 b10", (*many, 100), matmul4(100, 64, 10)),
-        ("matmul w4a16 K=96 b24", (*many, 96), matmul4(96, 64, 24)),
-        ("matmul w4a16 K=48 b12", (*many, 48), matmul4(48, 64, 12)),
-        ("matmul w4a16 N=45 (odd) b64", (*many, 128), matmul4(128, 45, 64)),
-        ("matmul w4a16 N=3 (odd) b64", (*many, 128), matmul4(128, 3, 64)),
-        ("matmul w4a16 K=27 N=45", (*many, 27), matmul4(27, 45, 27)),
-        ("matmul w4a8 b64, output_dtype", (*many, 128), matmul4(128, 128, 64, act="none")),
-        ("matmul w4a8 b64, int8 zero points", (*many, 128), matmul4(128, 128, 64, act="const")),
-        ("matmul w4a8 K=27 block 27", (*many, 27), matmul4(27, 64, 27, act="none")),
-        ("matmul w4a8 N=45 b64", (*many, 128), matmul4(128, 45, 64, act="none")),
-        ("gemm w4a16 b64 transB=1 bias", (128,), gemm(128, 128, trans=1, block=64)),
-        ("gemm w4a16 b64 transB=0 bias", (128,), gemm(128, 128, trans=0, block=64)),
-        ("gemm w4a16 b64 transB=1 no bias", (128,), gemm(128, 128, trans=1, block=64, bias=False)),
-        ("gemm w4a16 K=27 block 27 transB=1", (27,), gemm(27, 64, trans=1, block=27)),
-        ("gemm w4a16 K=100 b20 transB=1", (100,), gemm(100, 64, trans=1, block=20)),
-        ("gemm w4a16 N=45 b64 transB=1", (128,), gemm(128, 45, trans=1, block=64)),
-        ("gemm w4a8 b64 transB=1 bias", (128,), gemm(128, 128, trans=1, block=64, act="none")),
-        ("gemm w4a8 b64 transB=0 bias", (128,), gemm(128, 128, trans=0, block=64, act="none")),
-        ("gemm w4a8 K=27 block 27 transB=1", (27,), gemm(27, 64, trans=1, block=27, act="none")),
-        ("matmul w4a16, weight on the left", (128, 128), lhs_int4),
-    ]
-    for kind in ("fp16", "w8a8", "w8a16", "w4a16", "w4a8"):
-        listed.append((f"q, k, v {kind}, attention", (*many, 128), three_of_one_input(*[kind] * 3)))
-    mixed = three_of_one_input("w8a8", "w8a8", "w4a16")
-    return [*listed, ("q, k w8a8, v w4a16, attention", (*many, 128), mixed)]
+# Rows of the table: (name, shape of x without batch, form), in parts.
+Row = tuple[str, tuple[int, ...], Form]
+SQUARE, MANY, VECTOR, SIGNAL = (64, 16, 16), (16,), (128,), (64, 16)
+COLOURS, LATENTS = (3, 16, 16), (4, 16, 16)
+
+CONVS_W8A8: tuple[Row, ...] = (
+    ("conv w8a8, no zero point, output_dtype", SQUARE, conv8(64, 64, 3)),
+    ("conv w8a8, int8 zero point", SQUARE, conv8(64, 64, 3, act="const")),
+    (
+        "conv w8a8, no zero point, no output_dtype (defaults to uint8)",
+        SQUARE,
+        conv8(64, 64, 3, act="bare"),
+    ),
+    ("conv w8a8 with bias", SQUARE, bias_conv8),
+    ("conv w8a8 1x1", SQUARE, conv8(64, 64, 1)),
+    ("conv w8a8 3 -> 64", COLOURS, conv8(64, 3, 3)),
+    ("conv w8a8 64 -> 3", SQUARE, conv8(3, 64, 3)),
+    ("conv w8a8 groups=32", SQUARE, conv8(64, 64, 3, group=32)),
+    ("conv w8a8 groups=2", SQUARE, conv8(64, 64, 3, group=2)),
+    ("conv w8a8 depthwise", SQUARE, conv8(64, 64, 3, group=64)),
+    ("conv w8a8 1-D", (64, 32), conv1d8),
+    ("conv w8a8 3-D", (32, 8, 8, 8), conv3d8),
+    ("conv w8a8, scale of shape [1]", SQUARE, scale_rank1),
+    ("conv w8a8, Q/DQ before Resize", SQUARE, qdq_before_resize),
+    ("conv w8a8, Q/DQ after Resize", SQUARE, qdq_after_resize),
+)
+RANGES: tuple[Row, ...] = (
+    ("conv w8a8, range by timestep", SQUARE, moving("Conv", "timestep")),
+    ("conv w8a8, range of each sample", SQUARE, moving("Conv", "dynamic")),
+    ("conv w8a8, range of each sample, shifted", SQUARE, moving("Conv", "dynamic", 3, True)),
+    ("conv w8a8 1x1, range by timestep, shifted", SQUARE, moving("Conv", "timestep", 1, True)),
+    ("matmul w8a8, range by timestep", (32, 64), moving("MatMul", "timestep")),
+    ("matmul w8a8, range of each row", (32, 64), moving("MatMul", "dynamic")),
+)
+SHARED: tuple[Row, ...] = (
+    ("two convs w8a8 sharing one Q/DQ", SQUARE, shared_act),
+    ("two convs w8a8 and w4a8 sharing one Q/DQ", SQUARE, shared_act_mixed),
+    ("one conv w8a8 and one fp16 on the same tensor", SQUARE, act_and_plain),
+    ("two convs w8a8 sharing one weight", SQUARE, shared_weight8),
+)
+CONVS_W8A16: tuple[Row, ...] = (
+    ("conv w8a16", SQUARE, conv8(64, 64, 3, act="")),
+    ("conv w8a16 1x1", SQUARE, conv8(64, 64, 1, act="")),
+    ("conv w8a16 groups=32", SQUARE, conv8(64, 64, 3, group=32, act="")),
+    ("conv w8a16 depthwise", SQUARE, conv8(64, 64, 3, group=64, act="")),
+)
+CONVS_W4A16: tuple[Row, ...] = (
+    ("conv w4a16 b64", SQUARE, conv4(64, 64, 3, 64)),
+    ("conv w4a16 b256 (K=2304)", (256, 16, 16), conv4(64, 256, 3, 256)),
+    ("conv w4a16 K=27 one block of 27", COLOURS, conv4(64, 3, 3, 27)),
+    ("conv w4a16 K=36 one block of 36", LATENTS, conv4(64, 4, 3, 36)),
+    ("conv w4a16 K=27 b32 (ragged)", COLOURS, conv4(64, 3, 3, 32)),
+    ("conv w4a16 K=36 b32 (ragged)", LATENTS, conv4(64, 4, 3, 32)),
+    ("conv w4a16 K=36 b18", LATENTS, conv4(64, 4, 3, 18)),
+    ("conv w4a16 K=45 b9 (odd block)", (5, 16, 16), conv4(64, 5, 3, 9)),
+    ("conv w4a16 O=3 (odd) b64", SQUARE, conv4(3, 64, 3, 64)),
+    ("conv w4a16 O=3 and K=27", COLOURS, conv4(3, 3, 3, 27)),
+    ("conv w4a16 1x1 b64", SQUARE, conv4(64, 64, 1, 64)),
+    ("conv w4a16 groups=32 (K=18)", SQUARE, conv4(64, 64, 3, 18, group=32)),
+    ("conv w4a16 groups=2 b32", SQUARE, conv4(64, 64, 3, 32, group=2)),
+    ("conv w4a16 depthwise (K=9)", SQUARE, conv4(64, 64, 3, 9, group=64)),
+    ("conv w4a16 1-D", (64, 32), conv1d4),
+)
+WINDOWS: tuple[Row, ...] = (
+    ("conv w4a16 b64 as a product over windows", SQUARE, product(64, 64, 3, 64)),
+    ("conv w4a16 b64 as a product, stride 2", SQUARE, product(64, 64, 3, 64, stride=2)),
+    ("conv w4a16 b64 as a product, dilation 2", SQUARE, product(64, 64, 3, 64, dilation=2)),
+    ("conv w4a16 b64 as a product, 1-D", SIGNAL, product(64, 64, 3, 64, rank=1)),
+    (
+        "conv w4a16 b64 as a product, 1-D with a fourth axis",
+        SIGNAL,
+        product(64, 64, 3, 64, rank=1, fourth=True),
+    ),
+    ("conv w4a16 b96 as a product, 3-D", (32, 4, 8, 8), product(64, 32, 3, 96, rank=3)),
+    ("conv w4a16 b32 as a product, 1x1", SQUARE, product(64, 64, 1, 32)),
+    ("conv w4a16 b64 as a product, 1x1 of one block", SQUARE, product(64, 64, 1, 64)),
+    ("conv w4a16 b18 as a product, 4 channels in", LATENTS, product(64, 4, 3, 18)),
+    ("conv w4a16 b64 as a product, 4 channels out", SQUARE, product(4, 64, 3, 64)),
+    ("conv w4a16 b64 as a product, 5x5", SQUARE, product(64, 64, 5, 64)),
+    ("conv w8a16 as a product over windows", SQUARE, product(64, 64, 3, None)),
+    ("conv w8a16 as a product, 1x1", SQUARE, product(64, 64, 1, None)),
+)
+# The first two have their reduction over positions, then channels.
+CONVS_W4A8: tuple[Row, ...] = (
+    ("conv w4a16 b64, positions first", SQUARE, conv4_turned(64, 64, 3, 64)),
+    ("conv w4a8 b64, positions first", SQUARE, conv4_turned(64, 64, 3, 64, act="none")),
+    ("conv w4a8 b64, output_dtype", SQUARE, conv4(64, 64, 3, 64, act="none")),
+    ("conv w4a8 b64, int8 zero points", SQUARE, conv4(64, 64, 3, 64, act="const")),
+    ("conv w4a8 1x1 b64", SQUARE, conv4(64, 64, 1, 64, act="none")),
+    ("conv w4a8 3 -> 64, block 27", COLOURS, conv4(64, 3, 3, 27, act="none")),
+    ("conv w4a8 4 -> 64, block 36", LATENTS, conv4(64, 4, 3, 36, act="none")),
+    ("conv w4a8 64 -> 3, b64", SQUARE, conv4(3, 64, 3, 64, act="none")),
+    ("conv w4a8 groups=2 b32", SQUARE, conv4(64, 64, 3, 32, group=2, act="none")),
+)
+PRODUCTS_INT8: tuple[Row, ...] = (
+    ("matmul w8a8 3-D x", (*MANY, 128), matmul8(128, 128)),
+    ("matmul w8a8 2-D x", VECTOR, matmul8(128, 128)),
+    ("matmul w8a8 int8 zero point", (*MANY, 128), matmul8(128, 128, "const")),
+    ("matmul w8a8 K=27 N=45", (*MANY, 27), matmul8(27, 45)),
+    ("matmul w8a16 3-D x", (*MANY, 128), matmul8(128, 128, "")),
+    ("matmul w8a16 2-D x", VECTOR, matmul8(128, 128, "")),
+    ("matmul w8a16 K=27 N=45", (*MANY, 27), matmul8(27, 45, "")),
+    ("matmul w8a16 K=36 N=46", (*MANY, 36), matmul8(36, 46, "")),
+    ("gemm w8a8 transB=1 bias", VECTOR, gemm(128, 128, trans=1, act="none")),
+    ("gemm w8a8 transB=0 bias", VECTOR, gemm(128, 128, trans=0, act="none")),
+    ("gemm w8a16 transB=1 bias", VECTOR, gemm(128, 128, trans=1)),
+    ("gemm w8a16 transB=0 bias", VECTOR, gemm(128, 128, trans=0)),
+    ("gemm w8a16 transB=1 no bias", VECTOR, gemm(128, 128, trans=1, bias=False)),
+)
+# Block -> K, where that is not 128.
+REDUCTIONS = {20: 100, 48: 96, 256: 512}
+BLOCKS: tuple[Row, ...] = tuple(
+    (f"matmul w4a16 K={k} b{block} 3-D x", (*MANY, k), matmul4(k, 128, block))
+    for block in (16, 20, 32, 48, 64, 128, 256)
+    for k in [REDUCTIONS.get(block, 128)]
+)
+PRODUCTS_INT4: tuple[Row, ...] = (
+    ("matmul w4a16 K=128 b64 2-D x", VECTOR, matmul4(128, 128, 64)),
+    ("matmul w4a16 K=64 b32 (two blocks)", (*MANY, 64), matmul4(64, 64, 32)),
+    ("matmul w4a16 K=64 b64 (one block)", (*MANY, 64), matmul4(64, 64, 64)),
+    ("matmul w4a16 K=66 b33 (odd block)", (*MANY, 66), matmul4(66, 64, 33)),
+    ("matmul w4a16 N=46 b64", (*MANY, 128), matmul4(128, 46, 64)),
+    ("matmul w4a16 K=27 one block of 27", (*MANY, 27), matmul4(27, 64, 27)),
+    ("matmul w4a16 K=36 one block of 36", (*MANY, 36), matmul4(36, 64, 36)),
+    ("matmul w4a16 K=100 one block of 100", (*MANY, 100), matmul4(100, 64, 100)),
+    ("matmul w4a16 K=100 b32 (ragged)", (*MANY, 100), matmul4(100, 64, 32)),
+    ("matmul w4a16 K=45 b9", (*MANY, 45), matmul4(45, 64, 9)),
+    ("matmul w4a16 K=100 b10", (*MANY, 100), matmul4(100, 64, 10)),
+    ("matmul w4a16 K=96 b24", (*MANY, 96), matmul4(96, 64, 24)),
+    ("matmul w4a16 K=48 b12", (*MANY, 48), matmul4(48, 64, 12)),
+    ("matmul w4a16 N=45 (odd) b64", (*MANY, 128), matmul4(128, 45, 64)),
+    ("matmul w4a16 N=3 (odd) b64", (*MANY, 128), matmul4(128, 3, 64)),
+    ("matmul w4a16 K=27 N=45", (*MANY, 27), matmul4(27, 45, 27)),
+    ("matmul w4a8 b64, output_dtype", (*MANY, 128), matmul4(128, 128, 64, act="none")),
+    ("matmul w4a8 b64, int8 zero points", (*MANY, 128), matmul4(128, 128, 64, act="const")),
+    ("matmul w4a8 K=27 block 27", (*MANY, 27), matmul4(27, 64, 27, act="none")),
+    ("matmul w4a8 N=45 b64", (*MANY, 128), matmul4(128, 45, 64, act="none")),
+    ("gemm w4a16 b64 transB=1 bias", VECTOR, gemm(128, 128, trans=1, block=64)),
+    ("gemm w4a16 b64 transB=0 bias", VECTOR, gemm(128, 128, trans=0, block=64)),
+    ("gemm w4a16 b64 transB=1 no bias", VECTOR, gemm(128, 128, trans=1, block=64, bias=False)),
+    ("gemm w4a16 K=27 block 27 transB=1", (27,), gemm(27, 64, trans=1, block=27)),
+    ("gemm w4a16 K=100 b20 transB=1", (100,), gemm(100, 64, trans=1, block=20)),
+    ("gemm w4a16 N=45 b64 transB=1", VECTOR, gemm(128, 45, trans=1, block=64)),
+    ("gemm w4a8 b64 transB=1 bias", VECTOR, gemm(128, 128, trans=1, block=64, act="none")),
+    ("gemm w4a8 b64 transB=0 bias", VECTOR, gemm(128, 128, trans=0, block=64, act="none")),
+    ("gemm w4a8 K=27 block 27 transB=1", (27,), gemm(27, 64, trans=1, block=27, act="none")),
+    ("matmul w4a16, weight on the left", (128, 128), lhs_int4),
+)
+ATTENTIONS: tuple[Row, ...] = (
+    *(
+        (f"q, k, v {kind}, attention", (*MANY, 128), three_of_one_input(*[kind] * 3))
+        for kind in ("fp16", "w8a8", "w8a16", "w4a16", "w4a8")
+    ),
+    (
+        "q, k w8a8, v w4a16, attention",
+        (*MANY, 128),
+        three_of_one_input("w8a8", "w8a8", "w4a16"),
+    ),
+)
+FORMS: tuple[Row, ...] = (
+    *(*CONVS_W8A8, *RANGES, *SHARED, *CONVS_W8A16, *CONVS_W4A16, *WINDOWS, *CONVS_W4A8),
+    *(*PRODUCTS_INT8, *BLOCKS, *PRODUCTS_INT4, *ATTENTIONS),
+)
 
 
 def constant_bytes(model: onnx.ModelProto) -> int:
@@ -614,6 +646,7 @@ def build(model: onnx.ModelProto, shape: tuple[int, ...], sm: tuple[str, ...]) -
 # The forms that tell Turing from the rest.
 TURING = (
     "conv w8a8 1x1",
+    "conv w8a8, range of each sample, shifted",
     "conv w8a16",
     "conv w4a16 b64",
     "conv w4a8 b64, output_dtype",
@@ -643,6 +676,7 @@ What follows from it, and is a rule of the target `rtx` or of the check of engin
   tokens on.
 - Queries, keys and values whose weights are all FP16, or all INT8 with INT8 activations, are one product over all their
   columns. Those whose kernel unpacks the weight stay apart; w4a8 (in some graphs) and FP8 (for SM89 alone) may be one.
+  A run reads it from its own engine ([latency](latency.md#what-a-built-engine-shows)).
 """
 
 
@@ -666,7 +700,7 @@ One engine for the GPUs named. What follows, and is a rule of the targets that l
 def measured(names: tuple[str, ...] | None, only: str, sm: list[str]) -> list[str]:
     """Build the forms (all, or those of ``names``) and return the rows of the table; print each as it comes."""
     rows = []
-    for name, shape, form in forms():
+    for name, shape, form in FORMS:
         if only in name and (names is None or name in names):
             draft = Draft(*shape)
             row = build(draft.model(form(draft)), shape, tuple(sm))

@@ -185,10 +185,10 @@ class PlanSolver:
         return tied_layers(groups, {choice.name: tuple(choice.bytes) for choice in self.choices})
 
     def _joined(self, choice: LayerChoice) -> LayerChoice:
-        """Take off the time that tied layers save as one product, which slots keep them from being."""
-        if self.costs is None or not choice.members or self.slots:
+        """Take off the time that products of one input save as one, which slots keep them from being."""
+        if self.costs is None or self.slots:
             return choice
-        layers = [layer for layer in self.layers if layer.name in choice.members]
+        layers = [layer for layer in self.layers if layer.name in choice.layers]
         times = {
             s: max(ns - self.costs.joined_ns(layers, SCHEMES[s]), 0)
             for s, ns in choice.latency_ns.items()
@@ -306,6 +306,16 @@ class PlanSolver:
             lora_slots=self.slots,
             predicted_images=self._images(cross_terms),
         )
+
+    def timed_again(self, plan: PrecisionPlan) -> PrecisionPlan:
+        """Return ``plan`` with its time as it is estimated now, for one made before its engine."""
+        before, problem = plan.latency, self._timed(self._problem(plan.budget_bytes))
+        latency = self._latency(problem, plan.schemes)
+        if before is None or latency is None:
+            return plan
+        chosen = f"when the plan was chosen, its time was estimated as {before.ours_ms:.4g} ms"
+        said = "; ".join(filter(None, (latency.fusion, chosen)))
+        return replace(plan, latency=replace(latency, fusion=said))
 
     def _images(self, cross_terms: CrossTerms | None) -> PredictedImages | None:
         """Predict the final images of the plan, beside those of everything in INT8 where it was measured."""

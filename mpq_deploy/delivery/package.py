@@ -82,7 +82,9 @@ DEVICE_MODULES = (
     ),
     *(
         f"engine/{name}.py"
-        for name in ("failure", "layer_information", "record", "trtexec", "verify")
+        for name in (
+            *("failure", "layer_information", "product_kernels", "record", "trtexec", "verify"),
+        )
     ),
 )
 

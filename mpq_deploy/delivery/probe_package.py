@@ -55,7 +55,8 @@ FIRST_FP8, FIRST_FP4 = 89, 100
 class Probed:
     """A form to try: a layer under ``scheme``, and what a target takes once it is proven.
 
-    ``ops``: whose layers may take the scheme then; ``windowed``: a convolution as a product.
+    ``ops``: whose layers may take the scheme then; ``windowed``: a convolution as a product;
+    ``shifted``: one whose input's channels are shifted, which makes a target take no more.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Probed:
     scheme: str
     ops: tuple[str, ...]
     windowed: bool = False
+    shifted: bool = False
 
     @property
     def conv(self) -> bool:
@@ -82,6 +84,7 @@ PROBED = (
     Probed("w8a16-conv", "INT8 weights alone of a convolution", "w8a16", ("Conv",)),
     Probed("w8a16-product", "INT8 weights alone of a product", "w8a16", PRODUCTS),
     Probed("scale-conv", "factors of a convolution's channels", "w8a8+scale5", ("Conv",)),
+    Probed("shift-conv", "shifted channels", "w8a8+scale5", ("Conv",), shifted=True),
     Probed("scale-product", "factors of a product's channels", "w8a8+scale5", PRODUCTS),
     Probed("cols-conv", "outlier channels beside a convolution", "w8a8+cols1", ("Conv",)),
     Probed("cols-product", "outlier channels beside a product", "w8a8+cols1", PRODUCTS),
@@ -147,6 +150,9 @@ def _one_layer(one: Probed) -> OneLayer:
     layer = Layer("layer", shape.op, "layer.weight", weight, axis, 1, uses)
     if one.windowed:
         layer = replace(layer, window=Window((1, 1), (1, 1), (1,) * 4))
+    if one.shifted:
+        form = SCHEMES[one.scheme].activation_form
+        layer = replace(layer, shifted=frozenset({form}), pads=(1,) * 4)
     node = ir.Node("", shape.op, [None, None], attributes, name="layer")
     return OneLayer(layer, node, shape, SCHEMES[one.scheme])
 

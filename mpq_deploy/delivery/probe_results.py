@@ -157,7 +157,7 @@ def _fields(target: Target, results: ProbeResults) -> dict[str, Any]:
     for one in proven:
         scheme = SCHEMES[one.scheme]
         # A convolution as a product takes what a MatMul takes.
-        for op in () if one.windowed else one.ops:
+        for op in () if one.windowed or one.shifted else one.ops:
             kind = scheme.branch.kind
             wanted, into = (kind, branches) if scheme.branch else (scheme.family, schemes)
             if wanted not in into[op]:

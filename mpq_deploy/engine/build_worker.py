@@ -111,15 +111,27 @@ def build(trt: Any, job: BuildJob, logger: Any, problems: list[str]) -> memoryvi
         if flag is None:
             raise BuildFailedError("configure", _plain(["it has no weight streaming"]))
         config.set_flag(flag)
-    if job.compute_capabilities:
-        config.num_compute_capabilities = len(job.compute_capabilities)
-        for index, name in enumerate(job.compute_capabilities):
-            config.set_compute_capability(getattr(trt.ComputeCapability, name), index)
+    set_capabilities(trt, config, job.compute_capabilities)
     _add_profile(builder, config, network, job)
     engine = builder.build_serialized_network(network, config)
     if engine is None:
         raise BuildFailedError("build", _plain(problems))
     return memoryview(engine)
+
+
+def set_capabilities(trt: Any, config: Any, names: tuple[str, ...]) -> None:
+    """Say which GPUs TensorRT-RTX builds for; others have no such option and build for the GPU here."""
+    kinds = getattr(trt, "ComputeCapability", None)
+    if kinds is None or not names:
+        return
+    known = sorted((n for n in dir(kinds) if n.startswith("SM")), key=lambda n: int(n[2:]))
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        message = f"it builds nothing for {', '.join(unknown)}, only for {', '.join(known)}"
+        raise BuildFailedError("configure", _plain([message]))
+    config.num_compute_capabilities = len(names)
+    for index, name in enumerate(names):
+        config.set_compute_capability(getattr(kinds, name), index)
 
 
 def layer_information(trt: Any, engine: memoryview, logger: Any) -> str:

@@ -32,6 +32,7 @@ from mpq_deploy.engine.failure import (
     refused,
 )
 from mpq_deploy.engine.layer_information import parse_layer_information
+from mpq_deploy.engine.product_kernels import product_kernels
 from mpq_deploy.engine.record import RECORD, BuildTiming, EngineRecord
 from mpq_deploy.engine.trtexec import (
     BUILD_SECONDS,
@@ -301,5 +302,6 @@ def _record(
         verified=not any(problem.severity == "wrong" for problem in problems),
         problems=problems,
         compute_capabilities=target.compute_capabilities,
+        products=product_kernels(raw.log, expected),
         timing=raw.timing,
     )

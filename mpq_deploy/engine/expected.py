@@ -67,7 +67,8 @@ class ExpectedLayers:
     """All layers of the plan, the bytes of all constants of the file, and of those how many repeat others.
 
     ``widened_bytes``: what is added where constants lie in FP32 that the file has in FP16.
-    ``fp8_attention``: nodes of products of two activations that read FP8.
+    ``fp8_attention``: nodes of products of two activations that read FP8. ``slots``: layers have
+    inputs for LoRAs, which keep their products apart.
     """
 
     layers: tuple[ExpectedLayer, ...]
@@ -75,6 +76,7 @@ class ExpectedLayers:
     repeated_bytes: int = 0
     widened_bytes: int = 0
     fp8_attention: tuple[str, ...] = ()
+    slots: bool = False
 
     @classmethod
     def of(

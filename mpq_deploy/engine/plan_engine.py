@@ -50,7 +50,7 @@ def expected_layers(run: Run) -> ExpectedLayers:
         for node in (one.scores, one.name)
         if run.plan.schemes.get(one.name) == FP8_SCHEME
     )
-    return replace(expected, fp8_attention=tuple(fp8))
+    return replace(expected, fp8_attention=tuple(fp8), slots=bool(run.recipe.lora_slots))
 
 
 def check_target_memory(run: Run, target: Target) -> MemoryEstimate:

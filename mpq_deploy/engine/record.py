@@ -6,6 +6,7 @@ import json
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+from mpq_deploy.engine.product_kernels import ProductKernel
 from mpq_deploy.engine.verify import Problem
 from mpq_deploy.errors import EngineError, InputError
 from mpq_deploy.system.files import unsealed
@@ -41,7 +42,7 @@ class EngineRecord:
 
     ``kernels`` counts the engine's kernels by type. ``verified`` means that no problem is
     ``wrong``. ``compute_capabilities``: the GPUs that it is for; empty: the one that it was built
-    on.
+    on. ``products``: which products of the plan are one kernel.
     """
 
     target: str
@@ -57,6 +58,7 @@ class EngineRecord:
     verified: bool
     problems: tuple[Problem, ...] = ()
     compute_capabilities: tuple[str, ...] = ()
+    products: tuple[ProductKernel, ...] = ()
     timing: BuildTiming | None = field(default=None, compare=False)
 
     def require_verified(self) -> EngineRecord:

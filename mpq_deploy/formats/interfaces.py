@@ -505,9 +505,14 @@ class Scheme:
         """Bytes of the body's weight that a call unpacks into memory; 0 where that is fused into the product."""
         return self.weight.unpacked_bytes(layer, self.activation is None)
 
+    @cached_property
+    def kernel_family(self) -> str:
+        """What schemes share whose products may be one kernel: not their blocks, branches or timesteps."""
+        return self.family + self.timeless.range.suffix
+
     @property
     def joins(self) -> bool:
-        """Whether products of one input are one kernel (docs/engine-forms.md)."""
+        """Whether products of one input are assumed to be one kernel (docs/engine-forms.md)."""
         return not self.branch.kernels and self.weight.joins(self.activation is None)
 
     def input_bytes(self, layer: Layer) -> int:

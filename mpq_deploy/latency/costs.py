@@ -18,6 +18,7 @@ from mpq_deploy.formats.fp8 import FP8_SCHEME
 from mpq_deploy.formats.scheme import FP16, Scheme
 from mpq_deploy.graph.attention import Operands
 from mpq_deploy.graph.layers import Layer, LayerGraph, LayerUse
+from mpq_deploy.latency.joins import Joins
 from mpq_deploy.latency.latency_table import LatencyTable, LayerShape
 from mpq_deploy.latency.others import node_seconds, others_seconds, weighed_nodes
 from mpq_deploy.latency.roofline import (
@@ -40,7 +41,8 @@ class PlanLatency:
     All are sums over single layers and of ``others_ms``, what is not a layer: nothing here was
     measured as a whole. ``source``: estimated, measured, or "measured and estimated" for the
     layers; ``basis`` says in words on what. ``measured`` and ``estimated`` count the solver's
-    (layer, scheme) entries. ``slower_in_int8``: layers that are expected to be slower in INT8 than
+    (layer, scheme) entries. ``fusion``: on what products of one input count as one kernel, in words.
+    ``slower_in_int8``: layers that are expected to be slower in INT8 than
     in FP16; ``taken``: those among them that the plan has in INT8 all the same. ``int4_ms``: with
     INT4 weights wherever a layer may have them; None where a table lacks layers and nothing is
     known to estimate them from. ``controls_ms``: of the further controls that the target takes (FP8,
@@ -67,15 +69,15 @@ class PlanLatency:
     fastest_ms: float | None = None
     fastest_loss: float | None = None
     as_fast_at: float | None = None
+    fusion: str = ""
 
 
 class LatencyCosts:
     """Nanoseconds of layers, of shared quantizers, and of what is not a layer.
 
     ``shapes``: activation -> shape with the batch in it, of all that layers read and write (and of
-    the others). ``groups``: layers that are one product under some schemes, as
-    ``graph.attention`` finds them. Raises UsageError where a layer has neither a row in ``table``
-    nor figures of ``target`` to estimate it from.
+    the others). ``joins``: which products of one input are one kernel. Raises UsageError where a
+    layer has neither a row in ``table`` nor figures of ``target`` to estimate it from.
     """
 
     def __init__(
@@ -85,10 +87,10 @@ class LatencyCosts:
         target: Target,
         batch: int,
         table: LatencyTable | None = None,
-        groups: Sequence[Sequence[Layer]] = (),
+        joins: Joins | None = None,
     ) -> None:
         self.shapes, self.target, self.batch, self.table = shapes, target, batch, table
-        self.graph, self.groups = graph, groups
+        self.graph, self.joins = graph, joins or Joins(graph)
         self.rates = Rates.of(target)
         if table is not None:
             table.require(target.name, batch)
@@ -101,9 +103,17 @@ class LatencyCosts:
         return sum(self._use_ns(layer, use, scheme) for use in layer.uses)
 
     def joined_ns(self, layers: Sequence[Layer], scheme: Scheme) -> int:
-        """Estimate what ``layers`` of one input save as one product: they read it once, in one kernel."""
-        if self.rates is None or not scheme.joins:
-            return 0
+        """Estimate what ``layers`` of one input save where they are one product: they read it once.
+
+        Of a kernel that holds others too they save their share.
+        """
+        shares = self.joins.shares(layers, scheme)[0]
+        return int(NANOSECONDS * sum(share * self._saved(all_, scheme) for all_, share in shares))
+
+    def _saved(self, layers: Sequence[Layer], scheme: Scheme) -> float:
+        """Estimate the seconds that one kernel of ``layers`` saves; 0 without figures."""
+        if self.rates is None:
+            return 0.0
         first, saved = layers[0], 0.0
         shape = list(first.weight_shape)
         shape[first.out_axis] = sum(layer.out_channels for layer in layers)
@@ -114,7 +124,7 @@ class LatencyCosts:
             saved -= layer_seconds(whole, scheme, Traffic(read, sum(written)), self.rates)
             for layer, values in zip(layers, written):
                 saved += layer_seconds(layer, scheme, Traffic(read, values), self.rates)
-        return int(saved * NANOSECONDS)
+        return saved
 
     def attention_ns(self, one: Operands) -> dict[str, int]:
         """Estimate both products of an attention, in FP16 and in FP8; 0 without figures."""
@@ -185,10 +195,8 @@ class LatencyCosts:
             scheme = schemes[layer.name]
             total += self.layer_ns(layer, scheme)
             shared.update(self.quantizers_ns(layer, scheme))
-        for group in self.groups:
-            taken = {schemes[layer.name] for layer in group}
-            total -= self.joined_ns(group, taken.pop()) if len(taken) == 1 else 0
-        return total + sum(shared.values())
+        saved = sum(self.joined_ns(*together) for together in self.joins.of_plan(schemes))
+        return total - saved + sum(shared.values())
 
     def slower_in_int8(
         self, layers: Iterable[Layer], int8: Mapping[str, Scheme]

@@ -6,7 +6,6 @@ are random (seeded): times do not depend on them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from mpq_deploy.formats.candidates import (
     weight_matrix,
     with_promoted_rows,
 )
+from mpq_deploy.formats.interfaces import ActivationGrid
 from mpq_deploy.formats.layer_rounding import InputMoments
 from mpq_deploy.formats.scheme import FP16, Scheme
 from mpq_deploy.formats.sizes import input_channels
@@ -64,10 +64,13 @@ def write_one_layer(one: OneLayer, folder: Path, dialect: Dialect) -> int:
     matrix = None
     if one.scheme.quantized:
         matrix = _candidates(one, weight).forms[one.scheme.weight_form]
-    scales: Mapping[str, float] = {INPUT + one.scheme.timeless.activation_form: SCALE}
+    form = one.scheme.timeless.activation_form
+    # Any whole codes do, for channels that are shifted.
+    codes = (place % 41 - 20 for place in range(input_channels(one.layer)))
+    grid = ActivationGrid(SCALE, zeros=tuple(codes) if form in one.layer.shifted else ())
     rewrite = LayerRewrite(one.alone, one.scheme.timeless, matrix)
     source = FloatGraph(folder / FLOAT_MODEL, "", INPUT)
-    return write_quantized(source, [rewrite], dict(scales), folder, dialect)
+    return write_quantized(source, [rewrite], {INPUT + form: grid}, folder, dialect)
 
 
 def _float_model(one: OneLayer, weight: Array) -> ir.Model:

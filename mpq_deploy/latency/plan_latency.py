@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,12 +15,13 @@ from mpq_deploy.formats.scheme import FP16, SCHEMES, Scheme
 from mpq_deploy.graph.attention import projections
 from mpq_deploy.graph.layers import LayerGraph
 from mpq_deploy.latency.costs import LatencyCosts, PlanLatency
+from mpq_deploy.latency.joins import Joins
 from mpq_deploy.latency.latency_table import LatencyTable
 from mpq_deploy.latency.others import activations_of, weighed_nodes
 from mpq_deploy.latency.roofline import LAUNCH_SECONDS, Rates
 from mpq_deploy.rounding.control_schemes import CONTROLS, INT8_RULE, control_plans, control_scheme
 from mpq_deploy.run.view import Exported
-from mpq_deploy.system.files import Fields
+from mpq_deploy.system.files import Fields, canonical_json
 
 if TYPE_CHECKING:
     from mpq_deploy.recipe import Recipe
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
 
 FIGURES = {"title", "figures_of", "bandwidth_bytes_per_s", "int8_ops_per_s", "fp16_ops_per_s"}
 FIGURES |= {"fp8_ops_per_s", "fp4_ops_per_s"}
+# The engine is made after the plan: it makes no plan out of date, and counts in the next.
+SHOWN = "engine.products"
 
 
 def latency_inputs(recipe: Recipe) -> Fields:
@@ -38,6 +42,12 @@ def latency_inputs(recipe: Recipe) -> Fields:
         "latency_table": table.digest_fields() if table else None,
         "latency.launch_seconds": LAUNCH_SECONDS,
     }
+
+
+def shown_products(run: Run) -> str | None:
+    """Return what an engine of this run shows of its kernels, as text; None without one."""
+    shown = run.shown_products
+    return canonical_json(asdict(shown)) if shown else None
 
 
 def read_table(recipe: Recipe) -> LatencyTable | None:
@@ -111,7 +121,8 @@ def latency_costs(run: Run, exported: Exported) -> tuple[LatencyCosts | None, st
             raise
         return None, f"latency is not estimated: {error.message}"
     groups = projections(exported.graph) if recipe.allocate.tie_qkv else ()
-    return LatencyCosts(exported.graph, shapes, target, recipe.engine.batch_opt, table, groups), ""
+    joins = Joins(exported.graph, groups, run.shown_products)
+    return LatencyCosts(exported.graph, shapes, target, recipe.engine.batch_opt, table, joins), ""
 
 
 def plan_latency_info(
@@ -152,6 +163,7 @@ def plan_latency_info(
         limit_ms=None if limit is None else limit.nanoseconds / 1e6,
         int4_ms=times.pop("int4", None),
         controls_ms=times,
+        fusion=costs.joins.basis({layer.name: SCHEMES[schemes[layer.name]] for layer in layers}),
     )
 
 

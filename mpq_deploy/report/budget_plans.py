@@ -19,6 +19,7 @@ from mpq_deploy.allocate.plan_solver import PlanSolver, PredictedPlan
 from mpq_deploy.allocate.problem import LayerChoice
 from mpq_deploy.errors import InputError
 from mpq_deploy.formats.scheme import FP16
+from mpq_deploy.latency.plan_latency import SHOWN, shown_products
 from mpq_deploy.report.data import BudgetPlan, BudgetPlans, LayerOption, PlanTimes
 from mpq_deploy.run.view import RECIPE, Exported
 from mpq_deploy.system.files import canonical_json, read_sealed, sealed_json, write_text
@@ -35,12 +36,12 @@ MOST_PLANS, MOST_CHARACTERS = 200, 100_000
 FEWEST_PLANS = 60
 
 
-def budget_plans(run: Run, plan: PrecisionPlan) -> BudgetPlans:
+def budget_plans(run: Run, plan: PrecisionPlan, solver: PlanSolver) -> BudgetPlans:
     """Return plans of other sizes and times than ``plan``, and the other options of its layers."""
-    solver = PlanSolver(run)
     record = run.folder.record("allocate")
     fields = {k: v for k, v in (record.inputs if record else {}).items() if k != "recipe.budget"}
-    made_from = canonical_json({**fields, "most": most_plans(len(solver.choices))})
+    most = most_plans(len(solver.choices))
+    made_from = canonical_json({**fields, "most": most, SHOWN: shown_products(run)})
     stored = _read(run).get("budgets", {})
     plans = (
         _stored_plans(stored)

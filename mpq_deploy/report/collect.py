@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mpq_deploy.allocate.plan import PlannedLayer, PrecisionPlan
+from mpq_deploy.allocate.plan_solver import PlanSolver
 from mpq_deploy.delivery.device_results import device_infos
 from mpq_deploy.errors import InputError
 from mpq_deploy.evaluate.evaluation_result import Evaluation, VariantResult
 from mpq_deploy.evaluate.interval import mean_interval
 from mpq_deploy.evaluate.variants import BEFORE, CORRECTED, LATENCY, read_controls
 from mpq_deploy.graph.writers.deployed_graphs import DEPLOYED, SIMULATED
+from mpq_deploy.latency.plan_latency import SHOWN, shown_products
 from mpq_deploy.report.budget_plans import budget_plans, layer_kurtoses
 from mpq_deploy.report.data import (
     Check,
@@ -89,8 +91,8 @@ PACKAGES = (
 
 def report_data(run: Run) -> ReportData:
     """Fill the report from the finished stages."""
-    exported = run.exported
-    plan = run.plan
+    exported, solver = run.exported, PlanSolver(run)
+    plan = _timed_by_engine(run, solver)
     table = SensitivityTable.load(run.stage("measure"))
     target = run.target
     engine, engine_note = _engine(run)
@@ -128,7 +130,7 @@ def report_data(run: Run) -> ReportData:
             *exported.facts["notes"],
             *(metrics.notes if metrics else ()),
         ),
-        budgets=budget_plans(run, plan),
+        budgets=budget_plans(run, plan, solver),
         importance=_importance(run, plan, table),
         orm=_orm_pictures(table),
         simulated=plan.simulated,
@@ -137,6 +139,13 @@ def report_data(run: Run) -> ReportData:
         frechet_controls=metrics.controls if metrics else {},
         scores=metrics.scores if metrics else (),
     )
+
+
+def _timed_by_engine(run: Run, solver: PlanSolver) -> PrecisionPlan:
+    """Return the plan, with its time estimated again where the engine shows what it did not know."""
+    record = run.folder.record("allocate")
+    known = record.inputs.get(SHOWN) if record else None
+    return run.plan if shown_products(run) in (None, known) else solver.timed_again(run.plan)
 
 
 def _stage_rows(run: Run) -> tuple[StageRow, ...]:

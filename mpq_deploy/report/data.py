@@ -268,7 +268,8 @@ class ExpectedLatency(Part):
     estimated. ``slower_in_int8``: layers expected to be slower in INT8 than in FP16; ``taken``:
     those that the plan has in INT8. ``limit_ms``: the limit asked for. Where the plan is slower than
     FP16: ``fastest_ms`` within the budget with ``fastest_loss``, and ``as_fast_at``, the share of
-    FP16's size from which a plan is as fast as that.
+    FP16's size from which a plan is as fast as that. ``fusion``: on what products of one input count
+    as one kernel.
     """
 
     ours_ms: float = Field(ge=0)
@@ -289,6 +290,7 @@ class ExpectedLatency(Part):
     fastest_ms: float | None = Field(None, ge=0)
     fastest_loss: float | None = Field(None, ge=0)
     as_fast_at: float | None = Field(None, ge=0)
+    fusion: str = ""
 
     @property
     def slower(self) -> str:

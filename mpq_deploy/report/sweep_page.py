@@ -32,7 +32,7 @@ def sweep_page(result: dict[str, Any], plans: BudgetPlans, about: dict[str, str]
         "sweep.html.j2",
         **about,
         budgets=view(plans, fp16_size, marks, simulated=simulated) if plans.plans else None,
-        curve_note=_note(result),
+        curve_note=" ".join([_note(result), *_fusion(points)]),
         columns=[*COLUMNS, f"Time, {plans.times.source}"] if plans.times else COLUMNS,
         rows=[
             *([*_row(point), *_time(point, plans)] for point in points),
@@ -59,6 +59,12 @@ def _lead(points: list[dict[str, Any]], simulated: bool) -> str:
     if not compared:
         return f"{text}."
     return f"{text}: the prediction lies between {min(compared):.2f} and {max(compared):.2f} times what was measured."
+
+
+def _fusion(points: list[dict[str, Any]]) -> list[str]:
+    """Say on what the times count products as one kernel: of the largest plan, in a sentence."""
+    said = [point["fusion"] for point in points if point.get("fusion")][-1:]
+    return [f"Times, for the largest plan: {text}." for text in said]
 
 
 def _note(result: dict[str, Any]) -> str:

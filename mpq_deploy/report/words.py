@@ -480,10 +480,11 @@ def expected_latency(info: ExpectedLatency) -> str:
     word = {"estimated": "Estimated", "measured": "Summed from measured layers"}.get(
         info.source, "Summed from measured and estimated layers"
     )
+    basis = "; ".join(filter(None, (info.basis, info.fusion)))
     limit = f", at most {digits(info.limit_ms)} ms requested" if info.limit_ms is not None else ""
     return (
         f"{word}, not measured: {digits(info.ours_ms)} ms per call at batch {info.batch}{limit}; everything FP16 "
-        f"{digits(info.fp16_ms)} ms, everything INT8 {digits(info.int8_ms)} ms ({info.basis})"
+        f"{digits(info.fp16_ms)} ms, everything INT8 {digits(info.int8_ms)} ms ({basis})"
         + (f". {info.slower.removesuffix('.')}" if info.slower else "")
     )
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import BaseModel
 
+from mpq_deploy.run.folder import alike
 from mpq_deploy.system.files import Fields
 from mpq_deploy.system.release import __version__
 
@@ -31,7 +32,8 @@ class Stage:
     current before. ``inputs``: what else it depends on (settings, versions), by name; None: it is
     made each time. ``make`` fills an empty folder (the run's own where there are no ``inputs``) and
     returns a few words for the log. ``applies``: whether a recipe wants it on the way to later
-    stages. ``hint``: what to change when its memory does not suffice, up to "or". ``computes``:
+    stages. ``noted``: inputs that count when it is made, and do not make it again by themselves.
+    ``hint``: what to change when its memory does not suffice, up to "or". ``computes``:
     whether it runs the model, and so needs the recipe's compute device.
     """
 
@@ -43,6 +45,7 @@ class Stage:
     applies: Callable[[Recipe], bool] = _always
     hint: str = "Close other programs, or"
     computes: bool = True
+    noted: frozenset[str] = frozenset()
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -55,7 +58,11 @@ class Stage:
         Raises UsageError where a stage it reads is missing.
         """
         digests: Fields = {name: run.digest(name) for name in self.reads}
-        return {**digests, **(self.inputs(run) if self.inputs else {})}
+        found = {**digests, **(self.inputs(run) if self.inputs else {})}
+        record = run.folder.record(self.name) if self.noted else None
+        if record is None or not alike(record.inputs, found, self.noted):
+            return found
+        return {**found, **{name: record.inputs.get(name) for name in self.noted}}
 
 
 def stages_in_order(*stages: Stage) -> dict[str, Stage]:

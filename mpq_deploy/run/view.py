@@ -21,8 +21,9 @@ from mpq_deploy.calibrate.fp16_range import read_beyond
 from mpq_deploy.calibrate.shifted_inputs import shifted_layers
 from mpq_deploy.calibrate.stats import CalibrationStats
 from mpq_deploy.calls.recorded import CallSet
+from mpq_deploy.engine.record import RECORD, EngineRecord
 from mpq_deploy.engine.target import Target, load_target
-from mpq_deploy.errors import MpqError, RunFolderError, UsageError
+from mpq_deploy.errors import InputError, MpqError, RunFolderError, UsageError
 from mpq_deploy.evaluate.cache import SampleCache
 from mpq_deploy.graph.layers import LayerGraph, layer_graph
 from mpq_deploy.graph.load import load_model
@@ -30,11 +31,13 @@ from mpq_deploy.graph.shapes import known_shapes
 from mpq_deploy.graph.writers.deployed_graphs import DEPLOYED
 from mpq_deploy.graph.writers.lora_slots import SLOTTED
 from mpq_deploy.latency.conv_products import wants_products, with_products
+from mpq_deploy.latency.joins import Shown
 from mpq_deploy.models.export import load_exported
 from mpq_deploy.models.locate import locate
 from mpq_deploy.models.open import model_folder
 from mpq_deploy.models.spec import Array, FloatModel
 from mpq_deploy.run.folder import SHARED, TARGETS, RunFolder, targets_in
+from mpq_deploy.run.pipeline_file import COMPONENTS
 from mpq_deploy.system.files import Fields
 from mpq_deploy.system.inputs import read_json_object
 from mpq_deploy.system.parallel.work import Alone, Crew
@@ -265,6 +268,24 @@ class Run:
         stats = CalibrationStats.load(folder / "stats.npz")
         inputs = inputs.used(self.recipe.calibrate.timesteps)
         return Calibration(inputs, stats, read_beyond(folder))
+
+    @property
+    def shown_products(self) -> Shown | None:
+        """Which products are one kernel in the engine that lies here, if it is of the recipe's target.
+
+        None for parts of a whole pipeline: their shares of its time are counted without any engine.
+        """
+        if self.path.parent.name == COMPONENTS:
+            return None
+        try:
+            record = EngineRecord.beside(self.stage("engine") / RECORD)
+        except InputError:
+            return None  # damaged: its stage makes it again
+        ours = self.target.name, self.target.builder
+        if record is None or (record.target, record.backend) != ours or not record.products:
+            return None
+        by = f"the engine for {record.target} ({record.backend} {record.version})"
+        return Shown(record.products, by)
 
     @cached_property
     def plan(self) -> PrecisionPlan:

@@ -9,7 +9,7 @@ from mpq_deploy.allocate.plan_solver import PlanSolver
 from mpq_deploy.allocate.predicted_images import psnr_text
 from mpq_deploy.evaluate.interval import ends_text
 from mpq_deploy.latency.costs import int8_warning
-from mpq_deploy.latency.plan_latency import latency_inputs
+from mpq_deploy.latency.plan_latency import SHOWN, latency_inputs, shown_products
 from mpq_deploy.run.stage import Stage, settings, version_of
 from mpq_deploy.run.stage_memory import check_memory
 from mpq_deploy.system.files import Fields
@@ -33,6 +33,7 @@ def inputs(run: Run) -> Fields:
         "target.protected": list(run.target.protected),
         **settings(run.recipe.allocate, "allocate"),
         **latency_inputs(run.recipe),
+        SHOWN: shown_products(run),
         **version_of("highspy", "numpy"),
     }
 
@@ -65,4 +66,11 @@ def _speed(plan: PrecisionPlan) -> str:
     return f", {plan.latency.ours_ms:.3g} ms of layers and other kernels ({plan.latency.source})"
 
 
-STAGE = Stage("allocate", make, inputs, reads=("export", "candidates", "measure"), computes=False)
+STAGE = Stage(
+    "allocate",
+    make,
+    inputs,
+    reads=("export", "candidates", "measure"),
+    computes=False,
+    noted=frozenset({SHOWN}),
+)

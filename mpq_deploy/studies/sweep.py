@@ -170,6 +170,7 @@ def _solve(
                 point["size_ratio"] = plan.size_bytes / plan.fp16_size_bytes
                 point["predicted_nmse"] = plan.predicted_loss
                 point["latency_ms"] = plan.latency.ours_ms if plan.latency else None
+                point["fusion"] = plan.latency.fusion if plan.latency else ""
             except InfeasibleBudgetError as error:
                 point["smallest_feasible_bytes"] = error.smallest
             except InfeasibleLatencyError as error:

@@ -19,6 +19,7 @@ from mpq_deploy.engine.target import load_target
 from mpq_deploy.formats.scheme import FP16, SCHEMES, W8A8, W8A16
 from mpq_deploy.graph.layers import Layer, LayerGraph, LayerUse
 from mpq_deploy.latency.costs import LatencyCosts
+from mpq_deploy.latency.joins import Joins
 from tests.allocate.test_milp import EXACT
 
 NAMES = ("fp16", "w8a8", "w8a8+scale5", "w4a16-b32+rows1", "w4a16-b32")
@@ -127,7 +128,7 @@ def test_what_one_product_saves_is_reading_the_input_and_launching_once() -> Non
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("mpq_deploy.latency.costs.others_seconds", lambda *_: 0.0)
         apart = LatencyCosts(graph, shapes, target, 2)
-        joined = LatencyCosts(graph, shapes, target, 2, None, [layers])
+        joined = LatencyCosts(graph, shapes, target, 2, None, Joins(graph, [layers]))
     for scheme in (FP16, W8A8):
         assert (
             0

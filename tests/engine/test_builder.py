@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -12,7 +13,12 @@ from onnx import TensorProto, helper
 
 from mpq_deploy.engine import builder as builder_module
 from mpq_deploy.engine import trtexec as trtexec_module
-from mpq_deploy.engine.build_worker import BuildJob, InputShapes
+from mpq_deploy.engine.build_worker import (
+    BuildFailedError,
+    BuildJob,
+    InputShapes,
+    set_capabilities,
+)
 from mpq_deploy.engine.builder import ENGINE, LAYERS, BatchProfile, BuildRequest, build_engine
 from mpq_deploy.engine.expected import ExpectedLayers
 from mpq_deploy.engine.failure import known_suspects
@@ -350,3 +356,15 @@ def test_many_problems_are_counted(tmp_path: Path) -> None:
     assert EngineRecord.load(tmp_path / RECORD) == record
     with pytest.raises(EngineError, match=r"layer4: is wrong \(and 4 more\)"):
         record.require_verified()
+
+
+def test_a_builder_without_that_option_builds_for_the_gpu_that_is_there() -> None:
+    """TensorRT proper, on a Jetson: its configuration has no compute capabilities."""
+    config = SimpleNamespace()
+    set_capabilities(SimpleNamespace(), config, ("SM87",))
+    assert not vars(config)
+    rtx = SimpleNamespace(ComputeCapability=SimpleNamespace(SM75=1, SM120=2, CURRENT=3))
+    with pytest.raises(BuildFailedError) as caught:
+        set_capabilities(rtx, config, ("SM75", "SM87"))
+    message = caught.value.errors[0]["message"]
+    assert message == "it builds nothing for SM87, only for SM75, SM120"

@@ -12,9 +12,12 @@ import pytest
 import torch
 
 from mpq_deploy.check.check import check_model
+from mpq_deploy.engine.build_target import BuildTarget
 from mpq_deploy.engine.builder import BatchProfile, BuildRequest, build_engine
 from mpq_deploy.engine.expected import ExpectedLayers
+from mpq_deploy.engine.record import EngineRecord
 from mpq_deploy.engine.target import load_target
+from mpq_deploy.errors import EngineError
 from mpq_deploy.formats.branches.prescaled import ScaledMatrix
 from mpq_deploy.formats.candidates import fold_matrix, weight_matrix
 from mpq_deploy.formats.interfaces import ActivationGrid
@@ -22,6 +25,7 @@ from mpq_deploy.formats.ranges import RangeTable
 from mpq_deploy.formats.scheme import SCHEMES
 from mpq_deploy.formats.shifts import SHIFT_FORMS
 from mpq_deploy.formats.sizes import FP16_BYTES
+from mpq_deploy.graph.dialects import dialect_named
 from mpq_deploy.graph.layers import Layer, layer_graph
 from mpq_deploy.graph.save import constant_bytes
 from mpq_deploy.graph.writers.deployed_graphs import (
@@ -96,7 +100,9 @@ def matrix_of(layer: Layer, model: ir.Model, scheme: str) -> QuantizedMatrix:
     return QuantizedMatrix(codes, scale)
 
 
-def write(path: Path, scheme: str, grid: ActivationGrid, folder: Path) -> tuple[int, Layer]:
+def write(
+    path: Path, scheme: str, grid: ActivationGrid, folder: Path, dialect: str = "trt-rtx"
+) -> tuple[int, Layer]:
     graph, kind = layer_graph(ir.load(path)), SCHEMES[scheme]
     (layer,) = graph.layers
     body = matrix_of(layer, graph.model, scheme)
@@ -104,7 +110,8 @@ def write(path: Path, scheme: str, grid: ActivationGrid, folder: Path) -> tuple[
     folder.mkdir()
     scales = {layer.uses[0].input + kind.activation_form: grid}
     rewrites = [LayerRewrite(layer, kind, matrix)]
-    return write_quantized(FloatGraph(path, "timestep", "sample"), rewrites, scales, folder), layer
+    source = FloatGraph(path, "timestep", "sample")
+    return write_quantized(source, rewrites, scales, folder, dialect_named(dialect)), layer
 
 
 def expected(path: Path, scheme: str, grid: ActivationGrid, x: np.ndarray, t: float) -> np.ndarray:
@@ -217,19 +224,40 @@ def test_probes_and_recovery_round_as_numpy_does(tmp_path: Path, scheme: str) ->
 @pytest.mark.parametrize("scheme", ["w8a8+scale5", "w8a8-timestep+scale5", "w8a8-dynamic+scale5"])
 def test_the_engine_computes_it_in_int8(tmp_path: Path, scheme: str, how: str) -> None:
     pytest.importorskip("tensorrt_rtx")
-    path = network(how, True).save(tmp_path / "model.onnx")
-    written, layer = write(path, scheme, grid_of(0.03), tmp_path / "out")
+    built(tmp_path, scheme, how, load_target("rtx").build_target).require_verified()
     found = check_model(tmp_path / "out" / DEPLOYED, load_target("rtx")).findings
     assert {finding.effect for finding in found} <= {"note"}
+
+
+def built(
+    folder: Path, scheme: str, how: str, target: BuildTarget, dialect: str = "trt-rtx"
+) -> EngineRecord:
+    """Build a shifted convolution; its graph is in ``folder / "out"``."""
+    path = network(how, True).save(folder / "model.onnx")
+    written, layer = write(path, scheme, grid_of(0.03), folder / "out", dialect)
     inputs = {"sample": (CHANNELS, *(7 for _ in CONVS[how][0])), "timestep": ()}
-    profile = BatchProfile(1, 2, 4, inputs)
-    record = build_engine(
-        BuildRequest(tmp_path / "out" / DEPLOYED, load_target("rtx").build_target, profile),
-        tmp_path / "engine",
-        ExpectedLayers.of([layer], {layer.name: SCHEMES[scheme]}, written),
-        Talk(),
-    )
-    record.require_verified()
+    expected_of_it = ExpectedLayers.of([layer], {layer.name: SCHEMES[scheme]}, written)
+    request = BuildRequest(folder / "out" / DEPLOYED, target, BatchProfile(1, 2, 4, inputs))
+    return build_engine(request, folder / "engine", expected_of_it, Talk())
+
+
+@pytest.mark.rtx
+@pytest.mark.parametrize("gpu", ["SM75", "SM80"])
+def test_the_jetsons_graph_on_the_oldest_gpus_that_a_builder_here_takes(
+    tmp_path: Path, gpu: str
+) -> None:
+    """An Orin is SM87, for which TensorRT-RTX builds nothing. Turing, before it, has no INT8 convolution at all."""
+    pytest.importorskip("tensorrt_rtx")
+    target = replace(load_target("rtx").build_target, compute_capabilities=(gpu,))
+    record = built(tmp_path, "w8a8-timestep+scale5", "plain", target, "trt-10.3")
+    assert record.verified == (gpu == "SM80")
+    assert record.kernels.get("correlation Int8", 0) == (gpu == "SM80")
+    found = check_model(tmp_path / "out" / DEPLOYED, load_target("jetson-orin-nano")).findings
+    assert {finding.effect for finding in found} <= {"note"}
+    orin = replace(target, compute_capabilities=("SM87",))
+    if gpu == "SM80":
+        with pytest.raises(EngineError, match="builds nothing for SM87, only for SM75, SM80"):
+            built(tmp_path / "orin", "w8a8-timestep+scale5", "plain", orin, "trt-10.3")
 
 
 def test_forms_are_those_of_int8_inputs() -> None:
