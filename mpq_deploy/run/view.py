@@ -34,6 +34,7 @@ from mpq_deploy.models.export import load_exported
 from mpq_deploy.models.locate import locate
 from mpq_deploy.models.open import model_folder
 from mpq_deploy.models.spec import Array, FloatModel
+from mpq_deploy.run.effort import with_counts_of
 from mpq_deploy.run.folder import SHARED, TARGETS, RunFolder, targets_in
 from mpq_deploy.system.files import Fields
 from mpq_deploy.system.inputs import read_json_object
@@ -121,7 +122,8 @@ def _open_below(
 class Run:
     """A view of a run: ``folder`` of finished stages, ``talk`` for progress, ``crew`` for shards.
 
-    ``results``: the stages made current in this call, and how; empty in a worker.
+    ``results``: the stages made current in this call, and how; empty in a worker. ``coming``: recipes
+    and folders of the targets that are built after this one in the same call.
     """
 
     recipe: Recipe
@@ -129,6 +131,7 @@ class Run:
     talk: Talk
     crew: Crew = field(default_factory=Alone)
     results: Mapping[str, StageResult] = field(default_factory=dict)
+    coming: tuple[tuple[Recipe, Path], ...] = ()
 
     @classmethod
     def opened(cls, root: Path, talk: Talk) -> Run:
@@ -180,6 +183,16 @@ class Run:
             if record is not None:
                 found.append((folder.stage(stage), record.inputs))
         return found
+
+    def later(self) -> list[Run]:
+        """Return the targets after this one, which share its passes through the model; none over workers."""
+        coming = self.coming if isinstance(self.crew, Alone) else ()
+        return [
+            replace(
+                self, recipe=with_counts_of(recipe, self.recipe), folder=RunFolder(path), coming=()
+            )
+            for recipe, path in coming
+        ]
 
     def stage(self, name: str) -> Path:
         """Folder of a finished stage."""
