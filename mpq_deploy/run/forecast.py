@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from mpq_deploy.evaluate.variants import kept_images
 from mpq_deploy.rounding.quantizers import TOGETHER_BYTES, rounding_bytes, rounding_threads
 from mpq_deploy.run.effort import COUNTS, fitted, get, least
 from mpq_deploy.run.machine_speed import FILE, Speed, probe_batch, speed_of
@@ -27,6 +28,7 @@ from mpq_deploy.run.stage_work import (
     hessian_products,
     works,
 )
+from mpq_deploy.run.view import SAMPLES
 from mpq_deploy.stages.calibrate import kept_counts
 from mpq_deploy.stages.measure import kept_steps
 from mpq_deploy.system import memory
@@ -288,6 +290,8 @@ def forecast(run: Run, model: ModelWork, speed: Speed, stages: Iterable[str]) ->
         model = replace(model, kept=kept_counts(run))
     elif "measure" in stages and "candidates" not in stages:
         model = replace(model, probed=kept_steps(run))
+    if "evaluate" in stages and (run.base / SAMPLES).is_dir():
+        model = replace(model, sampled=kept_images(run, "controls" not in stages))
     seconds = stage_seconds(run.recipe, model, speed, rounders)
     # Libraries that earlier stages have loaded stay.
     held = memory.held_memory()

@@ -101,7 +101,8 @@ class ModelWork:
     ``guided``: rows of the model per sample and step; ``available``: calls to calibrate on and to
     compare on, where somebody recorded them or a component has inputs of its own; None: any number.
     ``builds``: whether the target's engine can be built here; ``kept``: trajectories that were run before,
-    and calls of each timestep that were observed before; ``probed``: timesteps (``forecast`` sets them).
+    and calls of each timestep that were observed before; ``probed``: timesteps; ``sampled``: images of
+    the float model, and controls, that were sampled before (``forecast`` sets them).
     """
 
     spec: DenoiserSpec
@@ -113,6 +114,7 @@ class ModelWork:
     builds: bool = True
     kept: tuple[int, int] = (0, 0)
     probed: int = 0
+    sampled: tuple[int, int] = (0, 0)
     own_pairs: int = 0
     _steps: dict[tuple[int, str], int] = field(default_factory=dict, compare=False)
 
@@ -281,12 +283,12 @@ def _evaluate(recipe: Recipe, model: ModelWork) -> Work:
     )
     variants = 1 + (recipe.evaluate.correction != "none") + (recipe.recover.steps > 0)
     controls = model.controls + (len(ORM_CONTROLS) if recipe.measure.method == "orm" else 0)
-    controls *= section.controls
+    controls = max(controls * section.controls - model.sampled[1], 0)
     steps = model.steps(recipe, section.steps)
     compared = min(section.timesteps, steps)
     turns = compared * taken_turns(samples * model.guided, compared, section.calls).shape[1]
     sampled = samples * model.guided * steps
-    first = sampled
+    first = sampled * max(samples - model.sampled[0], 0) // samples
     if spec.recorded:
         # A script's calls are run at the timesteps that are compared, images are those of the last.
         first, sampled = samples * compared, samples
