@@ -18,7 +18,7 @@ from mpq_deploy.system.progress import LINE_ENDS, QUIET
 from mpq_deploy.system.release import __version__
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from mpq_deploy.recipe import Recipe
     from mpq_deploy.report.collect import Summary
@@ -229,10 +229,17 @@ def _run_whole(stage: str, settings: Recipe, run: Path, crew: Crew | None) -> bo
     return True
 
 
-def _run_one(stage: str, settings: Recipe, run: Path, crew: Crew | None) -> Summary:
+def _run_one(
+    stage: str,
+    settings: Recipe,
+    run: Path,
+    crew: Crew | None,
+    coming: Sequence[tuple[Recipe, Path]] = (),
+) -> Summary:
     from mpq_deploy.run.pipeline import open_pipeline
 
-    with open_pipeline(settings, run, make_talk(), crew, computes=False) as pipeline:
+    opened = open_pipeline(settings, run, make_talk(), crew, computes=False, coming=coming)
+    with opened as pipeline:
         return pipeline.run_until(stage)
 
 
@@ -243,11 +250,11 @@ def _run_all(stage: str, runs: list[tuple[Recipe, Path]], crew: Crew | None) -> 
 
     made: dict[str, Summary] = {}
     first = runs[0][1] / "recipe.yaml"
-    for settings, run in runs:
+    for number, (settings, run) in enumerate(runs, 1):
         make_talk().line(f"target {run.name}")
         # Counts are fitted once, for the first target: what targets share needs the same counts.
         settings = with_counts_of(settings, load_recipe(first)) if made else settings
-        made[run.name] = _run_one(stage, settings, run, crew)
+        made[run.name] = _run_one(stage, settings, run, crew, runs[number:])
     if stage == "report":
         from mpq_deploy.report.targets_page import write_targets
 

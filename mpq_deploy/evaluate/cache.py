@@ -11,13 +11,15 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from onnx.external_data_helper import ExternalDataInfo, uses_external_data
 
+from mpq_deploy.errors import InputError
 from mpq_deploy.graph.load import read_proto
 from mpq_deploy.models.spec import Array
 from mpq_deploy.system.array_file import read_arrays
@@ -53,6 +55,12 @@ class SampleCache:
             content = npz_bytes({**arrays, "key": np.array(text)})
             write_aside(path, content, hashlib.sha256(content).digest())
         return arrays
+
+    def keys(self) -> Iterator[dict[str, Any]]:
+        """Yield the keys of what is kept; damaged entries are passed over."""
+        for path in sorted(self._folder.glob("*.npz")) if self._folder else ():
+            with suppress(InputError, ValueError):
+                yield json.loads(str(read_arrays(path, ("key",))["key"]))
 
     def _entry(self, key: Mapping[str, Any]) -> tuple[Path | None, str]:
         text = json.dumps(key, sort_keys=True)

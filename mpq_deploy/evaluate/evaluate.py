@@ -7,6 +7,7 @@ calibration's.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -30,7 +31,7 @@ from mpq_deploy.evaluate.cache import (
 )
 from mpq_deploy.evaluate.decode import decode
 from mpq_deploy.evaluate.evaluation_result import Evaluation, ImageKind, VariantResult
-from mpq_deploy.evaluate.float_samples import float_pieces, joined_pieces
+from mpq_deploy.evaluate.float_samples import float_pieces, joined_pieces, piece_keys
 from mpq_deploy.evaluate.images import (
     as_maps,
     data_range,
@@ -146,10 +147,7 @@ def _float_model(
 
     if setup.calls is not None:
         return sample(None)
-    size = 1 if setup.pipeline is not None else settings.batch_size
-    if setup.pipeline is None and not keeps_samples_apart(_sampler(setup)[0]):
-        size = count
-    pieces = float_pieces(common, setup.rows, size, store, sample)
+    pieces = float_pieces(common, setup.rows, _piece_size(setup), store, sample)
     calls, outputs = joined_pieces(pieces)
     if setup.pipeline is None:
         images = np.concatenate([piece["images"] for piece in pieces])
@@ -165,6 +163,33 @@ def _float_model(
         **in_turn(calls, outputs, settings.calls, owners),
         "sampler": pieces[0]["sampler"],
     }
+
+
+def _piece_size(setup: Setup) -> int:
+    """Return how many of the float model's images are sampled, and kept, together."""
+    if setup.pipeline is not None:
+        return 1
+    apart = keeps_samples_apart(_sampler(setup)[0])
+    return setup.settings.batch_size if apart else len(setup.rows)
+
+
+def kept_samples(
+    model: FloatModel, settings: EvaluateSettings, controls: Collection[Path], cache: Path
+) -> tuple[int, int]:
+    """Return how many images of the float model, and how many of the ``controls``, ``cache`` holds samples of."""
+    keys = list(SampleCache(cache, Talk()).keys())
+    if not keys or model.spec.recorded:
+        return 0, 0
+    setup = Setup.of(model, settings, Talk())
+    common = json.loads(json.dumps(reference_key(setup, model.path)))
+    pieces = piece_keys(common, setup.rows, _piece_size(setup))
+    found = {
+        key["variant"]
+        for key in keys
+        if key.get("part") == "variant" and common.items() <= key.items()
+    }
+    known = sum(model_digest(path) in found for path in controls) if found else 0
+    return sum(len(piece) for piece, key in pieces if key in keys), known
 
 
 def _job(setup: Setup, models: list[Path]) -> tuple[Files, Job]:

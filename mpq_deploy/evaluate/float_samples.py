@@ -20,6 +20,26 @@ CHOICES = ("samples", "rows", "calls")
 Pieces = list[dict[str, Array]]
 
 
+def piece_keys(
+    common: Mapping[str, Any], rows: Array, size: int
+) -> list[tuple[range, dict[str, Any]]]:
+    """Return the pieces of ``size`` images and the key of each."""
+    base = {name: value for name, value in common.items() if name not in CHOICES}
+    pieces = [range(at, min(at + size, len(rows))) for at in range(0, len(rows), size)]
+    return [
+        (
+            p,
+            {
+                **base,
+                "part": "float",
+                "images": [p.start, p.stop],
+                "rows": rows[p.start : p.stop].tolist(),
+            },
+        )
+        for p in pieces
+    ]
+
+
 def float_pieces(
     common: Mapping[str, Any],
     rows: Array,
@@ -32,32 +52,21 @@ def float_pieces(
     ``rows`` int [N]: the condition of each image. ``sample`` returns ``images``, ``outputs`` [K, M,
     ...], ``sampler`` and the arrays of M calls, image by image, for a stretch of the images.
     """
-    base = {name: value for name, value in common.items() if name not in CHOICES}
-    pieces = [range(at, min(at + size, len(rows))) for at in range(0, len(rows), size)]
-    keys = [
-        {
-            **base,
-            "part": "float",
-            "images": [p.start, p.stop],
-            "rows": rows[p.start : p.stop].tolist(),
-        }
-        for p in pieces
-    ]
-    kept: Pieces = []
-    for key in keys:
+    pieces, kept = piece_keys(common, rows, size), list[dict[str, Array]]()
+    for _, key in pieces:
         known = store.find(key)
         if known is None:
             break
         kept.append(known)
     if len(kept) == len(pieces):
         return kept
-    stretch = range(pieces[len(kept)].start, len(rows))
+    stretch = range(pieces[len(kept)][0].start, len(rows))
     made = sample(stretch)
     if made["outputs"].shape[1] % len(stretch):
         # Images of pipelines that differ in how often they call the model.
         return [*kept, made]
-    left = zip(keys[len(kept) :], pieces[len(kept) :], strict=True)
-    return [*kept, *(store.keep(key, _cut(made, stretch, piece)) for key, piece in left)]
+    left = pieces[len(kept) :]
+    return [*kept, *(store.keep(key, _cut(made, stretch, piece)) for piece, key in left)]
 
 
 def _cut(made: dict[str, Array], stretch: range, piece: range) -> dict[str, Array]:

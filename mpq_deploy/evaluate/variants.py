@@ -14,11 +14,13 @@ from pydantic import BaseModel, ConfigDict, NonNegativeInt
 
 from mpq_deploy.calls.loop import first_samples
 from mpq_deploy.evaluate.cache import model_files
-from mpq_deploy.evaluate.evaluate import Variant, evaluate
+from mpq_deploy.evaluate.evaluate import Variant, evaluate, kept_samples
 from mpq_deploy.evaluate.evaluation_result import CpuLatency, Evaluation
 from mpq_deploy.graph.writers.deployed_graphs import SIMULATED
 from mpq_deploy.models.spec import Array, FloatModel
-from mpq_deploy.run.stage_memory import batch_within_memory
+from mpq_deploy.recipe import EvaluateSettings
+from mpq_deploy.run.stage_memory import batch_within_memory, fitting_batch
+from mpq_deploy.run.view import SAMPLES
 from mpq_deploy.runtime.correction import Correction
 from mpq_deploy.runtime.ort import OrtDenoiser, model_feeds
 from mpq_deploy.system.compute import CPU_PROVIDER
@@ -63,6 +65,38 @@ def read_controls(folder: Path) -> dict[str, Variant]:
     }
 
 
+def _settings(run: Run, model: FloatModel, batch: int) -> EvaluateSettings:
+    """Return the settings that each of the model's sizes is compared by."""
+    settings = run.recipe.evaluate
+    if model.spec.timestep is None:
+        # A model without timesteps is called once per input that was held out.
+        held_out = len(model.conditions[model.spec.sample.name]) - (
+            model.spec.calibration_rows or 0
+        )
+        settings = settings.replace(steps=1, samples=min(settings.samples, held_out))
+    return settings.replace(
+        samples=-(-settings.samples // (len(model.spec.sizes) or 1)),
+        timesteps=min(settings.timesteps, settings.steps),
+        batch_size=batch,
+    )
+
+
+def kept_images(run: Run, controls: bool) -> tuple[int, int]:
+    """Return what earlier evaluations have left: images of the float model, and controls.
+
+    Of models of one size; ``controls``: whether these are current.
+    """
+    model = run.exported.model
+    if model.spec.sizes:
+        return 0, 0
+    settings = _settings(run, model, fitting_batch(run, "evaluate"))
+    found = (
+        read_controls(run.stage("controls")) if controls and run.recipe.evaluate.controls else {}
+    )
+    paths = [control.path for control in found.values()]
+    return kept_samples(model, settings, paths, run.base / SAMPLES)
+
+
 def evaluate_variants(
     run: Run,
     ours: Path,
@@ -76,17 +110,8 @@ def evaluate_variants(
     ``before``: the plan's graph where ``ours`` is the recovered one, of the same size. Samples are
     cached by content.
     """
-    model, settings = run.exported.model, run.recipe.evaluate
-    if model.spec.timestep is None:
-        # A model without timesteps is called once per input that was held out.
-        held_out = len(model.conditions[model.spec.sample.name]) - (
-            model.spec.calibration_rows or 0
-        )
-        settings = settings.replace(steps=1, samples=min(settings.samples, held_out))
-    settings = settings.replace(
-        timesteps=min(settings.timesteps, settings.steps),
-        batch_size=batch_within_memory(run, "evaluate"),
-    )
+    model = run.exported.model
+    settings = _settings(run, model, batch_within_memory(run, "evaluate"))
     variants = {"ours": Variant(ours, size_bytes)}
     if correction is not None:
         variants[CORRECTED] = Variant(ours, size_bytes, correction)
@@ -94,8 +119,7 @@ def evaluate_variants(
         variants[BEFORE] = Variant(before, size_bytes)
     variants |= read_controls(run.stage("controls"))
     sizes = range(len(model.spec.sizes) or 1)
-    settings = settings.replace(samples=-(-settings.samples // len(sizes)))
-    store = run.base / ".samples"
+    store = run.base / SAMPLES
     found = [
         evaluate(variants, model.at_size(k), settings, run.talk, cache=store, crew=run.crew)
         for k in sizes

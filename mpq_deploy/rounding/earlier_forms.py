@@ -68,6 +68,9 @@ class EarlierForms:
 
     def _kept(self, file: Path, layer: Layer, products: frozenset[str]) -> frozenset[str]:
         """Name the forms in ``file`` that do not depend on whether the layer is a product."""
+        if not file.is_file():
+            # Of a target that is being made together with this one: a layer's file comes just before.
+            return frozenset()
         names = form_names(file)
         if (layer.name in products) == (layer.window is not None):
             return names

@@ -5,7 +5,7 @@ In: a run that is calibrated. Out: a file of candidates per layer, the same byte
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -120,7 +120,10 @@ class Rounder:
 
     def into(self, folder: Path, moments: Hessian) -> Path:
         """Round the layer of ``moments`` for all its schemes; return its new file in ``folder``."""
-        layer, graph = moments.layer, self.exported.graph
+        graph = self.exported.graph
+        layer = graph.layers[self.numbers[moments.layer.name]]
+        # Another target's layer has the same inputs, and may be another kind of product.
+        moments = replace(moments, layer=layer)
         with self.blas.limit(limits=1, user_api="blas"):
             candidates = self._candidates(moments)
         path = candidate_file(folder, self.numbers[layer.name])
@@ -234,12 +237,16 @@ def rounding_calls(run: Run) -> RecordedCalls:
     return RecordedCalls(rounded_on, exported.spec)
 
 
-def round_layers(run: Run, rounder: Rounder, folder: Path) -> None:
-    """Write the candidates of every layer into ``folder``: a layer per core, as far as memory goes."""
-    gptq, recipe = run.recipe.quantize.rounding == "gptq", run.recipe
-    forms = len({s.weight_form for s in wanted_schemes(recipe) if not s.branch})
+def round_layers(run: Run, rounders: Sequence[tuple[Rounder, Path]]) -> None:
+    """Write the candidates of every layer into the folder of each of ``rounders``, in their order.
+
+    A layer per core, as far as memory goes.
+    """
+    gptq, blas = run.recipe.quantize.rounding == "gptq", rounders[0][0].blas
+    every = [wanted_schemes(rounder.recipe) for rounder, _ in rounders]
+    forms = max(len({s.weight_form for s in schemes if not s.branch}) for schemes in every)
     threads = 1 if computing_on().torch is not None else rounding_threads(threads_here().blas)
-    pending: dict[Future[Path], int] = {}
+    pending: dict[Future[None], int] = {}
 
     def finish(needed: int) -> None:
         """Wait until so many bytes more fit beside what is being rounded."""
@@ -250,35 +257,39 @@ def round_layers(run: Run, rounder: Rounder, folder: Path) -> None:
                 del pending[done]
                 done.result()
 
+    def rounded(moments: Hessian) -> None:
+        for rounder, folder in rounders:
+            rounder.into(folder, moments)
+
     with ThreadPoolExecutor(threads) as pool:
-        for group in layer_moments(run, rounder):
+        for group in layer_moments(run, [rounder for rounder, _ in rounders]):
             # What is behind the first is made by all threads of BLAS.
             for first in group:
-                with rounder.blas.limit(limits=1, user_api="blas"):
+                with blas.limit(limits=1, user_api="blas"):
                     for one in chain([first], group):
                         if threads == 1:
-                            rounder.into(folder, one)
+                            rounded(one)
                             continue
                         layer, width = one.layer, one.blocks.shape[-1]
                         needed = rounding_bytes(layer.weights, width, forms, gptq)
                         finish(needed)
-                        pending[pool.submit(rounder.into, folder, one)] = needed
+                        pending[pool.submit(rounded, one)] = needed
                         del one
                     finish(TOGETHER_BYTES)
 
 
-def layer_moments(run: Run, rounder: Rounder) -> Iterator[Iterator[Hessian]]:
+def layer_moments(run: Run, rounders: Sequence[Rounder]) -> Iterator[Iterator[Hessian]]:
     """Yield the second moments of every layer's input: Hessians for GPTQ, else only their diagonals.
 
-    In the groups that are made together. Diagonals, too, for layers of which every form is known.
+    In the groups that are made together. Diagonals, too, for layers of which all ``rounders`` know every form.
     """
-    graph = run.exported.graph
-    unknown = () if run.recipe.quantize.rounding == "nearest" else rounder.unknown()
-    names = {layer.name for layer in unknown}
-    yield map(rounder.diagonal, (one for one in graph.layers if one.name not in names))
-    if unknown:
+    graph, names = run.exported.graph, set[str]()
+    if run.recipe.quantize.rounding != "nearest":
+        names = {layer.name for rounder in rounders for layer in rounder.unknown()}
+    yield map(rounders[0].diagonal, (one for one in graph.layers if one.name not in names))
+    if names:
         calls, settings = rounding_calls(run), run.recipe.quantize
-        graph = replace(graph, layers=unknown)
+        graph = replace(graph, layers=tuple(one for one in graph.layers if one.name in names))
         plan = HessianPlan.of(graph, calls, settings, run.talk, scratch=run.scratch())
         yield from map(plan.hessians, range(len(plan)))
 

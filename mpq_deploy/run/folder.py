@@ -232,6 +232,14 @@ def refuse_target(run: Path, name: str) -> NoReturn:
     )
 
 
+def begin_target(path: Path, recipe: str) -> None:
+    """Make the folder of a further target, with its recipe, unless it is there; its run's lock is held."""
+    path.mkdir(exist_ok=True)
+    _check_format(path)
+    if not (path / "recipe.yaml").is_file():
+        write_text(path / "recipe.yaml", recipe)
+
+
 @contextmanager
 def open_targets(path: Path) -> Iterator[None]:
     """Make ``path`` a run of several targets for the block; with nothing finished it is removed again."""

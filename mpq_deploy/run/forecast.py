@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from mpq_deploy.evaluate.variants import kept_images
 from mpq_deploy.rounding.quantizers import TOGETHER_BYTES, rounding_bytes, rounding_threads
 from mpq_deploy.run.effort import COUNTS, fitted, get, least
 from mpq_deploy.run.machine_speed import FILE, Speed, probe_batch, speed_of
@@ -27,7 +28,9 @@ from mpq_deploy.run.stage_work import (
     hessian_products,
     works,
 )
+from mpq_deploy.run.view import SAMPLES
 from mpq_deploy.stages.calibrate import kept_counts
+from mpq_deploy.stages.measure import kept_steps
 from mpq_deploy.system import memory
 from mpq_deploy.system.compute import computing_on
 from mpq_deploy.system.parallel.processes import Processes
@@ -285,6 +288,10 @@ def forecast(run: Run, model: ModelWork, speed: Speed, stages: Iterable[str]) ->
     stages = list(stages)
     if "calibrate" in stages:
         model = replace(model, kept=kept_counts(run))
+    elif "measure" in stages and "candidates" not in stages:
+        model = replace(model, probed=kept_steps(run))
+    if "evaluate" in stages and (run.base / SAMPLES).is_dir():
+        model = replace(model, sampled=kept_images(run, "controls" not in stages))
     seconds = stage_seconds(run.recipe, model, speed, rounders)
     # Libraries that earlier stages have loaded stay.
     held = memory.held_memory()
@@ -400,6 +407,7 @@ def look_ahead(run: Run, stages: Mapping[str, Stage], coming: Iterable[str]) -> 
         # What is timed takes memory as the stages do, with the least counts.
         _check(replace(run, recipe=least(run.recipe)), stages, coming)
     speed = speed_of(run, model, lambda layer: rounding_seconds(layer, run.recipe))
+    model = ModelWork.of(run, *run.later()) if run.coming else model
     names = [stage.name for stage in stages.values() if stage.applies(run.recipe)]
 
     def whole(recipe: Recipe) -> float:

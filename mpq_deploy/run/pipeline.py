@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -238,13 +238,19 @@ def _said(error: Exception) -> str:
 
 @contextmanager
 def open_pipeline(
-    recipe: Recipe, run: Path, talk: Talk, crew: Crew | None = None, *, computes: bool = True
+    recipe: Recipe,
+    run: Path,
+    talk: Talk,
+    crew: Crew | None = None,
+    *,
+    computes: bool = True,
+    coming: Sequence[tuple[Recipe, Path]] = (),
 ) -> Iterator[Pipeline]:
     """Open and lock the run folder for ``recipe``; write the recipe with every default into it.
 
     ``crew``: who computes what can be spread over workers; None: this process. ``computes`` False:
     only stages run the model, so a compute device that is not here is refused by the first of
-    those that must be made. Raises UsageError for a device that is not here.
+    those that must be made. ``coming``: as a ``Run`` has them. Raises UsageError for a device that is not here.
     """
     spare_address_space()
     if run.is_dir():
@@ -264,6 +270,7 @@ def open_pipeline(
         before = read_text(stored, error=RunFolderError) if stored.is_file() else None
         write_text(stored, recipe.to_yaml())
         pipeline = Pipeline(folder, recipe, talk, crew)
+        pipeline.run = replace(pipeline.run, coming=tuple(coming))
         pipeline.no_device = no_device
         try:
             yield pipeline

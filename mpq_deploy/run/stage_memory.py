@@ -24,7 +24,7 @@ MORE = "use a machine with more memory, or set MPQ_DEPLOY_MEMORY to what may be 
 
 def check_memory(run: Run, stage: Stage) -> StageMemory:
     """Estimate what ``stage`` takes, in batches that fit; raises UsageError when there is less."""
-    estimate = stage_memory(run, stage.name, _fitting(run, stage.name))
+    estimate = stage_memory(run, stage.name, fitting_batch(run, stage.name))
     fewer = "Give fewer --workers. " if _rounding_workers(run, stage.name) else ""
     estimate.refuse_too_large(
         memory.memory_room(), f"{fewer}{stage.hint} {MORE}", memory.held_memory()
@@ -34,13 +34,13 @@ def check_memory(run: Run, stage: Stage) -> StageMemory:
 
 def batch_within_memory(run: Run, stage: str) -> int:
     """Return how many samples ``stage`` takes at once: as the recipe says, or fewer where memory is short."""
-    size, batch = _batch_size(run, stage), _fitting(run, stage)
+    size, batch = _batch_size(run, stage), fitting_batch(run, stage)
     if batch < size:
         run.talk.line(f"  {batch} instead of {size} samples at once: {memory.memory_room()}")
     return batch
 
 
-def _fitting(run: Run, stage: str) -> int:
+def fitting_batch(run: Run, stage: str) -> int:
     """Return the recipe's batch of ``stage``, halved until it fits; one is returned unseen."""
     room, held, batch = memory.memory_room(), memory.held_memory(), _batch_size(run, stage)
     while batch > 1 and room is not None and not stage_memory(run, stage, batch).fits(room, held):

@@ -101,7 +101,8 @@ class ModelWork:
     ``guided``: rows of the model per sample and step; ``available``: calls to calibrate on and to
     compare on, where somebody recorded them or a component has inputs of its own; None: any number.
     ``builds``: whether the target's engine can be built here; ``kept``: trajectories that were run before,
-    and calls of each timestep that were observed before (``forecast`` sets them).
+    and calls of each timestep that were observed before; ``probed``: timesteps; ``sampled``: images of
+    the float model, and controls, that were sampled before (``forecast`` sets them).
     """
 
     spec: DenoiserSpec
@@ -112,17 +113,23 @@ class ModelWork:
     available: tuple[int, int] | None
     builds: bool = True
     kept: tuple[int, int] = (0, 0)
+    probed: int = 0
+    sampled: tuple[int, int] = (0, 0)
+    own_pairs: int = 0
     _steps: dict[tuple[int, str], int] = field(default_factory=dict, compare=False)
 
     @classmethod
-    def of(cls, run: Run) -> ModelWork:
-        """Read the exported model of ``run``."""
+    def of(cls, run: Run, *later: Run) -> ModelWork:
+        """Read the exported model of ``run``; targets ``later`` are rounded for and measured with it."""
         exported, spec = run.exported, run.exported.spec
         _, shapes = known_shapes(exported.path, spec.input_shapes())
-        # Layers alike in all but their name may take the same schemes.
-        alike = {_kind(layer): layer for layer in exported.graph.layers}
-        choices = {kind: _choices(run, layer) for kind, layer in alike.items()}
-        layers = [_layer_work(one, choices[_kind(one)], shapes) for one in exported.graph.layers]
+        own, *others = (
+            list(map(_Choices(one), one.exported.graph.layers)) for one in (run, *later)
+        )
+        layers = [
+            _layer_work(layer, [*{s.name: s for some in schemes for s in some}.values()], shapes)
+            for layer, *schemes in zip(exported.graph.layers, own, *others, strict=True)
+        ]
         controls = [
             control.needs
             for control in CONTROLS.values()
@@ -130,7 +137,7 @@ class ModelWork:
             or any(
                 not run.target.refusal(layer, SCHEMES[name])
                 for name in control.needs
-                for layer in alike.values()
+                for layer in {_kind(layer): layer for layer in exported.graph.layers}.values()
             )
         ]
         return cls(
@@ -141,12 +148,13 @@ class ModelWork:
             rows_per_step(spec),
             _available(run),
             run.target.builder != "none" and builder_present(run.target),
+            own_pairs=sum(1 + len(schemes) for schemes in own),
         )
 
     @cached_property
     def pairs(self) -> int:
-        """Pairs of a layer and a scheme that are measured."""
-        return sum(layer.pairs for layer in self.layers)
+        """Pairs of a layer and a scheme that the plan chooses from."""
+        return self.own_pairs or sum(layer.pairs for layer in self.layers)
 
     def steps(self, recipe: Recipe, wanted: int) -> int:
         """Return how many steps the sampler takes where ``wanted`` are asked for."""
@@ -245,7 +253,7 @@ def _candidates(recipe: Recipe, model: ModelWork) -> Work:
 def _measure(recipe: Recipe, model: ModelWork) -> Work:
     section, (_, held_out) = recipe.measure, split_calls(recipe, model)
     calls = min(section.calls, section.samples, held_out)
-    count = min(section.timesteps, timesteps(recipe, model)) * calls
+    count = max(min(section.timesteps, timesteps(recipe, model)) - model.probed, 0) * calls
     batch = min(section.batch_size, calls)
     if METHODS[section.method].images:
         count = model.steps(recipe, recipe.calibrate.steps) * model.guided * calls
@@ -275,12 +283,12 @@ def _evaluate(recipe: Recipe, model: ModelWork) -> Work:
     )
     variants = 1 + (recipe.evaluate.correction != "none") + (recipe.recover.steps > 0)
     controls = model.controls + (len(ORM_CONTROLS) if recipe.measure.method == "orm" else 0)
-    controls *= section.controls
+    controls = max(controls * section.controls - model.sampled[1], 0)
     steps = model.steps(recipe, section.steps)
     compared = min(section.timesteps, steps)
     turns = compared * taken_turns(samples * model.guided, compared, section.calls).shape[1]
     sampled = samples * model.guided * steps
-    first = sampled
+    first = sampled * max(samples - model.sampled[0], 0) // samples
     if spec.recorded:
         # A script's calls are run at the timesteps that are compared, images are those of the last.
         first, sampled = samples * compared, samples
@@ -321,20 +329,29 @@ def _kind(layer: Layer) -> tuple[Any, ...]:
     return (layer.op, layer.weight_shape, layer.out_axis, layer.group, len(layer.uses), window)
 
 
-def _choices(run: Run, layer: Layer) -> list[Scheme]:
-    """Return the schemes that ``layer`` may take beside FP16; what its inputs' values decide counts as allowed."""
-    by_timestep = run.exported.spec.timestep is not None
+class _Choices:
+    """The schemes that a layer may take beside FP16; what its inputs' values decide counts as allowed."""
 
-    def refusal(layer: Layer, scheme: Scheme) -> str:
-        if scheme.range.by_timestep and not by_timestep:
+    def __init__(self, run: Run) -> None:
+        self._target, self._schemes = run.target, wanted_schemes(run.recipe)
+        self._by_timestep = run.exported.spec.timestep is not None
+        self._known: dict[tuple[Any, ...], list[Scheme]] = {}
+
+    def __call__(self, layer: Layer) -> list[Scheme]:
+        # Layers alike in all but their name may take the same schemes.
+        kind = _kind(layer)
+        if kind not in self._known:
+            found = choices_for(layer, self._schemes, self._refusal).schemes
+            self._known[kind] = [scheme for scheme in found if scheme.quantized]
+        return self._known[kind]
+
+    def _refusal(self, layer: Layer, scheme: Scheme) -> str:
+        if scheme.range.by_timestep and not self._by_timestep:
             return "no timestep"
         amount = getattr(scheme.branch, "amount", None) if scheme.branch.rescales else None
         if layer.weights > LARGE_WEIGHTS and amount in TENTHS[LARGE_VARIANTS:]:
             return "of a layer this large, some exponents are left out"
-        return run.target.refusal(layer, scheme)
-
-    found = choices_for(layer, wanted_schemes(run.recipe), refusal).schemes
-    return [scheme for scheme in found if scheme.quantized]
+        return self._target.refusal(layer, scheme)
 
 
 def _layer_work(

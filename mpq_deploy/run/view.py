@@ -36,6 +36,7 @@ from mpq_deploy.models.export import load_exported
 from mpq_deploy.models.locate import locate
 from mpq_deploy.models.open import model_folder
 from mpq_deploy.models.spec import Array, FloatModel
+from mpq_deploy.run.effort import with_counts_of
 from mpq_deploy.run.folder import SHARED, TARGETS, RunFolder, targets_in
 from mpq_deploy.run.pipeline_file import COMPONENTS
 from mpq_deploy.system.files import Fields
@@ -124,7 +125,8 @@ def _open_below(
 class Run:
     """A view of a run: ``folder`` of finished stages, ``talk`` for progress, ``crew`` for shards.
 
-    ``results``: the stages made current in this call, and how; empty in a worker.
+    ``results``: the stages made current in this call, and how; empty in a worker. ``coming``: recipes
+    and folders of the targets that are built after this one in the same call.
     """
 
     recipe: Recipe
@@ -132,6 +134,7 @@ class Run:
     talk: Talk
     crew: Crew = field(default_factory=Alone)
     results: Mapping[str, StageResult] = field(default_factory=dict)
+    coming: tuple[tuple[Recipe, Path], ...] = ()
 
     @classmethod
     def opened(cls, root: Path, talk: Talk) -> Run:
@@ -183,6 +186,16 @@ class Run:
             if record is not None:
                 found.append((folder.stage(stage), record.inputs))
         return found
+
+    def later(self) -> list[Run]:
+        """Return the targets after this one, which share its passes through the model; none over workers."""
+        coming = self.coming if isinstance(self.crew, Alone) else ()
+        return [
+            replace(
+                self, recipe=with_counts_of(recipe, self.recipe), folder=RunFolder(path), coming=()
+            )
+            for recipe, path in coming
+        ]
 
     def stage(self, name: str) -> Path:
         """Folder of a finished stage."""

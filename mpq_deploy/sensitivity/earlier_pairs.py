@@ -7,7 +7,7 @@ probes come from the seed, the timestep and the call.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -55,7 +55,9 @@ def known_pairs(
     for table, other in probed:
         assert table.projections is not None
         for layer, row in table.losses.items():
-            wanted = row if layer not in candidates else _same(candidates[layer], other[layer])
+            wanted = (
+                row if layer not in candidates else same_schemes(candidates[layer], other[layer])
+            )
             for scheme in wanted:
                 if scheme in row and scheme not in losses.setdefault(layer, {}):
                     losses[layer][scheme] = row[scheme]
@@ -64,23 +66,20 @@ def known_pairs(
     return replace(first, losses=losses, losses_by_timestep=rows, projections=vectors)
 
 
-def _same(one: LayerCandidates, other: LayerCandidates) -> list[str]:
+def same_schemes(one: LayerCandidates, other: LayerCandidates) -> list[str]:
     """Name the schemes of both that hold the same weight."""
-    forms = {s.weight_form for s in one.schemes} & {s.weight_form for s in other.schemes}
+    names = {s.name for s in other.schemes}
+    both = [s for s in one.schemes if s.name in names]
+    forms = {s.weight_form for s in both}
     alike = {f for f in forms if np.array_equal(one.weight_matrix(f), other.weight_matrix(f))}
-    return [s.name for s in one.schemes if s.weight_form in alike]
+    return [s.name for s in both if s.weight_form in alike]
 
 
-def unknown_pairs(candidates: Candidates, known: SensitivityTable | None) -> Names | None:
-    """Return the schemes of each layer that are left to measure, with the bodies that they change.
-
-    None where nothing is known.
-    """
-    if known is None:
-        return None
+def unknown_pairs(candidates: Candidates, known: Mapping[str, Collection[str]]) -> Names:
+    """Return the schemes of each layer that are left to measure, with the bodies that they change."""
     left: Names = {}
     for layer, found in candidates.items():
-        new = [s for s in found.schemes if s.name not in known.losses.get(layer, ())]
+        new = [s for s in found.schemes if s.name not in known.get(layer, ())]
         # What a branch promotes is measured as a difference to its body.
         bodies = {s.body.name for s in new if s.branch.promotes}
         names = tuple(s.name for s in found.schemes if s in new or s.name in bodies)

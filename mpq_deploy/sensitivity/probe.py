@@ -45,7 +45,7 @@ from mpq_deploy.sensitivity.subject import Subject, timestep_of
 from mpq_deploy.sensitivity.table import Nested, SensitivityTable, table_from_projections
 from mpq_deploy.sensitivity.torch_projection import ProjectedUse, TorchStack, project_layer
 from mpq_deploy.system.gpu_memory import Shrinking
-from mpq_deploy.system.parallel.work import Pool, Result, Within, Work, run_shards
+from mpq_deploy.system.parallel.work import Pool, Result, Shard, Within, Work, run_shards
 from mpq_deploy.system.progress import Talk
 
 
@@ -58,13 +58,8 @@ def measure_probe(subject: Subject) -> SensitivityTable:
     calls = subject.calls()
     with subject.crew.open(subject.job("probes", _probing), subject.talk) as pool:
         batch, ends, notes = batch_plan(subject, pool, _Task(), "probes")
-        key = {"part": "probes", "batch": batch, "ends": list(ends)}
-        shards = [
-            subject.shard(
-                f"probes, timestep {t:g}", _Task(step, batch, ends), calls.count, step=step, **key
-            )
-            for step, t in enumerate(calls.timesteps)
-        ]
+        tasks = (_Task(step, batch, ends) for step in range(len(calls.timesteps)))
+        shards = [_shard(subject, calls, task) for task in tasks]
         results = list(run_shards(pool, "probes", shards, subject.talk, subject.store))
     power = np.array([float(result["power"]) for result in results])
     norm = np.sqrt(np.where(power > 0, power / calls.count, 1.0)).astype(np.float32)[:, None, None]
@@ -74,11 +69,23 @@ def measure_probe(subject: Subject) -> SensitivityTable:
     return table_from_projections(calls.timesteps, values, notes, calls.turns)
 
 
+def _shard(subject: Subject, calls: Calls, task: _Task) -> Shard:
+    """Return the shard of a timestep."""
+    assert task.step_index is not None
+    name = f"probes, timestep {calls.timesteps[task.step_index]:g}"
+    key = {"part": "probes", "batch": task.batch, "ends": list(task.ends), "step": task.step_index}
+    return subject.shard(name, task, calls.count, **key)
+
+
+def _plan_shard(subject: Subject, task: Any, what: str) -> Shard:
+    return subject.shard(f"{what}, size of batches", task, 0, part=f"{what}, plan")
+
+
 def batch_plan(
     subject: Subject, pool: Pool, task: Any, what: str
 ) -> tuple[int, tuple[int, ...], tuple[str, ...]]:
     """Return what ``Probing.plan`` gives in a worker, by ``task``."""
-    first = subject.shard(f"{what}, size of batches", task, 0, part=f"{what}, plan")
+    first = _plan_shard(subject, task, what)
     (plan,) = run_shards(pool, "", [first], Within.silent(subject.talk), subject.store)
     notes = tuple(str(note) for note in plan["notes"])
     return int(plan["batch"]), tuple(int(end) for end in plan["ends"]), notes
@@ -109,20 +116,26 @@ def _probing(subject: Subject) -> Work:
     """Return what computes a ``_Task``: ``batch``, ``ends``, ``notes``, or a timestep's sums.
 
     Those are ``power``, the sum of ||output||^2 over the calls, and ``values`` float32 [pairs,
-    probes, calls].
+    probes, calls]. Those of later subjects are kept in their stores.
     """
-    calls, pairs = subject.calls(), measured_pairs(subject)
+    calls, every = subject.calls(), (subject, *subject.later)
+    pairs = [measured_pairs(one) for one in every]
     work = Shrinking(partial(Probing, subject), "probes", subject.talk)
     smaller = partial(smaller_pieces, calls)
 
     def compute(task: _Task, talk: Talk) -> Result:
         if task.step_index is None:
-            return work.run(None, lambda _: (), lambda probing, _: probing.plan())[0]
+            plan = work.run(None, lambda _: (), lambda probing, _: probing.plan())[0]
+            for one in subject.later:
+                one.keep(_plan_shard(one, task, "probes"), plan)
+            return plan
         parts = tuple(slice(start, end) for start, end in zip((0, *task.ends), task.ends))
-        stacked = np.zeros((len(pairs), subject.settings.probes, calls.count), np.float32)
-        values: Nested = {}
-        for row, (layer, scheme) in zip(stacked, pairs, strict=True):
-            values.setdefault(layer, {})[scheme] = row
+        shape = (subject.settings.probes, calls.count)
+        stacked = [np.zeros((len(own), *shape), np.float32) for own in pairs]
+        values: list[Nested] = [{} for _ in every]
+        for nested, rows, own in zip(values, stacked, pairs, strict=True):
+            for row, (layer, scheme) in zip(rows, own, strict=True):
+                nested.setdefault(layer, {})[scheme] = row
         step, power = task.step_index, 0.0
 
         def probe(probing: Probing, piece: Piece) -> float:
@@ -132,7 +145,10 @@ def _probing(subject: Subject) -> Work:
             for chunk in calls.chunks_of_step(task.batch):
                 power += sum(work.run((chunk, parts), smaller, probe))
                 advance(chunk.stop - chunk.start)
-        return {"power": np.array(power), "values": stacked}
+        results = [{"power": np.array(power), "values": rows} for rows in stacked]
+        for one, result in zip(subject.later, results[1:], strict=True):
+            one.keep(_shard(one, calls, task), result)
+        return results[0]
 
     return compute
 
@@ -175,8 +191,34 @@ class _Use:
     roundings: dict[str, InputRounding]
 
 
+@dataclass(frozen=True)
+class _Judged:
+    """What is measured of a subject: its stacks and, by number, the uses of its layers."""
+
+    stacks: StackStore[TorchStack]
+    uses: dict[int, _Use]
+    attentions: bool
+
+    @classmethod
+    def of(
+        cls, subject: Subject, places: list[tuple[str, LayerUse]], device: Any, limit: int
+    ) -> _Judged:
+        """Read the candidates of ``subject`` at ``places``: a layer's name and a use of it each."""
+        candidates, layers = subject.candidates, {layer.name: layer for layer in subject.layers}
+        make = partial(TorchStack.of, device=device)
+        uses = {
+            number: _Use(
+                layers[name], use, input_roundings(subject.stats, use, candidates[name].schemes)
+            )
+            for number, (name, use) in enumerate(places)
+            if name in layers
+        }
+        stacks = StackStore(subject.graph, candidates, make, limit)
+        return cls(stacks, uses, bool(subject.attentions))
+
+
 class Probing:
-    """The graph in torch with what each layer's inner products need."""
+    """The graph in torch with what each layer's inner products need, for a subject and its later ones."""
 
     def __init__(self, subject: Subject) -> None:
         self._subject, self._settings = subject, subject.settings
@@ -185,22 +227,15 @@ class Probing:
         self._graph = TorchGraph(subject.graph.model, apart=apart)
         self._device = self._graph.device
         self._attributes = node_attributes(subject.graph)
+        every = (subject, *subject.later)
         held = pass_bytes(self._device, STACK_BYTES)
-        self._stacks = StackStore(
-            subject.graph,
-            subject.candidates,
-            partial(TorchStack.of, device=self._device),
-            held if _stack_bytes(subject) < HELD_SHARE * held else 0,
-        )
-        self._uses = [
-            _Use(
-                layer,
-                use,
-                input_roundings(subject.stats, use, subject.candidates[layer.name].schemes),
-            )
-            for layer in subject.layers
-            for use in layer.uses
-        ]
+        held = held if sum(map(_stack_bytes, every)) < HELD_SHARE * held else 0
+        names = {layer.name for one in every for layer in one.layers}
+        layers = [layer for layer in subject.graph.layers if layer.name in names]
+        uses = [(layer.name, use) for layer in layers for use in layer.uses]
+        limit = held // len(every)
+        self._judged = [_Judged.of(one, uses, self._device, limit) for one in every]
+        self._uses = [use for _, use in uses]
         self._operands = [
             _Operand(one.name, tensor, grid)
             for one in subject.attentions
@@ -209,18 +244,22 @@ class Probing:
 
     @property
     def _places(self) -> list[LayerUse]:
-        return [*(item.use for item in self._uses), *(one.use for one in self._operands)]
+        return [*self._uses, *(one.use for one in self._operands)]
 
     @property
     def _rounded(self) -> list[int]:
-        return [number for number, item in enumerate(self._uses) if item.roundings]
+        found = (
+            number for own in self._judged for number, use in own.uses.items() if use.roundings
+        )
+        return sorted(set(found))
 
     def plan(self) -> Result:
         """Return how many samples to evaluate at once (``batch``), where parts of the graph end, and ``notes``.
 
         A layer whose values are not [samples, ...] in the order of the samples (such as the
         embedding of a scalar timestep) is measured rightly only one sample at a time. There is more
-        than one part only where one batch takes several times the memory allowed.
+        than one part only where one batch takes several times the memory allowed. The same whatever
+        is measured of the layers, so that a part of it later repeats the bytes of all at once.
         """
         batch, ends, notes = self._plan()
         return {
@@ -236,7 +275,9 @@ class Probing:
                 self._graph.feed(self._calls.feeds(0, self._calls.first)), finite.look
             )
         finite.refuse()
-        gradients = gradient_bytes(footprint, self._places, self._settings.probes, self._rounded)
+        uses = [use for layer in self._subject.graph.layers for use in layer.uses]
+        places = [*uses, *(one.use for one in self._operands)]
+        gradients = gradient_bytes(footprint, places, self._settings.probes, range(len(uses)))
         one, most = (
             PASS_COPIES * sum(footprint.made) + sum(gradients),
             pass_bytes(self._device, MEMORY_BYTES),
@@ -248,7 +289,7 @@ class Probing:
             return self._calls.fixed_batch or 1, whole, ()
         largest = min(self._settings.batch_size, self._calls.count)
         batch = max(1, min(largest, most // max(one, 1)))
-        mixed = self._mixed() if batch > 1 else ""
+        mixed = self._mixed(places) if batch > 1 else ""
         if mixed:
             return (
                 1,
@@ -257,11 +298,9 @@ class Probing:
             )
         return batch, whole, ()
 
-    def _mixed(self) -> str:
+    def _mixed(self, places: list[LayerUse]) -> str:
         """Return the first value of a layer that does not keep samples apart; empty when all do."""
-        names = list(
-            dict.fromkeys(name for use in self._places for name in (use.input, use.output))
-        )
+        names = list(dict.fromkeys(name for use in places for name in (use.input, use.output)))
         with torch.no_grad():
             first, pair = (
                 self._graph.run(self._graph.feed(self._calls.feeds(0, chunk)), keep=names)
@@ -270,8 +309,10 @@ class Probing:
             apart = _fetched([_starts_with(pair[name], first[name]) for name in names])
         return next((name for name, kept in zip(names, apart, strict=True) if not kept), "")
 
-    def probe(self, step_index: int, chunk: slice, parts: Sequence[slice], values: Nested) -> float:
-        """Add the products of a chunk of samples into ``values``; return the sum of ||output||^2."""
+    def probe(
+        self, step_index: int, chunk: slice, parts: Sequence[slice], values: Sequence[Nested]
+    ) -> float:
+        """Add the products of a chunk of samples into each subject's ``values``; return the sum of ||output||^2."""
         arrays, power = self._calls.feeds(step_index, chunk), 0.0
 
         def seeds(output: Any) -> list[Any]:
@@ -285,9 +326,10 @@ class Probing:
             noise = self._noise(step_index, chunk, tuple(output.shape[1:]))
             return [one.reshape(output.shape) for one in noise]
 
-        products, _ = self.back(arrays, parts, seeds, chunk.stop - chunk.start)
-        for layer, scheme, found in products:
-            values[layer][scheme][:, chunk] += found
+        products, _ = self._back(arrays, parts, seeds, chunk.stop - chunk.start)
+        for nested, own in zip(values, products, strict=True):
+            for layer, scheme, found in own:
+                nested[layer][scheme][:, chunk] += found
         return power
 
     def run(self, arrays: Mapping[str, Array]) -> Array:
@@ -309,10 +351,23 @@ class Probing:
         Returns (layer, scheme, inner products [probes, samples]) of every use, and what comes back
         to the input ``into``, one gradient per direction.
         """
+        products, back = self._back(arrays, parts, seeds, samples, into)
+        return products[0], back
+
+    def _back(
+        self,
+        arrays: Mapping[str, Array],
+        parts: Sequence[slice],
+        seeds: Callable[[Any], list[Any]],
+        samples: int,
+        into: str = "",
+    ) -> tuple[list[list[tuple[str, str, Array]]], list[Any]]:
+        """Return as ``back`` the products of every subject."""
         feeds, timestep = self._graph.feed(arrays), timestep_of(self._subject.spec, arrays)
         if into:
             feeds[into] = feeds[into].detach().requires_grad_()
-        products, back = list[tuple[str, str, Any]](), list[Any]()
+        products = [list[tuple[str, str, Any]]() for _ in self._judged]
+        back = list[Any]()
         for came in layer_gradients(
             self._graph, feeds, parts, self._places, {self._output: seeds}, self._rounded
         ):
@@ -321,18 +376,13 @@ class Probing:
                     back = came.rows
                 elif came.number >= len(self._uses):
                     one = self._operands[came.number - len(self._uses)]
-                    found = one.products(came.x, torch.stack(came.rows), samples)
-                    products.append((one.attention, FP8_SCHEME, found.float()))
+                    found = one.products(came.x, torch.stack(came.rows), samples).float()
+                    for own, place in zip(self._judged, products, strict=True):
+                        place += [(one.attention, FP8_SCHEME, found)] if own.attentions else []
                 else:
-                    item = self._uses[came.number]
-                    by_scheme = self._products(item, came, timestep, samples)
-                    products += [(item.layer.name, s, p.float()) for s, p in by_scheme.items()]
-        if not products:
-            return [], back
-        # Once for all: to fetch a number from a GPU is to wait for it.
-        fetched = torch.stack([found for *_, found in products]).cpu().numpy()
-        pairs = zip(products, fetched, strict=True)
-        return [(layer, scheme, found) for (layer, scheme, _), found in pairs], back
+                    for own, place in zip(self._judged, products, strict=True):
+                        place += self._products(own, came, timestep, samples)
+        return [_numbers(own) for own in products], back
 
     def _noise(self, step_index: int, chunk: slice, shape: tuple[int, ...]) -> Any:
         """Draw the probes of each sample from its own seed: the batch size does not matter."""
@@ -345,14 +395,27 @@ class Probing:
         return torch.from_numpy(np.stack(rows, 1)).to(self._device, non_blocking=True)
 
     def _products(
-        self, item: _Use, came: UseGradients, timestep: float | None, samples: int
-    ) -> dict[str, Any]:
+        self, own: _Judged, came: UseGradients, timestep: float | None, samples: int
+    ) -> list[tuple[str, str, Any]]:
+        item = own.uses.get(came.number)
+        if item is None:
+            return []
         attributes = self._attributes[item.use.node]
         roundings = {form: rounding.at(timestep) for form, rounding in item.roundings.items()}
-        use = ProjectedUse(item.layer, attributes, self._stacks[item.layer], roundings)
+        use = ProjectedUse(item.layer, attributes, own.stacks[item.layer], roundings)
         through = torch.stack(came.through, 1) if came.through else None
         rows = torch.stack(came.rows, 1)
-        return project_layer(use, came.x, rows, through, samples)
+        found = project_layer(use, came.x, rows, through, samples)
+        return [(item.layer.name, scheme, product.float()) for scheme, product in found.items()]
+
+
+def _numbers(products: list[tuple[str, str, Any]]) -> list[tuple[str, str, Array]]:
+    """Fetch the products at once: to fetch a number from a GPU is to wait for it."""
+    if not products:
+        return []
+    fetched = torch.stack([found for *_, found in products]).cpu().numpy()
+    pairs = zip(products, fetched, strict=True)
+    return [(layer, scheme, found) for (layer, scheme, _), found in pairs]
 
 
 class _Finite:

@@ -17,7 +17,7 @@ from mpq_deploy.recipe import MeasureSettings, SamplerKind
 from mpq_deploy.sensitivity.layer_weights import CandidateWeights, measured_layers
 from mpq_deploy.sensitivity.measured_calls import MEMORY_BYTES, STACK_BYTES, Calls
 from mpq_deploy.system.compute import computing_on
-from mpq_deploy.system.parallel.work import Alone, Crew, Job, Shard, Work
+from mpq_deploy.system.parallel.work import Alone, Crew, Job, Result, Shard, Work
 from mpq_deploy.system.progress import Talk
 
 if TYPE_CHECKING:
@@ -59,7 +59,8 @@ class Subject:
     timestep stands for, of sum 1; None: equal ones. ``rotate``: at each timestep the next
     ``settings.calls`` of the calls, so that more of them are seen in the same time, else the same
     evenly spaced ones. ``attentions``: those whose rounding to FP8 is measured beside the layers.
-    ``sampling``: None where only recorded calls are known.
+    ``sampling``: None where only recorded calls are known. ``later``: subjects of the same calls,
+    whose shards the same passes fill; they differ in their candidates alone.
     """
 
     graph: LayerGraph
@@ -74,6 +75,7 @@ class Subject:
     rotate: bool = False
     attentions: tuple[Operands, ...] = ()
     sampling: Sampling | None = None
+    later: tuple[Subject, ...] = ()
 
     def at_one_size(self) -> Subject:
         """Return the subject at the largest of several sizes alone, for metrics that keep values by shape."""
@@ -115,6 +117,11 @@ class Subject:
         return Shard(
             name, task, size, {**self.spread.key, **key, "settings": settings, "threads": threads}
         )
+
+    def keep(self, shard: Shard, result: Result) -> None:
+        """Keep the result of a shard that was computed elsewhere."""
+        if self.store is not None and shard.key is not None:
+            self.store.keep(shard.key, result)
 
     def memory_bytes(self) -> int:
         """Estimate what a worker holds: candidates, errors and activations, the latter two limited."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,7 +15,7 @@ from mpq_deploy.graph.attention import separate_operands
 from mpq_deploy.models.spec import Array
 from mpq_deploy.recipe import MeasureSettings
 from mpq_deploy.rounding.candidate_store import StoredCandidates, candidates_of
-from mpq_deploy.run.folder import RunFolder
+from mpq_deploy.run.folder import RunFolder, alike
 from mpq_deploy.run.stage import Stage, settings, version_of
 from mpq_deploy.run.stage_memory import check_memory
 from mpq_deploy.run.view import RECIPE, Run
@@ -24,6 +25,7 @@ from mpq_deploy.sensitivity.earlier_pairs import (
     Part,
     joined,
     known_pairs,
+    same_schemes,
     unknown_pairs,
 )
 from mpq_deploy.sensitivity.measure import measure
@@ -31,7 +33,7 @@ from mpq_deploy.sensitivity.methods import METHODS, ORM_CONTROLS
 from mpq_deploy.sensitivity.orm import adapted_steps
 from mpq_deploy.sensitivity.subject import Sampling, Spread, Subject
 from mpq_deploy.sensitivity.table import SensitivityTable
-from mpq_deploy.system.files import Fields
+from mpq_deploy.system.files import Fields, canonical_json
 from mpq_deploy.system.progress import Talk
 
 
@@ -70,21 +72,57 @@ def make(run: Run, folder: Path) -> str:
 def _measured(run: Run, subject: Subject) -> SensitivityTable:
     """Measure, but for what was measured by probes for another target of the same run."""
     method, every = run.recipe.measure.method, candidates_of(run, run.exported.graph)
-    known = None
-    if method == "probe" and subject.shares is None:
-        known = known_pairs(every, _tables(run))
-    left = unknown_pairs(every, known)
-    if known is None or left is None:
+    if method != "probe" or subject.shares is not None:
         return measure(method, subject)
-    new = tuple(one for one in subject.attentions if one.name not in known.losses)
-    if not left and not new:
+    known, later = known_pairs(every, _tables(run)), _later(run, every)
+    if known is None:
+        return measure(method, replace(subject, later=later))
+    left = unknown_pairs(every, known.losses)
+    if not left and all(one.name in known.losses for one in subject.attentions):
         return joined(known, None, every, subject.attentions)
-    chosen = tuple(int(step) for step in _measured_steps(run)[0])
-    part = replace(subject, candidates=Part(every, left), attentions=new)
-    table = measure(method, replace(part, spread=_spread(run, chosen, (left, bool(new)))))
+    table = measure(method, replace(_left_of(subject, run, every, left), later=later))
     if table.metric != method:
         return measure(method, subject)
     return joined(known, table, every, subject.attentions)
+
+
+def _later(run: Run, mine: Candidates) -> tuple[Subject, ...]:
+    """Return what targets after this one have left to measure then: the same passes serve them."""
+    found, tables, measured = list[Subject](), _tables(run), [mine]
+    for other in run.later():
+        if other.folder.record("candidates") is None:
+            continue
+        fields = STAGE.fields(other)
+        current = other.folder.changed_fields(STAGE.name, fields) == []
+        if current or not alike(fields, STAGE.fields(run), {"candidates"}):
+            continue
+        graph = other.exported.graph
+        every = StoredCandidates.of(other.stage("candidates"), graph, limit=0)
+        known = known_pairs(every, tables)
+        names = {
+            layer: {s for one in measured for s in same_schemes(own, one[layer])}.union(
+                known.losses.get(layer, ()) if known else ()
+            )
+            for layer, own in every.items()
+        }
+        left = unknown_pairs(every, names)
+        if left:
+            found.append(_left_of(stage_subject(other)[0], other, every, left))
+        measured.append(every)
+    return tuple(found)
+
+
+def kept_steps(run: Run) -> int:
+    """Return the timesteps whose probes an interrupted call, or another target's passes, have left."""
+    fields = json.loads(canonical_json(STAGE.fields(run)))
+    keys = run.shard_cache(STAGE.name).keys()
+    return sum(key.get("part") == "probes" and fields.items() <= key.items() for key in keys)
+
+
+def _left_of(subject: Subject, run: Run, every: Candidates, left: Names) -> Subject:
+    """Return ``subject`` with what is ``left`` of its candidates; attentions are measured beside whatever it is."""
+    chosen = tuple(int(step) for step in _measured_steps(run)[0])
+    return replace(subject, candidates=Part(every, left), spread=_spread(run, chosen, left))
 
 
 def _tables(run: Run) -> list[tuple[SensitivityTable, Candidates]]:
@@ -106,18 +144,14 @@ def stage_subject(run: Run) -> tuple[Subject, tuple[str, ...]]:
     return replace(subject, spread=_spread(run, chosen), shares=shares), notes
 
 
-# What is left to measure: schemes by layer, and whether attentions are.
-_Left = tuple[Names, bool]
-
-
-def measured_subject(chosen: tuple[int, ...], run: Run, left: _Left | None = None) -> Subject:
+def measured_subject(chosen: tuple[int, ...], run: Run, left: Names | None = None) -> Subject:
     """Return the run's candidates at positions ``chosen`` of the calibrated timesteps; None: all pairs."""
     exported = run.exported
     calls = _held_out(run).at(np.array(chosen)), exported.spec
     every: Candidates = candidates_of(run, exported.graph)
-    every = every if left is None else Part(every, left[0])
+    every = every if left is None else Part(every, left)
     of = (exported.graph, every, run.calibration.stats)
-    attention = run.recipe.allocate.attention != "fp16" and (left is None or left[1])
+    attention = run.recipe.allocate.attention != "fp16"
     attentions = separate_operands(exported.graph.model) if attention else ()
     subject = Subject(*of, *calls, _settings(run), run.talk, rotate=True, attentions=attentions)
     return replace(subject, sampling=sampling_of(run))
@@ -134,14 +168,14 @@ def _held_out(run: Run) -> CallSet:
     return run.calibration.inputs.split(run.recipe.measure.samples)[1]
 
 
-def _spread(run: Run, chosen: tuple[int, ...], left: _Left | None = None) -> Spread:
+def _spread(run: Run, chosen: tuple[int, ...], left: Names | None = None) -> Spread:
     opener = partial(_opened_subject, chosen, left)
     opened, root, files = run.for_workers(opener, RECIPE, "export", "calibrate", "candidates")
     key = {**STAGE.fields(run), **({} if left is None else {"left": left})}
     return Spread(run.crew, root, files, opened, run.shard_cache("measure"), key)
 
 
-def _opened_subject(chosen: tuple[int, ...], left: _Left | None, root: Path, talk: Talk) -> Subject:
+def _opened_subject(chosen: tuple[int, ...], left: Names | None, root: Path, talk: Talk) -> Subject:
     return measured_subject(chosen, Run.opened(root, talk), left)
 
 

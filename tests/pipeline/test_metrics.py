@@ -12,8 +12,10 @@ import pytest
 from PIL import Image
 
 from mpq_deploy.evaluate.metrics import measure_images as measure
+from mpq_deploy.evaluate.metrics import sample_images
 from mpq_deploy.evaluate.metrics.kept import ImageMetrics
 from mpq_deploy.models.spec import Array
+from mpq_deploy.recipe import load_recipe
 from mpq_deploy.report.seal import report_json
 from tests.pipeline.conftest import Outcome
 from tests.pipeline.runs import build, recipe_for
@@ -296,3 +298,29 @@ def test_a_baseline_of_another_model_ends_the_gate_with_2(
         found = cli("gate", run, limit, 1, "--baseline", tmp_path / "other.json")
         assert found.code == 2
         assert "that of another model" in " ".join(found.err.split())
+
+
+def test_images_of_the_evaluation_are_not_sampled_again(
+    quarters: None, run: Path, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images, sampled, found = 8, list[str](), list[tuple[bytes, int]]()
+    recipe = load_recipe(run / "recipe.yaml")
+    more = recipe.evaluate.replace(samples=images, controls=False)
+    build(recipe.model_copy(update={"evaluate": more}), run)
+    original, keep = sample_images.sample_shard, measure._evaluated
+
+    def counted(shard: sample_images.Shard) -> Array:
+        sampled.append(shard.source.model.name)
+        return original(shard)
+
+    monkeypatch.setattr(sample_images, "sample_shard", counted)
+    for name, shared in (("shared", keep), ("anew", lambda run, settings, sources: sources)):
+        monkeypatch.setattr(measure, "_evaluated", shared)
+        own = shutil.copytree(run, tmp_path / name, ignore=shutil.ignore_patterns(".samples"))
+        sampled.clear()
+        said = cli("metrics", own, "--images", images, "--workers", 1)
+        assert said.code == 0, said.err
+        found.append(((own / "metrics.json").read_bytes(), len(sampled)))
+    (shared_bytes, less), (anew_bytes, all_of_them) = found
+    # Float twice and the plan; of these the float model's images from other noise alone are new.
+    assert (less, all_of_them) == (1, 3) and shared_bytes == anew_bytes

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +19,17 @@ from mpq_deploy.errors import MpqError, UsageError
 from mpq_deploy.recipe import Recipe, load_recipe, make_recipe
 from mpq_deploy.report import words
 from mpq_deploy.report.read import read_report
+from mpq_deploy.rounding.hessian import Gathering
 from mpq_deploy.run.effort import open_counts
-from mpq_deploy.run.folder import RunFolder, base_of, targets_in
+from mpq_deploy.run.folder import RunFolder, base_of, open_targets, targets_in
 from mpq_deploy.run.several_targets import runs_of
+from mpq_deploy.run.stage_work import ModelWork, works
+from mpq_deploy.run.view import Run
+from mpq_deploy.sensitivity.probe import Probing
 from mpq_deploy.sensitivity.table import SensitivityTable
 from mpq_deploy.stages import measure
+from mpq_deploy.stages.measure import kept_steps
+from mpq_deploy.system.progress import Talk
 from tests.pipeline import runs
 
 # The first two take the same schemes, the last one more; convolutions are other products there.
@@ -37,10 +45,27 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def at_once(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def passes() -> Counter[str]:
+    """Times that a whole run of several targets went through the model, for rows and for probes."""
+    return Counter()
+
+
+@pytest.fixture(scope="module")
+def at_once(model: Path, passes: Counter[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("at-once") / "run"
-    run_until("quantize", runs.recipe_for(model, target=ALL), run)
+    with pytest.MonkeyPatch.context() as patch:
+        for place, name in ((Gathering, "rows"), (Probing, "probe")):
+            patch.setattr(place, name, counting(getattr(place, name), passes, name))
+        run_until("quantize", runs.recipe_for(model, target=ALL), run)
     return run
+
+
+def counting(original: Any, passes: Counter[str], name: str) -> Any:
+    def counted(*given: Any) -> Any:
+        passes[name] += 1
+        return original(*given)
+
+    return counted
 
 
 def of(run: Path, target: str) -> Path:
@@ -70,6 +95,33 @@ def test_each_target_has_the_plan_and_the_graphs_that_it_has_alone(
     ours, alone = (np.array([v for row in t.losses.values() for v in row.values()]) for t in tables)
     assert pairs(of(at_once, RTX)) == pairs(tmp_path / RTX)
     np.testing.assert_allclose(ours, alone, rtol=1e-4, atol=1e-12)
+
+
+def test_all_targets_share_their_passes_through_the_model(
+    model: Path, at_once: Path, passes: Counter[str], tmp_path: Path
+) -> None:
+    alone, run = Counter[str](), tmp_path / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        for place, name in ((Gathering, "rows"), (Probing, "probe")):
+            patch.setattr(place, name, counting(getattr(place, name), alone, name))
+        runs.build(runs.recipe_for(model, target=RTX), run, "measure")
+    assert passes == alone and passes["rows"] and passes["probe"]
+    assert not any(at_once.glob("targets/*/.shards"))
+
+
+def test_what_other_targets_passes_left_is_not_forecast_again(model: Path, tmp_path: Path) -> None:
+    recipe = runs.recipe_for(model, target=f"{NANO},{RTX}")
+    first, second = runs_of(recipe, tmp_path / "run")
+    with open_targets(tmp_path / "run"):
+        sys.modules["mpq_deploy.cli.app"]._run_one("measure", *first, None, [second])
+    run = Run.opened(second[1], Talk())
+    work = ModelWork.of(run)
+    left = replace(work, probed=kept_steps(run))
+    assert works(run.recipe, work)["measure"].adjoints and run.digest("candidates")
+    assert works(run.recipe, left)["measure"].adjoints == 0
+    both, own = (ModelWork.of(Run.opened(first[1], Talk()), *more) for more in ((run,), ()))
+    assert both.pairs == own.pairs
+    assert sum(one.forms for one in both.layers) > sum(one.forms for one in own.layers)
 
 
 def test_export_and_calibration_lie_in_the_run_alone(at_once: Path) -> None:

@@ -14,6 +14,7 @@ import pytest
 from safetensors.numpy import load_file
 
 import mpq_deploy
+from mpq_deploy.evaluate.variants import kept_images
 from mpq_deploy.models.spec import DenoiserSpec, InputSpec
 from mpq_deploy.recipe import EvaluateSettings, Recipe
 from mpq_deploy.run.memory_model import estimate_stage, hessian_groups
@@ -113,6 +114,26 @@ def test_stages_run_what_is_counted(
     tmp_path: Path, seen: Counter[str], changes: dict[str, Any]
 ) -> None:
     assert_counts(recipe_for(save_denoiser(tmp_path), **changes), tmp_path / "run", seen)
+
+
+def test_samples_that_are_kept_are_not_counted_again(tmp_path: Path, seen: Counter[str]) -> None:
+    source, run = save_denoiser(tmp_path), tmp_path / "run"
+    build(recipe_for(source), run, "evaluate")
+    recipe = recipe_for(source, budget="0.6")
+    with open_pipeline(recipe, run, Notes()) as pipeline:
+        for name in (n for n, stage in STAGES.items() if stage.applies(recipe)):
+            if name == "evaluate":
+                break
+            pipeline.ensure(name)
+        assert pipeline.results["controls"].cached
+        model, kept = ModelWork.of(pipeline.run), kept_images(pipeline.run, controls=True)
+        assert kept == (recipe.evaluate.samples, model.controls)
+        assert kept_images(pipeline.run, controls=False) == (kept[0], 0)
+        seen.clear()
+        pipeline.ensure("evaluate")
+    work = works(recipe, replace(model, sampled=kept))["evaluate"]
+    assert (seen["float"], seen["quantized"]) == (work.floats, work.quantized)
+    assert work.quantized < works(recipe, model)["evaluate"].quantized
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import onnxruntime
 
+from mpq_deploy.calls.sampler import keeps_samples_apart, make_sampler
 from mpq_deploy.errors import UsageError
 from mpq_deploy.evaluate.cache import SampleCache, arrays_digest, model_digest
+from mpq_deploy.evaluate.evaluation_result import Evaluation
 from mpq_deploy.evaluate.interval import mean_interval, paired_interval
 from mpq_deploy.evaluate.metrics.frechet import (
     Moments,
@@ -53,6 +56,7 @@ from mpq_deploy.recipe import EvaluateSettings
 from mpq_deploy.report.data import FrechetInfo, Interval, ScoreInfo
 from mpq_deploy.report.words import count
 from mpq_deploy.run.view import Exported
+from mpq_deploy.system.compute import computing_on
 from mpq_deploy.system.parallel.processes import Processes
 from mpq_deploy.system.parallel.work import Alone, Crew
 from mpq_deploy.system.progress import Talk
@@ -121,7 +125,9 @@ def measure_metrics(run: Run, options: MetricsOptions) -> ImageMetrics:
         network.name: real_set(options.real, network, network_options, shape)
         for network in networks
     }
-    sources = _sources(run, exported.path, settings.seed, options.controls)
+    sources = _evaluated(
+        run, settings, _sources(run, exported.path, settings.seed, options.controls)
+    )
     model = exported.model.at_size(0)
     sampled = sample_many(sources, model, settings, cache, run.talk, _crew(run, options.workers))
     measure = _Measure(sampled, settings, SampleCache(cache, run.talk), run.talk)
@@ -209,6 +215,31 @@ def _sources(run: Run, float_model: Path, seed: int, controls: bool) -> dict[str
             {name: Source(found[name].path, seed) for name in sorted(found, reverse=True)}
         )
     return sources
+
+
+def _evaluated(
+    run: Run, settings: EvaluateSettings, sources: dict[str, Source]
+) -> dict[str, Source]:
+    """Return ``sources`` with the images of the float model and the plan that the stage evaluate has left."""
+    record, spec = run.folder.record("evaluate"), run.exported.spec
+    if record is None or spec.sizes or run.folder.changed_fields("evaluate", record.inputs) != []:
+        return sources
+    found = Evaluation.load(run.stage("evaluate"))
+    names = ("steps", "sampler", "batch_size", "seed")
+    alike = all(getattr(found.settings, name) == getattr(settings, name) for name in names)
+    here = record.device == str(computing_on()) and record.inputs["export"] == run.digest("export")
+    versions = record.inputs["version.onnxruntime"] == onnxruntime.__version__
+    apart = spec.pipeline is not None or keeps_samples_apart(
+        make_sampler(spec.scheduler, settings.steps, settings.seed, settings.sampler)
+    )
+    if not (alike and here and versions and apart):
+        return sources
+    digests = {FLOAT: found.float_digest, OURS: found.variants[OURS].digest}
+    return sources | {
+        name: replace(sources[name], made=(found.rows, found.images[name]))
+        for name, digest in digests.items()
+        if model_digest(sources[name].model) == digest
+    }
 
 
 def _other_seed(seed: int, calibration: int) -> int:

@@ -34,6 +34,7 @@ from mpq_deploy.evaluate.setup import spread_rows
 from mpq_deploy.models.spec import Array, DenoiserSpec, FloatModel
 from mpq_deploy.recipe import EvaluateSettings
 from mpq_deploy.runtime.ort import OrtDenoiser
+from mpq_deploy.system.lanes import lanes_for
 from mpq_deploy.system.parallel.job_files import Files
 from mpq_deploy.system.parallel.processes import Processes
 from mpq_deploy.system.parallel.work import Alone, Crew, Job, Result, Work, run_shards
@@ -53,11 +54,15 @@ LARGEST_SHARED_BYTES = 1 << 30
 
 @dataclass(frozen=True)
 class Source:
-    """A model to sample: its graph, whether it is the float one, and the seed of its noise."""
+    """A model to sample: its graph, whether it is the float one, and the seed of its noise.
+
+    ``made``: the conditions of the first of its images, and these, where another stage has sampled them.
+    """
 
     model: Path
     seed: int
     is_float: bool = False
+    made: tuple[tuple[int, ...], Array] | None = None
 
 
 @dataclass(frozen=True)
@@ -117,9 +122,11 @@ def sample_many(
     )
     store, job = _Counting(cache, talk), _job(files, models)
     shared = _Shared(spec, model.conditions, decoder, rows, settings, threads, model.pipeline)
-    shards = [
-        shard for name, source in sources.items() for shard in _shards(name, source, shared, files)
-    ]
+    shards = []
+    for name, source in sources.items():
+        own = _shards(name, source, shared, files)
+        _keep_made(store, source, own, threads)
+        shards += own
     with crew.open(job, talk) as pool:
         title = f"sample {len(sources)} sets of {settings.samples}"
         images = [result["images"] for result in run_shards(pool, title, shards, talk, store)]
@@ -153,7 +160,7 @@ class _Shared:
 def _shards(name: str, source: Source, shared: _Shared, files: Files) -> list[ShardOf]:
     """Cut the images of ``source`` into shards, with paths relative to the root of ``files``."""
     settings = shared.settings
-    relative = replace(source, model=files.below(source.model))
+    relative = replace(source, model=files.below(source.model), made=None)
     decoder = None if shared.decoder is None else files.below(shared.decoder)
     common = _common_key(shared.spec, shared.conditions, shared.decoder, settings)
     key = {
@@ -180,6 +187,25 @@ def _shards(name: str, source: Source, shared: _Shared, files: Files) -> list[Sh
         title = f"{name}, images {start} to {start + len(rows) - 1}"
         shards.append(ShardOf(title, task, 1, {**key, "start": start, "rows": list(rows)}))
     return shards
+
+
+def _keep_made(store: SampleCache, source: Source, shards: list[ShardOf], threads: int) -> None:
+    """Keep the source's images that are made already as those of its shards, where these would be the same bits.
+
+    As on as many threads, in the same batches, and with noise that does not depend on other images.
+    """
+    if source.made is None or threads != (
+        lanes_for(_bytes(source.model)).threads or runtime_threads()
+    ):
+        return
+    rows, images = source.made
+    for task, key in ((shard.task, shard.key or {}) for shard in shards):
+        end = task.start + len(task.rows)
+        batch = 1 if task.pipeline is not None else task.settings.batch_size
+        cut = task.start % batch or (end % batch and end < len(images))
+        same = task.rows == rows[task.start : end] and end <= len(images)
+        if same and not cut and store.find(key) is None:
+            SampleCache.keep(store, key, {"images": images[task.start : end]})
 
 
 class _Counting(SampleCache):
