@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from paper_claims import Bench, Plan, Result, simulated_schemes, with_shared_bits
+from papers import Bench, Plan, Result, simulated_schemes, with_shared_bits
 from table import Page, bench_parser, bench_recipe, markdown, verdict, weights_digest
 
 from mpq_deploy.graph.writers.deployed_graphs import SIMULATED

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
+from pages import made
 
 from mpq_deploy.recipe import Recipe, load_recipe
 from mpq_deploy.run.pipeline import STAGES
@@ -80,12 +81,12 @@ class Page:
         self._parts.append(text)
 
     def save(self, path: Path | None) -> None:
-        """Write the page, command and versions on top; None writes nothing."""
+        """Write the page, command and versions on top, its code at the end; None writes nothing."""
         if path is None:
             return
         head = [f"# {self._title}", f"```sh\n{command()}\n```", versions() + "."]
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("\n\n".join([*head, *self._parts]) + "\n", encoding="utf-8")
+        path.write_text(made("\n\n".join([*head, *self._parts])), encoding="utf-8")
 
     def conclude(self, checks: Sequence[tuple[bool, str]], path: Path | None) -> NoReturn:
         """Say the checks, write the page, and exit: 0 when all passed, else 1."""

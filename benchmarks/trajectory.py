@@ -47,7 +47,7 @@ from mpq_deploy.studies.sweep import parse_budgets
 from mpq_deploy.system.progress import PlainTalk
 
 SEED = 20261
-TAIL = "48x4, tail"
+TAIL, MORE_CALLS = "48x4, tail", "single outputs 48x4"
 KINDS = {
     "weights only": lambda scheme: scheme.activation is None,
     "INT8 compute": lambda scheme: scheme.activation is not None or not scheme.quantized,
@@ -117,7 +117,7 @@ def mixed(products: StepProducts, coherence: float) -> SensitivityTable:
 
 OBJECTIVES: dict[str, Callable[[Measured], SensitivityTable]] = {
     "single outputs 12x4": lambda m: m.default,
-    "single outputs 48x4": lambda m: m.outputs,
+    MORE_CALLS: lambda m: m.outputs,
     "trajectories 12x4": lambda m: some(m.products, 12, 4).table(),
     "trajectories 48x1": lambda m: some(m.products, 48, 1).table(),
     "48x1, root": lambda m: weighted(some(m.products, 48, 1), "root"),
@@ -131,8 +131,8 @@ OBJECTIVES: dict[str, Callable[[Measured], SensitivityTable]] = {
 }
 
 
-def measured(run: Run, calls: int, probes: int) -> Measured:
-    """Measure what is not kept in the run folder."""
+def measured(run: Run, calls: int, probes: int, needed: bool) -> Measured:
+    """Measure what is not kept in the run folder; single outputs of so many calls only where they are ``needed``."""
     folder = run.path / "bench-trajectory"
     folder.mkdir(exist_ok=True)
     chosen = tuple(range(len(run.calibration.inputs.timesteps)))
@@ -140,13 +140,14 @@ def measured(run: Run, calls: int, probes: int) -> Measured:
     subject = replace(subject, settings=subject.settings.replace(calls=calls, probes=probes))
     key = f"{run.digest('candidates')[:16]}-{calls}x{probes}"
     outputs, products = folder / f"outputs-{key}", folder / f"products-{key}.npz"
-    if not (outputs / "table.json").exists():
+    if needed and not (outputs / "table.json").exists():
         outputs.mkdir(exist_ok=True)
         measure("probe", subject).save(outputs)
     if not products.exists():
         save_products(measured_products(subject), products)
     default = SensitivityTable.load(run.stage("measure"))
-    return Measured(default, SensitivityTable.load(outputs), load_products(products))
+    more = SensitivityTable.load(outputs) if needed else default
+    return Measured(default, more, load_products(products))
 
 
 def save_products(products: StepProducts, path: Path) -> None:
@@ -243,7 +244,7 @@ def of_model(
     run: Run, page: Page, names: list[str], budgets: Iterable[float], images: int
 ) -> list[Row]:
     """Measure one model, say its tables, and return (objective, kind, budget, figures)."""
-    tables = measured(run, 48, 4).tables(names)
+    tables = measured(run, 48, 4, MORE_CALLS in names).tables(names)
     seen, rows = Images(run, images), list[Row]()
     for kind in KINDS:
         for budget in budgets:

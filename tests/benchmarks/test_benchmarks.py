@@ -243,7 +243,7 @@ def test_memory_of_a_process_tree_includes_its_children(script: ModuleType) -> N
     assert resident > private
 
 
-@using("paper_claims")
+@using("papers")
 def test_what_was_measured_and_how_long_it_took_are_paragraphs_of_their_own(
     script: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -258,6 +258,25 @@ def test_what_was_measured_and_how_long_it_took_are_paragraphs_of_their_own(
     weights, stages = script.about(run, 8).split("\n\n")
     assert weights == "Weights (SHA-256): unet/w.safetensors a5074f9d676f."
     assert stages.startswith("Stages, when they were last made:")
+
+
+@using("papers")
+def test_a_check_says_by_what_a_plan_of_ours_does_not_win(script: ModuleType) -> None:
+    def result(name: str, nmse: float, psnr_db: float, to_float: float) -> Any:
+        plan = script.Plan(name, {}, 100)
+        return script.Result(plan, 0.2, nmse, psnr_db, psnr_db - 5, 0.3, to_float)
+
+    papers = [result("uniform", 0.04, 26.0, 0.18), result("MPQ-DMv2: zres", 0.03, 25.0, 0.20)]
+    passed, line = script.check("W2A4", result("ours", 0.02, 29.0, 0.06), papers)
+    assert passed and line.startswith("- PASS: W2A4: ours beats the papers' plans: ")
+    assert "error 2.00e-02 against 3.00e-02 (MPQ-DMv2)" in line and "NOT" not in line
+    passed, line = script.check("W2A4", result("ours", 0.02, 25.5, 0.19), papers)
+    assert not passed and line.startswith("- FAIL")
+    found, _, lost = line.partition("NOT by ")
+    assert "error" in found and "29.0" not in line
+    assert lost.startswith(
+        "PSNR 25.5 dB against 26.0 dB (uniform), distance 0.19000 against 0.18000"
+    )
 
 
 def test_no_kept_page_runs_the_two_together() -> None:

@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
+from benchmarks.pages import made
 from tests.fuzz.cases import KINDS, Bases
 from tests.fuzz.runner import MEMORY_BYTES, SECONDS, Outcome, run_seed
 
@@ -59,10 +60,9 @@ def main() -> int:
     text = table(outcomes)
     sys.stdout.write(f"{text}\n")
     if chosen.page:
-        chosen.page.write_text(
-            PAGE.format(table=text, seconds=SECONDS, memory=MEMORY_BYTES / 1e9, cases=number),
-            encoding="utf-8",
-        )
+        memory = MEMORY_BYTES / 1e9
+        page = PAGE.format(table=text, seconds=SECONDS, memory=memory, cases=number)
+        chosen.page.write_text(made(page), encoding="utf-8")
     return int(any(one.problem for ones in outcomes.values() for one in ones))
 
 

@@ -22,6 +22,7 @@ from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
+from benchmarks.pages import made
 from mpq_deploy.errors import MpqError
 from mpq_deploy.models.export import export_denoiser
 from mpq_deploy.runtime.ort import OrtDenoiser
@@ -71,7 +72,7 @@ def main() -> int:
     text = page(found, chosen.only, chosen.page)
     sys.stdout.write(text)
     if chosen.page:
-        chosen.page.write_text(text, encoding="utf-8")
+        chosen.page.write_text(made(text), encoding="utf-8")
     return 0 if all(as_expected(name, one) for name, one in found.items()) else 1
 
 
