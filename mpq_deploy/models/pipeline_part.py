@@ -35,12 +35,12 @@ from mpq_deploy.models.denoiser import Denoiser
 from mpq_deploy.models.lora import Loras, told
 from mpq_deploy.models.model_form import OUTPUT
 from mpq_deploy.models.prompts import prompts_file, read_prompts
-from mpq_deploy.models.sample_sizes import named_sizes, sized_calls
+from mpq_deploy.models.sample_sizes import pipeline_multiple, size_fields, sized_calls
 from mpq_deploy.models.spec import EACH_SIZE, DenoiserSpec, InputSpec, LoraUse, PipelineSpec
 from mpq_deploy.models.torch_export import TorchNetwork
 from mpq_deploy.models.transformer import signature_of
 from mpq_deploy.system.progress import Talk
-from mpq_deploy.system.quantities import ImageSize
+from mpq_deploy.system.quantities import ImageSizes
 
 # Parameters of pipelines by which they make several images of one prompt.
 _EACH = re.compile(r"num_\w+_per_prompt|batch_size")
@@ -88,7 +88,7 @@ def open_pipeline_part(
             fixed=_texts({**fixed, **given.constants}),
         ),
         loras=uses,
-        sizes=named_sizes(additions.sizes),
+        **size_fields(additions.sizes, pipeline_multiple(pipeline, module.config)),
     )
     return Denoiser(
         spec,
@@ -111,7 +111,7 @@ def _sized_inputs(
     found: Sequence[Arguments],
     more: Mapping[str, torch.Tensor] | None,
     names: tuple[str, str],
-    sizes: Sequence[ImageSize],
+    sizes: ImageSizes,
 ) -> tuple[list[InputSpec], dict[str, torch.Tensor]]:
     """Return what ``_inputs`` does, with the inputs' shapes at each of ``sizes``.
 
@@ -120,13 +120,13 @@ def _sized_inputs(
     """
     listed, fixed = _inputs(found[0], more, names)
     first = _texts({**fixed, **found[0].constants})
-    for size, other in zip(sizes[1:], found[1:]):
+    for size, other in zip(sizes.listed[1:], found[1:]):
         here = _texts({**{n: other.tensors.get(n) for n in fixed}, **other.constants})
         changed = next((name for name in first if here.get(name) != first[name]), None)
         if changed is not None:
             raise UsageError(
-                f"The pipeline gives its denoiser another '{changed}' at {size} than at {sizes[0]}, and the graph "
-                "holds it as a constant.",
+                f"The pipeline gives its denoiser another '{changed}' at {size} than at {sizes.listed[0]}, "
+                "and the graph holds it as a constant.",
                 EACH_SIZE,
             )
     inputs = [item.with_sizes([_shape_in(one, item, names[0]) for one in found]) for item in listed]

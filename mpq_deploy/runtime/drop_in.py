@@ -173,12 +173,10 @@ class RuntimeUNet(torch.nn.Module):  # type: ignore[misc]
 
     def _check_size(self, sample: torch.Tensor) -> None:
         """Refuse a sample of a size that the graph was not made for, with those that it was."""
-        sizes = self.spec.sample.sizes
-        if sizes and tuple(sample.shape[1:]) not in sizes:
-            taken = (f"{name} ({list(one)})" for name, one in zip(self.spec.size_names, sizes))
+        if not self.spec.takes(sample.shape[1:]):
             raise UsageError(
                 f"The denoiser was not built for samples of the shape {list(sample.shape[1:])}.",
-                f"It takes {', '.join(taken)}; build it with --sizes for others.",
+                f"It takes {self.spec.taken_sizes}; build it with --sizes for others.",
             )
 
     def _check_first_tokens(self, given: dict[str, Any]) -> None:

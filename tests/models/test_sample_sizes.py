@@ -13,11 +13,11 @@ diffusers = pytest.importorskip("diffusers")
 
 from mpq_deploy.errors import ModelError, UsageError  # noqa: E402
 from mpq_deploy.models.additions import Additions  # noqa: E402
-from mpq_deploy.models.export import export_denoiser, load_exported  # noqa: E402
+from mpq_deploy.models.export import _between, export_denoiser, load_exported  # noqa: E402
 from mpq_deploy.models.open import open_denoiser  # noqa: E402
 from mpq_deploy.runtime.drop_in import load  # noqa: E402
 from mpq_deploy.runtime.ort import make_session  # noqa: E402
-from mpq_deploy.system.quantities import ImageSize  # noqa: E402
+from mpq_deploy.system.quantities import ImageSizes  # noqa: E402
 from tests.exported_networks import Form  # noqa: E402
 from tests.pipeline.runs import describe  # noqa: E402
 from tests.tiny_models import (  # noqa: E402
@@ -29,12 +29,12 @@ from tests.tiny_models import (  # noqa: E402
 )
 
 pytestmark = [pytest.mark.slow, pytest.mark.torch]
-SIZES = ImageSize.parse_list("8x8,16x12")
+SIZES = ImageSizes.parse("8x8,16x12")
 SHAPES = [(4, 8, 8), (4, 12, 16)]
 
 
 def sized(text: str, **others: Any) -> Additions:
-    return Additions(sizes=ImageSize.parse_list(text), **others)
+    return Additions(sizes=ImageSizes.parse(text), **others)
 
 
 @pytest.mark.parametrize("exporter", ["script", "dynamo"])
@@ -77,12 +77,67 @@ def test_one_size_is_described_as_before_there_were_several(tmp_path: Path) -> N
     assert "sizes" not in (tmp_path / "denoiser.json").read_text(encoding="utf-8")
     # Another single size than the configuration's.
     assert open_denoiser(folder, sized("16x8")).spec.sample.shape == (3, 8, 16)
+    folder = tiny_text_pipeline_folder(tmp_path, **ONE_LEVEL)
+    given = open_denoiser(folder, sized("24x16", prompts=prompts(tmp_path)))
+    assert given.spec.sample.shape == (4, 8, 12) and not given.spec.sizes
 
 
 def test_a_size_between_the_models_steps_names_the_nearest(tmp_path: Path) -> None:
     folder = tiny_unet_folder(tmp_path)
     with pytest.raises(UsageError, match=r"13x8 is not in steps of 2.*12x8 or 14x8"):
         open_denoiser(folder, sized("8x8,13x8"))
+
+
+def test_every_size_of_a_range_is_taken_in_the_models_steps(tmp_path: Path) -> None:
+    folder = tiny_text_pipeline_folder(tmp_path, **ONE_LEVEL)
+    denoiser = open_denoiser(folder, sized("16x16:32x24:8", prompts=prompts(tmp_path)))
+    spec = denoiser.spec
+    assert spec.sizes == ((16, 16), (32, 24), (32, 16), (16, 24)) and spec.size_step == 8
+    assert spec.pipeline is not None and len(spec.pipeline.calls) == 12
+    # What is compared beside the corners lies one step above the smallest.
+    name, between = _between(denoiser)
+    assert name == "24x24" and between.spec.sample.shape == (4, 12, 12)
+    export_denoiser(denoiser, tmp_path / "run" / "export")
+    pipe = diffusers.DiffusionPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+
+    def image(width: int, height: int) -> Any:
+        generator = torch.Generator().manual_seed(5)
+        options = {"generator": generator, "num_inference_steps": 3, "output_type": "np"}
+        return pipe("abc", width=width, height=height, **options).images
+
+    sizes = ((24, 16), (24, 24), (32, 24))
+    before = [image(*size) for size in sizes]
+    pipe.unet = load(tmp_path / "run" / "export" / "model.onnx")
+    for expected, size in zip(before, sizes):
+        np.testing.assert_allclose(image(*size), expected, atol=2e-4)
+    with pytest.raises(
+        UsageError, match=r"\[4, 16, 8\].*every size from 16x16 to 32x24 in steps of 8"
+    ):
+        image(16, 32)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("8x8:13x8", "13x8 is not in steps of 2.*12x8 or 14x8"),
+        ("8x8:14x8:3", "The step 3 of the sizes is not a multiple of 2"),
+        ("8x8:14x8:4", "14x8 is not in steps of 4, as the range names it"),
+    ],
+)
+def test_a_range_between_the_models_steps_is_refused(tmp_path: Path, text: str, said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        open_denoiser(tiny_unet_folder(tmp_path), sized(text))
+
+
+def test_too_small_a_step_of_a_range_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As of a file, which does not say in which steps its sizes come.
+    monkeypatch.setattr("mpq_deploy.models.sample_sizes.sample_multiple", lambda config: 1)
+    denoiser = open_denoiser(tiny_unet_folder(tmp_path), sized("8x8:16x8"))
+    with pytest.raises(ModelError, match=r"cannot be run at 9x8.*FROM:TO:STEP"):
+        export_denoiser(denoiser, tmp_path / "export")
 
 
 def test_a_transformer_that_takes_one_size_alone_is_refused(tmp_path: Path) -> None:
