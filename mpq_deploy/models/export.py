@@ -247,7 +247,7 @@ def _at_size(denoiser: Denoiser, number: int) -> Denoiser:
     """Return the denoiser at one of its sizes."""
     spec, given = denoiser.spec, denoiser.conditions
     arrays = spec.conditions_at(number, given.arrays)
-    rows = given.rows if spec.timestep is not None else len(arrays[spec.sample.name])
+    rows = len(next(iter(arrays.values()))) if arrays else given.rows
     conditions = replace(given, arrays=arrays, rows=rows)
     return replace(denoiser, spec=spec.at_size(number), conditions=conditions)
 

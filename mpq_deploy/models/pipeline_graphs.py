@@ -49,7 +49,10 @@ def export_pipeline(
     name = "unet" if getattr(pipeline, "unet", None) is not None else "transformer"
     export_denoiser(denoiser, out / name, talk)
     files = {name: out / name / MODEL}
-    networks |= vae_networks(pipeline, [latent_size(shape) for shape in sample.shapes], images)
+    factor = int(pipeline.vae_scale_factor)
+    latents = [(one.height // factor, one.width // factor) for one in sizes]
+    latents = latents or [latent_size(shape) for shape in sample.shapes]
+    networks |= vae_networks(pipeline, latents, images)
     for part, network in networks.items():
         model = network.to_onnx(talk)
         check_finite(model)

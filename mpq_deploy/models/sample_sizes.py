@@ -16,9 +16,12 @@ from mpq_deploy.errors import UsageError
 from mpq_deploy.models.additions import CONFIG, VAE, read_json
 from mpq_deploy.models.denoiser import Denoiser
 from mpq_deploy.models.spec import DenoiserSpec
+from mpq_deploy.models.transformer import DIT
 from mpq_deploy.system.quantities import ImageSize, ImageSizes
 
 ALONE = "Leave --sizes out: it is built for its own size."
+# Transformers whose pipelines give them squares of 2 x 2 latents as one token.
+PACKING = ("FluxTransformer2DModel", "ChromaTransformer2DModel")
 DECODER_FOLDERS = (VAE, "vqvae")
 
 
@@ -38,6 +41,10 @@ def with_sizes(denoiser: Denoiser, sizes: ImageSizes, source: Path) -> Denoiser:
     factor = pixel_factor(source, spec.config) if source.is_dir() else 1
     multiple = factor * sample_multiple(spec.config)
     check_multiples(sizes, multiple)
+    oblong = next((one for one in sizes if one.width != one.height), None)
+    if spec.config.get("_class_name") == DIT and len(sizes) > 1 and oblong is not None:
+        what = f"{DIT} of diffusers makes square images alone, not {oblong}"
+        raise UsageError(f"{what}.", "List squares, without a range: --sizes 256x256,512x512.")
     channels = spec.sample.shape[0]
     shapes = [(channels, size.height // factor, size.width // factor) for size in sizes]
     sample = spec.sample.with_sizes(shapes)
@@ -108,6 +115,8 @@ def sample_multiple(config: Mapping[str, Any]) -> int:
     """Return what height and width of a sample must be multiples of: levels of a UNet, patches."""
     if str(config.get("_class_name")).startswith("UNet"):
         return int(2 ** (len(config.get("block_out_channels") or (0,) * 4) - 1))
+    if config.get("_class_name") in PACKING:
+        return 2
     patch = config.get("patch_size", 1)
     return patch if isinstance(patch, int) else 1
 

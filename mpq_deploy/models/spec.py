@@ -191,8 +191,9 @@ class DenoiserSpec(Sized):
         return self.model_copy(update=own)
 
     def conditions_at(self, number: int, arrays: Mapping[str, Array]) -> dict[str, Array]:
-        """Return the rows of one size: without timesteps they are samples, of each size in turn."""
-        if not self.sizes or self.timestep is not None:
+        """Return the rows of one size: each size has the next one where they are samples or change with it."""
+        in_turn = self.timestep is None or any(item.sizes for item in self.conditions)
+        if not self.sizes or not in_turn:
             return dict(arrays)
         every = slice(number, None, len(self.sizes))
         shapes = {item.name: item.at_size(number).shape for item in self.inputs}
@@ -217,9 +218,11 @@ class DenoiserSpec(Sized):
         sizes = self.sample.sizes
         if not self.size_step or tuple(shape) in sizes:
             return not sizes or tuple(shape) in sizes
-        ends, step = zip(map(min, zip(*sizes)), shape, self.sample.shape), self.sample_step
+        ends = zip(map(min, zip(*sizes)), shape, self.sample.shape)
         inside = len(shape) == len(sizes[0]) and all(low <= one <= high for low, one, high in ends)
-        return inside and not any(shape[axis] % step for axis in self.sample.open_axes)
+        # Tokens in a row do not say of which height and width they are.
+        sides = self.sample.open_axes if len(shape) == 3 else ()
+        return inside and not any(shape[axis] % self.sample_step for axis in sides)
 
     @property
     def taken_sizes(self) -> str:

@@ -76,6 +76,27 @@ def test_a_range_makes_every_size_in_its_steps(folders: tuple[Path, Path], tmp_p
         assert "every size from 16x16 to 32x16 in steps of 8" in said
 
 
+def test_images_of_packed_latents_have_the_positions_of_their_size(tmp_path: Path) -> None:
+    source, sizes = tiny_folder(tmp_path, "flux"), ImageSizes.parse("16x16,32x16,16x32")
+    files = export_pipeline(source, "flux", tmp_path / "graphs", sizes=sizes)
+    write_generation(source, files, tmp_path / "generation", sizes=sizes)
+    generator = generator_of(tmp_path / "generation", None)
+    pipe, images = pipeline_of(source, None, ""), []
+    for size in sizes.listed[1:]:
+        with same_noise():
+            (expected,) = pipe(
+                *(PROMPT,),
+                num_inference_steps=3,
+                output_type="np",
+                width=size.width,
+                height=size.height,
+            ).images
+        (made,) = generator(PROMPT, steps=3, size=(size.width, size.height))
+        np.testing.assert_allclose(made.array, expected, atol=CLOSE)
+        images.append(made.array)
+    assert np.abs(images[0].transpose(1, 0, 2) - images[1]).max() > 10 * CLOSE
+
+
 def test_another_size_is_refused_with_the_list(folders: tuple[Path, Path], tmp_path: Path) -> None:
     options = ["-p", "a", "--size", "16x24", "-o", str(tmp_path / "a.png")]
     found = CliRunner().invoke(app, ["generate", str(folders[1]), *options])
