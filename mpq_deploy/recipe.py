@@ -25,6 +25,7 @@ from mpq_deploy.formats.scheme import BRANCH_KINDS, NEW_FAMILIES, schemes_named
 from mpq_deploy.models.lora_option import parse_lora
 from mpq_deploy.system.names import LONGEST_NAME, printable
 from mpq_deploy.system.quantities import (
+    NO_SIZES,
     Budget,
     BudgetEntry,
     DurationEntry,
@@ -512,7 +513,8 @@ class Recipe(Section):
         None, description="classifier-free guidance; null: the model's own"
     )
     sizes: SizesEntry = Field(
-        (), description="WIDTHxHEIGHT that one engine takes: [512x512, 768x512]; empty: its own one"
+        NO_SIZES,
+        description="WIDTHxHEIGHT that one engine takes: [512x512, 768x512], or FROM:TO[:STEP]; empty: its own one",
     )
     first_token: Literal["quantized", "precomputed"] = Field(
         "quantized",

@@ -192,9 +192,10 @@ class _Watch:
         kept = {OUTPUT: np.asarray(output, np.float32)} if self._outputs else {}
         given, size = {**feeds, **kept}, None
         if self._spec.sizes:
-            sample = self._spec.sample
-            size = self._spec.size_of(feeds[sample.name])
-            given[sample.name] = fill_to(feeds[sample.name], sample.shape)
+            size = self._spec.size_of(feeds[self._spec.sample.name])
+            for item in self._spec.inputs:
+                if item.sizes:
+                    given[item.name] = fill_to(feeds[item.name], item.shape)
         self.recorder.add(self._run, self._step, timestep, given, output, size)
         return output
 

@@ -256,8 +256,8 @@ SizesOption = Annotated[
     Optional[str],
     typer.Option(
         "--sizes",
-        metavar="WxH[,WxH]",
-        help="Image sizes that one engine takes.",
+        metavar="WxH,...|WxH:WxH[:STEP]",
+        help="Image sizes that one engine takes: a list, or a range from the smallest to the largest.",
         rich_help_panel=OF_MODEL,
         show_default="the model's own",
     ),

@@ -101,12 +101,18 @@ def sweep(
     target: OneTargetOption = None,
     compute: Compute = HERE,
 ) -> None:
-    """Plot quality against size. Sensitivity is measured once; each budget then takes seconds."""
+    """Plot quality against size. Sensitivity is measured once; each budget then takes seconds.
+
+    Of a whole pipeline: joint size against the predicted error of its final images.
+    """
     from mpq_deploy.run.folder import runs_at
     from mpq_deploy.run.pipeline import open_pipeline
     from mpq_deploy.studies.sweep import parse_budgets, run_sweep, sweep_table
 
     chosen = parse_budgets(budgets)
+    if (run / "pipeline.json").is_file() and target is None:
+        _sweep_whole(run, chosen, evaluate or points is not None)
+        return
     crew = compute.crew()
     command = shlex.join(["mpq-deploy", *sys.argv[1:]])
     made = {}
@@ -120,6 +126,19 @@ def sweep(
         files = f"curve: {one / 'sweep.svg'}\npage:  {one / 'sweep.html'}"
         made[name] = (result, f"{sweep_table(result)}\n\n{files}")
     print_each(made)
+
+
+def _sweep_whole(run: Path, budgets: list[float], measured: bool) -> None:
+    """Solve a whole pipeline's run for ``budgets``. Raises UsageError where they are to be measured."""
+    from mpq_deploy.studies.whole_sweep import sweep_whole, whole_sweep_table
+
+    if measured:
+        raise UsageError(
+            f"Budgets of {run}, a whole pipeline, are predicted, not measured.",
+            f"Leave --evaluate and --points out; or measure one part: {run}/components/NAME.",
+        )
+    result = sweep_whole(recipe_of(run, None), run, budgets, make_talk())
+    print_result(result, f"{whole_sweep_table(result)}\n\ncurve: {run / 'sweep.svg'}")
 
 
 @app.command(
@@ -226,7 +245,8 @@ def compare(
 ) -> None:
     """Compare the first run with the others: size, quality, latency, and what changed in the plan.
 
-    Runs of several targets are compared target by target.
+    Runs of several targets are compared target by target, those of whole pipelines
+    part by part.
     """
     from mpq_deploy.report.compare import compare_reports
     from mpq_deploy.report.comparison import comparison_markdown, comparison_page, comparison_text
@@ -234,6 +254,9 @@ def compare(
     from mpq_deploy.run.folder import runs_at
 
     first, *others = runs
+    if any((one / "pipeline.json").is_file() for one in runs) and target is None:
+        _compare_wholes(runs, markdown, html, json)
+        return
     chosen = runs_at(first, target)
     check_one_file(html, chosen)
     made = {}
@@ -245,6 +268,16 @@ def compare(
         text = comparison_markdown(comparison) if markdown else comparison_text(comparison)
         made[name] = (comparison.as_json(), text)
     print_each(made, json)
+
+
+def _compare_wholes(runs: list[Path], markdown: bool, html: Path | None, json: bool) -> None:
+    from mpq_deploy.report.parts_compare import compare_pipelines
+
+    compared = compare_pipelines(runs)
+    if html is not None:
+        write_text(html, compared.page())
+    text = compared.markdown() if markdown else compared.text()
+    print_result(compared.as_json(), text, json)
 
 
 def _of_target(path: Path, name: str) -> Path:

@@ -10,7 +10,7 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,7 @@ from mpq_deploy.graph.writers.lora_slots import SLOTTED_SIMULATED
 from mpq_deploy.models.additions import pipeline_index
 from mpq_deploy.models.locate import locate
 from mpq_deploy.models.pipeline_graphs import pipeline_length
+from mpq_deploy.models.sample_sizes import pipeline_multiple, size_fields
 from mpq_deploy.recipe import make_recipe
 from mpq_deploy.run.pipeline_file import COMPONENTS as RUNS
 from mpq_deploy.run.pipeline_file import PIPELINE, PipelineFile
@@ -52,7 +53,7 @@ from mpq_deploy.run.view import RECIPE, Run
 from mpq_deploy.runtime.ort import SESSION_COPIES
 from mpq_deploy.system.files import write_text
 from mpq_deploy.system.progress import Talk
-from mpq_deploy.system.quantities import ImageSize
+from mpq_deploy.system.quantities import NO_SIZES, ImageSizes
 from mpq_deploy.system.release import __version__
 
 # Classes by kind; image-to-image and inpainting are calls of the same parts.
@@ -122,7 +123,7 @@ def write_generation(
     parts: Mapping[str, Path],
     out: Path,
     defaults: Mapping[str, Any] | None = None,
-    sizes: Sequence[ImageSize] = (),
+    sizes: ImageSizes = NO_SIZES,
 ) -> Generation:
     """Write ``out`` from the pipeline in ``folder`` and ``parts`` (see ``models.pipeline_graphs``).
 
@@ -147,6 +148,7 @@ def write_generation(
     }
     denoiser = pipeline.unet if kind in (SD, SDXL) else pipeline.transformer
     steps, guidance = DEFAULTS[kind]
+    sized = size_fields(sizes, pipeline_multiple(pipeline, denoiser.config))
     described = {
         "format": FORMAT,
         "made_by": __version__,
@@ -159,6 +161,7 @@ def write_generation(
             **(defaults or {}),
         },
         "sizes": [[s.width, s.height] for s in sizes] or [_size(written, kind, pipeline)],
+        **{key: value for key, value in sized.items() if key == "size_step" and value},
         "vae": _vae(pipeline),
         "settings": _settings(pipeline, denoiser, kind),
     }
@@ -243,7 +246,9 @@ def _write_part(
         described["outputs"] = {one: outputs[one] for one in taken if one in outputs} or outputs
         described["vocabulary"] = int(getattr(pipeline, name).config.vocab_size)
     scale = 1 if name == "vae_encoder" else int(pipeline.vae_scale_factor)
-    open_axes = {0: CALL_ROWS, 2: largest[0] // scale, 3: largest[1] // scale}
+    height, width = (side // scale for side in largest)
+    # Axis 1 is open where tokens of 2 x 2 latents lie in a row.
+    open_axes = {0: CALL_ROWS, 1: height * width // 4, 2: height, 3: width}
     described["memory_bytes"] = _memory(file, proto, described["inputs"], open_axes)
     return described
 

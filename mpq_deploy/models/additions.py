@@ -11,7 +11,7 @@ from typing import Any
 from mpq_deploy.errors import ModelError, UsageError
 from mpq_deploy.models.lora_option import LoraOption
 from mpq_deploy.system.inputs import read_json_object
-from mpq_deploy.system.quantities import ImageSize
+from mpq_deploy.system.quantities import NO_SIZES, ImageSizes
 
 # Parts of a pipeline that denoise, the first that is there by default; training keeps averages
 # beside the weights.
@@ -49,7 +49,7 @@ class Additions:
     loras: tuple[LoraOption, ...] = ()
     config: Path | None = None
     unpacked: Path | None = None
-    sizes: tuple[ImageSize, ...] = ()
+    sizes: ImageSizes = NO_SIZES
 
 
 def read_scheduler(path: Path) -> dict[str, Any]:

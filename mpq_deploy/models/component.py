@@ -47,7 +47,7 @@ from mpq_deploy.models.lora import Loras, told
 from mpq_deploy.models.model_form import model_class
 from mpq_deploy.models.pipeline_folder import CONFIG, IMAGE_RANGE, INDEX
 from mpq_deploy.models.pipeline_part import call_label, calls_of, dtype_name
-from mpq_deploy.models.sample_sizes import named_sizes, sized_calls
+from mpq_deploy.models.sample_sizes import pipeline_multiple, size_fields, sized_calls
 from mpq_deploy.models.spec import Array, DenoiserSpec, InputSpec, LoraUse, fill_to
 from mpq_deploy.models.torch_export import TorchNetwork
 from mpq_deploy.models.weight_files import own_tensors
@@ -112,7 +112,7 @@ def open_component(folder: Path, source: str, additions: Additions, talk: Talk) 
         pixel_range=IMAGE_RANGE if decodes and len(inputs[0].shape) == 3 else None,
         pooled_factor=factor,
         loras=uses,
-        sizes=named_sizes(additions.sizes),
+        **size_fields(additions.sizes, pipeline_multiple(pipeline, {})),
     )
     call = _forward(recorded, inputs, method, tuple(places.values()), factor)
     network = TorchNetwork(part, inputs, outputs[0], call, outputs[1:])

@@ -31,6 +31,7 @@ from mpq_deploy.runtime.ort import (
 )
 from mpq_deploy.system.libraries import gist, tell_cause
 from mpq_deploy.system.progress import Talk
+from mpq_deploy.system.quantities import ImageSize
 
 MODEL, SPEC, CONDITIONS, DECODER = "model.onnx", "denoiser.json", "conditions.npz", "decoder.onnx"
 # Constants below this stay in the .onnx file: shapes and axes, which readers want at hand.
@@ -210,6 +211,9 @@ def _compared_with_source(denoiser: Denoiser, path: Path, release: bool) -> floa
     random = np.random.default_rng(CHECK_SEED)
     names = denoiser.spec.size_names or ("",)
     sized = [_at_size(denoiser, number) for number in range(len(names))]
+    if denoiser.spec.size_step and len(denoiser.spec.sample.shape) == 3:
+        between = _between(denoiser)
+        names, sized = (*names, between[0]), [*sized, between[1]]
     cases = [
         (name, one.spec, _case(one, count, random))
         for name, one in zip(names, sized)
@@ -217,7 +221,7 @@ def _compared_with_source(denoiser: Denoiser, path: Path, release: bool) -> floa
     ]
     references = []
     for name, _, feeds in cases:
-        with _at(name):
+        with _at(name, name in denoiser.spec.size_names):
             references.append(denoiser.network.reference(feeds))
     if release:
         denoiser.network.release()
@@ -227,7 +231,7 @@ def _compared_with_source(denoiser: Denoiser, path: Path, release: bool) -> floa
             raise _not_finite(spec, path, feeds)
     session, errors = session_for_few_calls(path), []
     for (name, spec, feeds), reference in zip(cases, references):
-        with _at(name):
+        with _at(name, name in denoiser.spec.size_names):
             errors.append(relative_error(run_session(session, spec.output, feeds), reference))
         if not errors[-1] <= denoiser.network.tolerance:
             raise ModelError(
@@ -243,20 +247,42 @@ def _at_size(denoiser: Denoiser, number: int) -> Denoiser:
     """Return the denoiser at one of its sizes."""
     spec, given = denoiser.spec, denoiser.conditions
     arrays = spec.conditions_at(number, given.arrays)
-    rows = given.rows if spec.timestep is not None else len(arrays[spec.sample.name])
+    rows = len(next(iter(arrays.values()))) if arrays else given.rows
     conditions = replace(given, arrays=arrays, rows=rows)
     return replace(denoiser, spec=spec.at_size(number), conditions=conditions)
 
 
+def _between(denoiser: Denoiser) -> tuple[str, Denoiser]:
+    """Return the denoiser one step above the smallest size of its range, and that size."""
+    spec = denoiser.spec
+    step, low = spec.sample_step, map(min, zip(*spec.sample.sizes))
+    shape = tuple(min(one + step, most) for one, most in zip(low, spec.sample.shape))
+    largest, name = _at_size(denoiser, spec.largest_first[0]), spec.sample.name
+    arrays = dict(largest.conditions.arrays)
+    if name in arrays:
+        arrays[name] = cut_to(arrays[name], shape)
+    sample = spec.sample.model_copy(update={"shape": shape, "sizes": ()})
+    size = ImageSize(*(one * spec.size_step // step for one in shape[:0:-1]))
+    return str(size), replace(
+        largest,
+        spec=largest.spec.model_copy(update={"sample": sample}),
+        conditions=replace(largest.conditions, arrays=arrays),
+    )
+
+
 @contextmanager
-def _at(size: str) -> Iterator[None]:
-    """Name the ``size`` of several at which a model cannot be run. Raises ModelError."""
+def _at(size: str, named: bool = True) -> Iterator[None]:
+    """Name the ``size`` of several at which a model cannot be run. Raises ModelError.
+
+    ``named``: whether the user named it, or it lies between the corners of a range.
+    """
     try:
         yield
     except (MpqError, RuntimeError, ValueError, IndexError) as error:
         if not size:
             raise
-        raise ModelError(f"The model cannot be run at {size}: {gist(error)}", EACH_SIZE) from error
+        hint = EACH_SIZE if named else "Name the model's step: --sizes FROM:TO:STEP."
+        raise ModelError(f"The model cannot be run at {size}: {gist(error)}", hint) from error
 
 
 def _case(denoiser: Denoiser, count: int, random: np.random.Generator) -> dict[str, Array]:

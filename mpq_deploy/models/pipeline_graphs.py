@@ -21,7 +21,7 @@ from mpq_deploy.models.open import open_denoiser
 from mpq_deploy.models.spec import InputSpec
 from mpq_deploy.models.torch_export import TorchNetwork
 from mpq_deploy.system.progress import Talk
-from mpq_deploy.system.quantities import ImageSize
+from mpq_deploy.system.quantities import NO_SIZES, ImageSizes
 
 ENCODED, DECODED = "sample", "z"
 
@@ -33,7 +33,7 @@ def export_pipeline(
     *,
     images: bool = False,
     talk: Talk | None = None,
-    sizes: Sequence[ImageSize] = (),
+    sizes: ImageSizes = NO_SIZES,
 ) -> dict[str, Path]:
     """Write the parts of the pipeline in ``folder`` to ``out/NAME/model.onnx``; return the files.
 
@@ -44,12 +44,15 @@ def export_pipeline(
     talk = talk or Talk()
     pipeline = load_pipeline(folder, pipeline_index(folder))
     networks = text_networks(pipeline, kind)
-    denoiser = open_denoiser(folder, Additions(sizes=tuple(sizes)), talk)
+    denoiser = open_denoiser(folder, Additions(sizes=sizes), talk)
     sample = denoiser.spec.sample
     name = "unet" if getattr(pipeline, "unet", None) is not None else "transformer"
     export_denoiser(denoiser, out / name, talk)
     files = {name: out / name / MODEL}
-    networks |= vae_networks(pipeline, [latent_size(shape) for shape in sample.shapes], images)
+    factor = int(pipeline.vae_scale_factor)
+    latents = [(one.height // factor, one.width // factor) for one in sizes]
+    latents = latents or [latent_size(shape) for shape in sample.shapes]
+    networks |= vae_networks(pipeline, latents, images)
     for part, network in networks.items():
         model = network.to_onnx(talk)
         check_finite(model)

@@ -35,12 +35,19 @@ from mpq_deploy.models.denoiser import Denoiser
 from mpq_deploy.models.lora import Loras, told
 from mpq_deploy.models.model_form import OUTPUT
 from mpq_deploy.models.prompts import prompts_file, read_prompts
-from mpq_deploy.models.sample_sizes import named_sizes, sized_calls
-from mpq_deploy.models.spec import EACH_SIZE, DenoiserSpec, InputSpec, LoraUse, PipelineSpec
+from mpq_deploy.models.sample_sizes import pipeline_multiple, size_fields, sized_calls
+from mpq_deploy.models.spec import (
+    EACH_SIZE,
+    DenoiserSpec,
+    InputSpec,
+    LoraUse,
+    PipelineSpec,
+    fill_to,
+)
 from mpq_deploy.models.torch_export import TorchNetwork
 from mpq_deploy.models.transformer import signature_of
 from mpq_deploy.system.progress import Talk
-from mpq_deploy.system.quantities import ImageSize
+from mpq_deploy.system.quantities import ImageSizes
 
 # Parameters of pipelines by which they make several images of one prompt.
 _EACH = re.compile(r"num_\w+_per_prompt|batch_size")
@@ -88,11 +95,11 @@ def open_pipeline_part(
             fixed=_texts({**fixed, **given.constants}),
         ),
         loras=uses,
-        sizes=named_sizes(additions.sizes),
+        **size_fields(additions.sizes, pipeline_multiple(pipeline, module.config)),
     )
     return Denoiser(
         spec,
-        _conditions(given, spec.at_size(0)),
+        _conditions(found, spec),
         _network(module, given, inputs, fixed),
         notes=(*_left_float(index, part.name, spec), *told(spec.loras, talk)),
         first_timestep=_largest({**given.tensors, **given.constants}[timestep]),
@@ -111,31 +118,51 @@ def _sized_inputs(
     found: Sequence[Arguments],
     more: Mapping[str, torch.Tensor] | None,
     names: tuple[str, str],
-    sizes: Sequence[ImageSize],
+    sizes: ImageSizes,
 ) -> tuple[list[InputSpec], dict[str, torch.Tensor]]:
     """Return what ``_inputs`` does, with the inputs' shapes at each of ``sizes``.
 
-    ``found``: what the denoiser is given at each. Raises UsageError for a constant that is another
-    one at another size, and for inputs beside the sample whose shape changes.
+    ``found``: what the denoiser is given at each. A tensor that is the same for all images of a size
+    and another one at another size (positions) is an input, each sample's own. Raises UsageError for
+    another constant that changes, and for other inputs beside the sample whose shape changes.
     """
     listed, fixed = _inputs(found[0], more, names)
+    moved = [name for name, value in fixed.items() if _moves(value, name, found)]
+    own = {name: [tuple(one.tensors[name].shape) for one in found] for name in moved}
+    for name in moved:
+        dtype = dtype_name(fixed.pop(name))
+        listed.append(InputSpec.model_validate({"name": name, "dtype": dtype}))
     first = _texts({**fixed, **found[0].constants})
-    for size, other in zip(sizes[1:], found[1:]):
+    for size, other in zip(sizes.listed[1:], found[1:]):
         here = _texts({**{n: other.tensors.get(n) for n in fixed}, **other.constants})
         changed = next((name for name in first if here.get(name) != first[name]), None)
         if changed is not None:
             raise UsageError(
-                f"The pipeline gives its denoiser another '{changed}' at {size} than at {sizes[0]}, and the graph "
-                "holds it as a constant.",
+                f"The pipeline gives its denoiser another '{changed}' at {size} than at {sizes.listed[0]}, "
+                "and the graph holds it as a constant.",
                 EACH_SIZE,
             )
-    inputs = [item.with_sizes([_shape_in(one, item, names[0]) for one in found]) for item in listed]
-    if changing := next((item.name for item in inputs[1:] if item.sizes), None):
+    inputs = []
+    for item in listed:
+        shapes = own.get(item.name) or [_shape_in(one, item, names[0]) for one in found]
+        of_sizes = item.with_sizes(shapes)
+        if len(found) > 1 and (item is listed[0] or item.name in own):
+            # Sizes of as many tokens are several, too.
+            of_sizes = of_sizes.model_copy(update={"sizes": tuple(shapes)})
+        inputs.append(of_sizes)
+    if changing := next((i.name for i in inputs[1:] if i.sizes and i.name not in own), None):
         raise UsageError(
             f"The shape of '{changing}' changes with the size, as only that of the sample may.",
             EACH_SIZE,
         )
     return inputs, fixed
+
+
+def _moves(value: torch.Tensor, name: str, found: Sequence[Arguments]) -> bool:
+    """Whether the tensor ``name`` is there in each call, and another one in some."""
+    others = [one.tensors.get(name) for one in found]
+    present = all(one is not None and one.ndim == value.ndim > 0 for one in others)
+    return present and len({fixed_text(one) for one in others}) > 1
 
 
 def _shape_in(given: Arguments, item: InputSpec, sample: str) -> tuple[int, ...]:
@@ -326,12 +353,15 @@ def _network(
 
     # How many axes each tensor has in a call; frames of one sample are rows of the batch there.
     axes = {name: value.ndim for name, value in given.tensors.items()}
+    # Positions: each sample's row of them is the same.
+    shared = {item.name for item in inputs[1:] if item.sizes}
 
     def call(model: Any, *values: torch.Tensor) -> torch.Tensor:
         feeds = {
             name: value.flatten(0, 1) if value.ndim > max(axes.get(name, 1), 1) else value
             for name, value in zip(names, values, strict=True)
         }
+        feeds |= {name: value[0] for name, value in zip(names, values) if name in shared}
         arguments = given.filled({**held, **feeds})
         if "return_dict" in inspect.signature(type(model).forward).parameters:
             arguments["return_dict"] = False
@@ -346,8 +376,23 @@ def _network(
     return TorchNetwork(module, inputs, OUTPUT, call)
 
 
-def _conditions(given: Arguments, spec: DenoiserSpec) -> Conditions:
-    """Return what the first call conditions on: examples for the export."""
+def _conditions(found: Sequence[Arguments], spec: DenoiserSpec) -> Conditions:
+    """Return what the first call conditions on: examples for the export.
+
+    Where they change with the size each row has the next one, as rows of a part without timesteps.
+    """
+    if not any(item.sizes for item in spec.conditions):
+        return _conditions_of(found[0], spec.at_size(0))
+    each = [_conditions_of(one, spec.at_size(k)) for k, one in enumerate(found)]
+    arrays = {
+        item.name: np.stack([fill_to(one.arrays[item.name], item.shape) for one in each], 1)
+        for item in spec.conditions
+    }
+    joined = {name: values.reshape(-1, *values.shape[2:]) for name, values in arrays.items()}
+    return Conditions(joined, sum(one.rows for one in each))
+
+
+def _conditions_of(given: Arguments, spec: DenoiserSpec) -> Conditions:
     count = len(given.tensors[spec.sample.name])
     arrays = {}
     for item in spec.conditions:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, model_serializer
 
+from mpq_deploy.device.generate.generation_folder import range_text
 from mpq_deploy.errors import ModelError
 from mpq_deploy.system.quantities import ImageSize
 from mpq_deploy.system.validated import read_model
@@ -30,9 +31,7 @@ class Sized(BaseModel):
     @model_serializer(mode="wrap")
     def _of_one_size(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         values: dict[str, Any] = handler(self)
-        if not values.get("sizes", True):
-            del values["sizes"]
-        return values
+        return {k: v for k, v in values.items() if v or k not in ("sizes", "size_step")}
 
 
 class InputSpec(Sized):
@@ -129,7 +128,8 @@ class DenoiserSpec(Sized):
     of a diffusers pipeline; then ``conditions.npz`` holds those of one call alone. ``recorded``: its calls
     were recorded by somebody's script, and there is nothing to sample with. ``loras``: fused into the
     graph and, where a pipeline calls the model, into its text encoders whenever it is run. ``sizes``:
-    the (width, height) that the graph takes, as the user names them, where these are several.
+    the (width, height) that the graph takes, as the user names them, where these are several;
+    ``size_step``: 0 for a list; else all multiples of it (in the same units) between them are taken, too.
     """
 
     name: str
@@ -154,6 +154,7 @@ class DenoiserSpec(Sized):
     loras: tuple[LoraUse, ...] = ()
     config: dict[str, Any] = {}
     sizes: tuple[tuple[int, int], ...] = ()
+    size_step: int = 0
 
     @property
     def inputs(self) -> tuple[InputSpec, ...]:
@@ -183,15 +184,16 @@ class DenoiserSpec(Sized):
         if pipeline is not None:
             calls = pipeline.calls[number :: len(self.sizes)]
             pipeline = pipeline.model_copy(update={"calls": calls})
-        own: dict[str, Any] = {**inputs, "pipeline": pipeline, "sizes": ()}
+        own: dict[str, Any] = {**inputs, "pipeline": pipeline, "sizes": (), "size_step": 0}
         if self.calibration_rows is not None:
             own["calibration_rows"] = self.calibration_rows // len(self.sizes)
             own["labels"] = self.labels[number :: len(self.sizes)]
         return self.model_copy(update=own)
 
     def conditions_at(self, number: int, arrays: Mapping[str, Array]) -> dict[str, Array]:
-        """Return the rows of one size: without timesteps they are samples, of each size in turn."""
-        if not self.sizes or self.timestep is not None:
+        """Return the rows of one size: each size has the next one where they are samples or change with it."""
+        in_turn = self.timestep is None or any(item.sizes for item in self.conditions)
+        if not self.sizes or not in_turn:
             return dict(arrays)
         every = slice(number, None, len(self.sizes))
         shapes = {item.name: item.at_size(number).shape for item in self.inputs}
@@ -205,6 +207,30 @@ class DenoiserSpec(Sized):
     def size_names(self) -> tuple[str, ...]:
         """The sizes as the user names them."""
         return tuple(str(ImageSize(*size)) for size in self.sizes)
+
+    @property
+    def sample_step(self) -> int:
+        """The step of a range in the sample's own units."""
+        return self.size_step * self.sample.shape[-1] // max((w for w, _ in self.sizes), default=1)
+
+    def takes(self, shape: Sequence[int]) -> bool:
+        """Whether samples may have the ``shape`` (without the batch) by the model's sizes."""
+        sizes = self.sample.sizes
+        if not self.size_step or tuple(shape) in sizes:
+            return not sizes or tuple(shape) in sizes
+        ends = zip(map(min, zip(*sizes)), shape, self.sample.shape)
+        inside = len(shape) == len(sizes[0]) and all(low <= one <= high for low, one, high in ends)
+        # Tokens in a row do not say of which height and width they are.
+        sides = self.sample.open_axes if len(shape) == 3 else ()
+        return inside and not any(shape[axis] % self.sample_step for axis in sides)
+
+    @property
+    def taken_sizes(self) -> str:
+        """What the graph takes, for a message."""
+        if self.size_step:
+            return range_text(self.sizes, self.size_step)
+        shapes = zip(self.size_names, self.sample.sizes)
+        return ", ".join(f"{name} ({list(one)})" for name, one in shapes)
 
     @property
     def largest_first(self) -> tuple[int, ...]:

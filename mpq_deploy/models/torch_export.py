@@ -12,7 +12,8 @@ import ast
 import gc
 import hashlib
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,7 @@ from mpq_deploy.graph.passes.fold_constants import FoldConstantsPass
 from mpq_deploy.graph.passes.hide_near_neutral import HideNearNeutralPass
 from mpq_deploy.graph.passes.name_nodes import NameNodesPass
 from mpq_deploy.models.spec import EACH_SIZE, Array, InputSpec
+from mpq_deploy.models.transformer import forward_of_sizes
 from mpq_deploy.system.libraries import gist, silenced
 from mpq_deploy.system.progress import Talk
 
@@ -109,7 +111,7 @@ class TorchNetwork:
         axes = tuple(dict.fromkeys(axes, torch.export.Dim.DYNAMIC) for axes in opened)
         wrapper = _Wrapper(self.module, self._call).eval()
         try:
-            with silenced(), torch.no_grad():
+            with silenced(), torch.no_grad(), self._of_sizes():
                 program = torch.onnx.export(
                     wrapper,
                     example,
@@ -139,6 +141,17 @@ class TorchNetwork:
                 ELSEWHERE,
             ) from error
         return program.model  # type: ignore[no-any-return]
+
+    @contextmanager
+    def _of_sizes(self) -> Iterator[None]:
+        """Give the module the forward that takes all sizes, where there are several."""
+        sized = any(item.open_axes for item in self.inputs)
+        if sized:
+            self.module.forward = forward_of_sizes(self.module)
+        try:
+            yield
+        finally:
+            vars(self.module).pop("forward", None)
 
     def _example(self, item: InputSpec) -> torch.Tensor:
         shape = (EXAMPLE_BATCH, *item.shape)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +41,35 @@ class Signature:
         if index:
             return head in self.others and index.isdigit()
         return name in self.others or (ADDED in self.others and name in ADDED_INPUTS)
+
+
+def forward_of_sizes(module: Any) -> Callable[..., Any]:
+    """Return ``module``'s forward as it can be exported for several sizes at once.
+
+    It is its own but for DiT's, which takes height and width of the output from the root of their
+    product, a number for the exporter; here they are those of the sample.
+    """
+    if type(module).__name__ != DIT:
+        return module.forward  # type: ignore[no-any-return]
+
+    def forward(
+        hidden_states: torch.Tensor, timestep: Any, class_labels: Any, **options: Any
+    ) -> tuple[torch.Tensor]:
+        patch, channels = module.patch_size, module.out_channels
+        height, width = (side // patch for side in hidden_states.shape[-2:])
+        states = module.pos_embed(hidden_states)
+        for block in module.transformer_blocks:
+            states = block(states, timestep=timestep, class_labels=class_labels)
+        embed = module.transformer_blocks[0].norm1.emb
+        told = embed(timestep, class_labels, hidden_dtype=states.dtype)
+        shift, scale = module.proj_out_1(torch.nn.functional.silu(told)).chunk(2, dim=1)
+        states = module.norm_out(states) * (1 + scale[:, None]) + shift[:, None]
+        states = module.proj_out_2(states)
+        states = states.reshape(-1, height, width, patch, patch, channels)
+        states = states.permute(0, 5, 1, 3, 2, 4)
+        return (states.reshape(-1, channels, height * patch, width * patch),)
+
+    return forward
 
 
 def signature_of(model_class: Any) -> Signature | None:

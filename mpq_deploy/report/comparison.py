@@ -129,7 +129,7 @@ def distances(report: ReadReport) -> list[str]:
 
 def sentences(pair: Pair) -> list[str]:
     """Describe a run against the first: bytes, quality or why it does not compare, and the plan."""
-    parts = [f"Size: {_more(pair.size_bytes, 'bytes')}."]
+    parts = [f"Size: {more(pair.size_bytes, 'bytes')}."]
     if pair.obstacles:
         parts += [*pair.obstacles, "So their quality is not compared."]
     for name, difference, places, unit in (
@@ -239,7 +239,8 @@ def _milliseconds(report: ReadReport) -> str:
     return "-" if latency is None else f"{words.digits(latency.milliseconds)} ms"
 
 
-def _more(number: int, noun: str) -> str:
+def more(number: int, noun: str) -> str:
+    """Say how many more or fewer ``noun`` a run has than the first."""
     if number == 0:
         return f"the same {noun}"
     return f"{abs(number):,} {noun} {'more' if number > 0 else 'less'}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import quote
 
@@ -34,6 +35,7 @@ def pipeline_page(view: PipelineFile) -> str:
     return rendered(
         "parts.html.j2",
         model=f"{view.source} ({view.class_name})",
+        heading=f"{len(view.parts)} parts under one budget",
         columns=COLUMNS,
         rows=rows,
         facts=pipeline_facts(view),
@@ -93,14 +95,18 @@ def pipeline_facts(view: PipelineFile) -> list[str]:
     return facts
 
 
+def aligned(table: Sequence[Sequence[str]]) -> list[str]:
+    """Return the rows as lines with columns of one width each."""
+    widths = [max(map(len, column)) for column in zip(*table)]
+    return ["  ".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip() for row in table]
+
+
 def pipeline_text(view: PipelineFile, run: Path) -> str:
     """Return the result for a terminal."""
     if view.size_bytes is None:
         names = "\n".join(f"  {run / COMPONENTS / name}" for name in view.parts)
         return f"{view.class_name}, a run for each part:\n{names}"
-    table = [list(COLUMNS), *part_rows(view)]
-    widths = [max(len(row[i]) for row in table) for i in range(len(COLUMNS))]
-    lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip() for row in table]
+    lines = aligned([list(COLUMNS), *part_rows(view)])
     page = [f"report: {run / PAGE}"] if (run / PAGE).is_file() else []
     return "\n".join(
         [f"{view.class_name}: {'; '.join(pipeline_facts(view))}", "", *lines, "", *page]

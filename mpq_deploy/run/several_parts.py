@@ -6,14 +6,15 @@ parts are measured first; one program then gives each its bytes, within which it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mpq_deploy.allocate.joint import PartProblem, Share, solve_jointly
+from mpq_deploy.allocate.plan import PrecisionPlan
 from mpq_deploy.allocate.plan_solver import PlanSolver
-from mpq_deploy.errors import UsageError
+from mpq_deploy.errors import InfeasibleBudgetError, InfeasibleLatencyError, UsageError
 from mpq_deploy.graph.writers.deployed_graphs import SIMULATED
 from mpq_deploy.models.pipeline_parts import TEXT, Parts
 from mpq_deploy.models.spec import DenoiserSpec
@@ -79,7 +80,13 @@ class WholeRun:
         gains = self._gains(measured)
         batch = self.recipe.engine.batch_opt
         measured = {name: _weighted(part, gains[name], batch) for name, part in measured.items()}
-        shares, budget = self._shares(measured)
+        shares, budget = self._shares(measured, self.recipe.budget)
+        for name, share in shares.items():
+            size = measured[name].fp16_bytes
+            self._talk.line(
+                f"  {name}: {share.bytes:,} bytes ({share.bytes / size:.4f} of its FP16), "
+                f"predicted error of the images {share.loss:.2e}"
+            )
         plans = {
             name: self._in_part(name, self.own_recipe(name, share), last, _planned)
             for name, share in shares.items()
@@ -89,6 +96,38 @@ class WholeRun:
             view = self._with_images(view, measured)
         view.save(self.folder.path)
         return view
+
+    def sweep(
+        self, budgets: Sequence[Budget]
+    ) -> list[PipelineFile | InfeasibleBudgetError | InfeasibleLatencyError]:
+        """Return the joint view of the plan of each budget, or why there is none.
+
+        The parts stay as they are: their runs are read, and what is measured is not measured again.
+        """
+        runs = {name: Run.opened(self._path(name), self._talk) for name in self.parts.names}
+        solvers = {name: PlanSolver(run) for name, run in runs.items()}
+        known = {name: self._measured(run, solvers[name]) for name, run in runs.items()}
+        gains, batch = self._gains(known), self.recipe.engine.batch_opt
+        measured = {name: _weighted(part, gains[name], batch) for name, part in known.items()}
+
+        def solved(budget: Budget) -> PipelineFile:
+            shares, limit = self._shares(measured, budget)
+            plans = {}
+            for name, share in shares.items():
+                own = self.own_recipe(name, share)
+                solvers[name].section = own.allocate
+                plans[name] = _figures(solvers[name].solve(own.budget))
+            return _joint_view(self.view(), measured, gains, plans, limit)
+
+        found: list[PipelineFile | InfeasibleBudgetError | InfeasibleLatencyError] = []
+        with self._talk.bar("solve budgets", len(budgets)) as advance:
+            for budget in budgets:
+                try:
+                    found.append(solved(budget))
+                except (InfeasibleBudgetError, InfeasibleLatencyError) as error:
+                    found.append(error)
+                advance(1)
+        return found
 
     def mark(self) -> None:
         """Make the folder a whole pipeline's run; what an earlier build found stays until the next plan."""
@@ -150,8 +189,8 @@ class WholeRun:
                 return then(pipeline.current("allocate"))
             return then(pipeline.current(last))
 
-    def _measured(self, run: Run) -> _Measured:
-        solver = PlanSolver(run)
+    def _measured(self, run: Run, solver: PlanSolver | None = None) -> _Measured:
+        solver = solver or PlanSolver(run)
         if not solver.table.predicts_nmse:
             raise UsageError(
                 f"The metric {solver.table.metric} only ranks the layers of one part, so parts cannot share a budget.",
@@ -221,20 +260,15 @@ class WholeRun:
             self._pipeline = WholePipeline(parts.folder, parts.denoiser, specs, lora)
         return self._pipeline
 
-    def _shares(self, measured: Mapping[str, _Measured]) -> tuple[dict[str, Share], int]:
+    def _shares(
+        self, measured: Mapping[str, _Measured], wanted: Budget
+    ) -> tuple[dict[str, Share], int]:
         fp16 = sum(part.fp16_bytes for part in measured.values())
         weights = sum(part.weights for part in measured.values())
-        budget = Budget.parse(self.recipe.budget).bytes(fp16, weights)
+        budget = wanted.bytes(fp16, weights)
         timed = all(part.timed for part in measured.values())
         problems = {name: part.problem for name, part in measured.items()}
-        shares = solve_jointly(problems, budget, self.recipe.allocate, timed)
-        for name, share in shares.items():
-            size = measured[name].fp16_bytes
-            self._talk.line(
-                f"  {name}: {share.bytes:,} bytes ({share.bytes / size:.4f} of its FP16), "
-                f"predicted error of the images {share.loss:.2e}"
-            )
-        return shares, budget
+        return solve_jointly(problems, budget, self.recipe.allocate, timed), budget
 
     def _with_images(self, view: PipelineFile, measured: Mapping[str, _Measured]) -> PipelineFile:
         """Compare the final images, and add what was measured to the joint view."""
@@ -282,8 +316,11 @@ class WholeRun:
 
 
 def _planned(run: Run) -> tuple[int, float | None, float | None]:
+    return _figures(run.plan)
+
+
+def _figures(plan: PrecisionPlan) -> tuple[int, float | None, float | None]:
     """Return a part's bytes, predicted error and milliseconds of one call."""
-    plan = run.plan
     return plan.size_bytes, plan.predicted_loss, plan.latency.ours_ms if plan.latency else None
 
 

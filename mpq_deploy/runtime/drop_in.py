@@ -138,7 +138,9 @@ class RuntimeUNet(torch.nn.Module):  # type: ignore[misc]
     def _conditions(self, given: dict[str, Any]) -> dict[str, Any]:
         """Return the conditions without those that are constants; refuse unknown ones."""
         fixed = FIXED_INPUTS.get(str(self.config.get("_class_name")), ())
-        left_out = (*fixed, *dict(self.config.get("forward_arguments") or {}))
+        left_out = {*fixed, *dict(self.config.get("forward_arguments") or {})}
+        # Positions are inputs where they change with the size.
+        left_out -= {item.name for item in self.spec.conditions}
         given = {name: value for name, value in given.items() if name not in left_out}
         for name, expected in (self.spec.pipeline.fixed if self.spec.pipeline else {}).items():
             value = given.pop(name, None)
@@ -173,12 +175,10 @@ class RuntimeUNet(torch.nn.Module):  # type: ignore[misc]
 
     def _check_size(self, sample: torch.Tensor) -> None:
         """Refuse a sample of a size that the graph was not made for, with those that it was."""
-        sizes = self.spec.sample.sizes
-        if sizes and tuple(sample.shape[1:]) not in sizes:
-            taken = (f"{name} ({list(one)})" for name, one in zip(self.spec.size_names, sizes))
+        if not self.spec.takes(sample.shape[1:]):
             raise UsageError(
                 f"The denoiser was not built for samples of the shape {list(sample.shape[1:])}.",
-                f"It takes {', '.join(taken)}; build it with --sizes for others.",
+                f"It takes {self.spec.taken_sizes}; build it with --sizes for others.",
             )
 
     def _check_first_tokens(self, given: dict[str, Any]) -> None:
@@ -249,7 +249,11 @@ def _flat(given: dict[str, Any]) -> dict[str, Any]:
 
 def _rows(value: torch.Tensor, item: InputSpec, count: int) -> torch.Tensor:
     """Return a condition with a row for each sample, where it can be made so."""
-    rows = rows_for(value, item.shape, count) if item.batched else None
+    fits = (rows_for(value, shape, count) for shape in item.shapes if item.batched)
+    rows = next((one for one in fits if one is not None), None)
+    if rows is None and item.sizes and value.ndim == len(item.shape):
+        # Positions of a size within the range, of no sample's own.
+        rows = value.expand(count, *value.shape)
     return value if rows is None else rows
 
 

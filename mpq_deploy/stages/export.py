@@ -45,7 +45,7 @@ def inputs(run: Run) -> Fields:
     if recipe.first_token != "quantized":
         fields["recipe.first_token"] = recipe.first_token
     if recipe.sizes:
-        fields["recipe.sizes"] = [str(size) for size in recipe.sizes]
+        fields["recipe.sizes"] = list(recipe.sizes.text)
     for name in ("conditions", "scheduler", "prompts", "description", "call", "calls"):
         given = getattr(recipe, name)
         fields[f"recipe.{name}"] = _path_digest(Path(given)) if given else None

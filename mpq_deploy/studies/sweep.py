@@ -150,7 +150,7 @@ def run_sweep(
             for plan in curve.plans
         ]
     write_text(run.path / "sweep.json", sealed_json(result))
-    _draw(result, run.path / "sweep.svg")
+    draw(result, run.path / "sweep.svg")
     shown = curve or packed(solver, [PredictedPlan.of(plan) for plan in plans.values()])
     write_text(run.path / "sweep.html", sweep_page(result, shown, _about(run, solver, command)))
     return result
@@ -355,7 +355,7 @@ def _predicted(
     return [p for p in known if p[1] >= floor], [p for p in line if p[1] >= floor]
 
 
-def _draw(result: dict[str, Any], path: Path) -> None:
+def draw(result: dict[str, Any], path: Path) -> None:
     """Draw predicted (line) and measured (dots) error against size, the same bytes each time."""
     import matplotlib
 
@@ -385,7 +385,7 @@ def _draw(result: dict[str, Any], path: Path) -> None:
             axes.set_yscale("log")
         nominal = "nominal bytes (simulated)" if result.get("simulated") else "bytes"
         axes.set_xlabel(f"{nominal} of all constants, as a share of FP16")
-        axes.set_ylabel("relative squared error of the output")
+        axes.set_ylabel(f"relative squared error of the {result.get('of', 'output')}")
         axes.grid(alpha=0.3)
         if drawn or measured:
             axes.legend(frameon=False)

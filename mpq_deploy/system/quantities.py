@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -156,20 +156,76 @@ class ImageSize:
             )
         return cls(int(match[1]), int(match[2]))
 
-    @classmethod
-    def parse_list(cls, value: Any) -> tuple[ImageSize, ...]:
-        """Read ``512x512,768x512`` or a list of sizes. Raises UsageError, also for one named twice."""
-        listed = value.split(",") if isinstance(value, str) else value
-        if not isinstance(listed, (list, tuple)):
-            raise UsageError(f"Invalid sizes '{str(value)[:80]}'.", "Give 512x512,768x512.")
-        sizes = tuple(map(cls.parse, listed))
-        twice = next((one for one in sizes if sizes.count(one) > 1), None)
-        if twice is not None:
-            raise UsageError(f"The size {twice} is named twice.", "Name each size once.")
-        return sizes
-
     def __str__(self) -> str:
         return f"{self.width}x{self.height}"
+
+
+@dataclass(frozen=True)
+class ImageSizes:
+    """Sizes as ``text`` names them, the usual one first; of a range ``FROM:TO[:STEP]`` its corners.
+
+    ``step``: None for a list; of a range its step in pixels, 0 for the model's own.
+    """
+
+    listed: tuple[ImageSize, ...] = ()
+    text: tuple[str, ...] = ()
+    step: int | None = None
+
+    @classmethod
+    def parse(cls, value: Any) -> ImageSizes:
+        """Read ``512x512,768x512``, ``512x512:768x768:64`` or a list of these.
+
+        Raises UsageError, also for a size named twice, a second range, and a size outside the range.
+        """
+        if isinstance(value, ImageSizes):
+            return value
+        listed = value.split(",") if isinstance(value, str) else value
+        if not isinstance(listed, (list, tuple)):
+            raise UsageError(
+                f"Invalid sizes '{str(value)[:80]}'.", "Give 512x512,768x512 or 512x512:768x768."
+            )
+        text = tuple(str(one).strip() for one in listed)
+        named = tuple(ImageSize.parse(one) for one in text if ":" not in one)
+        twice = next((one for one in named if named.count(one) > 1), None)
+        if twice is not None:
+            raise UsageError(f"The size {twice} is named twice.", "Name each size once.")
+        ranges = [one for one in text if ":" in one]
+        if not ranges:
+            return cls(named, text)
+        low, high, step = cls._range(ranges[0])
+        corners = (low, high, ImageSize(high.width, low.height), ImageSize(low.width, high.height))
+        for one in named:
+            if not (
+                low.width <= one.width <= high.width and low.height <= one.height <= high.height
+            ):
+                raise UsageError(f"The size {one} is outside {ranges[0]}.", "Widen the range.")
+        if len(ranges) > 1:
+            raise UsageError(f"Two ranges of sizes: {', '.join(ranges)}.", "Give one.")
+        return cls(tuple(dict.fromkeys((*named, *corners))), text, step)
+
+    @staticmethod
+    def _range(text: str) -> tuple[ImageSize, ImageSize, int]:
+        """Return the smallest and the largest size of a range, and its step (0: none is named)."""
+        low, high, *more = text.split(":")
+        if len(more) > 1 or not re.fullmatch(r"[1-9][0-9]{0,3}", more[0] if more else "1"):
+            what = f"Invalid range of sizes '{text[:80]}'."
+            raise UsageError(what, "Give FROM:TO or FROM:TO:STEP, such as 512x512:768x768:64.")
+        least, most = ImageSize.parse(low), ImageSize.parse(high)
+        if least == most or least.width > most.width or least.height > most.height:
+            raise UsageError(
+                f"The range {text} holds no sizes: {most} is not above {least}.",
+                "Name the smallest width and height first: 512x512:768x768.",
+            )
+        return least, most, int(more[0]) if more else 0
+
+    def __len__(self) -> int:
+        return len(self.listed)
+
+    def __iter__(self) -> Iterator[ImageSize]:
+        return iter(self.listed)
+
+
+NO_SIZES = ImageSizes()
 
 
 def duration_text(seconds: float) -> str:
@@ -190,7 +246,7 @@ DurationEntry = Annotated[
     Duration, PlainValidator(Duration.parse), PlainSerializer(str, return_type=str)
 ]
 SizesEntry = Annotated[
-    tuple[ImageSize, ...],
-    PlainValidator(ImageSize.parse_list),
-    PlainSerializer(lambda sizes: [str(size) for size in sizes], return_type=list[str]),
+    ImageSizes,
+    PlainValidator(ImageSizes.parse),
+    PlainSerializer(lambda sizes: list(sizes.text), return_type=list[str]),
 ]

@@ -13,11 +13,11 @@ diffusers = pytest.importorskip("diffusers")
 
 from mpq_deploy.errors import ModelError, UsageError  # noqa: E402
 from mpq_deploy.models.additions import Additions  # noqa: E402
-from mpq_deploy.models.export import export_denoiser, load_exported  # noqa: E402
+from mpq_deploy.models.export import _between, export_denoiser, load_exported  # noqa: E402
 from mpq_deploy.models.open import open_denoiser  # noqa: E402
 from mpq_deploy.runtime.drop_in import load  # noqa: E402
 from mpq_deploy.runtime.ort import make_session  # noqa: E402
-from mpq_deploy.system.quantities import ImageSize  # noqa: E402
+from mpq_deploy.system.quantities import ImageSizes  # noqa: E402
 from tests.exported_networks import Form  # noqa: E402
 from tests.pipeline.runs import describe  # noqa: E402
 from tests.tiny_models import (  # noqa: E402
@@ -29,12 +29,12 @@ from tests.tiny_models import (  # noqa: E402
 )
 
 pytestmark = [pytest.mark.slow, pytest.mark.torch]
-SIZES = ImageSize.parse_list("8x8,16x12")
+SIZES = ImageSizes.parse("8x8,16x12")
 SHAPES = [(4, 8, 8), (4, 12, 16)]
 
 
 def sized(text: str, **others: Any) -> Additions:
-    return Additions(sizes=ImageSize.parse_list(text), **others)
+    return Additions(sizes=ImageSizes.parse(text), **others)
 
 
 @pytest.mark.parametrize("exporter", ["script", "dynamo"])
@@ -77,6 +77,9 @@ def test_one_size_is_described_as_before_there_were_several(tmp_path: Path) -> N
     assert "sizes" not in (tmp_path / "denoiser.json").read_text(encoding="utf-8")
     # Another single size than the configuration's.
     assert open_denoiser(folder, sized("16x8")).spec.sample.shape == (3, 8, 16)
+    folder = tiny_text_pipeline_folder(tmp_path, **ONE_LEVEL)
+    given = open_denoiser(folder, sized("24x16", prompts=prompts(tmp_path)))
+    assert given.spec.sample.shape == (4, 8, 12) and not given.spec.sizes
 
 
 def test_a_size_between_the_models_steps_names_the_nearest(tmp_path: Path) -> None:
@@ -85,17 +88,95 @@ def test_a_size_between_the_models_steps_names_the_nearest(tmp_path: Path) -> No
         open_denoiser(folder, sized("8x8,13x8"))
 
 
-def test_a_transformer_that_takes_one_size_alone_is_refused(tmp_path: Path) -> None:
-    folder = tiny_transformer_folder(tmp_path, "DiTTransformer2DModel")
-    denoiser = open_denoiser(folder, sized("8x8,16x8"))
-    with pytest.raises(ModelError, match=r"for one size alone.*\[4, 8, 16\].*without --sizes"):
+def test_every_size_of_a_range_is_taken_in_the_models_steps(tmp_path: Path) -> None:
+    folder = tiny_text_pipeline_folder(tmp_path, **ONE_LEVEL)
+    denoiser = open_denoiser(folder, sized("16x16:32x24:8", prompts=prompts(tmp_path)))
+    spec = denoiser.spec
+    assert spec.sizes == ((16, 16), (32, 24), (32, 16), (16, 24)) and spec.size_step == 8
+    assert spec.pipeline is not None and len(spec.pipeline.calls) == 12
+    # What is compared beside the corners lies one step above the smallest.
+    name, between = _between(denoiser)
+    assert name == "24x24" and between.spec.sample.shape == (4, 12, 12)
+    export_denoiser(denoiser, tmp_path / "run" / "export")
+    pipe = diffusers.DiffusionPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+
+    sizes = ((24, 16), (24, 24), (32, 24))
+    before = [image_of(pipe, *size) for size in sizes]
+    pipe.unet = load(tmp_path / "run" / "export" / "model.onnx")
+    for expected, size in zip(before, sizes):
+        np.testing.assert_allclose(image_of(pipe, *size), expected, atol=2e-4)
+    with pytest.raises(
+        UsageError, match=r"\[4, 16, 8\].*every size from 16x16 to 32x24 in steps of 8"
+    ):
+        image_of(pipe, 16, 32)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("8x8:13x8", "13x8 is not in steps of 2.*12x8 or 14x8"),
+        ("8x8:14x8:3", "The step 3 of the sizes is not a multiple of 2"),
+        ("8x8:14x8:4", "14x8 is not in steps of 4, as the range names it"),
+    ],
+)
+def test_a_range_between_the_models_steps_is_refused(tmp_path: Path, text: str, said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        open_denoiser(tiny_unet_folder(tmp_path), sized(text))
+
+
+def test_too_small_a_step_of_a_range_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As of a file, which does not say in which steps its sizes come.
+    monkeypatch.setattr("mpq_deploy.models.sample_sizes.sample_multiple", lambda config: 1)
+    denoiser = open_denoiser(tiny_unet_folder(tmp_path), sized("8x8:16x8"))
+    with pytest.raises(ModelError, match=r"cannot be run at 9x8.*FROM:TO:STEP"):
         export_denoiser(denoiser, tmp_path / "export")
 
 
-def test_positions_that_the_pipeline_gives_are_refused(tmp_path: Path) -> None:
+def test_a_transformer_has_diffusers_outputs_at_each_square(tmp_path: Path) -> None:
+    folder = tiny_transformer_folder(tmp_path, "DiTTransformer2DModel")
+    export_denoiser(open_denoiser(folder, sized("8x8,12x12")), tmp_path / "export")
+    path = tmp_path / "export" / "model.onnx"
+    module = diffusers.DiTTransformer2DModel.from_pretrained(folder / "transformer")
+    session, random = make_session(path), np.random.default_rng(1)
+    for side in (8, 12):
+        sample = random.standard_normal((3, 4, side, side), np.float32)
+        times, labels = np.array([3, 500, 900], np.float32), np.array([0, 2, 1])
+        feeds = {"hidden_states": sample, "timestep": times, "class_labels": labels}
+        (made,) = session.run(None, feeds)
+        with torch.no_grad():
+            expected = module(**{name: torch.from_numpy(v) for name, v in feeds.items()}).sample
+        np.testing.assert_allclose(made, expected.numpy(), atol=1e-5)
+    with pytest.raises(UsageError, match=r"makes square images alone, not 16x8.*--sizes 256x256"):
+        open_denoiser(folder, sized("8x8:16x16"))
+
+
+def test_positions_that_the_pipeline_gives_are_inputs_of_each_size(tmp_path: Path) -> None:
     folder = tiny_text_transformer_folder(tmp_path, "FluxTransformer2DModel")
-    with pytest.raises(UsageError, match="another 'img_ids' at 32x16 than at 16x16"):
-        open_denoiser(folder, sized("16x16,32x16", prompts=prompts(tmp_path)))
+    sizes = "16x16,32x16,16x32"
+    denoiser = open_denoiser(folder, sized(sizes, prompts=prompts(tmp_path)))
+    spec = denoiser.spec
+    positions = next(item for item in spec.conditions if item.name == "img_ids")
+    # Two sizes of as many tokens are told apart by their positions.
+    assert positions.sizes == ((16, 3), (32, 3), (32, 3))
+    ids = [spec.conditions_at(k, denoiser.conditions.arrays)["img_ids"] for k in (1, 2)]
+    assert ids[0].shape == ids[1].shape and (ids[0] != ids[1]).any()
+    export_denoiser(denoiser, tmp_path / "run" / "export")
+    pipe = diffusers.DiffusionPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    before = [image_of(pipe, *size) for size in ((16, 16), (32, 16), (16, 32))]
+    pipe.transformer = load(tmp_path / "run" / "export" / "model.onnx")
+    for expected, size in zip(before, ((16, 16), (32, 16), (16, 32))):
+        np.testing.assert_allclose(image_of(pipe, *size), expected, atol=2e-4)
+    with pytest.raises(UsageError, match="It takes 16x16"):
+        image_of(pipe, 24, 16)
+
+
+def image_of(pipe: Any, width: int, height: int) -> Any:
+    options = {"generator": torch.Generator().manual_seed(5), "output_type": "np"}
+    return pipe("abc", width=width, height=height, num_inference_steps=3, **options).images
 
 
 def prompts(folder: Path) -> Path:
@@ -114,17 +195,12 @@ def test_a_pipeline_gives_the_same_images_at_each_size(tmp_path: Path) -> None:
     pipe = diffusers.DiffusionPipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
 
-    def image(width: int, height: int) -> Any:
-        generator = torch.Generator().manual_seed(5)
-        options = {"generator": generator, "num_inference_steps": 3, "output_type": "np"}
-        return pipe("abc", width=width, height=height, **options).images
-
-    before = [image(16, 16), image(24, 16)]
+    before = [image_of(pipe, 16, 16), image_of(pipe, 24, 16)]
     pipe.unet = load(tmp_path / "run" / "export" / "model.onnx")
     for expected, size in zip(before, ((16, 16), (24, 16))):
-        np.testing.assert_allclose(image(*size), expected, atol=2e-4)
+        np.testing.assert_allclose(image_of(pipe, *size), expected, atol=2e-4)
     with pytest.raises(UsageError, match=r"was not built for samples.*It takes 16x16 .*, 24x16"):
-        image(16, 24)
+        image_of(pipe, 16, 24)
 
 
 def test_a_decoder_has_rows_of_each_size_in_turn(tmp_path: Path) -> None:

@@ -40,14 +40,14 @@ SHAPES = [(4, 8, 8), (4, 16, 8)]
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
-    """A finished run of a file by TorchScript at two sizes, with its engine where the builder is here."""
+    """A finished run of a file for a range between two sizes, with its engine where the builder is here."""
     folder = tmp_path_factory.mktemp("sizes")
     Form("unet", "script", 17, open_sizes=True).export(folder / "model.onnx")
     sample = {"name": "sample", "shape": [4, 8, 8]}
     model = describe(folder / "model.onnx", sample=sample, pixel_range=None)
     rtx = pytest.importorskip("importlib.util").find_spec("tensorrt_rtx") is not None
     options: dict[str, Any] = {"evaluate__controls": False, "engine__build": rtx}
-    recipe = recipe_for(model, sizes="8x8,8x16", **FEW_SCHEMES, **options)
+    recipe = recipe_for(model, sizes="8x8:8x16:2", **FEW_SCHEMES, **options)
     return build(recipe, folder / "run")
 
 
@@ -186,16 +186,18 @@ def test_a_package_has_the_profile_and_references_of_the_first_size(run: Run) ->
     assert Manifest.to_json(manifest).count('"least"') == 1
 
 
-def test_the_drop_in_takes_both_and_refuses_another(built: Built, run: Run) -> None:
+def test_the_drop_in_takes_the_range_and_refuses_what_is_outside(built: Built, run: Run) -> None:
     unet = mpq_deploy.load(built.run, backend="onnxruntime")
     twin = OrtDenoiser(built.run / "quantize" / SIMULATED, run.exported.spec, fake_quant_only=True)
-    for shape in SHAPES:
+    for shape in (*SHAPES, (4, 10, 8)):
         sample = np.random.default_rng(0).standard_normal((2, *shape), np.float32)
         expected = twin(sample, 400.0, {})
         made = unet(torch.from_numpy(sample), 400).sample
         np.testing.assert_allclose(made.numpy(), expected, atol=1e-5)
-    with pytest.raises(UsageError, match=r"shape \[4, 16, 16\].*8x8 \(\[4, 8, 8\]\), 8x16"):
-        unet(torch.zeros(1, 4, 16, 16), 400)
+    for height, width in ((16, 16), (9, 8), (18, 8)):
+        said = rf"shape \[4, {height}, {width}\].*every size from 8x8 to 8x16 in steps of 2"
+        with pytest.raises(UsageError, match=said):
+            unet(torch.zeros(1, 4, height, width), 400)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,6 +29,7 @@ from mpq_deploy.device.generate.generator import Generator
 from mpq_deploy.errors import UsageError
 from mpq_deploy.models.pipeline_parts import Parts, whole_parts
 from mpq_deploy.recipe import Recipe, load_recipe
+from mpq_deploy.report.parts_compare import compare_pipelines
 from mpq_deploy.report.parts_page import pipeline_text, write_pipeline
 from mpq_deploy.run.pipeline import open_pipeline
 from mpq_deploy.run.pipeline_file import PipelineFile
@@ -323,6 +325,54 @@ def test_commands_take_the_whole(finished: tuple[Path, PipelineFile], tmp_path: 
     assert alone.exit_code == 0
     named = call("sample", run)
     assert isinstance(named.exception, UsageError)
+
+
+def test_budgets_of_the_whole_are_swept_without_building(
+    finished: tuple[Path, PipelineFile],
+) -> None:
+    run, view = finished
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.name == "stage.json"}
+    found = CliRunner().invoke(app, ["-q", "--json", "sweep", str(run), "--budgets", "0.05,0.5,1"])
+    assert found.exit_code == 0, found.exception
+    small, own, whole = json.loads(found.stdout)["points"]
+    assert small["smallest_feasible_bytes"] > 0.05 * (view.fp16_size_bytes or 0)
+    # At the run's own budget: its own plan, of each part.
+    assert own["size_bytes"] == view.size_bytes
+    assert own["predicted_nmse"] == pytest.approx(view.predicted_image_error)
+    for name, part in view.parts.items():
+        assert own["parts"][name]["size_bytes"] == part.size_bytes
+    assert whole["size_ratio"] <= 1 and whole["predicted_nmse"] < own["predicted_nmse"]
+    assert before == {path: path.read_bytes() for path in before}
+    assert (run / "sweep.svg").is_file()
+    measured = CliRunner().invoke(app, ["sweep", str(run), "--evaluate"])
+    assert "predicted, not measured" in str(measured.exception)
+
+
+def test_two_wholes_are_compared_part_by_part(
+    finished: tuple[Path, PipelineFile], folder: Path, tmp_path: Path
+) -> None:
+    run, view = finished
+    other = Path(shutil.copytree(run, tmp_path / "other"))
+    changed, _ = built(recipe(folder, budget=0.7, evaluate__seed=3), other)
+    compared = compare_pipelines([run, other])
+    text, values = compared.text(), compared.as_json()
+    assert [one["size_bytes"] for one in values["runs"]] == [view.size_bytes, changed.size_bytes]
+    apart = (changed.size_bytes or 0) - (view.size_bytes or 0)
+    assert f"2 against 1: {apart:,} bytes more." in text
+    # Other images: their errors stand beside each other, and are not divided.
+    assert re.search(r"The seeds differ: \d+ and 3\.", text) and "times the first's" not in text
+    layers = values["against_first"][0]["layers_changed"]
+    assert set(layers) == set(PARTS) and layers["unet"].split(" of ")[0] != "0"
+    rows = [row[:2] for row in compared.rows()]
+    assert rows == [[name, str(n)] for name in (*PARTS, "all together") for n in (1, 2)]
+    same = CliRunner().invoke(
+        app, ["compare", str(run), str(run), "--html", str(tmp_path / "c.html")]
+    )
+    assert same.exit_code == 0 and "the same bytes" in same.stdout
+    assert "is 1 times the first's" in same.stdout and "unet: 0 of" in same.stdout
+    assert "2 runs of a pipeline compared" in (tmp_path / "c.html").read_text(encoding="utf-8")
+    part = CliRunner().invoke(app, ["compare", str(run), str(run / "components" / "unet")])
+    assert "is not the run of a whole pipeline" in str(part.exception)
 
 
 def test_which_models_are_whole_pipelines(folder: Path, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from mpq_deploy.errors import UsageError
 from mpq_deploy.recipe import load_recipe
-from mpq_deploy.system.quantities import Budget, ImageSize, Latency
+from mpq_deploy.system.quantities import Budget, ImageSize, ImageSizes, Latency
 
 
 @pytest.mark.parametrize(
@@ -77,10 +77,10 @@ def test_a_recipe_keeps_both_as_they_were_written() -> None:
 def test_sizes_as_a_user_writes_them() -> None:
     sizes = (ImageSize(512, 512), ImageSize(768, 512))
     for given in ("512x512,768x512", ["512x512", " 768x512 "], sizes):
-        assert ImageSize.parse_list(given) == sizes
+        assert ImageSizes.parse(given).listed == sizes
     recipe = load_recipe(None, {"sizes": "512x512,768x512"})
-    assert recipe.sizes == sizes and "sizes:\n- 512x512\n- 768x512" in recipe.to_yaml()
-    assert load_recipe(None).sizes == ()
+    assert recipe.sizes.listed == sizes and "sizes:\n- 512x512\n- 768x512" in recipe.to_yaml()
+    assert not load_recipe(None).sizes
 
 
 @pytest.mark.parametrize(
@@ -91,8 +91,27 @@ def test_sizes_as_a_user_writes_them() -> None:
         ("512*512", "Give WIDTHxHEIGHT"),
         ("8x8,8x8", "8x8 is named twice"),
         (512, "Invalid sizes '512'"),
+        ("8x8:16", "Invalid size '16'"),
+        ("8x8:16x16:0", "Invalid range of sizes '8x8:16x16:0'"),
+        ("8x8:16x16:4:4", "Give FROM:TO or FROM:TO:STEP"),
+        ("16x8:8x16", "8x16 is not above 16x8"),
+        ("8x8:8x8", "holds no sizes"),
+        ("8x24,8x8:16x16", "8x24 is outside 8x8:16x16"),
+        ("8x8:16x16,8x8:12x12", "Two ranges"),
     ],
 )
 def test_sizes_that_are_none_are_refused(given: object, said: str) -> None:
     with pytest.raises(UsageError, match=said):
-        ImageSize.parse_list(given)
+        ImageSizes.parse(given)
+
+
+def test_a_range_of_sizes_has_its_corners_the_usual_size_first() -> None:
+    for text, listed, step in (
+        ("8x8:16x12", "8x8 16x12 16x8 8x12", 0),
+        ("8x8:16x8:4", "8x8 16x8", 4),
+        ("12x8,8x8:16x8", "12x8 8x8 16x8", 0),
+    ):
+        sizes = ImageSizes.parse(text)
+        assert [str(one) for one in sizes] == listed.split() and sizes.step == step
+        recipe = load_recipe(None, {"sizes": text})
+        assert recipe.sizes == sizes == ImageSizes.parse(recipe.model_dump(mode="json")["sizes"])

@@ -6,7 +6,7 @@ defaults of a call; beside it ``scheduler_config.json``, ``tokenizer*/`` and ``c
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -93,7 +93,9 @@ class TokenizerUse:
 
 @dataclass(frozen=True)
 class Generation:
-    """The folder's content. ``sizes``: (width, height) that its graphs take."""
+    """The folder's content. ``sizes``: (width, height) that its graphs take; ``size_step``: above 0
+    where they take all multiples of it between these, too.
+    """
 
     folder: Path
     kind: str
@@ -104,6 +106,7 @@ class Generation:
     sizes: tuple[tuple[int, int], ...]
     vae: Mapping[str, Any]
     settings: Mapping[str, Any]
+    size_step: int = 0
 
     def part(self, name: str) -> Part:
         """Return a part. InputError says what a missing one would have been."""
@@ -117,12 +120,22 @@ class Generation:
         return self.part("unet" if self.kind in (SD, SDXL) else "transformer")
 
     def check_size(self, size: tuple[int, int]) -> None:
-        """Raise UsageError with the list where no graph takes images of ``size``."""
-        if size not in self.sizes:
+        """Raise UsageError with the list, or the range, where no graph takes images of ``size``."""
+        step, ends = self.size_step, zip(*self.sizes)
+        inside = all(min(one) <= side <= max(one) for side, one in zip(size, ends))
+        if size not in self.sizes and not (step and inside and not any(n % step for n in size)):
             sizes = ", ".join(f"{width}x{height}" for width, height in self.sizes)
+            taken = range_text(self.sizes, step) if step else sizes
             raise UsageError(
-                f"{self.folder} makes no images of {size[0]}x{size[1]}.", f"It makes {sizes}."
+                f"{self.folder} makes no images of {size[0]}x{size[1]}.", f"It makes {taken}."
             )
+
+
+def range_text(sizes: Sequence[tuple[int, int]], step: int) -> str:
+    """Return the range with the corners ``sizes`` (width, height) for a message."""
+    widths, heights = zip(*sizes)
+    low, high = (f"{end(widths)}x{end(heights)}" for end in (min, max))
+    return f"every size from {low} to {high} in steps of {step}"
 
 
 def open_generation(folder: Path, files: bool = True) -> Generation:
@@ -171,6 +184,7 @@ def _generation(folder: Path, read: Mapping[str, Any]) -> Generation:
         *(folder, kind, parts, tokenizers, scheduler, defaults, sizes),
         {**read["vae"], **vae},
         dict(read["settings"]),
+        int(read.get("size_step", 0)),
     )
 
 

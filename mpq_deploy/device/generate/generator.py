@@ -370,6 +370,11 @@ class Generator:
         if "time_ids" in inputs:
             ids = np.array([height, width, 0, 0, height, width], np.float32)
             conditions["time_ids"] = np.tile(ids, (rows, 1))
+        if "img_ids" in inputs:
+            factor = PACKED * self.generation.vae["scale_factor"]
+            places = np.indices((height // factor, width // factor)).reshape(2, -1).T
+            ids = np.pad(places, [(0, 0), (1, 0)]).astype(np.float32)
+            conditions["img_ids"] = np.repeat(ids[None], rows, axis=0)
         if "guidance" in inputs:
             conditions["guidance"] = np.full(rows, wish.guidance, np.float32)
         if "timestep_cond" in inputs:
