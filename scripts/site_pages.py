@@ -22,7 +22,7 @@ from mpq_deploy.engine.target import Figure, Target, known_targets, load_target
 from mpq_deploy.engine.target_text import describe_target
 from mpq_deploy.graph.layers import LAYER_OPS
 from mpq_deploy.recipe import Recipe, bundled_recipes
-from mpq_deploy.system.quantities import Budget, Latency
+from mpq_deploy.system.quantities import Budget, ImageSizes, Latency
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -242,6 +242,7 @@ def _yaml(value: Any) -> str:
     """A value as a recipe writes it, on one line."""
     if isinstance(value, Budget | Latency):
         return str(value)
+    value = value.text if isinstance(value, ImageSizes) else value
     plain = list(value) if isinstance(value, tuple) else value
     text = yaml.safe_dump(plain, default_flow_style=True, width=10_000).strip()
     return text.removesuffix("...").strip()
