@@ -29,6 +29,7 @@ from mpq_deploy.run.stage_work import (
     works,
 )
 from mpq_deploy.run.view import SAMPLES
+from mpq_deploy.sensitivity.measured_calls import HELD_SHARE, STACK_BYTES
 from mpq_deploy.stages.calibrate import kept_counts
 from mpq_deploy.stages.measure import kept_steps
 from mpq_deploy.system import memory
@@ -52,6 +53,8 @@ OBSERVED_CALL, OBSERVED_END, OBSERVED_VALUE = 9e-5, 0.035, 2e-9
 GATHERED_BATCH, GATHERED_VALUE = 2.5e-4, 8e-9
 # Projecting errors: per layer and per range in each batch; per value and range.
 PROJECTED_BATCH, ROUNDED_BATCH, ROUNDED_VALUE = 1.5e-3, 9e-5, 7e-9
+# Stacking the errors of a layer's forms, per form and weight: read, unpacked, less the float weight.
+STACKED = 1.2e-8
 # Errors of channels, per layer in each call.
 SALIENT_LAYER = 3e-4
 # Quantized graphs over float ones: per row of a graph; per layer in each batch.
@@ -105,6 +108,19 @@ def _projected_products(layer: LayerWork, probes: int) -> float:
     gathered = probes * (positions + GRADIENT_POSITIONS) + PATCH_POSITIONS * positions
     ways = (forward, gathered + layer.forms * probes)
     return layer.weights * (min(ways) if layer.groups == 1 else forward)
+
+
+def _stacked(model: ModelWork, batches: float) -> float:
+    """Return the elements of all stacked errors, times how often they are made.
+
+    Once where memory holds them; in each batch where it does not, as with most layers of a large model.
+    """
+    made = sum(
+        layer.weights * (layer.forms + 1 + 2 * bool(layer.promoted)) for layer in model.layers
+    )
+    whole = sum(4 * layer.weights * (layer.forms + layer.promoted + 2) for layer in model.layers)
+    held = min(STACK_BYTES / whole, 1.0) if 0 < whole < HELD_SHARE * STACK_BYTES else 0.0
+    return made * (held + (1 - held) * batches)
 
 
 @dataclass(frozen=True)
@@ -211,6 +227,7 @@ def _measure(recipe: Recipe, model: ModelWork, speed: Speed) -> float:
     products = sum(_projected_products(layer, work.directions) for layer in model.layers)
     found = _adjoints(work, model, speed) + pace * TORCH
     found += pace * batches * (PROJECTED_BATCH * len(model.layers) + ROUNDED_BATCH * ranges)
+    found += pace * STACKED * _stacked(model, batches)
     return found + work.adjoints * (products * speed.product + pace * ROUNDED_VALUE * rounded)
 
 

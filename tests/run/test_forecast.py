@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ import pytest
 
 from mpq_deploy.errors import UsageError
 from mpq_deploy.recipe import Recipe, make_recipe
-from mpq_deploy.run import machine_speed
+from mpq_deploy.run import forecast, machine_speed
 from mpq_deploy.run.forecast import (
     Forecast,
     Outlook,
@@ -18,9 +20,10 @@ from mpq_deploy.run.forecast import (
     rounding_seconds,
     stage_seconds,
 )
-from mpq_deploy.run.machine_speed import Speed, speed_of
+from mpq_deploy.run.machine_speed import Speed, probe_batch, speed_of
 from mpq_deploy.run.pipeline import open_pipeline
-from mpq_deploy.run.stage_work import LayerWork, ModelWork
+from mpq_deploy.run.stage_work import LayerWork, ModelWork, works
+from mpq_deploy.sensitivity import layer_weights, probe
 from mpq_deploy.system.quantities import Duration, duration_text
 from tests.pipeline.runs import Notes, build, recipe_for, save_denoiser
 
@@ -57,6 +60,37 @@ def test_passes_back_cost_each_of_their_directions(
     speed = replace(CALLS_ALONE, forward=1.0, back=100.0)
     calls = 2 * recipe.measure.samples
     assert stage_seconds(recipe, model, speed)["measure"] == calls * (1 + 100 * 2)
+
+
+def test_errors_are_stacked_in_each_batch_where_memory_does_not_hold_them(
+    exported: tuple[Recipe, Path, ModelWork], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, run, model = exported
+    batches = works(recipe, model)["measure"].adjoints / probe_batch(recipe, model)
+    assert batches > 1
+    made, expected, original = Counter[bool](), dict[bool, float](), layer_weights.form_stack
+    for held in (True, False):
+        if not held:
+            monkeypatch.setattr(forecast, "STACK_BYTES", 0)
+            monkeypatch.setattr(probe, "STACK_BYTES", 0)
+        monkeypatch.setattr(
+            layer_weights,
+            "form_stack",
+            lambda *given, held=held: made.update([held]) or original(*given),
+        )
+        expected[held] = stage_seconds(recipe, model, replace(CALLS_ALONE, forward=1e-9, pace=1.0))[
+            "measure"
+        ]
+        with open_pipeline(recipe, run, Notes()) as pipeline:
+            pipeline.current("candidates")
+            shutil.rmtree(run / "measure", ignore_errors=True)
+            pipeline.ensure("measure")
+    assert made[False] == batches * made[True] == batches * len(model.layers)
+    elements = sum(
+        layer.weights * (layer.forms + 1 + 2 * bool(layer.promoted)) for layer in model.layers
+    )
+    again = forecast.STACKED * (batches - 1) * elements
+    assert expected[False] - expected[True] == pytest.approx(again)
 
 
 def test_nothing_gets_shorter_by_more_of_a_count(exported: tuple[Recipe, Path, ModelWork]) -> None:
