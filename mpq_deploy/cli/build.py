@@ -291,7 +291,11 @@ def report(
     from mpq_deploy.run.folder import runs_at
     from mpq_deploy.run.pipeline import open_pipeline
 
-    if (run / "pipeline.json").is_file() and not (device or as_is or target or sign):
+    if (run / "pipeline.json").is_file() and not (as_is or target or sign):
+        from mpq_deploy.delivery.whole_results import take_in_whole
+
+        for path in device or []:
+            take_in_whole(run, path, make_talk())
         run_on("report", run, recipe, {})
         return
     key, chosen, made = signing_key(sign), runs_at(run, target), {}

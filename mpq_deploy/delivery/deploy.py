@@ -7,7 +7,6 @@ already, so that a repeated call continues at the last byte that arrived, or aft
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 import shlex
 import subprocess
@@ -21,7 +20,6 @@ from typing import TYPE_CHECKING, Any
 
 from mpq_deploy.delivery.package import INSTALLER, make_package
 from mpq_deploy.device.archive import MANIFEST, pieces, read_archive
-from mpq_deploy.device.generate.generation_folder import COMPONENTS
 from mpq_deploy.device.manifest import RESULTS
 from mpq_deploy.errors import EngineError, InputError, UsageError
 from mpq_deploy.system.children import Collected, run_bounded
@@ -124,21 +122,17 @@ def deploy(run: Run, target: Target, remote: Remote) -> dict[str, Any]:
 def deploy_whole(path: Path, target: Target, remote: Remote, talk: Talk) -> dict[str, Any]:
     """Deploy the run of a whole pipeline at ``path`` as ``deploy`` does; return its results.
 
-    Each component's results are kept in its own run.
+    They are kept in the run, and each component's in its own.
     """
-    from mpq_deploy.delivery.device_results import take_in
     from mpq_deploy.delivery.whole_package import make_whole_package
-    from mpq_deploy.run.view import Run
+    from mpq_deploy.delivery.whole_results import take_in_whole
 
     def packed(archive: Path) -> dict[str, Any]:
         return make_whole_package(path, target, archive, talk)
 
     results = _deliver(path, target, remote, talk, packed)
     values = as_object(parse_json(results.read_text(encoding="utf-8"), RESULTS), RESULTS)
-    for name, one in as_object(values["components"], RESULTS).items():
-        own = Run.opened(path / COMPONENTS / name, talk)
-        write_text(results.with_name(f"{name}.json"), json.dumps(one))
-        take_in(own, results.with_name(f"{name}.json"))
+    take_in_whole(path, results, talk)
     return values
 
 

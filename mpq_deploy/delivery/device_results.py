@@ -214,9 +214,7 @@ def read_results(path: Path, talk: Talk | None = None) -> DeviceResults:
         raise UsageError(what, HINT)
     if "components" in values:
         what = f"{path} is the results.json of a whole pipeline."
-        raise UsageError(
-            what, "Give a component's, with its own run: components/NAME/results.json."
-        )
+        raise UsageError(what, "Give it with the run of the whole, or a component's with its own.")
     try:
         return DeviceResults.model_validate(values)
     except ValidationError as error:
@@ -237,12 +235,17 @@ def take_in(run: Run, path: Path) -> Path:
     Raises UsageError when it is not a results.json, or one of another plan.
     """
     results = read_results(path, run.talk)
-    stale = _stale(run, results)
+    stale = stale_stage(run, results)
     if stale:
         raise UsageError(
             f"{path} was measured with another {stale} than that of {run.path}.",
             "Give the run that was packaged, or package this one and install it again.",
         )
+    return keep(run, results)
+
+
+def keep(run: Run, results: DeviceResults) -> Path:
+    """Write results of this plan into the run folder; return where."""
     kind = ".bench" if results.bench else ""
     folder = run.path / FOLDER
     kept = path_inside(folder, results.target, "The target of results.json", suffix=f"{kind}.json")
@@ -264,7 +267,7 @@ def device_infos(run: Run) -> tuple[DeviceInfo, ...]:
         except UsageError as error:
             run.talk.warn(f"left out of the report: {error.message}")
             continue
-        if _stale(run, results):
+        if stale_stage(run, results):
             run.talk.warn(f"{path} belongs to an earlier plan and is left out of the report")
         else:
             infos.append(device_info(results))
@@ -305,7 +308,7 @@ def _ratio(bench: _Bench | None) -> Ratio | None:
     return Ratio(against=bench.subjects[1].name, value=ratio.value, low=ratio.low, high=ratio.high)
 
 
-def _stale(run: Run, results: DeviceResults) -> str:
+def stale_stage(run: Run, results: DeviceResults) -> str:
     """The first stage whose outputs are not those that were packaged; empty when all are."""
     digests = results.package.digests
     made_by = {name: run.deployed_stage if name == "quantize" else name for name in STAGES}

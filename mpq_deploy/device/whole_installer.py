@@ -53,6 +53,7 @@ def install_whole(
         "format": RESULTS_FORMAT,
         "made_by": __version__,
         "package": {"name": manifest.name, "manifest_sha256": file_digest(folder / MANIFEST)},
+        "digests": manifest.digests,
         "target": manifest.target.name,
         "components": components,
         "images": images,

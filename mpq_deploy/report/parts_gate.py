@@ -31,17 +31,18 @@ def check_pipeline(run: Path, limits: Limits, allow_estimate: bool) -> GateResul
     for name, limit, value in (
         ("PSNR", limits.min_psnr, view.psnr_db),
         ("error of images", limits.max_nmse, view.measured_image_error),
-        (
-            "latency per image",
-            latency,
-            view.image_ms,
-        ),
+        ("latency per image", latency, _image_ms(view, allow_estimate)),
     ):
         if limit is not None:
-            estimated = name.startswith("latency") and not allow_estimate
-            outcomes.append(_held(name, limit, None if estimated else value, name == "PSNR"))
+            outcomes.append(_held(name, limit, value, name == "PSNR"))
     target = str(view.recipe.get("target", ""))
     return GateResult(str(run), view.class_name, target, tuple(outcomes), view.notes)
+
+
+def _image_ms(view: PipelineFile, allow_estimate: bool) -> float | None:
+    """Return what devices measured of an image, the slowest; without any the estimate, where allowed."""
+    measured = [one.image_ms for one in view.devices if one.image_ms is not None]
+    return max(measured, default=view.image_ms if allow_estimate else None)
 
 
 def _size(view: PipelineFile, limits: Limits) -> Outcome:

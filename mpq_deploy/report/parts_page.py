@@ -10,7 +10,7 @@ from markupsafe import Markup
 
 from mpq_deploy.evaluate.cache import write_aside
 from mpq_deploy.report.page import rendered
-from mpq_deploy.run.pipeline_file import COMPONENTS, PartFigures, PipelineFile
+from mpq_deploy.run.pipeline_file import COMPONENTS, PartFigures, PipelineFile, WholeDevice
 
 PAGE = "report.html"
 COLUMNS = (
@@ -38,7 +38,7 @@ def pipeline_page(view: PipelineFile) -> str:
         heading=f"{len(view.parts)} parts under one budget",
         columns=COLUMNS,
         rows=rows,
-        facts=pipeline_facts(view),
+        facts=[*pipeline_facts(view), *device_facts(view)],
         notes=view.notes,
     )
 
@@ -95,6 +95,29 @@ def pipeline_facts(view: PipelineFile) -> list[str]:
     return facts
 
 
+def device_facts(view: PipelineFile) -> list[str]:
+    """Return what each device measured, a sentence each."""
+    return [_device(one) for one in view.devices]
+
+
+def _device(one: WholeDevice) -> str:
+    name = f"On {one.target}" + (f" ({one.device})" if one.device else "")
+    layers = {None: "no engines", True: "engines as planned", False: "engines DIFFER from the plan"}
+    facts = [layers[one.verified]]
+    wrong = [part for part, agrees in one.outputs_agree.items() if agrees is False]
+    if wrong:
+        facts.append(f"outputs of {', '.join(wrong)} DIFFER")
+    if one.median_ms:
+        calls = ", ".join(f"{part} {time:.3g}" for part, time in one.median_ms.items())
+        whole = "" if one.image_ms is None else f"{one.image_ms:.3g} ms per image measured, "
+        facts.append(f"{whole}ms of a call: {calls}")
+    if one.images_agree is None:
+        return f"{name}: {'; '.join(facts)}; no reference images: {one.not_made}"
+    error = "not finite" if one.image_error is None else f"{one.image_error:.2e}"
+    agree = "agree" if one.images_agree else "DIFFER"
+    return f"{name}: {'; '.join(facts)}; images {agree} (error {error}, allowed {one.tolerance:g})"
+
+
 def aligned(table: Sequence[Sequence[str]]) -> list[str]:
     """Return the rows as lines with columns of one width each."""
     widths = [max(map(len, column)) for column in zip(*table)]
@@ -109,5 +132,12 @@ def pipeline_text(view: PipelineFile, run: Path) -> str:
     lines = aligned([list(COLUMNS), *part_rows(view)])
     page = [f"report: {run / PAGE}"] if (run / PAGE).is_file() else []
     return "\n".join(
-        [f"{view.class_name}: {'; '.join(pipeline_facts(view))}", "", *lines, "", *page]
+        [
+            f"{view.class_name}: {'; '.join(pipeline_facts(view))}",
+            "",
+            *lines,
+            "",
+            *device_facts(view),
+            *page,
+        ]
     ).rstrip()

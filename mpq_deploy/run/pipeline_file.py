@@ -39,6 +39,28 @@ class PartFigures(BaseModel):
     image_ms: float | None = None
 
 
+class WholeDevice(BaseModel):
+    """What a device measured of the whole; ``image_ms``: of all calls of an image, where all were timed.
+
+    By part: bytes of its engine, whether its outputs agree, the median of a call. ``verified`` None:
+    no engines. ``image_error``: the largest of the reference images, ``not_made``: why there is none.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    target: str
+    device: str
+    engine_bytes: dict[str, int]
+    verified: bool | None
+    outputs_agree: dict[str, bool | None]
+    median_ms: dict[str, float]
+    image_ms: float | None
+    images_agree: bool | None
+    image_error: float | None
+    tolerance: float
+    not_made: str
+
+
 class PipelineFile(BaseModel):
     """A run of a whole pipeline: its source, its ``recipe`` as it was given, its parts and the whole."""
 
@@ -60,6 +82,7 @@ class PipelineFile(BaseModel):
     images: int | None = None
     image_ms: float | None = None
     notes: tuple[str, ...] = ()
+    devices: tuple[WholeDevice, ...] = ()
 
     def save(self, run: Path) -> None:
         """Write the file into a run folder."""

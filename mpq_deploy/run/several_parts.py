@@ -93,7 +93,11 @@ class WholeRun:
         }
         view = _joint_view(view, measured, gains, plans, budget)
         if last == "report":
+            from mpq_deploy.delivery.whole_results import whole_devices
+
             view = self._with_images(view, measured)
+            devices = whole_devices(self.folder.path, view, batch, self._talk)
+            view = view.model_copy(update={"devices": devices})
         view.save(self.folder.path)
         return view
 

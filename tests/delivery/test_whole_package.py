@@ -22,8 +22,9 @@ from typer.testing import CliRunner
 
 from mpq_deploy.cli import app
 from mpq_deploy.delivery.deploy import Remote, deploy_whole
-from mpq_deploy.delivery.device_results import read_results, take_in
+from mpq_deploy.delivery.device_results import read_results
 from mpq_deploy.delivery.whole_package import make_whole_package
+from mpq_deploy.delivery.whole_results import take_in_whole, whole_devices
 from mpq_deploy.device import whole_installer
 from mpq_deploy.device.archive import (
     MANIFEST,
@@ -42,11 +43,15 @@ from mpq_deploy.engine.target import load_target
 from mpq_deploy.errors import EngineError, InputError, UsageError
 from mpq_deploy.models.pipeline_parts import whole_parts
 from mpq_deploy.recipe import load_recipe
+from mpq_deploy.report.gate import Limits
+from mpq_deploy.report.parts_gate import check_pipeline
+from mpq_deploy.report.parts_page import device_facts
 from mpq_deploy.run.pipeline import open_pipeline
+from mpq_deploy.run.pipeline_file import PipelineFile
 from mpq_deploy.run.several_parts import build_whole
-from mpq_deploy.run.view import Run
 from mpq_deploy.system.memory import Room
 from mpq_deploy.system.progress import Talk
+from mpq_deploy.system.quantities import Latency
 from tests.delivery.test_deploy import needs_sshd, remote, server
 from tests.pipeline.runs import FEW_SCHEMES, Notes, recipe_for
 from tests.tiny_models import ONE_LEVEL, tiny_text_pipeline_folder
@@ -112,6 +117,20 @@ def test_it_installs_without_pytorch_and_makes_the_images_of_the_run(
     assert results["passed"] and results["images"]["ran"] and results["components"] == {}
     with pytest.raises(UsageError, match="of a whole pipeline"):
         read_results(out / "results.json")
+    # Into the joint report, if it is of these plans.
+    copy, other = Path(shutil.copytree(run, tmp_path / "run")), tmp_path / "other.json"
+    take_in_whole(copy, out / "results.json", Talk())
+    (device,) = whole_devices(copy, PipelineFile.load(copy), 2, Talk())
+    assert device.verified is None and device.images_agree
+    assert device.image_error is not None and device.image_error < 1e-3
+    assert (
+        "images agree"
+        in device_facts(PipelineFile.load(copy).model_copy(update={"devices": (device,)}))[0]
+    )
+    foreign = {**results["digests"], "unet": {"quantize": "0" * 64}}
+    other.write_text(json.dumps({**results, "digests": foreign}), encoding="utf-8")
+    with pytest.raises(UsageError, match=r"with another unet \(quantize\) than"):
+        take_in_whole(copy, other, Talk())
     manifest = WholeManifest.load(out / MANIFEST)
     assert tuple(manifest.components) == PARTS and len(manifest.images) == 2
     assert [one.prompt for one in manifest.images] == ["abc", "def"]
@@ -278,12 +297,29 @@ def test_engines_of_all_components_are_built_in_turn(
     for name, one in results["components"].items():
         assert one["engine"]["verified"]
         assert (out / "components" / name / "engine" / "model.engine").is_file()
-        # And into the report of its own run.
-        own = Run.opened(copy / "components" / name, Talk())
-        assert take_in(own, out / "components" / name / "results.json").is_file()
     assert [line for line in notes.lines if line.startswith("component ")] == [
         f"component {name}" for name in PARTS
     ]
+    # The whole's results go into its run, each component's into its own.
+    take_in_whole(copy, out / "results.json", Talk())
+    assert all((copy / "components" / name / "devices" / "rtx.json").is_file() for name in PARTS)
+    (device,) = whole_devices(copy, PipelineFile.load(copy), 2, Talk())
+    assert device.verified and set(device.engine_bytes) == set(PARTS)
+    # Times of calls, as of a GPU: an image's are those of its calls.
+    times = dict.fromkeys(("mean_ms", "p50_ms", "p90_ms", "p99_ms"), 3.0)
+    for one in results["components"].values():
+        one["latency"] = {**times, "calls": 9, "samples_per_second": None}
+    (tmp_path / "timed.json").write_text(json.dumps(results), encoding="utf-8")
+    take_in_whole(copy, tmp_path / "timed.json", Talk())
+    view = PipelineFile.load(copy)
+    (device,) = whole_devices(copy, view, 2, Talk())
+    assert device.image_ms == pytest.approx(sum((p.rows or 0) * 1.5 for p in view.parts.values()))
+    view.model_copy(update={"devices": (device,)}).save(copy)
+    for limit, passed in ((2 * (device.image_ms or 0), True), ((device.image_ms or 0) / 2, False)):
+        limits = Limits(max_latency=Latency.parse(f"{limit}ms"))
+        assert check_pipeline(copy, limits, allow_estimate=False).passed is passed
+    with pytest.raises(UsageError, match="of one component"):
+        take_in_whole(copy, out / "components" / "unet" / "results.json", Talk())
     if not results["images"]["ran"]:
         assert "NVIDIA driver" in results["images"]["why"]
     parts = Generator(out).generation.parts

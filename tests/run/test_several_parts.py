@@ -369,7 +369,7 @@ def test_two_wholes_are_compared_part_by_part(
         app, ["compare", str(run), str(run), "--html", str(tmp_path / "c.html")]
     )
     assert same.exit_code == 0 and "the same bytes" in same.stdout
-    assert "is 1 times the first's" in same.stdout and "unet: 0 of" in same.stdout
+    assert "is 1.00 times the first's" in same.stdout and "unet: 0 of" in same.stdout
     assert "2 runs of a pipeline compared" in (tmp_path / "c.html").read_text(encoding="utf-8")
     part = CliRunner().invoke(app, ["compare", str(run), str(run / "components" / "unet")])
     assert "is not the run of a whole pipeline" in str(part.exception)
