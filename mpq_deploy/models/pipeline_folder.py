@@ -28,9 +28,9 @@ from mpq_deploy.models.denoiser import Denoiser
 from mpq_deploy.models.lora import Loras, told
 from mpq_deploy.models.model_form import OUTPUT, ModelForm, model_class, model_form, network
 from mpq_deploy.models.pipeline_part import open_pipeline_part
+from mpq_deploy.models.sample_sizes import DIT
 from mpq_deploy.models.spec import DenoiserSpec, InputSpec
 from mpq_deploy.models.torch_export import TorchNetwork
-from mpq_deploy.models.transformer import DIT
 from mpq_deploy.models.unet import load_pretrained
 from mpq_deploy.system.inputs import whole
 from mpq_deploy.system.libraries import tell_cause

@@ -16,8 +16,9 @@ from mpq_deploy.errors import UsageError
 from mpq_deploy.models.additions import CONFIG, VAE, read_json
 from mpq_deploy.models.denoiser import Denoiser
 from mpq_deploy.models.spec import DenoiserSpec
-from mpq_deploy.models.transformer import DIT
 from mpq_deploy.system.quantities import ImageSize, ImageSizes
+
+DIT = "DiTTransformer2DModel"
 
 ALONE = "Leave --sizes out: it is built for its own size."
 # Transformers whose pipelines give them squares of 2 x 2 latents as one token.

@@ -11,8 +11,9 @@ import torch
 
 from mpq_deploy.errors import UsageError, nearest
 from mpq_deploy.models.conditions import Conditions, WantedInput
+from mpq_deploy.models.sample_sizes import DIT
 
-DIT, PIXART = "DiTTransformer2DModel", "PixArtTransformer2DModel"
+PIXART = "PixArtTransformer2DModel"
 SD3 = "SD3Transformer2DModel"
 TRANSFORMER_CLASSES = (DIT, PIXART, SD3)
 # Names that forwards of diffusers have for the noisy sample, and what they call the timestep.

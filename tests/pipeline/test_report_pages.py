@@ -99,9 +99,9 @@ def test_the_plans_of_other_budgets_hold_them_and_are_kept(
     with open_pipeline(load_recipe(run / "recipe.yaml"), run, Talk()) as pipeline:
         pipeline.run_until("allocate")
         plan = PrecisionPlan.load(run / "allocate" / "plan.json")
-        found = budgets.budget_plans(pipeline.run, plan)
         table = SensitivityTable.load(run / "measure")
         solver = PlanSolver(pipeline.run)
+        found = budgets.budget_plans(pipeline.run, plan, solver)
         assert len(found.plans) > 3 and found.times is not None and solver.costs is not None
         values = [(p.size_bytes, p.predicted_nmse, p.latency_ms or 0.0) for p in found.plans]
         for one in found.plans:
@@ -123,10 +123,10 @@ def test_the_plans_of_other_budgets_hold_them_and_are_kept(
             raise AssertionError("solved again")
 
         monkeypatch.setattr(budgets, "front_plans", refuse)
-        assert budgets.budget_plans(pipeline.run, plan) == found
+        assert budgets.budget_plans(pipeline.run, plan, solver) == found
         (run / budgets.CACHE).write_text("{", encoding="utf-8")
         with pytest.raises(AssertionError, match="solved again"):
-            budgets.budget_plans(pipeline.run, plan)
+            budgets.budget_plans(pipeline.run, plan, solver)
 
 
 def test_the_options_of_each_plan_build_one_at_least_as_good(run: Path) -> None:

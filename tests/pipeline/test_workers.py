@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import time
@@ -17,6 +18,7 @@ from mpq_deploy.evaluate.metrics.sample_images import Source, sample_many
 from mpq_deploy.models.spec import FloatModel
 from mpq_deploy.recipe import EvaluateSettings
 from mpq_deploy.rounding import rounder
+from mpq_deploy.run.folder import open_run
 from mpq_deploy.run.pipeline import Pipeline, open_pipeline
 from mpq_deploy.run.view import SHARDS
 from mpq_deploy.sensitivity import probe
@@ -265,14 +267,10 @@ def test_two_builds_at_once_do_not_meet(model: Path, finished: Built, tmp_path: 
         "env": environment(),
     }
     builds = [subprocess.Popen(command("build", "-r", recipe, "-o", run), **ways) for run in runs]
-    while not (runs[0] / "export").exists():
-        assert builds[0].poll() is None, builds[0].communicate()[1]
-        time.sleep(0.02)
-    refused = call("build", "-r", recipe, "-o", runs[0])
-    assert (
-        refused.returncode == 1
-        and f"in use by another process (pid {builds[0].pid})" in refused.stderr
-    )
+    with open_run(tmp_path / "held"):
+        refused = call("build", "-r", recipe, "-o", tmp_path / "held")
+    assert refused.returncode == 1
+    assert f"in use by another process (pid {os.getpid()})" in refused.stderr
     for build, run in zip(builds, runs, strict=True):
         _, said = build.communicate(timeout=300)
         assert build.returncode == 0, said
