@@ -86,7 +86,9 @@ def shared_exports(
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     """Say how many tiny modules are not recorded as they are now."""
-    if (kept := getattr(config, "cache", None)) is not None:
+    kept = getattr(config, "cache", None)
+    # Workers have a summary, too, which nobody sees.
+    if kept is not None and not hasattr(config, "workerinput"):
         told = kept.mkdir("exports") / "traced.txt"
         with suppress(OSError):
             count = len(told.read_text(encoding="utf-8").splitlines())

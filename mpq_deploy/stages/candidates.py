@@ -29,8 +29,8 @@ CANDIDATES_FORMAT = 11
 PRODUCTS = "layers.products"
 TAKEN = {"schemes", "branches", "rules", "conv_products"}
 # Of the stage's inputs those that no rounded form depends on.
-LISTS = (f"recipe.allocate.{name}" for name in ("schemes", "branches", "ranges"))
-ASIDE = {*LISTS, "target.schemes", PRODUCTS}
+LISTS = {f"recipe.allocate.{name}" for name in ("schemes", "branches", "ranges")}
+ASIDE = LISTS | {"target.schemes", PRODUCTS}
 
 
 def inputs(run: Run) -> Fields:
