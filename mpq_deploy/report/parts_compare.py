@@ -126,6 +126,7 @@ class WholeComparison:
             "parts.html.j2",
             model=self.views[0].source,
             heading=f"{len(self.runs)} runs of a pipeline compared",
+            caption="Each part in each run. Errors are relative and squared",
             columns=HEADER,
             rows=self.rows(),
             facts=[one.removesuffix(".") for one in self.sentences()],

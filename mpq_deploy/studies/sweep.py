@@ -368,14 +368,12 @@ def draw(result: dict[str, Any], path: Path) -> None:
         figure, axes = plt.subplots(figsize=(6.4, 4))
         drawn, line = _predicted(result.get("curve", points), measured)
         if drawn:
-            axes.plot(*zip(*drawn), ".", color="0.75", markersize=4, label="other plans")
+            others = "other plans" if len(drawn) > len(line) else None
+            axes.plot(*zip(*drawn), ".", color="0.75", markersize=4, label=others)
             axes.plot(*zip(*line), label="least predicted")
-        axes.plot(
-            [p["size_ratio"] for p in measured],
-            [p["measured_nmse"] for p in measured],
-            "o",
-            label="measured",
-        )
+        if measured:
+            both = ([p[name] for p in measured] for name in ("size_ratio", "measured_nmse"))
+            axes.plot(*both, "o", label="measured")
         for name, control in result["controls"].items():
             axes.plot(control["size_ratio"], control["measured_nmse"], "s", color="0.4")
             axes.annotate(

@@ -343,7 +343,9 @@ def test_budgets_of_the_whole_are_swept_without_building(
         assert own["parts"][name]["size_bytes"] == part.size_bytes
     assert whole["size_ratio"] <= 1 and whole["predicted_nmse"] < own["predicted_nmse"]
     assert before == {path: path.read_bytes() for path in before}
-    assert (run / "sweep.svg").is_file()
+    # Nothing is measured: the picture names no dots that it does not have.
+    picture = (run / "sweep.svg").read_text(encoding="utf-8")
+    assert "<!-- least predicted -->" in picture and "<!-- measured -->" not in picture
     measured = CliRunner().invoke(app, ["sweep", str(run), "--evaluate"])
     assert "predicted, not measured" in str(measured.exception)
 
@@ -370,7 +372,8 @@ def test_two_wholes_are_compared_part_by_part(
     )
     assert same.exit_code == 0 and "the same bytes" in same.stdout
     assert "is 1.00 times the first's" in same.stdout and "unet: 0 of" in same.stdout
-    assert "2 runs of a pipeline compared" in (tmp_path / "c.html").read_text(encoding="utf-8")
+    page = (tmp_path / "c.html").read_text(encoding="utf-8")
+    assert "2 runs of a pipeline compared" in page and "its name opens" not in page
     part = CliRunner().invoke(app, ["compare", str(run), str(run / "components" / "unet")])
     assert "is not the run of a whole pipeline" in str(part.exception)
 
