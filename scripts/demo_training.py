@@ -1,8 +1,8 @@
 """Train, sample and export the small class-conditional diffusion models that are bundled as demos.
 
-In: images float32 [N, C, H, W] in [-1, 1] with labels int64 [N], a UNet2DModel, a DDIMScheduler and
-`TrainSettings`. Out: in the output folder `state.pt` (resumable; stays with whoever trains), `losses.csv`,
-`grid_<minutes>.png` and `pipeline/`, a diffusers pipeline folder with the averaged weights in FP16.
+In: images float32 [N, C, H, W] in [-1, 1] with labels int64 [N], a UNet2DModel or a DiTTransformer2DModel, a
+DDIMScheduler and `TrainSettings`. Out: in the output folder `state.pt` (resumable; stays with whoever trains),
+`losses.csv`, `grid_<minutes>.png` and `pipeline/`, a diffusers pipeline folder with the averaged weights in FP16.
 
 The learning rate follows the clock, not a step count: it has decayed to its floor when the time budget ends,
 however loaded the machine is.
@@ -19,13 +19,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
+from diffusers import DDIMPipeline, DDIMScheduler, DiTTransformer2DModel, UNet2DModel
 from PIL import Image
 from torch import Tensor
 
 SAMPLE_STEPS = 20  # the number of DDIM steps the demo is meant for
 WARM_UP_STEPS = 200
 LOSS_WINDOW = 200  # steps over which the reported loss is averaged
+Network = UNet2DModel | DiTTransformer2DModel
 
 
 @dataclass(frozen=True)
@@ -57,13 +58,13 @@ class DemoCard:
 class Ema:
     """Exponential moving average of a module's parameters, with a short memory at the start."""
 
-    def __init__(self, model: UNet2DModel, decay: float) -> None:
+    def __init__(self, model: Network, decay: float) -> None:
         self.decay = decay
         self.shadow: dict[str, Tensor] = {
             k: v.detach().clone() for k, v in model.state_dict().items()
         }
 
-    def update(self, model: UNet2DModel, step: int) -> None:
+    def update(self, model: Network, step: int) -> None:
         """Move the average towards the model's weights after optimizer step `step` (from 1)."""
         decay = min(self.decay, (1 + step) / (10 + step))
         with torch.no_grad():
@@ -98,7 +99,7 @@ def balanced_batch(by_class: list[Tensor], batch: int, generator: torch.Generato
 
 
 def sample(
-    unet: UNet2DModel,
+    unet: Network,
     scheduler: DDIMScheduler,
     labels: Tensor,
     seed: int,
@@ -112,7 +113,7 @@ def sample(
     scheduler.set_timesteps(steps)
     for timestep in scheduler.timesteps:
         with torch.no_grad():
-            output = unet(x, timestep, class_labels=labels).sample
+            output = unet(x, timestep.expand(len(x)), class_labels=labels).sample
         x = scheduler.step(output, timestep, x).prev_sample
     return x.clamp(-1, 1)
 
@@ -134,20 +135,33 @@ def grid_image(images: Tensor, columns: int, zoom: int, gap: int = 1) -> Image.I
 
 
 def export_pipeline(
-    unet: UNet2DModel,
+    unet: Network,
     weights: dict[str, Tensor],
     scheduler: DDIMScheduler,
     card: dict[str, Any],
     out: Path,
-) -> UNet2DModel:
-    """Write a pipeline folder with FP16 weights and demo.json; returns the FP16-rounded UNet in float32."""
-    rounded = UNet2DModel.from_config(dict(unet.config))
+) -> Network:
+    """Write a pipeline folder with FP16 weights and demo.json; returns the FP16-rounded network in float32.
+
+    No pipeline of diffusers takes a transformer without a VAE: its folder has the parts alone.
+    """
+    rounded = type(unet).from_config(dict(unet.config))
     rounded.load_state_dict(weights)
-    DDIMPipeline(rounded.half(), scheduler).save_pretrained(out, safe_serialization=True)
+    if isinstance(rounded, UNet2DModel):
+        DDIMPipeline(rounded.half(), scheduler).save_pretrained(out, safe_serialization=True)
+    else:
+        rounded.half().save_pretrained(out / "transformer", safe_serialization=True)
+        scheduler.save_pretrained(out / "scheduler")
+        parts = {
+            "_class_name": "DiffusionPipeline",
+            "scheduler": ["diffusers", "DDIMScheduler"],
+            "transformer": ["diffusers", "DiTTransformer2DModel"],
+        }
+        (out / "model_index.json").write_text(json.dumps(parts, indent=2) + "\n", encoding="utf-8")
     (out / "demo.json").write_text(
         json.dumps(card, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
     )
-    result: UNet2DModel = rounded.float()
+    result: Network = rounded.float()
     return result
 
 
@@ -156,7 +170,7 @@ class Trainer:
 
     def __init__(
         self,
-        unet: UNet2DModel,
+        unet: Network,
         scheduler: DDIMScheduler,
         settings: TrainSettings,
         card: DemoCard,

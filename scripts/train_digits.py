@@ -1,17 +1,19 @@
 """Train the bundled 8x8 digits model: `python scripts/train_digits.py --minutes 6 --out DIR`.
 
 Data: scikit-learn's `load_digits` (1,797 grey images of 8x8 pixels, 10 classes), part of that package.
-The result, `DIR/pipeline`, is what lies in mpq_deploy/models/demo/digits.
+The result, `DIR/pipeline`, is what lies in mpq_deploy/models/demo/digits. With `--network transformer` a small DiT is
+trained instead, for benchmarks on a trained model of another kind.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from demo_training import DemoCard, Trainer, TrainSettings
-from diffusers import DDIMScheduler, UNet2DModel
+from demo_training import DemoCard, Network, Trainer, TrainSettings
+from diffusers import DDIMScheduler, DiTTransformer2DModel, UNet2DModel
 from sklearn.datasets import load_digits  # type: ignore[import-untyped]
 from torch import Tensor
 
@@ -41,6 +43,27 @@ def digits_unet() -> UNet2DModel:
     )
 
 
+def digits_transformer() -> DiTTransformer2DModel:
+    """Six blocks of four heads over patches of 2x2 pixels."""
+    return DiTTransformer2DModel(
+        sample_size=8,
+        in_channels=1,
+        out_channels=1,
+        patch_size=2,
+        num_layers=6,
+        num_attention_heads=4,
+        attention_head_dim=32,
+        num_embeds_ada_norm=10,
+        norm_num_groups=1,
+    )
+
+
+NETWORKS: dict[str, Callable[[], Network]] = {
+    "unet": digits_unet,
+    "transformer": digits_transformer,
+}
+
+
 def digits_scheduler() -> DDIMScheduler:
     """Cosine noise schedule, velocity prediction, 20 steps that begin at the last timestep."""
     return DDIMScheduler(
@@ -59,6 +82,7 @@ def main() -> None:
         "--out", type=Path, required=True, help="folder for checkpoints and the pipeline"
     )
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--network", choices=NETWORKS, default="unet")
     options = parser.parse_args()
     settings = TrainSettings(
         minutes=options.minutes,
@@ -70,14 +94,16 @@ def main() -> None:
     torch.set_num_threads(settings.threads)
     torch.manual_seed(settings.seed)
     arguments = f"--minutes {options.minutes:g} --seed {options.seed}"
+    if options.network != "unet":
+        arguments = f"--network {options.network} {arguments}"
     card = DemoCard(
-        name="digits",
+        name="digits" if options.network == "unet" else f"digits-{options.network}",
         classes=tuple(str(digit) for digit in range(10)),
         licence="CC-BY-4.0",
         data=DATA,
         command=f"python scripts/train_digits.py {arguments} --out DIR",
     )
-    trainer = Trainer(digits_unet(), digits_scheduler(), settings, card, options.out)
+    trainer = Trainer(NETWORKS[options.network](), digits_scheduler(), settings, card, options.out)
     trainer.resume()
     images, labels = digits()
     trainer.run(images, labels)

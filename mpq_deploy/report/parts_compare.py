@@ -139,6 +139,8 @@ def compare_pipelines(runs: Sequence[Path]) -> WholeComparison:
     if len(runs) < 2:
         raise UsageError(f"Only {len(runs)} run was given to compare.", "Give two or more.")
     for run in runs:
+        if not run.exists():
+            raise UsageError(f"There is no run {run}.", "Give the folders of finished runs.")
         if not (run / PIPELINE).is_file():
             raise UsageError(
                 f"{run} is not the run of a whole pipeline, as others that are compared.",

@@ -41,20 +41,16 @@ from mpq_deploy.device.whole_manifest import WholeManifest
 from mpq_deploy.engine import builder
 from mpq_deploy.engine.target import load_target
 from mpq_deploy.errors import EngineError, InputError, UsageError
-from mpq_deploy.models.pipeline_parts import whole_parts
-from mpq_deploy.recipe import load_recipe
 from mpq_deploy.report.gate import Limits
 from mpq_deploy.report.parts_gate import check_pipeline
 from mpq_deploy.report.parts_page import device_facts
-from mpq_deploy.run.pipeline import open_pipeline
 from mpq_deploy.run.pipeline_file import PipelineFile
-from mpq_deploy.run.several_parts import build_whole
 from mpq_deploy.system.memory import Room
 from mpq_deploy.system.progress import Talk
 from mpq_deploy.system.quantities import Latency
 from tests.delivery.test_deploy import needs_sshd, remote, server
-from tests.pipeline.runs import FEW_SCHEMES, Notes, recipe_for
-from tests.tiny_models import ONE_LEVEL, tiny_text_pipeline_folder
+from tests.pipeline.runs import Notes, tiny_whole_run
+from tests.shared import made_once
 
 __all__ = ["server"]
 pytestmark = [pytest.mark.slow, pytest.mark.torch]
@@ -66,22 +62,10 @@ BLOCKED = (
 )
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A whole pipeline's run up to its graphs, planned for RTX."""
-    place = tmp_path_factory.mktemp("whole")
-    folder = tiny_text_pipeline_folder(place, **ONE_LEVEL)
-    (place / "prompts.txt").write_text("abc\ndef\nghi\njkl\n", encoding="utf-8")
-    given = {"target": "rtx", "prompts": str(place / "prompts.txt"), "component_samples": 8}
-    settings = recipe_for(folder, **{**FEW_SCHEMES, **given, "budget": 0.6})
-    parts = whole_parts(settings)
-    assert parts is not None
-    build_whole(settings, place / "run", parts, "allocate", Talk())
-    for name in parts.names:
-        own = place / "run" / "components" / name
-        with open_pipeline(load_recipe(own / "recipe.yaml"), own, Talk()) as part:
-            part.deployed()
-    return place / "run"
+    return made_once(tmp_path_factory, "whole", tiny_whole_run) / "run"
 
 
 def packed(run: Path, out: Path, target: str = "onnxruntime-cpu") -> Path:

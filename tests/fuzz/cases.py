@@ -27,7 +27,7 @@ from mpq_deploy.system.progress import Talk
 from tests.compvis_names import compvis_file, without_weights
 from tests.fuzz import mutations
 from tests.lora_files import kohya_file
-from tests.pipeline.runs import build, recipe_for, save_denoiser
+from tests.pipeline.runs import build, recipe_for, save_denoiser, tiny_whole_run
 from tests.tiny_models import (
     TEXT_WIDTH,
     TOKENS,
@@ -60,9 +60,14 @@ class Bases:
         """Its finished run."""
         return self.root / "run"
 
+    @property
+    def whole(self) -> Path:
+        """A pipeline with a text encoder (tiny_text), its run, its package and what a device made of it."""
+        return self.root / "whole"
+
     @classmethod
-    def made(cls, root: Path) -> Bases:
-        """Make them in ``root``: some seconds."""
+    def made(cls, root: Path, whole: Path | None = None) -> Bases:
+        """Make them in ``root``: some seconds. ``whole``: where ``tiny_whole_run`` has been made before."""
         from mpq_deploy.delivery.package import make_package
 
         bases = cls(root)
@@ -78,7 +83,22 @@ class Bases:
         (root / "target.yaml").write_text(TARGET, encoding="utf-8")
         tiny_unet_folder(root)
         bases._make_adapted()
+        bases._make_whole(whole)
         return bases
+
+    def _make_whole(self, made: Path | None) -> None:
+        """The package of a whole pipeline, and what its installer makes of it here."""
+        from mpq_deploy.delivery.whole_package import make_whole_package
+        from mpq_deploy.device.installer import install
+
+        if made is None:
+            self.whole.mkdir()
+            tiny_whole_run(self.whole)
+        else:
+            shutil.copytree(made, self.whole)
+        package = self.whole / "package.mpq.tar"
+        make_whole_package(self.whole / "run", load_target("onnxruntime-cpu"), package, Talk())
+        install(package, self.whole / "installed", Talk())
 
     def _make_adapted(self) -> None:
         """A Stable-Diffusion-like folder, the same as one file, and a LoRA for it."""
@@ -241,9 +261,9 @@ def checkpoint_case(bases: Bases, folder: Path, draw: Random) -> Arguments:
     return ("checkpoint", str(path), str(folder / "config"))
 
 
-def archive_case(bases: Bases, folder: Path, draw: Random) -> Arguments:
+def archive_case(bases: Bases, folder: Path, draw: Random, source: Path | None = None) -> Arguments:
     """A package: altered bytes, or other parts with digests that fit."""
-    source = bases.root / "package.mpq.tar"
+    source = source or bases.root / "package.mpq.tar"
     path = folder / "x.mpq.tar"
     install = ("install", str(path), "-o", str(folder / "out"))
     if draw.random() < 0.3:
@@ -251,7 +271,7 @@ def archive_case(bases: Bases, folder: Path, draw: Random) -> Arguments:
         return install
     parts = folder / "parts"
     extract(source, read_archive(source), parts)
-    names = sorted(file.name for file in parts.iterdir() if file.name not in (SUMS, MANIFEST))
+    names = _parts_of(parts)
     kind = draw.randrange(4)
     if kind == 0:
         (parts / draw.choice(("numpy.py", "evil.py", "x", "con"))).write_text("x", encoding="utf-8")
@@ -259,8 +279,8 @@ def archive_case(bases: Bases, folder: Path, draw: Random) -> Arguments:
         (parts / draw.choice(names)).unlink()
     elif kind == 2:
         mutations.mutated_file(parts / draw.choice(names), draw)
-    files = {file.name: file for file in parts.iterdir() if file.name != SUMS}
-    manifest = json.loads(files.pop(MANIFEST).read_bytes())
+    files = {name: parts / name for name in _parts_of(parts)}
+    manifest = json.loads((parts / MANIFEST).read_bytes())
     if draw.random() < 0.8:
         manifest["parts"] = {name: file_digest(file) for name, file in files.items()}
     if kind == 3 or draw.random() < 0.3:
@@ -273,6 +293,13 @@ def archive_case(bases: Bases, folder: Path, draw: Random) -> Arguments:
     except MpqError:
         return ("install", str(parts))
     return install
+
+
+def _parts_of(folder: Path) -> list[str]:
+    """The names of an unpacked package's parts."""
+    files = (path for path in folder.rglob("*") if path.is_file())
+    names = (path.relative_to(folder).as_posix() for path in files)
+    return sorted(name for name in names if name not in (SUMS, MANIFEST))
 
 
 COMMANDS: tuple[Callable[[Path], Arguments], ...] = (
@@ -326,6 +353,36 @@ def _record_again(path: Path) -> None:
         return
 
 
+WHOLE_COMMANDS: tuple[Callable[[Path], Arguments], ...] = (
+    lambda run: ("report", str(run), "--as-is"),
+    lambda run: ("gate", str(run), "--max-size", "0.9"),
+    lambda run: ("compare", str(run), str(run)),
+    lambda run: ("package", str(run), "-o", str(run.with_name("p.mpq.tar"))),
+)
+
+
+def whole_case(bases: Bases, folder: Path, draw: Random) -> Arguments:
+    """What is made of a whole pipeline: its package, what that became on a device, and its run."""
+    kind = draw.randrange(4)
+    if kind == 0:
+        return archive_case(bases, folder, draw, bases.whole / "package.mpq.tar")
+    if kind == 1:
+        # Installed, and altered since.
+        made = Path(shutil.copytree(bases.whole / "installed", folder / "made"))
+        changed = [path for path in made.rglob("*") if path.suffix in (".json", ".onnx", ".txt")]
+        mutations.mutated_file(draw.choice(sorted(changed)), draw)
+        image = ("--steps", "1", "-o", str(folder / "x.png"))
+        return ("generate", str(made), "-p", "abc", *image)
+    run = Path(shutil.copytree(bases.whole / "run", folder / "run"))
+    if kind == 2:
+        path = folder / "results.json"
+        results = (bases.whole / "installed" / "results.json").read_bytes()
+        path.write_bytes(mutations.mutated_json(results, draw))
+        return ("report", str(run), "--device", str(path), "--as-is")
+    mutations.mutated_file(run / "pipeline.json", draw)
+    return draw.choice(WHOLE_COMMANDS)(run)
+
+
 KINDS: dict[str, Callable[[Bases, Path, Random], Arguments]] = {
     "onnx": onnx_case,
     "yaml": yaml_case,
@@ -337,4 +394,5 @@ KINDS: dict[str, Callable[[Bases, Path, Random], Arguments]] = {
     "checkpoint": checkpoint_case,
     "archive": archive_case,
     "run": run_case,
+    "whole": whole_case,
 }

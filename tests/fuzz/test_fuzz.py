@@ -9,6 +9,8 @@ import pytest
 
 from tests.fuzz.cases import KINDS, Bases
 from tests.fuzz.runner import FORKED, PRELOAD, run_case, run_seed
+from tests.pipeline.runs import tiny_whole_run
+from tests.shared import made_once
 
 # Seeds of a kind here; `make fuzz` draws others, without end.
 CASES = 12
@@ -26,7 +28,8 @@ COMMANDS = {
 @pytest.fixture(scope="session")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bases]:
     FORKED.set_forkserver_preload(PRELOAD)
-    made = Bases.made(tmp_path_factory.mktemp("fuzz") / "bases")
+    whole = made_once(tmp_path_factory, "whole", tiny_whole_run)
+    made = Bases.made(tmp_path_factory.mktemp("fuzz") / "bases", whole)
     # The first process waits for the imports, which are no case's time.
     run_seed("yaml", 0, made)
     yield made

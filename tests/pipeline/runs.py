@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from mpq_deploy.recipe import AllocateSettings, Recipe, recipe_over
+from mpq_deploy.recipe import AllocateSettings, Recipe, load_recipe, recipe_over
 from mpq_deploy.run.pipeline import open_pipeline
 from mpq_deploy.system.progress import Talk
 from tests.graphs import GraphBuilder, denoiser_graph
@@ -172,3 +172,22 @@ def stage_bytes(run: Path, stages: tuple[str, ...] = DIGESTED) -> dict[str, byte
     """Every file of the stage folders."""
     files = [p for stage in stages for p in sorted((run / stage).rglob("*")) if p.is_file()]
     return {p.relative_to(run).as_posix(): p.read_bytes() for p in files}
+
+
+def tiny_whole_run(place: Path) -> None:
+    """A pipeline with a text encoder in ``place``, and its run up to its graphs in ``run``, planned for RTX."""
+    from mpq_deploy.models.pipeline_parts import whole_parts
+    from mpq_deploy.run.several_parts import build_whole
+    from tests.tiny_models import ONE_LEVEL, tiny_text_pipeline_folder
+
+    folder = tiny_text_pipeline_folder(place, **ONE_LEVEL)
+    (place / "prompts.txt").write_text("abc\ndef\nghi\njkl\n", encoding="utf-8")
+    given = {"target": "rtx", "prompts": str(place / "prompts.txt"), "component_samples": 8}
+    settings = recipe_for(folder, **{**FEW_SCHEMES, **given, "budget": 0.6})
+    parts = whole_parts(settings)
+    assert parts is not None
+    build_whole(settings, place / "run", parts, "allocate", Talk())
+    for name in parts.names:
+        own = place / "run" / "components" / name
+        with open_pipeline(load_recipe(own / "recipe.yaml"), own, Talk()) as part:
+            part.deployed()

@@ -376,6 +376,8 @@ def test_two_wholes_are_compared_part_by_part(
     assert "2 runs of a pipeline compared" in page and "its name opens" not in page
     part = CliRunner().invoke(app, ["compare", str(run), str(run / "components" / "unet")])
     assert "is not the run of a whole pipeline" in str(part.exception)
+    none = CliRunner().invoke(app, ["compare", str(run), str(tmp_path / "none")])
+    assert "There is no run" in str(none.exception)
 
 
 def test_which_models_are_whole_pipelines(folder: Path, tmp_path: Path) -> None:
