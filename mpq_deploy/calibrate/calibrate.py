@@ -12,7 +12,11 @@ import numpy as np
 from mpq_deploy.calibrate.kept_observation import KeptObservation, observe_parts
 from mpq_deploy.calibrate.observers import Observation, observe
 from mpq_deploy.calibrate.scales import SMALLEST_SCALE, activation_scale
-from mpq_deploy.calibrate.shifted_inputs import shiftable_inputs, with_shifts
+from mpq_deploy.calibrate.shifted_inputs import (
+    shiftable_inputs,
+    shifts_within_fp16,
+    with_shifts,
+)
 from mpq_deploy.calibrate.spread_calibration import (
     CalibrationSetup,
     KeptCalls,
@@ -89,7 +93,7 @@ def calibrate(
     timesteps = timestep_values(setup.calls(calls.recorded.take(order)))
     shiftable = shiftable_inputs(graph) if settings.shifts else ()
     stats = summarise(seen, weight_ranges(graph), settings, timesteps, shiftable)
-    return recorded, stats, known
+    return recorded, shifts_within_fp16(stats, graph), known
 
 
 def _recorded(

@@ -9,13 +9,16 @@ from pathlib import Path
 
 import numpy as np
 
+from mpq_deploy.calibrate.fp16_range import WIDE_FROM
 from mpq_deploy.calibrate.observers import Observation
 from mpq_deploy.calibrate.scales import QUANT_MAX, activation_scale, round_scale
 from mpq_deploy.calibrate.stats import ActivationStats, CalibrationStats
 from mpq_deploy.formats.shifts import FINER, SHIFT_FORMS, SHIFTABLE, centres, shift_codes
 from mpq_deploy.graph.layers import Layer, LayerGraph
+from mpq_deploy.graph.writers.quantize_layers import weight_array
 from mpq_deploy.recipe import CalibrateSettings
 from mpq_deploy.system.inputs import read_json_object
+from mpq_deploy.system.mapped import drop_pages
 from mpq_deploy.system.validated import model_of
 
 SHIFTED = "shifted.json"
@@ -76,6 +79,32 @@ def with_shifts(
             shifts[row] = shift_codes(middle, scale)
             scales[row] = scale, largest / (QUANT_MAX * scale)
     return replace(stats, shifts=shifts, shift_scales=scales)
+
+
+def shifts_within_fp16(stats: CalibrationStats, graph: LayerGraph) -> CalibrationStats:
+    """Return ``stats`` without the shifts that the file cannot hold: it keeps them in FP16.
+
+    A shift itself may pass FP16's range, where activations do, or what the weight makes of it, which
+    is added to the product.
+    """
+    found = dict(stats.activations)
+    for layer in graph.layers:
+        for tensor in layer.inputs:
+            one = found.get(tensor)
+            if one is None or not one.shift_scales[:, 0].any():
+                continue
+            weight = np.abs(weight_array(graph.model, layer), dtype=np.float64)
+            sums = weight.reshape(*weight.shape[:2], -1).sum(axis=-1)
+            drop_pages(graph.model.graph.initializers[layer.weight].const_value)
+            scales = one.shift_scales.copy()
+            for row, (_, exponent) in enumerate(SHIFTABLE.values()):
+                shift = np.abs(one.shifts[row] * scales[row, 0])
+                factors = 1.0 if exponent is None else one.factors[exponent].astype(np.float64)
+                if max(shift.max(), (sums @ (shift / factors)).max()) > WIDE_FROM:
+                    scales[row] = 0
+            shifts = np.where(scales[:, :1] > 0, one.shifts, 0).astype(np.int16)
+            found[tensor] = replace(one, shifts=shifts, shift_scales=scales)
+    return replace(stats, activations=found)
 
 
 def save_shifted(stats: CalibrationStats, graph: LayerGraph, folder: Path) -> None:

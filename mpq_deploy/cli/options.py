@@ -620,6 +620,10 @@ PairsOption = Annotated[
         "--pairs", min=1, help="Maximum number of (layer, scheme) pairs measured exhaustively."
     ),
 ]
+ImageTruthOption = Annotated[
+    bool,
+    typer.Option("--images", help="Measure also what each pair does to final images."),
+]
 CallsPerTimestepOption = Annotated[
     Optional[int],
     typer.Option(

@@ -33,6 +33,7 @@ from mpq_deploy.cli.options import (
     ConfigOption,
     ControlsOption,
     ImagesOption,
+    ImageTruthOption,
     JsonOption,
     JunitOption,
     LatencyLimitOption,
@@ -153,6 +154,7 @@ def audit(
     methods: MethodsOption = None,
     pairs: PairsOption = 600,
     samples: CallsPerTimestepOption = None,
+    images: ImageTruthOption = False,
     changes: SetOption = None,
     config: ConfigOption = None,
     lora: LoraOption = None,
@@ -171,7 +173,7 @@ def audit(
     from mpq_deploy.studies.sweep import parse_budgets
 
     chosen = study.AUDITED if methods is None else study.parse_methods(methods)
-    options = study.AuditOptions(tuple(parse_budgets(budgets)), chosen, pairs, samples)
+    options = study.AuditOptions(tuple(parse_budgets(budgets)), chosen, pairs, samples, images)
     given = {"model": model, "config": config and str(config), "lora": lora or None}
     given |= {"compute.device": compute.device}
     settings = study.audit_recipe(recipe, given, changes or [])

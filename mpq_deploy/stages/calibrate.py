@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 # Raised with every change of what calibration leaves behind.
-CALIBRATION_FORMAT = 8
+CALIBRATION_FORMAT = 9
 # Settings that recorded calls do not depend on, beside how many and at how many timesteps.
 NOT_RECORDED = {
     "recipe.allocate.attention",

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import shlex
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mpq_deploy.errors import UsageError, nearest
+from mpq_deploy.formats.scheme import FP16
 from mpq_deploy.recipe import Recipe, load_recipe
 from mpq_deploy.run.pipeline import default_run
 from mpq_deploy.run.stage import version_of
@@ -16,7 +18,7 @@ from mpq_deploy.sensitivity.methods import METHODS
 from mpq_deploy.sensitivity.orthogonality import ENOUGH_CALLS
 from mpq_deploy.studies.agreement import Compared, correlations, scheme_classes
 from mpq_deploy.studies.audit_result import AuditResult, MetricResult, TruthInfo
-from mpq_deploy.studies.compared_losses import TRUTH, Losses, Truth
+from mpq_deploy.studies.compared_losses import TRUTH, Losses, Pair, Truth
 from mpq_deploy.studies.compared_plans import PlanQuality, Solved, plan_points, solved_plans
 from mpq_deploy.system.yaml_file import parse_yaml
 
@@ -35,13 +37,14 @@ PACKAGES = ("onnx", "onnxruntime", "highspy", "numpy", "torch")
 @dataclass(frozen=True)
 class AuditOptions:
     """``methods`` at ``budgets`` are compared with the truth of ``pairs``, on ``samples`` calls
-    each.
+    each. ``images``: with the error of final images, too.
     """
 
     budgets: tuple[float, ...]
     methods: tuple[str, ...] = AUDITED
     pairs: int = PAIRS
     samples: int | None = None
+    images: bool = False
 
 
 def parse_methods(text: str) -> tuple[str, ...]:
@@ -119,12 +122,15 @@ def run_audit(run: Run, options: AuditOptions, command: str = "") -> AuditResult
             run.talk.warn(f"{method} is not measured: {error}")
     truth = losses.truth(options.pairs)
     quality = PlanQuality(run)
+    images = _image_errors(run, quality, truth.pairs) if options.images else None
     rows: list[tuple[MetricResult, tuple[Solved, ...]]] = []
     for method in options.methods:
         if method in refused:
             rows.append((MetricResult(method, method, None, refused=refused[method]), ()))
             continue
         row = _agreement(method, tables[method], truth, losses, run.recipe.measure.seed)
+        if images is not None:
+            row = _agreement_of_images(row, tables[method], truth.pairs, images, run)
         rows.append((row, solved_plans(run, tables[method], options.budgets, cross_terms=False)))
         if (
             method == "probe"
@@ -142,7 +148,61 @@ def run_audit(run: Run, options: AuditOptions, command: str = "") -> AuditResult
     )
     measured = [_with_plans(run, row, solved, quality) for row, solved in rows]
     command = command or shlex.join(["mpq-deploy", "audit", run.recipe.model or "emoji"])
-    return replace(_result(run, options, losses, truth, measured, tables), command=command)
+    result = replace(_result(run, options, losses, truth, measured, tables), command=command)
+    return result if images is None else _with_images(run, result, images)
+
+
+@dataclass(frozen=True)
+class _ImageErrors:
+    """What one layer alone does to final images: layer -> scheme -> mean squared error, peak 1."""
+
+    errors: dict[str, dict[str, float]]
+    seconds: float
+
+
+def _image_errors(run: Run, quality: PlanQuality, pairs: Sequence[Pair]) -> _ImageErrors:
+    """Sample images with one layer of each of ``pairs`` in its scheme, all others in FP16."""
+    plain = {layer.name: FP16.name for layer in run.exported.graph.layers}
+    errors: dict[str, dict[str, float]] = {}
+    started = time.process_time()
+    with run.talk.bar("images of single layers", len(pairs)) as advance:
+        for layer, scheme in pairs:
+            errors.setdefault(layer, {})[scheme] = quality.image_error({**plain, layer: scheme})
+            advance(1)
+    return _ImageErrors(errors, time.process_time() - started)
+
+
+def _agreement_of_images(
+    row: MetricResult,
+    table: SensitivityTable,
+    pairs: Sequence[Pair],
+    truth: _ImageErrors,
+    run: Run,
+) -> MetricResult:
+    """Compare a metric with the errors of final images; in their unit where it predicts these."""
+    unit = table.mean_square
+    found = {
+        layer: {scheme: loss * (unit or 1.0) for scheme, loss in losses.items()}
+        for layer, losses in table.losses.items()
+    }
+    compared = Compared.of(pairs, truth.errors, found)
+    found_by = correlations(compared, {"": list(compared.schemes)}, run.recipe.measure.seed)
+    return replace(
+        row,
+        images=found_by[""],
+        images_calibration=None if unit is None else compared.calibration(),
+    )
+
+
+def _with_images(run: Run, result: AuditResult, images: _ImageErrors) -> AuditResult:
+    rows = [{**row, "images": images.errors[row["layer"]][row["scheme"]]} for row in result.losses]
+    own, steps = run.recipe.calibrate.steps, run.recipe.evaluate.steps
+    notes = (
+        f"Trajectory probes follow {own} steps, the images that they are compared with {steps}: "
+        "errors of other numbers of steps differ.",
+    )
+    changes = {"notes": (*result.notes, *notes)} if own != steps else {}
+    return replace(result, losses=tuple(rows), image_seconds=images.seconds, **changes)
 
 
 def _agreement(

@@ -47,7 +47,8 @@ class MetricResult:
     """How a metric agrees with the truth, and its plans' quality. ``seconds`` of processor time.
 
     ``metric``: what was measured (gain, where probes could not be); ``refused``: why it could not
-    be measured. ``pooled`` over all schemes; None for the truth and for cross terms.
+    be measured. ``pooled`` over all schemes; None for the truth and for cross terms. ``images`` and
+    ``images_calibration``: the same against the errors of final images, where these were measured.
     """
 
     key: str
@@ -56,6 +57,8 @@ class MetricResult:
     pooled: Correlation | None = None
     classes: dict[str, Correlation] | None = None
     calibration: Calibration | None = None
+    images: Correlation | None = None
+    images_calibration: Calibration | None = None
     plans: tuple[PlanPoint, ...] = ()
     notes: tuple[str, ...] = ()
     refused: str = ""
@@ -83,7 +86,11 @@ class TruthInfo:
 
 @dataclass(frozen=True)
 class AuditResult:
-    """The values of audit.json. ``losses``: a row per pair of the truth, with each metric's loss."""
+    """The values of audit.json.
+
+    ``losses``: a row per pair of the truth, with each metric's loss. ``image_seconds``: processor
+    time in which the pairs' errors of final images were measured; None where they were not.
+    """
 
     model: str
     weights: int
@@ -99,6 +106,7 @@ class AuditResult:
     notes: tuple[str, ...]
     versions: dict[str, str]
     command: str
+    image_seconds: float | None = None
 
     def metric(self, key: str) -> MetricResult | None:
         """Return the row of ``key``, if there is one."""

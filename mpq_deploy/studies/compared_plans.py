@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import math
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ import numpy as np
 from mpq_deploy.allocate.plan_solver import PlanSolver
 from mpq_deploy.errors import InfeasibleBudgetError, InputError
 from mpq_deploy.evaluate.evaluate import Variant, evaluate
+from mpq_deploy.evaluate.evaluation_result import VariantResult
 from mpq_deploy.evaluate.fresh import FreshCalls, standard_error
 from mpq_deploy.graph.writers.deployed_graphs import SIMULATED
 from mpq_deploy.graph.writers.plan_graphs import write_plan
@@ -84,17 +86,41 @@ class PlanQuality:
             for key, result in zip(missing, results, strict=True):
                 write_text(self._place / f"{key}.json", canonical_json(_figures(result)))
 
+    def image_error(self, schemes: dict[str, str]) -> float:
+        """Return the mean squared error of a plan's final images, whose peak is 1; kept by plan."""
+        path = self._place / f"images-{self._key(schemes)}.json"
+        try:
+            return float(read_json(path)["mse"])
+        except (InputError, KeyError, TypeError, ValueError):
+            pass
+        with self._written(schemes) as graph:
+            each = self._sampled(graph).psnr_db_each
+        error = float(np.mean(np.power(10.0, np.divide(each, -10))))
+        write_text(path, canonical_json({"mse": error}))
+        return error
+
+    @contextmanager
+    def _written(self, schemes: dict[str, str]) -> Iterator[Path]:
+        """Write a plan's graph for a while; give its path."""
+        with tempfile.TemporaryDirectory(dir=self.run.scratch()) as folder:
+            write_plan(self.run, schemes, Path(folder))
+            yield Path(folder) / SIMULATED
+
+    def _sampled(self, graph: Path) -> VariantResult:
+        """Compare a graph's images with the float model's."""
+        model, cache = self._exported.model.at_size(0), self.run.base / SAMPLES
+        return evaluate({"plan": Variant(graph)}, model, self.settings, cache=cache).variants[
+            "plan"
+        ]
+
     def _measure(self, schemes: dict[str, str]) -> dict[str, Any]:
         """Measure a plan, stored or not."""
         model, cache = self._exported.model.at_size(0), self.run.base / SAMPLES
         if self._calls is None:
             self._calls = FreshCalls(model, self.settings, self.run.talk, cache)
-        with tempfile.TemporaryDirectory(dir=self.run.scratch()) as folder:
-            write_plan(self.run, schemes, Path(folder))
-            graph = Path(folder) / SIMULATED
+        with self._written(schemes) as graph:
             errors = self._calls.errors(graph)
-            sampled = evaluate({"plan": Variant(graph)}, model, self.settings, cache=cache)
-        psnr = sampled.variants["plan"].psnr_db
+            psnr = self._sampled(graph).psnr_db
         return {
             "nmse": float(errors.mean()),
             "nmse_error": standard_error(errors),

@@ -12,10 +12,15 @@ from hypothesis import strategies as st
 
 from mpq_deploy.calibrate.calibrate import summarise
 from mpq_deploy.calibrate.observers import Observation
-from mpq_deploy.calibrate.shifted_inputs import save_shifted, shiftable_inputs, shifted_layers
+from mpq_deploy.calibrate.shifted_inputs import (
+    save_shifted,
+    shiftable_inputs,
+    shifted_layers,
+    shifts_within_fp16,
+)
 from mpq_deploy.calibrate.stats import ActivationStats, CalibrationStats
 from mpq_deploy.formats.scheme import SCHEMES
-from mpq_deploy.formats.shifts import FINER, SHIFT_FORMS
+from mpq_deploy.formats.shifts import FINER, SHIFT_FORMS, SHIFTABLE, middle_of
 from mpq_deploy.graph.layers import layer_graph
 from mpq_deploy.recipe import CalibrateSettings
 from tests.graphs import GraphBuilder
@@ -110,6 +115,27 @@ def network() -> GraphBuilder:
     g.nodes.append(onnx.helper.make_node("Conv", [x, weight], ["f_out"], name="f", group=2))
     g.output(g.matmul("f_out", "h", 8, 8), ["N", 8, 8, 8])
     return g
+
+
+def test_a_shift_that_fp16_does_not_hold_is_not_taken(tmp_path: Path) -> None:
+    graph = layer_graph(ir.load(network().save(tmp_path / "model.onnx")))
+    tensor = next(layer.uses[0].input for layer in graph.layers if layer.name == "a")
+    weight = graph.model.graph.initializers["a.weight"].const_value.numpy()
+    values = np.abs(values_of(2, 1.0))[..., [0, 1, 2, 3, 4, 5, 0, 1]]
+    plain = stats_of(values)
+    taken = int((plain.shift_scales[:, 0] > 0).sum())
+    assert taken
+    for size, left in ((1.0, taken), (1e4, None), (1e6, 0), (1e10, 0)):
+        one = stats_of(values * np.float32(size))
+        kept = shifts_within_fp16(CalibrationStats({tensor: one}), graph).activations[tensor]
+        counts = int((kept.shift_scales[:, 0] > 0).sum())
+        assert left is None or counts == left
+        for row, (form, (_, exponent)) in enumerate(SHIFTABLE.items()):
+            shift = middle_of(kept.shifts[row], kept.shift_scales[row, 0])
+            assert np.isfinite(shift).all(), form
+            factors = 1 if exponent is None else kept.factors[exponent]
+            product = np.einsum("ockl,c->o", weight.astype(np.float64), shift / factors)
+            assert np.isfinite(product.astype(np.float16)).all(), form
 
 
 def test_layers_know_which_of_their_inputs_are_shifted(tmp_path: Path) -> None:

@@ -9,9 +9,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from mpq_deploy.allocate.plan_solver import PlanSolver
+from mpq_deploy.evaluate.evaluate import Variant, evaluate
+from mpq_deploy.graph.writers.deployed_graphs import SIMULATED
+from mpq_deploy.graph.writers.plan_graphs import write_plan
 from mpq_deploy.report.audit_page import audit_table, write_audit
 from mpq_deploy.run.pipeline import open_pipeline
 from mpq_deploy.sensitivity.exhaustive import measure_exhaustive
@@ -206,6 +210,43 @@ def test_a_perfect_metric_has_correlation_one_and_the_best_plan(
                 PlanSolver(pipeline.run, table=losses.metric(method)).solve(str(BUDGET)).schemes
             )
             assert exact.plan_loss(schemes) >= best * (1 - 1e-4)
+
+
+def test_trajectory_probes_predict_what_single_layers_do_to_final_images(
+    found: AuditResult, model: Path, place: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(place, tmp_path / "run")
+    options = AuditOptions((BUDGET,), ("trajectory", "size-only"), images=True)
+    # As many steps as the trajectories have.
+    changes = {"evaluate__samples": 16, "evaluate__steps": 4, "measure__probes": 8}
+    result, _ = audit(model, tmp_path / "run", options, **changes)
+    trajectory, size = result.metric("trajectory"), result.metric("size-only")
+    assert trajectory is not None and trajectory.images is not None and size is not None
+    assert trajectory.images.rho is not None and trajectory.images.rho > 0.9
+    assert trajectory.images_calibration is not None
+    assert 0.5 < trajectory.images_calibration.median < 2
+    assert size.images is not None and size.images.rho is None and size.images_calibration is None
+    # One pair again: the images of a plan with that layer alone, as arrays.
+    row = max((row for row in result.losses), key=lambda row: row["images"])
+    recipe = recipe_for(model, **{**CHANGES, **changes})
+    with open_pipeline(recipe, tmp_path / "run", Notes()) as pipeline:
+        run = pipeline.current("candidates")
+        schemes = dict.fromkeys((layer.name for layer in run.exported.graph.layers), "fp16")
+        write_plan(run, {**schemes, row["layer"]: row["scheme"]}, tmp_path)
+        sampled = evaluate(
+            {"one": Variant(tmp_path / SIMULATED)}, run.exported.model, run.recipe.evaluate
+        )
+    ours, theirs = (sampled.images[name] / 255 for name in ("float", "one"))
+    assert row["images"] == pytest.approx(np.mean((ours - theirs) ** 2), rel=0.2)
+    # The three pages have it.
+    write_audit(result, tmp_path)
+    assert "Agreement with the error of final images" in (tmp_path / "audit.md").read_text("utf-8")
+    assert "Agreement with the error of final images" in (tmp_path / "audit.html").read_text(
+        "utf-8"
+    )
+    assert "error of final images" in audit_table(result)
+    assert max(map(len, audit_table(result).splitlines())) <= 80
+    assert found.image_seconds is None and "final images" not in audit_table(found)
 
 
 def test_few_calls_are_said_in_the_result(model: Path, tmp_path: Path) -> None:
