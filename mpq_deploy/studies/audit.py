@@ -197,12 +197,12 @@ def _agreement_of_images(
 def _with_images(run: Run, result: AuditResult, images: _ImageErrors) -> AuditResult:
     rows = [{**row, "images": images.errors[row["layer"]][row["scheme"]]} for row in result.losses]
     own, steps = run.recipe.calibrate.steps, run.recipe.evaluate.steps
-    notes = (
+    note = (
         f"Trajectory probes follow {own} steps, the images that they are compared with {steps}: "
-        "errors of other numbers of steps differ.",
+        "errors of other numbers of steps differ."
     )
-    changes = {"notes": (*result.notes, *notes)} if own != steps else {}
-    return replace(result, losses=tuple(rows), image_seconds=images.seconds, **changes)
+    notes = (*result.notes, note) if own != steps else result.notes
+    return replace(result, losses=tuple(rows), image_seconds=images.seconds, notes=notes)
 
 
 def _agreement(
