@@ -11,7 +11,8 @@ backward passes. Means over trajectories: plain; "each": every trajectory divide
 schemes), about the mean logarithm; "root": by its root; "trimmed": without the tenth of the largest. "steps apart":
 squares of steps, without their signs; "half": the mean of that and the coherent sum; "tail": allocate.tail 0.1.
 "predicted": mean / pooled / tenth percentile, as the report has them. The last table is over all models, budgets and
-kinds: mean differences in dB, and how often they are gains.
+kinds, then by kind: mean differences in dB, and how often they are gains. A trained transformer as a third model is
+made by `python scripts/train_digits.py --network transformer --minutes 12 --out runs/digits-transformer`.
 """
 
 from __future__ import annotations
@@ -310,6 +311,9 @@ def main() -> None:
         page.say(f"Of {name}, in dB:\n\n{summary([(name, *row) for row in rows], names)}")
         every += [(name, *row) for row in rows]
     page.say(f"## Together\n\n{summary(every, names)}")
+    for kind in KINDS:
+        rows = [row for row in every if row[2] == kind]
+        page.say(f"## Together, {kind}\n\n{summary(rows, names)}")
     page.save(chosen.page)
 
 
