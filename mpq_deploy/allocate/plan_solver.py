@@ -258,10 +258,7 @@ class PlanSolver:
         return [points[order[i]] for i in undominated([values[number] for number in order])]
 
     def solve(self, budget: Budget | str) -> PrecisionPlan:
-        """Return the plan for ``budget``.
-
-        Raises InfeasibleBudgetError, which names the smallest budget, and InfeasibleLatencyError.
-        """
+        """Return the plan for ``budget``. Raises InfeasibleBudgetError, InfeasibleLatencyError."""
         problem = self._problem(Budget.parse(budget).bytes(self.fp16_size, self.weights))
         try:
             problem = self._limited(self._timed(problem))
