@@ -240,8 +240,8 @@ class PlanSolver:
         """Return at most ``most`` plans of the Pareto front of size, error, time, smallest first.
 
         It takes about a second, by Lagrangian relaxation (``allocate.front``). ``solve`` with a
-        plan's size and time as limits finds a plan of at most its loss. The recipe's limits are
-        ignored.
+        plan's size and time as limits finds a plan whose summed loss is at most as large. The
+        recipe's limits are ignored.
         """
         problem = self.timed_problem()
         points = []

@@ -26,7 +26,7 @@ GAINS = (0.0, 0.5, 1.0, -0.5, -1.0)
 def initialize_from_error(
     student: Student, calls: Sequence[Mapping[str, Tensor]]
 ) -> Counter[float]:
-    """Start adapters from their layer's quantization error if that helps; return gain -> layers.
+    """Start adapters from their layer's quantization error if that helps; count layers by gain.
 
     ``calls``: feeds of the float model; each layer's output error is measured on its float inputs.
     """

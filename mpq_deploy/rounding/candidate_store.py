@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 
 # Layer number -> its output channels, most salient first, beside the candidates' files.
 ROW_ORDERS = "row-orders.npz"
-# Bytes of candidates kept in memory after reading, and from how many times as many on none is kept
-# (our choice).
+# Bytes of candidates that stay in memory after reading; none do where all candidates take more than
+# HELD_SHARE times as many (our choice).
 HELD_BYTES, HELD_SHARE = 512 << 20, 2
 
 

@@ -20,7 +20,7 @@ from mpq_deploy.system.array_file import read_arrays
 
 @dataclass(frozen=True)
 class EarlierForms:
-    """Other targets' candidate ``folders`` (below the run), and their Convs written as MatMul."""
+    """Other targets' ``folders``: path below the run -> names of its Convs written as MatMul."""
 
     folders: tuple[tuple[str, frozenset[str]], ...] = ()
 
@@ -74,7 +74,7 @@ class EarlierForms:
         """Return the forms in ``file`` that are valid for ``layer``.
 
         Where one target computes the layer as a Conv and the other as a MatMul over windows, only
-        forms with the same blocks are.
+        forms with the same blocks are valid.
         """
         if not file.is_file():
             # The other target is rounded together with this one and has not written this layer yet.

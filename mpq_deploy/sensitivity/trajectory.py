@@ -11,7 +11,7 @@ gives G_{l,t} = d<g_t, output>/dY_l for every layer l. With dY_{l,s,t} the local
 Errors of different steps add with their signs, which probes at single outputs cannot show. The loss
 is the mean of this square over images and probes, divided by the mean of ||image||^2 (our choice).
 Images are clipped to their range, as in evaluation. The trajectories are sampled here, with the
-seed ``measure.seed``; recorded calls are not used.
+seed ``measure.seed``, and not taken from the recorded calls.
 """
 
 from __future__ import annotations
