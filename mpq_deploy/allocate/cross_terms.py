@@ -1,14 +1,14 @@
-"""Improve a plan with the cross terms between layers, which a linear program does not see.
+"""Improve a plan with the cross terms between layers, which the linear objective ignores.
 
 The probe projections a_{l,s} predict the error of a plan as ||sum_l a_{l,s_l}||^2: errors of layers
 cancel or reinforce each other. The quadratic is linearized around the current plan, a MILP picks at
-most a dozen changes that fit the budget, and what the exact quadratic confirms is kept; then single
-changes and pairs of changes are searched exactly.
+most a dozen changes within the budget, and they are kept if the exact quadratic decreases. Then
+single changes and pairs of changes are searched exactly.
 
-A quadratic of few entries is fitted rather than minimized, so its off-diagonal terms are shrunk:
-minimized is (1 - rho) sum_l ||a_{l,s_l}||^2 + rho ||sum_l a_{l,s_l}||^2, with rho from the data
-(``shrinkage``). Our choice; CLADO (arXiv 2307.05657) solves a quadratic program over measured pairs
-of layers instead.
+With few entries P, minimizing the quadratic would overfit its noise, so its off-diagonal terms are
+shrunk: the objective is (1 - rho) sum_l ||a_{l,s_l}||^2 + rho ||sum_l a_{l,s_l}||^2, with rho from
+the data (``shrinkage``). Our choice; CLADO (arXiv 2307.05657) solves a quadratic program over
+measured pairs of layers instead.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from mpq_deploy.sensitivity.table import SensitivityTable
 
 MOST_MOVES = 12
 MOST_ROUNDS = 12
-# The gap of the small MILPs: what they propose is judged by the quadratic.
+# The gap of the small MILPs. It may be loose: the exact quadratic decides about their proposals.
 GAP = 1e-2
-# Bounds of the exact search: rounds, changes that are paired, pairs whose bytes are counted.
+# Limits of the exact search: rounds, changes that are paired, pairs whose exact bytes are counted.
 MOST_PAIRS = 40
 MOST_CANDIDATES = 800
 MOST_TRIED = 64
-# Layers whose products the shrinkage is estimated from: those of the largest errors.
+# The shrinkage is estimated from the layers of largest error, at most so many.
 MOST_SHRUNK = 256
-# Parts of the measured calls, to see how a plan does on calls that it was not chosen on.
+# Folds of the measured calls, to evaluate a plan on calls that it was not chosen on.
 FOLDS = 4
 # A relative gain below this is rounding.
 SMALLEST_GAIN = 1e-9
@@ -47,8 +47,8 @@ Projections = Mapping[str, Mapping[str, Array]]
 class Quadratic:
     """The shrunk quadratic over a problem's schemes, plus ``kernel_penalty`` per branch kernel.
 
-    ``projections``: layer -> scheme -> float [P]; layers that are tied have the sum of theirs. Moves
-    are numbered: one per (layer, scheme), in the problem's order.
+    ``projections``: layer -> scheme -> float [P]; those of tied layers are added. A move is a
+    (layer, scheme); moves are numbered in the problem's order.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class Quadratic:
         choices = [(layer, scheme) for layer in problem.layers for scheme in layer.bytes]
         parts = [[np.asarray(projections[n][s], np.float64) for n in c.layers] for c, s in choices]
         vectors = np.stack([sum(own) for own in parts])
-        # Entries of calls that are held back are zeros.
+        # Drop the entries of held-back calls, which are zeros.
         self.vectors = vectors[:, vectors.any(axis=0)]
         self._apart = np.array([sum(float(one @ one) for one in own) for own in parts])
         self.bytes = np.array([layer.bytes[s] for layer, s in choices], np.int64)
@@ -77,18 +77,18 @@ class Quadratic:
         self._penalties = kernel_penalty * np.array([n.kernels(s) for n, s in choices], np.float64)
 
     def chosen(self, schemes: Mapping[str, str]) -> Array:
-        """Return the moves that a plan (layer -> scheme) is made of, int [layers]."""
+        """Return the numbers of the moves of a plan (layer -> scheme), int [layers]."""
         return np.array([self._number[n.name, schemes[n.name]] for n in self.problem.layers])
 
     def loss(self, schemes: Mapping[str, str]) -> float:
-        """Return what is minimized, for a plan."""
+        """Return the objective of a plan: the shrunk quadratic and the kernel penalties."""
         chosen = self.chosen(schemes)
         total = self.vectors[chosen].sum(0)
         apart, penalty = self._apart[chosen].sum(), self._penalties[chosen].sum()
         return float((1 - self.rho) * apart + self.rho * (total @ total) + penalty)
 
     def changes(self, schemes: Mapping[str, str]) -> Array:
-        """Return by how much each move alone changes a plan's loss, [moves]; 0 for its own."""
+        """Return how each move alone changes a plan's objective, [moves]; 0 for its own moves."""
         chosen = self.chosen(schemes)
         instead_of = chosen[self.layer]
         along = self.vectors @ self.vectors[chosen].sum(0)
@@ -103,7 +103,7 @@ class Quadratic:
         return np.asarray(change)
 
     def _overlap(self, layer: int, move: int) -> Array:
-        """Return the products of all moves of a layer with one of them."""
+        """Return the inner products of ``move`` with all moves of its layer."""
         if move not in self._overlaps:
             own = slice(self._starts[layer], self._starts[layer + 1])
             self._overlaps[move] = self.vectors[own] @ self.vectors[move]
@@ -111,10 +111,10 @@ class Quadratic:
 
     @cached_property
     def byte_price(self) -> float:
-        """The loss that a byte is worth: at this price the layers' best schemes fill the budget.
+        """The loss per byte at which the layers' best schemes fill the budget.
 
-        That of the Lagrangian relaxation of the additive problem (activation scales taken as free),
-        by bisection of its logarithm.
+        It is the Lagrange multiplier of the problem without cross terms and with free activation
+        scales, found by bisection of its logarithm.
         """
         room = self.problem.budget_bytes - self.problem.fixed_bytes
         starts, sizes = self._starts[:-1], np.diff(self._starts)
@@ -132,13 +132,13 @@ class Quadratic:
 
 
 def shrinkage(vectors: Array, calls: Array, steps: int) -> float:
-    """Return rho in [0, 1]: what part of the products of ``vectors`` float [L, P] is not noise.
+    """Return rho in [0, 1]: the share of inner products of ``vectors`` [L, P] that is not noise.
 
-    With G_lm = <a_l, a_m>, rho = 1 - sum Var(G_lm) / sum G_lm^2 over l != m: Ledoit and Wolf (2004)
-    with the diagonal as target, as Schaefer and Strimmer (2005) estimate it, but on the products
-    instead of correlations, since the large errors are those that matter. Our reading. The
-    independent units are the calls (``calls`` int [P], -1 for none), which come back at several of
-    the ``steps`` timesteps (the entries' first axis); timesteps are strata.
+    With G_lm = <a_l, a_m>, rho = 1 - sum Var(G_lm) / sum G_lm^2 over l != m. This is the shrinkage
+    of Ledoit and Wolf (2004) towards the diagonal, estimated as by Schaefer and Strimmer (2005) but
+    on inner products in place of correlations, because large errors matter most. Our reading. The
+    independent units are the calls (``calls`` int [P], -1 for none): one call may appear at several
+    of the ``steps`` timesteps (the entries' first axis). Timesteps are strata.
     """
     by_step = calls.reshape(steps, -1)
     sizes = np.array([len(np.unique(row[row >= 0])) for row in by_step])
@@ -146,7 +146,7 @@ def shrinkage(vectors: Array, calls: Array, steps: int) -> float:
         return 0.0
     largest = np.argsort(-np.einsum("lp,lp->l", vectors, vectors), kind="stable")[:MOST_SHRUNK]
     rows = vectors[np.sort(largest)].reshape(min(len(vectors), MOST_SHRUNK), steps, -1)
-    # The mean product of the calls of each timestep, and n / (n - 1) for having estimated it.
+    # The mean product over each timestep's calls, and Bessel's correction as a root, n / (n - 1).
     means = np.einsum("lkp,mkp->klm", rows, rows, optimize=True) / sizes[:, None, None]
     roots = np.sqrt(sizes / (sizes - 1))
     variance = np.zeros(means.shape[1:])
@@ -165,9 +165,9 @@ def shrinkage(vectors: Array, calls: Array, steps: int) -> float:
 def refine(
     quadratic: Quadratic, schemes: Mapping[str, str], time_limit: float = 10.0
 ) -> dict[str, str]:
-    """Return a plan within the problem's budget whose loss is at most that of ``schemes``.
+    """Return a plan within the problem's limits whose objective is at most that of ``schemes``.
 
-    The result repeats for equal inputs. ``time_limit``: seconds for each small MILP.
+    Deterministic. ``time_limit``: seconds for each small MILP.
     """
     current = dict(schemes)
     loss = quadratic.loss(current)
@@ -180,7 +180,7 @@ def refine(
         if candidate_loss < loss * (1 - SMALLEST_GAIN):
             current, loss = candidate, candidate_loss
         else:
-            # Several changes at once were each good, but not together: try fewer.
+            # The changes are good one by one, but not together: try fewer.
             moves //= 2
     for _ in range(MOST_PAIRS):
         better = _best_pair(quadratic, current, loss)
@@ -193,7 +193,7 @@ def refine(
 def _best_moves(
     quadratic: Quadratic, current: Mapping[str, str], moves: int, time_limit: float
 ) -> dict[str, str]:
-    """Solve for at most ``moves`` changes, each at what it alone would change the quadratic by."""
+    """Return the plan after at most ``moves`` changes, by a MILP whose costs are ``changes``."""
     problem, chosen, changes = (
         quadratic.problem,
         quadratic.chosen(current),
@@ -211,7 +211,7 @@ def _best_moves(
 def _best_pair(
     quadratic: Quadratic, current: Mapping[str, str], loss: float
 ) -> dict[str, str] | None:
-    """Return the plan after the best fitting change or pair of changes, or None when none gains."""
+    """Return the plan after the best change or pair of changes within the limits; None for none."""
     problem, chosen = quadratic.problem, quadratic.chosen(current)
     instead_of = chosen[quadratic.layer]
     alone = quadratic.changes(current)
@@ -223,11 +223,11 @@ def _best_pair(
     gain = alone[moves][:, None] + alone[moves][None] + 2 * quadratic.rho * (steps @ steps.T)
     layer = quadratic.layer[moves]
     gain[layer[:, None] == layer[None]] = np.inf
-    # A change with itself stands for the single change.
+    # The diagonal holds the single changes.
     np.fill_diagonal(gain, alone[moves])
     room = added[moves][:, None] + added[moves][None]
     np.fill_diagonal(room, added[moves])
-    # Shared activation scales may give back a few bytes: the plan's own count decides below.
+    # Shared activation scales may free a few bytes more; ``problem.fits`` decides below.
     spare = problem.budget_bytes - problem.plan_bytes(current) + 4 * ACTIVATION_SCALE_BYTES
     gain[(room > spare) | (gain >= -SMALLEST_GAIN * abs(loss))] = np.inf
     _rule_out_slow(quadratic, current, moves, gain)
@@ -246,7 +246,7 @@ def _best_pair(
 def _rule_out_slow(
     quadratic: Quadratic, current: Mapping[str, str], moves: Array, gain: Array
 ) -> None:
-    """Set ``gain`` [moves, moves] of pairs over the limit on latency to infinity, in place."""
+    """Set ``gain`` [moves, moves] to infinity, in place, for pairs over the latency limit."""
     problem = quadratic.problem
     if problem.max_latency_ns is None:
         return
@@ -254,13 +254,13 @@ def _rule_out_slow(
     slower = (quadratic.latency - quadratic.latency[instead_of])[moves]
     added = slower[:, None] + slower[None]
     np.fill_diagonal(added, slower)
-    # Quantizers that nobody reads any more give back their time: the plan's own count decides.
+    # Quantizers that no layer reads any more free their time; ``problem.fits`` decides.
     shared = 4 * max(problem.quantizer_ns.values(), default=0)
     gain[added > problem.max_latency_ns - problem.plan_ns(current) + shared] = np.inf
 
 
 def _promising(quadratic: Quadratic, alone: Array, added: Array, chosen: Array) -> Array:
-    """Return the ``MOST_CANDIDATES`` best moves once their bytes are paid for."""
+    """Return the ``MOST_CANDIDATES`` moves of smallest change plus price of the added bytes."""
     others = np.ones(len(alone), bool)
     others[chosen] = False
     moves = np.flatnonzero(others)
@@ -274,11 +274,12 @@ def _promising(quadratic: Quadratic, alone: Array, added: Array, chosen: Array) 
 class CrossTerms:
     """What the cross terms changed: ``moves`` schemes, and whether the refined plan is ``kept``.
 
-    Losses are full quadratics: ``..._seen`` of the plan itself, on the calls that it was chosen on;
-    ``..._held_back`` of plans chosen in the same way on all but a part of the calls, on that part,
-    mean over ``folds`` parts (None where the calls cannot be split). ``interval``: 95 %, of the
-    prediction for the resulting plan; None where a timestep has one call alone. ``by_call``: the
-    prediction for each trajectory, for metrics of final images.
+    ``milp_...``: the plan without cross terms; ``refined_...``: with them. Losses are unshrunk
+    quadratics. ``..._seen``: of the plan, on the calls that it was chosen on. ``..._held_back``:
+    cross-validated, mean over ``folds`` of the loss on the fold of a plan that was chosen in the
+    same way without the fold; None where the calls cannot be split. ``interval``: the 95 % interval
+    of ``predicted_loss``; None where unknown. ``by_call``: the prediction for each trajectory, for
+    metrics of final images.
     """
 
     rho: float
@@ -294,7 +295,7 @@ class CrossTerms:
 
     @property
     def predicted_loss(self) -> float:
-        """The prediction for the resulting plan: from held-back calls where there are any."""
+        """The predicted loss of the resulting plan: cross-validated where possible."""
         if self.kept:
             return self.refined_seen if self.refined_held_back is None else self.refined_held_back
         return self.milp_seen if self.milp_held_back is None else self.milp_held_back
@@ -306,12 +307,12 @@ def allocate_with_cross_terms(
     allocate: Callable[..., Allocation],
     improve: bool = True,
 ) -> tuple[Allocation, CrossTerms]:
-    """Solve ``problem``, refine the plan by cross terms, keep what is better on held-back calls.
+    """Solve ``problem``, refine the plan by cross terms; keep the better one on held-back calls.
 
-    ``allocate`` finds a problem's plan without cross terms, given ``kernel_penalty`` where it is
-    known. ``table`` has projections. With ``improve``
-    False the plan stays, and only its prediction comes from held-back calls. Without held-back
-    calls nothing is refined: a plan that fits its own probes could not be told from a better one.
+    ``allocate(problem, kernel_penalty=...)`` finds a plan without cross terms. ``table`` has
+    projections. ``improve`` False: keep the plan and only predict its loss from held-back calls.
+    Where the calls cannot be split nothing is refined, because an overfitted plan could not be told
+    from a better one.
     """
     parts = table.folds(FOLDS)
     milp = allocate(problem)
@@ -356,11 +357,14 @@ def _by_call(entries: list[Array], table: SensitivityTable) -> tuple[float, ...]
 
 
 def _interval(entries: list[Array], table: SensitivityTable) -> tuple[float, float] | None:
-    """Return the interval of the mean over the folds' ``entries`` [P], each its own calls' and else 0."""
+    """Return the 95 % interval of the sum of the mean ``entries`` [P] over folds; None if unknown.
+
+    The entries of a fold are 0 for calls of other folds.
+    """
     if table.calls is None or table.calls.min() < 0:
         return None
     rows, steps = np.sum(entries, axis=0) / len(entries), len(table.timesteps)
-    # The loss is the entries' sum.
+    # The interval is of a mean, and the loss is the entries' sum.
     values = rows.reshape(steps, -1) * rows.size
     return error_interval(values, table.calls.reshape(steps, -1))
 
@@ -368,7 +372,7 @@ def _interval(entries: list[Array], table: SensitivityTable) -> tuple[float, flo
 def _refined(
     problem: Problem, table: SensitivityTable, plan: Allocation, improve: bool
 ) -> tuple[dict[str, str], float]:
-    """Return the refined plan and rho; the plan itself where the cross terms are only noise."""
+    """Return the refined plan and rho; the plan itself and 0 where cross terms are only noise."""
     if not improve or table.projections is None or table.calls is None:
         return plan.schemes, 0.0
     chosen = [table.projections[name][s] for name, s in problem.spread(plan.schemes).items()]

@@ -1,8 +1,8 @@
-"""Which exponent of the channels' factors each activation takes, before the integer program chooses.
+"""Choose the exponent of the channel factors of each activation, before the integer program.
 
-Exponents change neither bytes nor kernels, only the loss, and layers that read one tensor share its
-quantizer where they agree: so each tensor has one exponent per body and range, that of the least
-loss summed over its readers. Our choice: it keeps the integer program small.
+Exponents change neither bytes nor kernels, only the loss, and layers that read one tensor can share
+its quantizer only with the same exponent. So each tensor gets one exponent per body and range: the
+one with the minimum loss summed over its readers. Our choice: it keeps the integer program small.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ Key = tuple[tuple[str, ...], str]
 def one_exponent_each(
     layers: Sequence[Layer], allowed: Names, losses: Losses
 ) -> dict[str, tuple[str, ...]]:
-    """Return ``allowed`` (layer -> schemes) with at most one exponent per body, the same for all readers.
+    """Return ``allowed`` (layer -> schemes) with one exponent per body, the same for all readers.
 
-    Of a range that moves, no factors at all are one of the exponents; static ranges without factors
-    stay beside the others.
+    With a range that moves, "no factors" competes with the exponents. With a static range the
+    scheme without factors always stays.
     """
     totals: dict[Key, dict[int, float]] = {}
     for layer in layers:
@@ -55,11 +55,11 @@ def best_int8(
     predicts: bool,
     stats: CalibrationStats | None = None,
 ) -> dict[str, Scheme]:
-    """Return everything in INT8 as well as the tool knows how: layer -> scheme.
+    """Return the best plan with everything in INT8: layer -> scheme.
 
-    The range and exponent of each activation are those of the least loss summed over its readers.
-    ``predicts``: losses are of a metric that tells ranges apart; else, and where ``losses`` has no
-    other, everything has one range. ``stats``: of inputs, some of which are too large.
+    Each activation takes the range and exponent with the minimum loss summed over its readers.
+    ``predicts``: whether the metric's losses distinguish ranges; if not, or where ``losses`` has no
+    alternative, ranges are static. ``stats``: leave inputs that are too large in FP16.
     """
     static = {layer.name: control_scheme(layer, INT8_RULE, target, stats) for layer in layers}
     if not predicts:
@@ -79,7 +79,7 @@ def best_int8(
 
 
 def _int8_variants(static: Scheme, losses: Mapping[str, float]) -> tuple[str, ...]:
-    """Names of the measured schemes that differ from W8A8 by the input's range and factors alone."""
+    """Return the measured schemes that differ from W8A8 only in the input's range and factors."""
     if static != W8A8:
         return ()
     found = [SCHEMES[name] for name in losses]

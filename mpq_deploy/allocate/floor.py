@@ -1,7 +1,7 @@
-"""Why no plan is smaller: the layers that keep more than 4 bits, the reason, and what would lift it.
+"""Explain the smallest feasible size: which layers need more than 4 bits, why, and what would help.
 
-In: what each layer may take at which bytes, and why not the rest. Out: sentences for the message
-that a budget is infeasible.
+In: the schemes and bytes that each layer may take, and the reasons for the refused ones. Out:
+sentences for the message of an infeasible budget.
 """
 
 from __future__ import annotations
@@ -19,17 +19,20 @@ from mpq_deploy.graph.census import Census
 if TYPE_CHECKING:
     from mpq_deploy.graph.layers import Layer
 
-# Reasons that are told, the weightiest first, and layers that are named of each.
+# How many reasons the text names (those of most bytes), and how many layers of each.
 TOLD, NAMED = 3, 2
-# The target that takes the most forms, which is compared with.
+# The target that takes the most schemes: the text recommends it where it takes 4 bits.
 OTHER = "rtx"
-# The smallest weights that every target may have; blocks of 128 stand for all.
+# A scheme of 4 bits, to ask that target about; blocks of 128 stand for all block sizes.
 SMALLEST = "w4a16-b128"
 
 
 @dataclass(frozen=True)
 class Cause:
-    """Layers that stay larger than 4 bits for one ``reason``: by how many bytes together."""
+    """The layers that need more than 4 bits for one ``reason``.
+
+    ``bytes``: what they take beyond 4 bits; ``lift``: what would help, or "".
+    """
 
     reason: str
     layers: tuple[str, ...]
@@ -44,9 +47,9 @@ def floor_causes(
     rules: tuple[Rules, Rules],
     target: Target,
 ) -> list[Cause]:
-    """Return why layers stay larger than 4 bits, the weightiest reason first.
+    """Return why layers need more than 4 bits, the reason with the most bytes first.
 
-    ``rules``: protection by the target, and by the recipe.
+    ``refused``: layer -> scheme -> reason; ``rules``: protection by the target, and by the recipe.
     """
     groups: dict[tuple[str, str], list[tuple[str, int]]] = {}
     for layer, choice in zip(layers, choices):
@@ -66,9 +69,9 @@ def floor_causes(
 def floor_text(
     causes: Sequence[Cause], smallest_bytes: int, fixed_bytes: int, fp16_bytes: int, census: Census
 ) -> str:
-    """Say what ``smallest_bytes`` are made of, as shares of the FP16 size, and what would lift it.
+    """Return what ``smallest_bytes`` consist of, as shares of the FP16 size, and what would help.
 
-    ``census``: which products of the graph are layers at all, told where others are not.
+    ``census``: counts the products of the graph that are not layers; named if there are any.
     """
     rest = smallest_bytes - fixed_bytes - sum(cause.bytes for cause in causes)
     said = [
@@ -107,6 +110,6 @@ def _cause(
         return f"{smallest} is the smallest that allocate.schemes has", "more of allocate.schemes"
     if target.forms.int4_conv or load_target(OTHER).refusal(layer, SCHEMES[SMALLEST]):
         return reason, ""
-    # What TensorRT-RTX takes a device may show as well.
+    # A device's own TensorRT may take what TensorRT-RTX takes.
     shown = f", or a device that shows it (mpq-deploy probe --target {target.name})"
     return reason, f"--target {OTHER}, which takes it{shown if target.builder != 'none' else ''}"

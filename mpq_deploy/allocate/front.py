@@ -1,10 +1,10 @@
-"""The front of size, predicted error and latency: plans of which none is better in all three.
+"""The Pareto front of size, predicted error and latency.
 
-In: an allocation problem without its limits. Out: some plans, each with its exact bytes and
-nanoseconds. One Lagrangian relaxation per pair of prices, of a byte and of a nanosecond, splits
-into the layers and takes milliseconds; its plan has the least error of all of its own size and time
-(Everett, 1963), but for quantizers that layers share: while choosing, each layer that may read one has its part of it.
-Between two neighbours a MILP may find a plan that no price does.
+In: an allocation problem, whose limits are ignored. Out: plans with exact bytes and nanoseconds.
+For each pair of prices, of a byte and of a nanosecond, the Lagrangian relaxation separates into the
+layers and takes milliseconds. Its plan has the minimum error of all plans of at most its size and
+time (Everett, 1963), except for quantizers that layers share: their cost is split evenly among the
+layers that may read them. Between two neighbours a MILP may find plans that no price gives.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ import numpy as np
 from mpq_deploy.allocate.problem import LayerChoice, Problem
 from mpq_deploy.models.spec import Array
 
-# Prices of a byte, and of a nanosecond, evenly spaced in logarithms (our choice).
+# How many prices of a byte, and of a nanosecond, are tried, spaced logarithmically (our choice).
 BYTE_PRICES, TIME_PRICES = 48, 12
-# Factors of size, error and latency between plans that are distinguished (our choice).
+# Plans within these factors of size, error and latency count as alike (our choice).
 ALIKE = np.array([1.002, 1.05, 1.005])
 
 
 @dataclass(frozen=True)
 class FrontPlan:
-    """A plan of the front: ``loss`` is the sum of its layers', ``latency_ns`` 0 where none is known."""
+    """A plan of the front. ``loss``: sum over layers; ``latency_ns``: 0 where unknown."""
 
     schemes: dict[str, str]
     size_bytes: int
@@ -35,11 +35,11 @@ class FrontPlan:
 
 
 def front(problem: Problem, most: int | None = None) -> list[FrontPlan]:
-    """Return plans that no other of them equals in size, error and latency, smallest first.
+    """Return plans that no other equals or beats in size, error and latency, smallest first.
 
-    ``most``: so many at most (3 or more), and none that is hardly different from another: both
-    ends, the fastest, those of least error of their size, and others spread evenly over the sizes.
-    The problem's limits do not count.
+    ``most`` (3 or more): return at most so many, and none that is nearly like another: the
+    smallest, the largest, the fastest, then plans of lowest error for their size, then others, each
+    spread evenly over the sizes. The problem's limits are ignored.
     """
     choices = _Choices(problem)
     distinct = {chosen.tobytes(): chosen for chosen in choices.chosen_by_prices()}
@@ -54,7 +54,7 @@ def front(problem: Problem, most: int | None = None) -> list[FrontPlan]:
 
 
 def undominated(values: Sequence[tuple[float, float, float]]) -> list[int]:
-    """Return the positions of ascending ``values`` that no other equals or beats in all three."""
+    """Return the positions of those of ``values``, sorted ascending, that no other dominates."""
     rows = np.array(values, np.float64).reshape(-1, 3)
     kept: list[int] = []
     for number, row in enumerate(rows):
@@ -64,9 +64,9 @@ def undominated(values: Sequence[tuple[float, float, float]]) -> list[int]:
 
 
 def least_so_far(losses: Sequence[float | None]) -> list[int]:
-    """Return the positions of losses below all before them: of plans by size, the lower envelope.
+    """Return the positions of losses that are smaller than all before them.
 
-    Those without a loss count as below.
+    Of plans in ascending size these are the lower envelope. A loss of None counts as smaller.
     """
     found: list[int] = []
     for number, loss in enumerate(losses):
@@ -90,12 +90,12 @@ def _some(plans: list[FrontPlan], most: int | None) -> list[FrontPlan]:
 
 
 def _ends(plans: Sequence[FrontPlan]) -> set[int]:
-    """Return the smallest, the largest and the fastest."""
+    """Return the positions of the smallest, the largest and the fastest plan."""
     return {0, len(plans) - 1, min(range(len(plans)), key=lambda i: plans[i].latency_ns)}
 
 
 def _distinct(plans: list[FrontPlan]) -> list[FrontPlan]:
-    """Leave out plans that another, hardly larger, worse or slower (``ALIKE``), stands for."""
+    """Leave out plans where another is hardly larger, worse or slower (``ALIKE``)."""
     rows = np.array([(p.size_bytes, p.loss, p.latency_ns) for p in plans], np.float64)
     kept = sorted(_ends(plans))
     for number in np.argsort(rows[:, 1], kind="stable"):
@@ -105,13 +105,16 @@ def _distinct(plans: list[FrontPlan]) -> list[FrontPlan]:
 
 
 def _evenly(numbers: Sequence[int], count: int) -> list[int]:
-    """Return ``count`` of ``numbers`` at most, their ends included."""
+    """Return at most ``count`` of ``numbers``, evenly spaced, first and last included."""
     places = np.linspace(0, len(numbers) - 1, min(count, len(numbers))).round().astype(int)
     return [numbers[place] for place in places]
 
 
 class _Choices:
-    """All (layer, scheme) pairs as arrays, layer after layer; a quantizer's cost is split among its readers."""
+    """All (layer, scheme) pairs as arrays, layer after layer.
+
+    The cost of a quantizer is split evenly among the layers that may read it.
+    """
 
     def __init__(self, problem: Problem) -> None:
         self._layers = problem.layers
@@ -128,24 +131,25 @@ class _Choices:
         self._loss, self._bytes, self._time = np.array(rows, np.float64).T
 
     def schemes(self, chosen: Array) -> dict[str, str]:
-        """Return the plan of ``chosen`` pairs, int [layers]."""
+        """Return the plan (layer -> scheme) of the ``chosen`` pairs, int [layers]."""
         return {layer.name: self._schemes[i] for layer, i in zip(self._layers, chosen)}
 
     def chosen_by_prices(self) -> Iterator[Array]:
-        """Yield the pairs of least loss plus price of bytes and time, for every pair of prices."""
+        """Yield each layer's pair of minimum loss + price x bytes + price x time, by prices."""
         of_time = [0.0, *_prices(self._slopes(self._time), TIME_PRICES)]
         for of_byte in (0.0, *_prices(self._slopes(self._bytes), BYTE_PRICES)):
             for price in of_time:
                 paid = self._loss + of_byte * self._bytes + price * self._time
                 least = np.repeat(np.minimum.reduceat(paid, self._starts), self._sizes)
-                # Of equal ones the first: schemes are in a fixed order.
+                # Ties go to the first scheme, as schemes have a fixed order.
                 first = np.where(paid <= least, np.arange(len(paid)), len(paid))
                 yield np.minimum.reduceat(first, self._starts)
 
     def _slopes(self, cost: Array) -> Array:
-        """Return the loss that is paid per unit of ``cost`` saved: from a layer's best pair, and to its cheapest.
+        """Return the loss added per unit of ``cost`` saved, of every pair.
 
-        Both together bound every price at which a layer's choice changes.
+        Relative to the layer's pair of minimum loss, and of its cheapest pair relative to the pair:
+        together they bound every price at which a layer's choice changes.
         """
         best, cheapest = self._first_least(self._loss), self._first_least(cost)
         saved = np.concatenate([cost[best] - cost, cost - cost[cheapest]])
@@ -162,7 +166,7 @@ class _Choices:
 def _pair(
     problem: Problem, layer: LayerChoice, scheme: str, readers: Mapping[str, int]
 ) -> tuple[float, float, float]:
-    """Return a pair's loss, bytes and nanoseconds, with its share of the quantizers that it reads."""
+    """Return a pair's loss, bytes and nanoseconds, with its share of the quantizers' costs."""
     quantizers = layer.quantizers(scheme)
     size = sum(bytes_ / readers[name] for name, bytes_ in quantizers.items())
     time = sum(problem.quantizer_ns.get(name, 0) / readers[name] for name in quantizers)
@@ -171,9 +175,9 @@ def _pair(
 
 
 def _prices(slopes: Array, count: int) -> list[float]:
-    """Return prices between which every choice changes; none where nothing is saved."""
+    """Return ``count`` prices that span all ``slopes``; [] where nothing can be saved."""
     if not len(slopes):
         return []
-    # A little beyond both ends, where nothing and everything is saved; those of the least floats are 0.
+    # A little beyond both ends, where nothing and everything is saved. Halving may underflow to 0.
     first, last = np.maximum((slopes.min() / 2, slopes.max() * 2), np.finfo(np.float64).tiny)
     return [float(price) for price in np.geomspace(first, last, count)]

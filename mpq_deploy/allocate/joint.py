@@ -1,7 +1,7 @@
-"""One program over the parts of a pipeline: a share of the budget, and of the time, for each.
+"""One program over the parts of a pipeline, which gives each part its share of budget and time.
 
-In: each part's own problem, its gain and how often it is called. Out: what of the bytes and the
-nanoseconds of a call each part may take, so that the predicted error of the final images is least.
+In: each part's own problem, its gain and its calls per image. Out: the bytes, and the nanoseconds
+of one call, that each part may take for the minimum predicted error of the final images.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from mpq_deploy.recipe import AllocateSettings
 
 @dataclass(frozen=True)
 class PartProblem:
-    """A part's problem (its budget does not count), the gain of its losses, its calls per image."""
+    """A part's problem (its budget is ignored), the gain of its losses, and its calls per image."""
 
     problem: Problem
     gain: float
@@ -27,7 +27,10 @@ class PartProblem:
 
 @dataclass(frozen=True)
 class Share:
-    """What a part may take: bytes, nanoseconds of one call (None: no limit); and its plan's figures."""
+    """What a part may take: bytes, and nanoseconds of one call (None: no limit).
+
+    ``plan``: the part's schemes in the joint plan; ``loss``: their error in the final images.
+    """
 
     bytes: int
     latency_ns: int | None
@@ -36,7 +39,7 @@ class Share:
 
 
 def joint_problem(parts: Mapping[str, PartProblem], budget_bytes: int) -> Problem:
-    """Return all parts' layers as one problem: losses times gains, times times calls."""
+    """Return all parts' layers as one problem, with losses x gain and nanoseconds x calls."""
     layers: list[LayerChoice] = []
     foldable: dict[str, frozenset[str]] = {}
     times: dict[str, int] = {}
@@ -69,9 +72,10 @@ def solve_jointly(
 ) -> dict[str, Share]:
     """Return each part's share of the budget for the section's objective.
 
-    ``timed``: the time of every part's layers is known. A limit on latency is one of all calls of
-    an image. What the plan leaves of the budget is shared by the parts' bytes. Raises
-    InfeasibleBudgetError, which names the smallest feasible budget, and InfeasibleLatencyError.
+    ``timed``: the latency of every part's layers is known. The latency limit is for all calls of an
+    image. Bytes that the plan leaves of the budget are distributed in proportion to the parts'
+    bytes. Raises InfeasibleBudgetError, which names the smallest feasible budget, and
+    InfeasibleLatencyError.
     """
     problem = joint_problem(parts, budget_bytes)
 

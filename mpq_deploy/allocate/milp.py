@@ -21,15 +21,16 @@ from mpq_deploy.models.spec import Array
 from mpq_deploy.recipe import AllocateSettings
 from mpq_deploy.system.highs import LinearProgram, Outcome, Row, solve_program
 
-# A plan whose cost is a smaller share of the largest single cost is solved again at its own scale.
+# Where a plan's objective is a smaller share of the largest single cost, it is solved again without
+# the large costs, as HiGHS' tolerances are absolute.
 SMALL_OBJECTIVE = 1e-4
-# How often HiGHS may exceed a limit by its tolerance before that is a defect.
+# How often a solution may exceed a limit by HiGHS' tolerance before an error is raised.
 ATTEMPTS = 4
 
 
 @dataclass(frozen=True)
 class SolverReport:
-    """How the solver ended. ``gap``: relative to the plan's loss; ``bound``: the proven minimum."""
+    """How the solver ended. ``gap``: relative, of the objective; ``bound``: proven minimum loss."""
 
     status: str
     gap: float
@@ -39,7 +40,7 @@ class SolverReport:
 
 @dataclass(frozen=True)
 class Allocation:
-    """A plan, how the solver ended, and the penalty of each kernel of a branch, as a loss."""
+    """A plan, how the solver ended, and the penalty per branch kernel (in units of the loss)."""
 
     schemes: dict[str, str]
     report: SolverReport
@@ -48,7 +49,7 @@ class Allocation:
 
 @dataclass(frozen=True)
 class Solution:
-    """A plan as HiGHS found it, with the objective's value and its proven minimum."""
+    """HiGHS' plan, with the objective's ``value`` and its proven minimum ``bound``."""
 
     schemes: dict[str, str]
     status: str
@@ -69,11 +70,9 @@ def allocate(
 ) -> Allocation:
     """Minimize the predicted loss within the problem's limits, to the section's ``gap``.
 
-    ``kernel_penalty``: loss that every kernel of a branch adds (``penalty_per_kernel``). The
-    report's loss and bound are without it. Equal inputs give equal plans.
-
-    Raises InfeasibleBudgetError, which names the smallest feasible budget, when nothing fits, and
-    InfeasibleLatencyError, which names the minimum latency within the budget.
+    ``kernel_penalty``: loss added per branch kernel (``penalty_per_kernel``); the report's loss and
+    bound are without it. Deterministic. Raises InfeasibleBudgetError, which names the smallest
+    feasible budget, and InfeasibleLatencyError, which names the minimum latency within the budget.
     """
     section = section or AllocateSettings()
     _check_budget(problem, section)
@@ -82,8 +81,9 @@ def allocate(
     solution = solve(problem, objective, section.gap, section.time_limit)
     largest = max(cost for layer in problem.layers for cost in objective.costs[layer.name].values())
     if 0 < solution.value < SMALL_OBJECTIVE * largest:
-        # HiGHS' tolerances are absolute, and scaled by the largest cost. No choice that alone costs
-        # more than a known plan can be part of a better one: without those, costs are of one size.
+        # HiGHS' tolerances are absolute, and costs are scaled by the largest one. A scheme that
+        # alone costs more than a known plan is in no better plan: without such schemes the
+        # remaining costs have similar sizes.
         affordable = _affordable(problem, objective, solution)
         finer = solve(affordable, objective, section.gap, section.time_limit)
         solution = finer if finer.value <= solution.value else solution
@@ -96,10 +96,10 @@ def allocate(
 
 
 def penalty_per_kernel(problem: Problem, section: AllocateSettings) -> float:
-    """Return the penalty of one kernel of a branch: ``section.branch_penalty`` times a plan's loss.
+    """Return the penalty per branch kernel: ``section.branch_penalty`` times a plan's loss.
 
-    That of the best plan without branches (with free ones, where no such plan fits), so that the
-    setting has no unit and holds for every budget. Our choice. 0 where no layer may take a branch.
+    The plan is the best one without branches (where none fits, with unpenalized branches), so that
+    the setting has no unit and suits every budget. Our choice. 0 where no layer may take a branch.
     """
     branches = any(SCHEMES[s].branch for layer in problem.layers for s in layer.bytes)
     if not section.branch_penalty or not branches:
@@ -114,8 +114,8 @@ def penalty_per_kernel(problem: Problem, section: AllocateSettings) -> float:
 def fastest_plan(problem: Problem, section: AllocateSettings | None = None) -> dict[str, str]:
     """Return the plan of minimum latency within ``problem.max_loss`` and a feasible budget.
 
-    Raises UsageError, which names the minimum loss, where nothing is within that.
-    ``problem.max_latency_ns`` does not count.
+    ``problem.max_latency_ns`` is ignored. Raises UsageError, which names the minimum loss, where no
+    plan has a loss of at most ``problem.max_loss``.
     """
     section = section or AllocateSettings()
     free = replace(problem, max_latency_ns=None)
@@ -133,7 +133,7 @@ def fastest_plan(problem: Problem, section: AllocateSettings | None = None) -> d
 def balanced_plan(problem: Problem, section: AllocateSettings, least: float) -> dict[str, str]:
     """Return the fastest plan whose loss is at most ``section.slack`` times ``least``.
 
-    ``least``: the minimum loss within the budget, of which there is a plan. To the section's gap.
+    ``least``: the minimum loss within the budget. Solved to the section's gap.
     """
     slack = replace(problem, max_latency_ns=None, max_loss=section.slack * least)
     return solve(slack, Objective.latency(problem), section.gap, section.time_limit).schemes
@@ -142,15 +142,15 @@ def balanced_plan(problem: Problem, section: AllocateSettings, least: float) -> 
 def limited(
     problem: Problem, section: AllocateSettings, allocated: Callable[[Problem], Allocation]
 ) -> Problem:
-    """Return a timed ``problem`` with the latency of the fastest plan that the objective allows as its limit.
+    """Return ``problem`` with its latency limited to that of the fastest plan for the objective.
 
-    Unchanged for the objective quality, where the budget is too small, and where the problem's own
-    limit is smaller. ``allocated``: solves without cross terms.
+    Unchanged for the objective quality, for a budget that is too small, and where the problem's own
+    limit is lower. ``allocated``: solves a problem without cross terms.
     """
     limit = problem.max_latency_ns
     if (
         section.objective == "quality"
-        # The solver says what the smallest feasible budget is.
+        # ``allocate`` raises the error that names the smallest feasible budget.
         or problem.plan_bytes(problem.smallest_plan()) > problem.budget_bytes
     ):
         return problem
@@ -172,7 +172,7 @@ def _check_budget(problem: Problem, section: AllocateSettings) -> None:
     """Raise InfeasibleBudgetError when no plan is within the budget."""
     minimum = problem.plan_bytes(problem.smallest_plan())
     if minimum > problem.budget_bytes:
-        # Sharing activation scales may save a few bytes more than choosing layer by layer.
+        # The choice layer by layer counts shared activation scales repeatedly: solve exactly.
         unlimited = replace(problem, budget_bytes=sys.maxsize, max_latency_ns=None)
         frugal = solve(unlimited, Objective.size(problem), 0.0, section.time_limit)
         minimum = problem.plan_bytes(frugal.schemes)
@@ -199,12 +199,12 @@ def _check_latency(problem: Problem, section: AllocateSettings) -> None:
 
 
 def ceil_ms(nanoseconds: int) -> str:
-    """Return milliseconds as a limit that holds: three decimals, rounded up (``1.235``)."""
+    """Return the milliseconds of ``nanoseconds``, rounded up to three decimals (``1.235``)."""
     return f"{-(-nanoseconds // 1000) / 1000:,.3f}"
 
 
 def _affordable(problem: Problem, objective: Objective, solution: Solution) -> Problem:
-    """Leave out the schemes that alone cost more than the whole plan."""
+    """Leave out the schemes that alone cost more than the whole plan of ``solution``."""
 
     def schemes(layer: LayerChoice) -> list[str]:
         costs, chosen = objective.costs[layer.name], solution.schemes[layer.name]
@@ -220,10 +220,10 @@ def solve(
     time_limit: float,
     near: Nearby | None = None,
 ) -> Solution:
-    """Solve a problem that has a solution; costs may be negative (changes of a loss).
+    """Solve a feasible problem; costs may be negative (changes of a loss).
 
-    HiGHS holds constraints only to a tolerance, so exact integer bytes and nanoseconds are checked
-    and enforced here.
+    HiGHS satisfies constraints only to a tolerance, so the exact integer bytes and nanoseconds are
+    checked and enforced here. Raises MpqError where that fails.
     """
     model = _Model(problem, objective, near)
     late = excess = 0
@@ -242,10 +242,10 @@ def solve(
 
 
 def undominated(layer: LayerChoice, costs: Sequence[Mapping[str, float]]) -> list[str]:
-    """Leave out schemes that another equals or beats without reading more quantizers.
+    """Return the schemes of ``layer`` that no other dominates without reading more quantizers.
 
-    ``costs``: scheme -> what is minimized first, then what else is limited. Some optimal plan
-    always stays, and the MILP shrinks by half.
+    ``costs``: scheme -> value, for the objective and then for each other limited quantity. At least
+    one optimal plan remains, and the MILP shrinks by half.
     """
     best: list[str] = []
     for scheme in sorted(layer.bytes, key=lambda s: (layer.bytes[s], costs[0][s], s)):
@@ -265,12 +265,12 @@ class _Model:
 
     minimize    sum cost[l, s] x[l, s] + sum cost[q] y[q]
     subject to  sum_s x[l, s] = 1                              for every layer l
-                sum bytes[l, s] x[l, s] + sum bytes[q] y[q] <= what the budget leaves
-                the same of nanoseconds and of losses          where they are limited
-                sum_l x[l, current l] >= layers - moves        near a plan alone
+                sum bytes[l, s] x[l, s] + sum bytes[q] y[q] <= budget - fixed bytes
+                the same for nanoseconds and for losses        where they are limited
+                sum_l x[l, current l] >= layers - moves        only with ``near``
                 sum of x[l, s] that read q <= y[q]             for every quantizer q and layer l
 
-    Ties are broken towards fewer bytes by a term of at most 1e-9 of the largest cost in total.
+    A term of at most 1e-9 of the largest cost in total breaks ties towards fewer bytes.
     """
 
     def __init__(self, problem: Problem, objective: Objective, near: Nearby | None) -> None:
@@ -296,18 +296,18 @@ class _Model:
             costs.append(layer.loss)
         if self.problem.max_latency_ns is not None:
             costs.append(layer.latency_ns)
-        # Moves are limited, and a start is a whole plan: their schemes stay even where another beats them.
+        # Keep the schemes of the current plan and of the start even where another dominates them.
         kept = [plan for plan in (self.near and self.near.current, self.problem.start) if plan]
         current = [plan[layer.name] for plan in kept if plan[layer.name] in layer.bytes]
         return list(dict.fromkeys([*undominated(layer, costs), *current]))
 
     def tighten(self, excess: int, late: int) -> None:
-        """Leave ``excess`` fewer bytes and ``late`` fewer ns, to undo the solver's tolerances."""
+        """Lower the limits by ``excess`` bytes and ``late`` ns, to undo the solver's tolerances."""
         self.room -= excess
         self.time = None if self.time is None else self.time - late
 
     def solve(self, gap: float, time_limit: float) -> Solution:
-        """Run HiGHS, and take for each layer the scheme whose variable is largest."""
+        """Run HiGHS; take each layer's scheme of largest x. Raises MpqError without a solution."""
         started = time.monotonic()
         outcome, scale = self._run(gap, time_limit)
         if not len(outcome.values) or outcome.status not in ("Optimal", "Time limit reached"):
@@ -326,8 +326,8 @@ class _Model:
         return Solution(schemes, outcome.status, value, min(value, outcome.bound * scale))
 
     def _run(self, gap: float, time_limit: float) -> tuple[Outcome, float]:
-        """Return how HiGHS ended, and by what its objective is divided."""
-        # HiGHS compares costs with absolute tolerances: the largest saving is brought to about 1e3.
+        """Return HiGHS' outcome, and the scale by which its objective was divided."""
+        # HiGHS compares costs with absolute tolerances, so the largest cost is scaled to 1e3.
         scale = (float(np.abs(self.cost).max()) or 1.0) / 1e3
         tie_break = 1e-9 * 1e3 / max(float(self.bytes.sum()), 1.0)
         shared = _floats(self.objective.quantizers.get(name, 0.0) for name in self.quantizers)
@@ -343,7 +343,7 @@ class _Model:
         return solve_program(program, self._start(), **options), scale
 
     def _start(self) -> Array | None:
-        """Return the known plan as values of the columns; None where its schemes are not all left."""
+        """Return the problem's start as values of the columns; None where a scheme is missing."""
         plan = self.problem.start
         if plan is None:
             return None
@@ -391,7 +391,10 @@ def _floats(values: Iterable[float]) -> Array:
 
 
 def _at_most(limit: float, each: Array, shared: Array) -> Row:
-    """Return a row over all columns, of the size of one: HiGHS' tolerances are absolute."""
+    """Return the row ``each`` x + ``shared`` y <= ``limit``, its largest coefficient scaled to 1.
+
+    HiGHS' tolerances are absolute.
+    """
     coefficients = np.concatenate([each, shared])
     unit = float(coefficients.max(initial=0.0)) or 1.0
     return Row(-math.inf, limit / unit, np.arange(len(coefficients)), coefficients / unit)

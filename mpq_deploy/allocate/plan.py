@@ -1,4 +1,4 @@
-"""A precision plan: each layer's scheme and what is known of the whole (``plan.json``)."""
+"""A precision plan: each layer's scheme, and sizes and predictions of the whole (``plan.json``)."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from mpq_deploy.system.validated import model_of
 class PlannedLayer:
     """A layer of the plan. ``refused``: scheme -> why the layer may not take it.
 
-    None: ``predicted_loss`` where the metric predicts no error, ``latency_ms`` where it is not
-    known, ``importance`` and the linear program's ``linear_bits`` but for metrics that weigh bits.
+    ``predicted_loss``: None where the metric predicts no error. ``latency_ms``: None where unknown.
+    ``importance`` and the linear program's ``linear_bits``: only for metrics that weigh bits.
     """
 
     name: str
@@ -39,7 +39,7 @@ class PlannedLayer:
 
 @dataclass(frozen=True)
 class BitProgram:
-    """The plan's sum of importance x bits, and the linear program's bound over continuous bits."""
+    """The plan's sum of importance x bits, and its upper bound over continuous bits."""
 
     weighted_bits: float
     linear_bound: float
@@ -47,10 +47,10 @@ class BitProgram:
 
 @dataclass(frozen=True)
 class LoraSlots:
-    """Slots of one rank for LoRAs: how many layers have one, bytes of their inputs, and their time.
+    """LoRA slots of one ``rank``: how many layers have one, and what they cost.
 
-    The bytes are no constants of the file. ``latency_ms`` of one call, estimated, is part of the
-    plan's; None where nothing is known of the target's speed.
+    ``size_bytes``: of the slots' graph inputs, which are not in the file. ``latency_ms``: estimated
+    time per call, included in the plan's; None where the target's speed is unknown.
     """
 
     rank: int
@@ -59,7 +59,7 @@ class LoraSlots:
     latency_ms: float | None
 
     def text(self, whole_ms: float | None) -> str:
-        """Say what they take, beside ``whole_ms`` of the whole call."""
+        """Return a sentence on the slots' cost; ``whole_ms``: the time of the whole call."""
         said = f"LoRA slots of rank {self.rank} in {self.layers} layers: {self.size_bytes:,} bytes of inputs"
         if self.latency_ms is None or not whole_ms:
             return f"{said}; their time is unknown"
@@ -71,13 +71,13 @@ class LoraSlots:
 class PrecisionPlan:
     """One scheme per layer (``layers`` in graph order); ``others``: constants that are not layers.
 
-    ``predicted_loss`` as in the sensitivity table; None where the metric only ranks layers.
-    ``bit_program``: of metrics that weigh bits; ``cross_terms``: of metrics with probes;
-    ``latency``: where something is known of the target's speed. ``simulated``: some layers have
-    schemes that no engine can hold, and bytes are nominal. ``tied``: layers that had to take one
-    scheme (``allocate.tie_qkv``). ``predicted_interval``: 95 %, of ``predicted_loss``;
-    ``prediction_note``: what it leaves out, or why there is none. ``predicted_images``: of metrics
-    of final images, which predict no error of outputs.
+    ``predicted_loss``: NMSE of the denoiser's output; None where the metric does not predict it.
+    ``bit_program``: only for metrics that weigh bits. ``cross_terms``: only for metrics with
+    probes. ``latency``: None where the target's speed is unknown. ``simulated``: some layers have
+    schemes that no engine can hold, and bytes are nominal. ``tied``: groups of layers that had to
+    take one scheme (``allocate.tie_qkv``). ``predicted_interval``: 95 % interval of
+    ``predicted_loss``; ``prediction_note``: what the interval leaves out, or why there is none.
+    ``predicted_images``: only for metrics of final images, which do not predict the output's NMSE.
     """
 
     budget_bytes: int

@@ -1,4 +1,4 @@
-"""Solve a run's allocation for any budget: from the stages' outputs to a precision plan."""
+"""Solve a run's allocation for any budget. In: the stages' outputs. Out: a precision plan."""
 
 from __future__ import annotations
 
@@ -45,10 +45,10 @@ if TYPE_CHECKING:
     from mpq_deploy.run.view import Run
 
 
-# What the prediction of final images rests on.
+# Notes on what the prediction of final images is based on.
 IMAGES_APART = "The prediction is to first order, and that of plans chosen in the same way on other trajectories."
 IMAGES_SEEN = "The prediction is to first order, on the trajectories that the plan was chosen on."
-# A layer's importance and the bits that the linear program gives it.
+# A layer's importance, and its bits in the linear program.
 LayerBits = tuple[float | None, float | None]
 
 
@@ -56,8 +56,8 @@ LayerBits = tuple[float | None, float | None]
 class PredictedPlan:
     """A plan with its exact bytes, its predicted error and the milliseconds of one call.
 
-    ``predicted_loss`` has the cross terms; None where the metric only ranks layers.
-    ``latency_ms``: None where nothing is known of the target's speed.
+    ``predicted_loss``: with cross terms; None where the metric does not predict the output's NMSE.
+    ``latency_ms``: None where the target's speed is unknown.
     """
 
     schemes: dict[str, str]
@@ -67,7 +67,7 @@ class PredictedPlan:
 
     @classmethod
     def of(cls, plan: PrecisionPlan) -> PredictedPlan:
-        """Return the same of a plan that was solved."""
+        """Make it from a solved ``plan``."""
         time = plan.latency.ours_ms if plan.latency else None
         return cls(plan.schemes, plan.size_bytes, plan.predicted_loss, time)
 
@@ -78,7 +78,7 @@ def layer_choices(
     losses: Mapping[str, Mapping[str, float]],
     costs: LatencyCosts | None,
 ) -> list[LayerChoice]:
-    """Return what each layer may take (``allowed``: layer -> schemes), with bytes, loss and time."""
+    """Return each layer's choices (``allowed``: layer -> schemes) with bytes, loss and time."""
     return [
         LayerChoice(
             layer.name,
@@ -101,9 +101,9 @@ def timed_problem(
     problem: Problem,
     choices: Sequence[LayerChoice] | None = None,
 ) -> Problem:
-    """Add the latencies of quantizers and of what is not a layer, where the speed is known.
+    """Add the latencies of quantizers and of nodes that are not layers, where ``costs`` are known.
 
-    ``choices``: of the ``layers`` one by one, where the problem has some of them as one.
+    ``choices``: one per layer, where the problem has tied layers as one.
     """
     if costs is None:
         return problem
@@ -115,10 +115,9 @@ def timed_problem(
 
 
 class PlanSolver:
-    """Bytes and losses of every allowed (layer, scheme), gathered once and solved for any budget.
+    """Reads bytes, losses and times of every allowed (layer, scheme) once, and solves any budget.
 
-    In place of the run's own measurements: those of ``control``, one of ``ORM_CONTROLS``, or
-    ``table``.
+    ``control`` (one of ``ORM_CONTROLS``) or ``table`` replaces the run's own measurements.
     """
 
     def __init__(self, run: Run, control: str = "", table: SensitivityTable | None = None) -> None:
@@ -154,14 +153,14 @@ class PlanSolver:
         self.fp16_size = int(self.exported.facts["fp16_size_bytes"])
         self.weights = sum(layer.weights for layer in self.layers)
         self.foldable = foldable_inputs(self.exported.graph)
-        # Nothing joins products where there is no engine.
+        # Without an engine nothing joins the products of tied layers.
         tied = self.section.tie_qkv and self.target.builder != "none"
         self.groups = projections(self.exported.graph) if tied else []
         self.attentions = self._attentions()
         self.slots = self._slots(run.recipe.lora_slots)
 
     def _slots(self, rank: int) -> LoraSlots | None:
-        """Return what slots for LoRAs take; None where there are none."""
+        """Return the cost of LoRA slots of ``rank``; None for rank 0."""
         if not rank:
             return None
         layers = require_slots(self.exported.graph)
@@ -170,7 +169,7 @@ class PlanSolver:
         return LoraSlots(rank, len(layers), slot_bytes(layers, rank), milliseconds)
 
     def _attentions(self) -> list[LayerChoice]:
-        """Return the attentions that may compute in FP8, as the measured table has them."""
+        """Return the choices FP16 or FP8 of the attentions that the table has measured."""
         found = []
         for one in separate_operands(self.exported.graph.model):
             losses = self.table.losses.get(one.name)
@@ -185,7 +184,7 @@ class PlanSolver:
         return tied_layers(groups, {choice.name: tuple(choice.bytes) for choice in self.choices})
 
     def _joined(self, choice: LayerChoice) -> LayerChoice:
-        """Take off the time that products of one input save as one, which slots keep them from being."""
+        """Subtract the time that tied layers save as one product; not with LoRA slots."""
         if self.costs is None or self.slots:
             return choice
         layers = [layer for layer in self.layers if layer.name in choice.layers]
@@ -196,16 +195,16 @@ class PlanSolver:
         return replace(choice, latency_ns=times)
 
     def _timed(self, problem: Problem) -> Problem:
-        """Add the latencies of quantizers and of what is not a layer, where the speed is known."""
+        """Add the latencies of quantizers and of nodes that are not layers, where known."""
         timed = timed_problem(self.layers, self.costs, problem, self.choices)
-        # What attentions take is a choice there.
+        # The FP16 time of the attentions is in ``fixed_ns``, too: here it is part of their choice.
         taken = sum(one.latency_ns.get("fp16", 0) for one in self.attentions)
         if self.slots and self.slots.latency_ms and self.costs:
             taken -= round(self.slots.latency_ms * 1e6)
         return replace(timed, fixed_ns=timed.fixed_ns - taken)
 
     def _limited(self, timed: Problem) -> Problem:
-        """Add the limit on latency: the minimum, where latency is the objective."""
+        """Add the latency limit: the recipe's, or a lower one that the objective asks for."""
         if self.costs is None:
             return timed
         limit = self.section.max_latency
@@ -214,14 +213,14 @@ class PlanSolver:
 
     @property
     def objective(self) -> str:
-        """What plans are best at: quality, too, where balanced lacks the times or the errors."""
+        """The objective in effect: quality where balanced lacks latencies or predicted errors."""
         balanced = self.section.objective == "balanced"
         lacking = balanced and (self.costs is None or self._slack_is_unknown)
         return "quality" if lacking else self.section.objective
 
     @property
     def _slack_is_unknown(self) -> bool:
-        """Whether the balanced objective has no errors to compare: the metric only ranks layers."""
+        """Whether the objective is balanced but the metric predicts no errors to compare."""
         return self.section.objective == "balanced" and not self.table.predicts
 
     @property
@@ -234,14 +233,15 @@ class PlanSolver:
         return Problem([*choices, *self.attentions], self.fixed_bytes, budget_bytes, self.foldable)
 
     def timed_problem(self) -> Problem:
-        """Return the problem without a budget or a limit on latency, with times where they are known."""
+        """Return the problem with a budget of 0, no latency limit, and the latencies if known."""
         return self._timed(self._problem(0))
 
     def front(self, most: int) -> list[PredictedPlan]:
-        """Return plans of which none is better in size, predicted error and time, smallest first.
+        """Return at most ``most`` plans of the Pareto front of size, error, time, smallest first.
 
-        At most ``most``, in about a second, by Lagrangian relaxation: ``solve`` finds a plan whose
-        layers' errors add up to no more within the limits of each. The recipe's do not count.
+        It takes about a second, by Lagrangian relaxation (``allocate.front``). ``solve`` with a
+        plan's size and time as limits finds a plan whose summed loss is at most as large. The
+        recipe's limits are ignored.
         """
         problem = self.timed_problem()
         points = []
@@ -252,13 +252,13 @@ class PlanSolver:
             points.append(PredictedPlan(schemes, plan.size_bytes, predicted, time))
         if not self.table.predicts_nmse:
             return points
-        # The cross terms move the errors: a plan that was on the front may no longer be.
+        # With cross terms the predicted errors change, and some plans leave the front.
         values = [(p.size_bytes, p.predicted_loss or 0.0, p.latency_ms or 0.0) for p in points]
         order = sorted(range(len(values)), key=values.__getitem__)
         return [points[order[i]] for i in undominated([values[number] for number in order])]
 
     def solve(self, budget: Budget | str) -> PrecisionPlan:
-        """Solve the allocation for ``budget`` and describe the plan."""
+        """Return the plan for ``budget``. Raises InfeasibleBudgetError, InfeasibleLatencyError."""
         problem = self._problem(Budget.parse(budget).bytes(self.fp16_size, self.weights))
         try:
             problem = self._limited(self._timed(problem))
@@ -308,7 +308,7 @@ class PlanSolver:
         )
 
     def timed_again(self, plan: PrecisionPlan) -> PrecisionPlan:
-        """Return ``plan`` with its time as it is estimated now, for one made before its engine."""
+        """Return ``plan`` with its latency estimated again, now that its engine is known."""
         before, problem = plan.latency, self._timed(self._problem(plan.budget_bytes))
         latency = self._latency(problem, plan.schemes)
         if before is None or latency is None:
@@ -318,7 +318,7 @@ class PlanSolver:
         return replace(plan, latency=replace(latency, fusion=said))
 
     def _images(self, cross_terms: CrossTerms | None) -> PredictedImages | None:
-        """Predict the final images of the plan, beside those of everything in INT8 where it was measured."""
+        """Predict the final images of the plan, and of everything in INT8 where it was measured."""
         table = self.table
         if cross_terms is None or not cross_terms.by_call or table.mean_square is None:
             return None
@@ -363,7 +363,7 @@ class PlanSolver:
         return self._with_faster(info, problem) if info.ours_ms > info.fp16_ms else info
 
     def _with_faster(self, info: PlanLatency, problem: Problem) -> PlanLatency:
-        """Say of a plan that is slower than FP16 what would be faster: by the front's plans."""
+        """Return ``info`` of a plan slower than FP16 with faster plans of the front."""
         plans = front(problem)
         within = [plan for plan in plans if plan.size_bytes <= problem.budget_bytes]
         fastest = min(within, key=lambda plan: (plan.latency_ns, plan.loss), default=None)
@@ -413,7 +413,7 @@ class PlanSolver:
         return f"{taken} of {len(self.attentions)} attentions that may compute in FP8 do so (allocate.attention)"
 
     def _refined(self, problem: Problem) -> tuple[Allocation, CrossTerms | None]:
-        """Solve, and refine by the cross terms where the metric knows them."""
+        """Solve, and refine by cross terms where the metric has projections."""
         if self.table.projections is None:
             return self._allocated(problem), None
 
@@ -425,7 +425,7 @@ class PlanSolver:
         return allocate_tail(problem, self.table, self.section.tail, solve)
 
     def _allocated(self, problem: Problem, kernel_penalty: float | None = None) -> Allocation:
-        """Solve without cross terms."""
+        """Solve without cross terms; ``kernel_penalty`` None: compute the penalty."""
         if kernel_penalty is None:
             kernel_penalty = penalty_per_kernel(problem, self.section)
         return allocate(problem, self.section, kernel_penalty)
@@ -436,7 +436,7 @@ class PlanSolver:
         return self.table.plan_loss(schemes) if self.table.predicts_nmse else None
 
     def _floor(self, smallest: int) -> str:
-        """Say what keeps plans from being smaller than ``smallest`` bytes."""
+        """Return why no plan is smaller than ``smallest`` bytes."""
         causes = floor_causes(self.layers, self.choices, self.refused, self.rules, self.target)
         census = take_census(self.exported.graph)
         return floor_text(causes, smallest, self.fixed_bytes, self.fp16_size, census)
@@ -448,7 +448,7 @@ class PlanSolver:
         return f" Note that measure.orm.activation_bits is {self.orm.activation_bits}: it rules out schemes."
 
     def _ruled_out(self, layer: str, choices: Choices) -> dict[str, str]:
-        """Say why the table lacks schemes that the layer could take: orm fixes activation bits."""
+        """Return scheme -> why the table lacks it, for schemes that the layer could take."""
         importance = self.table.importance
         reason = f"the metric {self.table.metric} has not measured it"
         if importance is not None:
@@ -461,10 +461,10 @@ class PlanSolver:
     def _bit_program(
         self, schemes: dict[str, str], weight_bytes: int
     ) -> tuple[BitProgram | None, list[LayerBits]]:
-        """Return the plan's weighted bits with their bound; per layer, importance and bits.
+        """Return the plan's weighted bits with their bound; per layer importance and linear bits.
 
-        None for a metric without importances. ``weight_bytes``: the budget less all other
-        constants.
+        None for a metric without importances. ``weight_bytes``: the budget minus all constants that
+        are not layers.
         """
         if self.table.importance is None:
             return None, [(None, None)] * len(self.layers)

@@ -1,8 +1,8 @@
-"""What a plan's entries say of the final images: their PSNR, its spread over images, before anything is built.
+"""Predict the PSNR of the final images, and its spread over images, from a plan's projections.
 
-An image's entries are normal numbers whose variance is its squared error to first order. So the
-logarithm of the mean of P squares is that of the error plus known noise, whose mean is taken off
-and by whose variance the spread is narrowed around the mean. Our choice.
+To first order an image's projections are normally distributed with its squared error as variance.
+So the logarithm of the mean of P squares is the logarithm of the error plus noise of known mean and
+variance: the mean is subtracted, and the spread over images reduced by the variance. Our choice.
 """
 
 from __future__ import annotations
@@ -13,19 +13,20 @@ import numpy as np
 
 from mpq_deploy.models.spec import Array
 
-# Of the images' PSNR: the shares that lie below what is said.
+# The quantiles of the images' PSNR that are reported.
 SHARES = (0.05, 0.1, 0.25, 0.5, 0.75, 0.9)
 DB = 10 / np.log(10)
-# An error of zero counts as this much of the mean (our choice).
+# Smallest error of an image, relative to the mean error: avoids an infinite PSNR (our choice).
 SMALLEST = 1e-9
 
 
 @dataclass(frozen=True)
 class PredictedImages:
-    """PSNR in dB of ``images`` trajectories: mean over them, of their mean error, and ``quantiles`` by ``SHARES``.
+    """Predicted PSNR in dB of ``images`` trajectories.
 
-    ``limit_db``: the mean of everything in INT8, predicted in the same way; ``below``: the share of
-    the images under it. None where not all of that was measured.
+    ``psnr_db``: mean over images; ``pooled_psnr_db``: that of the mean error; ``quantiles``: by
+    ``SHARES``. ``limit_db``: the mean of everything in INT8, predicted in the same way; ``below``:
+    the share of images under that limit; None where INT8 was not measured.
     """
 
     images: int
@@ -39,9 +40,9 @@ class PredictedImages:
 def predicted_images(
     errors: Array, probes: int, mean_square: float, controls: Array | None = None
 ) -> PredictedImages:
-    """Predict from the relative squared errors of N trajectories, means over ``probes`` squares, float64 [N].
+    """Predict from ``errors`` float64 [N]: relative squared errors, means over ``probes`` squares.
 
-    ``mean_square``: of the images, whose peak is 1; ``controls``: the errors of everything in INT8.
+    ``mean_square``: of the images, with peak 1; ``controls`` [N]: errors of everything in INT8.
     """
     each = psnr_of(errors, probes, mean_square)
     limit = None if controls is None else float(psnr_of(controls, probes, mean_square).mean())
@@ -56,7 +57,7 @@ def predicted_images(
 
 
 def psnr_of(errors: Array, probes: int, mean_square: float) -> Array:
-    """Return the PSNR of each image without the probes' noise in mean and variance, float64 [N]."""
+    """Return each image's PSNR float64 [N], mean and variance corrected for the probes' noise."""
     floor = max(float(errors.mean()) * SMALLEST, 1e-300)
     noisy = -10 * np.log10(np.maximum(errors, floor) * mean_square)
     digamma, trigamma = _of_half(probes)
@@ -67,7 +68,7 @@ def psnr_of(errors: Array, probes: int, mean_square: float) -> Array:
 
 
 def psnr_text(found: PredictedImages) -> str:
-    """Say what is predicted of the images."""
+    """Return a sentence on the predicted images."""
     tenth = found.quantiles[SHARES.index(0.1)]
     text = (
         f"PSNR of the final images {found.psnr_db:.1f} dB (mean; {found.pooled_psnr_db:.1f} of the pooled error, "
@@ -79,7 +80,7 @@ def psnr_text(found: PredictedImages) -> str:
 
 
 def _of_half(probes: int) -> tuple[float, float]:
-    """Return digamma and trigamma of ``probes`` / 2: mean and variance of the logarithm of its squares."""
+    """Return digamma and trigamma of ``probes`` / 2: moments of a log chi-squared variable."""
     at, digamma, trigamma = 1.0, -np.euler_gamma, np.pi**2 / 6
     if probes % 2:
         at, digamma, trigamma = 0.5, digamma - 2 * np.log(2), np.pi**2 / 2

@@ -1,7 +1,7 @@
-"""An allocation problem: what each (layer, scheme) costs, a plan's limits and its objective.
+"""An allocation problem: the costs of each (layer, scheme), the limits and the objective.
 
-A plan is layer -> scheme. Bytes and nanoseconds are exact integers: a plan's bytes are what the
-quantized file holds.
+A plan is layer -> scheme. Bytes and nanoseconds are integers; a plan's bytes are exactly those of
+the constants in the quantized file.
 """
 
 from __future__ import annotations
@@ -19,14 +19,13 @@ Plan = Mapping[str, str]
 
 @dataclass(frozen=True)
 class LayerChoice:
-    """One layer, or some that take one scheme: the tensors read, and bytes and predicted loss per scheme.
+    """One layer, or several tied ones: its input tensors, and bytes and predicted loss per scheme.
 
-    ``input_bytes``: scheme -> bytes of what quantizes one input, where that is more than a scale;
-    ``scale_bytes``: what stays of them where its producer takes the factors of channels.
-    ``latency_ns``: scheme -> nanoseconds of one call, without the quantizers of its inputs; empty
-    where they are not known. ``members``: the layers that are tied (``allocate.ties``); costs are
-    those of all together. ``scope``: stands before the names of its quantizers, where the problem
-    has layers of several models.
+    ``input_bytes``: scheme -> bytes of the quantizer of one input, where they are more than a
+    scale; ``scale_bytes``: those of them that remain where the input's producer takes the channel
+    factors. ``latency_ns``: scheme -> nanoseconds of one call, without the inputs' quantizers;
+    empty where unknown. ``members``: the tied layers (``allocate.ties``), whose costs are summed.
+    ``scope``: a prefix of the quantizers' names, where the problem has layers of several models.
     """
 
     name: str
@@ -41,15 +40,15 @@ class LayerChoice:
 
     @property
     def layers(self) -> tuple[str, ...]:
-        """The names of the layers that take the scheme."""
+        """The names of the layers that take the chosen scheme."""
         return self.members or (self.name,)
 
     def kernels(self, scheme: str) -> int:
-        """Return how many kernels the branches of ``scheme`` add; 0 without one."""
+        """Return how many kernels the branch of ``scheme`` adds over all members; 0 without one."""
         return SCHEMES[scheme].branch.kernels * len(self.layers)
 
     def only(self, schemes: Iterable[str]) -> LayerChoice:
-        """Return the layer with no other ``schemes`` to choose from."""
+        """Return the layer with only ``schemes`` to choose from."""
         names = list(schemes)
         sizes, losses = {s: self.bytes[s] for s in names}, {s: self.loss[s] for s in names}
         return replace(self, bytes=sizes, loss=losses)
@@ -57,8 +56,9 @@ class LayerChoice:
     def quantizers(self, scheme: str) -> dict[str, int]:
         """Return the activation quantizers that the layer reads under ``scheme``: name -> bytes.
 
-        And what these read in turn, such as the ramps of ranges by timestep. Layers share what has
-        equal names. Factors of channels count even where a producer may take them.
+        The result includes the constants that quantizers share, such as the ramps of ranges by
+        timestep. Layers share entries of equal names. Channel factors count even where a producer
+        may take them.
         """
         form = SCHEMES[scheme]
         if form.activation is None:
@@ -71,12 +71,12 @@ class LayerChoice:
 
 @dataclass(frozen=True)
 class Problem:
-    """Layers to decide, and the limits: ``budget_bytes``, and where set latency and loss.
+    """The layers to decide and the limits: ``budget_bytes``, and optionally latency and loss.
 
-    ``fixed_bytes`` and ``fixed_ns``: of what is not a layer. ``foldable``: input tensors whose
-    producer can take the factors of their channels -> the layers that read them. ``quantizer_ns``:
-    name of an activation quantizer -> nanoseconds, once for all its readers. ``max_loss``: limit on
-    the sum of the layers' losses. ``start``: a plan within all limits, where one is known.
+    ``fixed_bytes`` and ``fixed_ns``: costs of everything that is not a layer. ``foldable``: input
+    tensor whose producer can take the channel factors -> the layers that read the tensor.
+    ``quantizer_ns``: name of an activation quantizer -> nanoseconds, once for all its readers.
+    ``max_loss``: limit on the sum of the layers' losses. ``start``: a known plan within all limits.
     """
 
     layers: Sequence[LayerChoice]
@@ -90,7 +90,7 @@ class Problem:
     start: Plan | None = None
 
     def plan_bytes(self, plan: Plan) -> int:
-        """Return the bytes of all constants under ``plan``: shared scales count once."""
+        """Return the bytes of all constants under ``plan``; shared scales count once."""
         total = self.fixed_bytes
         quantized: dict[str, int] = {}
         for layer in self.layers:
@@ -109,7 +109,7 @@ class Problem:
         return total + sum(quantized.values())
 
     def plan_ns(self, plan: Plan) -> int:
-        """Return the nanoseconds of one call under ``plan``: shared quantizers count once."""
+        """Return the nanoseconds of one call under ``plan``; shared quantizers count once."""
         shared = {name for layer in self.layers for name in layer.quantizers(plan[layer.name])}
         return (
             self.fixed_ns
@@ -118,22 +118,22 @@ class Problem:
         )
 
     def spread(self, plan: Plan) -> dict[str, str]:
-        """Return ``plan`` by the names of all layers, those that are tied to others too."""
+        """Return ``plan`` with an entry for every layer, tied ones included."""
         return {name: plan[layer.name] for layer in self.layers for name in layer.layers}
 
     def plan_loss(self, plan: Plan) -> float:
-        """Return the sum of the layers' losses under ``plan``: without cross terms."""
+        """Return the sum of the layers' losses under ``plan``, without cross terms."""
         return sum(layer.loss[plan[layer.name]] for layer in self.layers)
 
     def fits(self, plan: Plan) -> bool:
-        """Tell whether ``plan`` is within the budget and the limit on latency."""
+        """Return whether ``plan`` is within the budget and the latency limit."""
         in_time = self.max_latency_ns is None or self.plan_ns(plan) <= self.max_latency_ns
         return in_time and self.plan_bytes(plan) <= self.budget_bytes
 
     def smallest_plan(self) -> dict[str, str]:
-        """Return the plan of each layer's smallest scheme: nearly the smallest feasible budget.
+        """Return each layer's smallest scheme: nearly the plan of the smallest feasible budget.
 
-        The scale of a quantized input counts for each layer; at equal bytes the smaller loss wins.
+        Shared activation scales count for each of their readers. Ties go to the smaller loss.
         """
 
         def smallest(layer: LayerChoice) -> str:
@@ -143,7 +143,7 @@ class Problem:
         return {layer.name: smallest(layer) for layer in self.layers}
 
     def without_branches(self) -> Problem:
-        """Return the problem without branches, but for layers that have no other scheme."""
+        """Return the problem without branches, except for layers that have no other scheme."""
         plain = [[s for s in n.bytes if not SCHEMES[s].branch] or n.bytes for n in self.layers]
         return replace(self, layers=[n.only(schemes) for n, schemes in zip(self.layers, plain)])
 
@@ -162,19 +162,19 @@ class Problem:
 class Objective:
     """What a plan minimizes: the sum of ``costs`` (layer -> scheme -> cost) and of ``quantizers``.
 
-    Those are name -> cost of an activation quantizer, once for all its readers.
+    ``quantizers``: name of an activation quantizer -> cost, once for all its readers.
     """
 
     costs: Mapping[str, Mapping[str, float]]
     quantizers: Mapping[str, float] = field(default_factory=dict)
 
     def of(self, plan: Plan, layers: Sequence[LayerChoice]) -> float:
-        """Return the cost of a plan's ``layers``, without that of its quantizers."""
+        """Return the cost of ``layers`` under ``plan``, without the quantizers' cost."""
         return sum(self.costs[layer.name][plan[layer.name]] for layer in layers)
 
     @classmethod
     def predicted_loss(cls, problem: Problem, kernel_penalty: float = 0.0) -> Objective:
-        """Minimize the predicted loss, plus ``kernel_penalty`` for every kernel of a branch."""
+        """Minimize the predicted loss, plus ``kernel_penalty`` for every branch kernel."""
         costs = {}
         for layer in problem.layers:
             costs[layer.name] = {
@@ -198,7 +198,7 @@ class Objective:
         return cls(costs, problem.quantizer_ns)
 
 
-# Layer pattern, and the schemes or families that its layers may take.
+# (Layer pattern, the schemes or families that matching layers may take), each.
 Rules = Sequence[tuple[str, tuple[str, ...]]]
 
 

@@ -1,9 +1,9 @@
-"""Plans for the images that go worst: the mean error of a share of the trajectories.
+"""Plans that minimize the mean error of the worst images (a share of the trajectories).
 
-The mean of the worst is the largest of the means over all sets of so many trajectories, so plan and
-set play against each other: each round solves for the weights so far and adds the set that is worst
-for that plan to them (fictitious play). The best plan of all rounds is taken, of which the first is
-that of the mean over all. Our choice.
+The mean of the n worst trajectories is the maximum of the means over all sets of n trajectories: a
+minimax problem, solved by fictitious play. Each round solves for weighted trajectories and then
+adds weight to the set that is worst for that plan. The best plan of all rounds is returned; the
+first round minimizes the mean over all trajectories. Our choice.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def allocate_tail(
 ) -> tuple[Allocation, CrossTerms]:
     """Minimize the mean error of the worst ``share`` of the trajectories of ``table``.
 
-    ``solve`` minimizes the mean over all, of a table and a problem with its losses.
+    ``solve`` minimizes the mean over all trajectories, given a problem and a (weighted) table.
     """
     assert table.calls is not None
     count = len(np.unique(table.calls))
@@ -36,7 +36,7 @@ def allocate_tail(
     for number in range(1, ROUNDS + 1):
         part = table.weighing(weights)
         plan, crossed = solve(problem.with_losses(part.losses), part)
-        # Predictions are of the images as they are.
+        # Undo the weights: predictions are for unweighted trajectories.
         own = tuple(float(error) for error in np.array(crossed.by_call) / weights)
         errors = table.errors_by_call(table.plan_entries(problem.spread(plan.schemes)))
         order = np.argsort(-errors, kind="stable")[:worst]

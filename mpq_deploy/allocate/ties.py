@@ -1,8 +1,8 @@
-"""Layers that take one scheme together: the queries', keys' and values' projections of one input.
+"""Tie the query, key and value projections of one input, so that they take one scheme.
 
-In: groups of layers, and what each may take. Out: the same choices with each group as one, and why
-a group is left apart. TensorRT multiplies several weights of one input as one product where all are
-FP16, or all INT8 with INT8 activations (docs/engine-forms.md).
+In: groups of layers, and the schemes that each layer may take. Out: choices with each group as one,
+and a note on groups that stay apart. TensorRT multiplies several weights of one input as one
+product where all are FP16, or all INT8 with INT8 activations (docs/engine-forms.md).
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ from dataclasses import replace
 
 from mpq_deploy.allocate.problem import LayerChoice
 
-# Groups that a note names (our choice).
+# How many groups the note names (our choice).
 NAMED = 3
 
 
 def tied_layers(
     groups: Sequence[Sequence[str]], allowed: Mapping[str, Collection[str]]
 ) -> tuple[tuple[tuple[str, ...], ...], str]:
-    """Return the layers that are tied, group by group, and a note on those that are not; else "".
+    """Return the tied layers, group by group, and a note on groups that are not tied as a whole.
 
-    ``allowed``: layer -> schemes. Tied are those of a group that may take the same schemes: a rule
-    of the recipe for one of them takes it out, and no budget becomes too small by tying.
+    ``allowed``: layer -> schemes. Layers of a group are tied if they may take the same schemes. So
+    a recipe's rule for one layer unties it, and tying makes no budget infeasible.
     """
     ties: list[tuple[str, ...]] = []
     apart: list[str] = []
@@ -43,7 +43,7 @@ def tied_layers(
 
 
 def tie(choices: Sequence[LayerChoice], ties: Sequence[Sequence[str]]) -> list[LayerChoice]:
-    """Return ``choices`` with those of each tie as one, which has the name and the place of its first layer."""
+    """Return ``choices`` with each tie as one choice, by name and in place of its first layer."""
     by_name = {choice.name: choice for choice in choices}
     firsts = {names[0]: names for names in ties}
     later = {name for names in ties for name in names[1:]}

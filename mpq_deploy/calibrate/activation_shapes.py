@@ -1,8 +1,7 @@
-"""The shape of each activation when the denoiser is called once, and its batch axis.
+"""The shape of each activation for one call of the denoiser, and its batch axis.
 
-Read from the shapes that the graph declares where they are complete, else inferred for one call and
-for two. Graphs in the wild may give neither: then the graph runs, once with one call and once with
-two.
+The shapes are those that the graph declares, where it declares all of them; else ONNX infers them
+for one call and for two. Where inference fails, the graph runs with one call and with two.
 """
 
 from __future__ import annotations
@@ -46,10 +45,9 @@ def activation_shapes(
 ) -> dict[str, ActivationShape]:
     """Return the shapes of all activations that layers read (or of ``names``), by tensor name.
 
-    ``size``: the number of the one meant, of a model of several; None: the least that holds all of
-    them, or the largest where the graph must run.
-
-    Raises ModelError when a shape depends on the number of calls in a way that is not a batch axis.
+    ``size``: index of the image size, of a model of several; None: the shapes that hold every size,
+    or those of the largest size where the graph must run. Raises ModelError when a shape is empty,
+    or depends on the number of calls other than by one batch axis.
     """
     spec = calls.spec if size is None else calls.spec.at_size(size)
     names = tuple(graph.activations) if names is None else names
@@ -84,7 +82,7 @@ def activation_shapes(
 
 
 def _call_of(calls: RecordedCalls, size: int | None) -> int:
-    """Return the first call of a size, or of the largest."""
+    """Return the index of the first call of ``size``; None: of the largest size."""
     sizes = calls.recorded.sizes
     wanted = calls.recorded.largest(calls.spec) if size is None else size
     return 0 if sizes is None else int(np.argmax(sizes[0] == wanted))
@@ -93,7 +91,7 @@ def _call_of(calls: RecordedCalls, size: int | None) -> int:
 def _declared(
     graph: LayerGraph, spec: DenoiserSpec, names: tuple[str, ...]
 ) -> dict[str, ActivationShape] | None:
-    """Return the shapes that the graph declares; None unless complete but for the batch."""
+    """Return the shapes that the graph declares; None unless only batch axes are symbolic."""
     values = tensors_of(graph.model)
     sample = values.get(spec.sample.name)
     if sample is None or sample.shape is None or tuple(sample.shape)[1:] != spec.sample.shape:
@@ -117,7 +115,7 @@ def _declared(
 def _inferred(
     graph: LayerGraph, spec: DenoiserSpec, names: tuple[str, ...], counts: tuple[int, ...]
 ) -> dict[str, ActivationShape] | None:
-    """Return the shapes as ONNX infers them for each number of calls; None unless all follow."""
+    """Return the shapes that ONNX infers for ``counts`` calls; None unless all are known."""
     inferred = []
     for count in counts:
         inferred.append(inferred_shapes(ir.to_proto(graph.model), spec.input_shapes(count)))

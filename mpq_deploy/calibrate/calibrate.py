@@ -1,4 +1,4 @@
-"""Calibrate: record float trajectories, observe the activations, choose their INT8 scales."""
+"""Calibrate: record calls of the float model, observe its activations, choose INT8 scales."""
 
 from __future__ import annotations
 
@@ -58,16 +58,15 @@ def calibrate(
     crew: Crew | None = None,
     kept: KeptCalls | None = None,
 ) -> tuple[CallSet, CalibrationStats, KeptObservation | None]:
-    """Return the recorded calls and the statistics of every activation that a layer reads.
-
-    And what a calibration on more calls need not observe.
+    """Return the recorded calls, the statistics of every activation that a layer reads, and the
+    observation that a later calibration on more calls can continue from.
 
     Calls are recorded at more timesteps than ``settings.timesteps`` where those are few
     (``kept_timesteps``). ``graph``: the layers of the setup's model. ``scratch``: an existing
-    folder, best on the disk of the weights, for a graph file that is removed at the end (None: the
-    system's). ``crew``: who computes (None: this process). ``kept``: what need not be recorded and
-    observed again. Raises UsageError for more timesteps than steps, ModelError for an activation
-    that is not finite.
+    folder, best on the disk of the weights, for a temporary graph file (None: the system's).
+    ``crew``: the workers (None: this process). ``kept``: an earlier calibration's calls and
+    observation. Raises UsageError for more timesteps than steps, ModelError for an activation that
+    is not finite.
     """
     settings, before = setup.settings, kept_observed(kept, setup)
     graph = replace(graph, watched=setup.watched)
@@ -99,7 +98,10 @@ def calibrate(
 def _recorded(
     setup: CalibrationSetup, talk: Talk, scratch: Path | None, kept: KeptCalls | None
 ) -> CallSet:
-    """Return the calls of our sampler, a script, or the model's pipeline, each of its calls equally often."""
+    """Record the calls of a script, of our sampler, or of the model's pipeline.
+
+    Of a pipeline each of the user's calls is recorded equally often, as far as possible.
+    """
     from mpq_deploy.calls.record_pipeline import Runs, record_pipeline
 
     source, settings = setup.source, setup.settings
@@ -116,7 +118,7 @@ def _recorded(
                 wide.denoiser(source.path), wide.make_sampler(), wide.settings, talk, part
             ),
         )
-    # Each of the pipeline's calls is there at each size.
+    # ``pipeline.calls`` lists each call once per image size.
     sizes = len(source.spec.sizes) or 1
     calls_of_one = np.arange(len(source.spec.pipeline.calls) // sizes)
     dealt_out = cycled(calls_of_one, settings.samples, settings.seed)
@@ -138,14 +140,14 @@ def _recorded(
 
 
 def _order(recorded: CallSet, settings: CalibrateSettings) -> Array:
-    """Return the calls to observe, int64, conditions evenly: scales need fewer calls than measuring."""
+    """Return the indices of the calls to observe, int64, all conditions about equally often."""
     return recorded.dealt(np.arange(recorded.count))[: settings.observed]
 
 
 def timestep_values(calls: RecordedCalls) -> Array:
-    """Return what the timestep's input was given at each recorded timestep, float32 [K]; empty without one.
+    """Return the timestep input's value at each recorded timestep, float32 [K]; empty without one.
 
-    Of several values in the calls of one timestep the largest, as ranges by timestep take it.
+    Where the calls of one timestep have several values: the largest, as for ranges by timestep.
     """
     name, steps = calls.spec.timestep_name, range(len(calls.recorded.timesteps))
     if not name:
@@ -157,9 +159,9 @@ def timestep_values(calls: RecordedCalls) -> Array:
 def weight_ranges(graph: LayerGraph) -> dict[str, Array]:
     """Return the largest weight magnitude per channel of an activation: tensor -> float64 [C].
 
-    Over all layers that read the tensor, so that they can share what is made of it; grouped
-    convolutions apart, and products of a tensor that convolutions read too, whose channels lie on
-    another axis.
+    The maximum is over all layers that read the tensor, so that they can share one factor. Left out
+    are grouped convolutions, and MatMul or Gemm that read a tensor which a Conv reads, too: their
+    channels are on another axis.
     """
     ranges: dict[str, Array] = {}
     convolved = {tensor for layer in graph.layers if layer.op == "Conv" for tensor in layer.inputs}
@@ -186,8 +188,8 @@ def summarise(
 ) -> CalibrationStats:
     """Turn sums into moments and choose each tensor's INT8 scale over all timesteps and samples.
 
-    ``weights``: as ``weight_ranges`` returns them; ``timesteps``: as ``timestep_values`` does;
-    ``shiftable``: the tensors whose channels may be shifted.
+    ``weights``: from ``weight_ranges``; ``timesteps``: from ``timestep_values``; ``shiftable``: the
+    tensors whose channels may be shifted.
     """
 
     def summary(number: int) -> ActivationStats:
@@ -197,11 +199,11 @@ def summarise(
         scale = activation_scale(
             settings.scale, values, float(amax.max()), count * len(amax), settings.percentile
         )
-        # Channels that stretch the range, rarely (range of all timesteps) or often (fourth moment).
+        # Rank channels by how much they stretch the range, rarely (amax) or often (fourth moment).
         stretch = amax * np.sqrt(np.sqrt(seen.fourth_sum[place] / count))
         outliers = np.argsort(-stretch, kind="stable").astype(np.int32)
         rests = [outliers[outlier_count(len(amax), share) :] for share in SHARES]
-        # Tensors that only grouped convolutions read have no weights per channel: factors 1.
+        # Tensors that only grouped convolutions read have no weight ranges: amax replaces them.
         ranges, by_timestep = weights.get(name, amax), seen.amax_by_timestep[:, place]
         factors = np.array([scale_factors(ranges, amax, tenths / 10) for tenths in TENTHS])
         stats = ActivationStats(
@@ -230,7 +232,7 @@ def summarise(
 def _rescaled_scale(
     factors: Array, seen: Observation, number: int, settings: CalibrateSettings
 ) -> float:
-    """Choose activation ``number``'s INT8 scale with its channels multiplied by ``factors`` [C]."""
+    """Choose the INT8 scale of activation ``number`` with its channels times ``factors`` [C]."""
     amax = seen.amax[seen.offsets[number] : seen.offsets[number + 1]] * factors
     sample = seen.values[number] * factors[seen.channels[number]]
     count = seen.counts[number] * len(factors)
@@ -240,7 +242,7 @@ def _rescaled_scale(
 def _scale_of(
     channels: Array, seen: Observation, number: int, settings: CalibrateSettings
 ) -> float:
-    """Choose the INT8 scale of some channels of activation ``number``; the smallest for none."""
+    """Choose the INT8 scale of only ``channels`` of activation ``number``; the smallest if none."""
     if not len(channels):
         return SMALLEST_SCALE
     amax = seen.amax[seen.offsets[number] : seen.offsets[number + 1]][channels]

@@ -1,15 +1,14 @@
 """Fit PTQD's correction (arXiv 2305.10657) of the quantized model's output, by timestep.
 
 In: both models and recorded calls. Out: a ``Correction``. Only sums per call, channel and timestep
-are kept, so memory does not grow with the calls' size.
+are kept, so memory does not grow with the image size.
 
-[paper] The error is regressed on the float output: slope k_t, bias b_t, residual variance. [code]
-The authors regress over all channels at once with one intercept, take b_t per channel as the mean
-of the whole error, and set negative k_t to 0. [ours] k_t and the b_t of every channel are fitted
-together by least squares, k_t of either sign; and what is fitted is applied at a timestep only
-where it lowers the error of calls that it was not fitted on, by more than one standard error. The
-held-out errors that are reported also chose between fit and no fit, so their fall is slightly
-optimistic.
+Paper: the error is regressed on the float output, with slope k_t, bias b_t and residual variance.
+The authors' code: one regression over all channels with one intercept; b_t per channel is the mean
+of the whole error; negative k_t become 0. Ours: k_t (of either sign) and the b_t of all channels
+are fitted together by least squares. The fit of a timestep is applied only where it lowers the
+error of held-out calls by more than one standard error. The same held-out errors are reported, so
+the reported gain is slightly optimistic.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from mpq_deploy.runtime.correction import LEAST_GAIN, BiasPer, Correction, Corre
 from mpq_deploy.runtime.ort import OrtDenoiser
 from mpq_deploy.system.progress import Talk
 
-# Parts of the calls: each is checked by a fit to the others. Our choice.
+# Folds of cross-validation over the calls. Our choice.
 FOLDS = 8
 # Held-out error must fall by this many standard errors of its mean over calls. Our choice.
 STANDARD_ERRORS = 1.0
@@ -36,9 +35,10 @@ SUMS = ("m", "d", "mm", "md", "dd")
 
 @dataclass(frozen=True)
 class CallMoments:
-    """Sums over the positions of each call and channel, float64 [K, N, C], of the float output m
-    and the error d: ``m``, ``d``, ``mm``, ``md``, ``dd``. ``timesteps`` float64 [K];
-    ``positions`` per channel of one call.
+    """Sums over positions (pixels) of the float output m, the error d and their products.
+
+    ``m``, ``d``, ``mm``, ``md``, ``dd``: float64 [K, N, C] for K timesteps, N calls, C channels.
+    ``timesteps`` float64 [K]; ``positions``: how many values a sum has.
     """
 
     timesteps: Array
@@ -51,7 +51,7 @@ class CallMoments:
 
     @classmethod
     def of(cls, timesteps: Array, reference: Array, output: Array) -> CallMoments:
-        """Sum over float and quantized outputs, both [K, N, C, ...]."""
+        """Sum over positions of the float and the quantized outputs, both [K, N, C, ...]."""
         m = np.asarray(reference, np.float64).reshape(*reference.shape[:3], -1)
         d = np.asarray(output, np.float64).reshape(m.shape) - m
         sums = (values.sum(axis=-1) for values in (m, d, m * m, m * d, d * d))
@@ -64,7 +64,7 @@ class CallMoments:
         )
 
     def fit(self, calls: Array, bias_per: BiasPer) -> tuple[float, Array]:
-        """Return the least-squares k and b [C or 1] of d = k m + b over the calls of a mask [N]."""
+        """Return the least-squares k and b [C or 1] of d = k m + b over ``calls``, a mask [N]."""
         sums = [getattr(self, name)[calls].sum(axis=0) for name in ("m", "d", "mm", "md")]
         count = float(self.positions * np.count_nonzero(calls))
         if bias_per == "scalar":
@@ -76,7 +76,7 @@ class CallMoments:
         return slope, (d - slope * m) / count
 
     def errors(self, slope: float, bias: Array) -> Array:
-        """Return each corrected call's squared error [N]: sum of (d - k m - b)^2 / (1+k)^2."""
+        """Return the squared error of each corrected call [N]: sum of (d - k m - b)^2 / (1+k)^2."""
         squares = self.dd - 2 * slope * self.md + slope**2 * self.mm
         crosses = 2 * bias * (slope * self.m - self.d) + self.positions * bias**2
         return np.asarray(np.maximum((squares + crosses).sum(axis=1), 0.0) / (1 + slope) ** 2)
@@ -89,7 +89,7 @@ def call_moments(
     batch_size: int,
     talk: Talk,
 ) -> CallMoments:
-    """Run both models on the recorded calls. Of a learned variance only the mean counts.
+    """Run both models on the recorded calls; return the sums, without learned-variance channels.
 
     Raises ModelError, with the timestep, for an output that is not finite.
     """
@@ -139,7 +139,7 @@ def fit_correction(
 ) -> Correction:
     """Fit and check every timestep. ``models``: digests of the quantized files, by name.
 
-    Raises UsageError when there are fewer than two calls: then nothing can be held out.
+    Raises UsageError for fewer than two calls, of which none can be held out.
     """
     calls, channels = moments.m.shape[1:]
     if calls < 2:
@@ -190,7 +190,7 @@ def _fit_step(step: CallMoments, bias_per: BiasPer, folds: int) -> CorrectionSte
 
 
 def _refusal(gains: Array, slopes: list[float]) -> str:
-    """Say why a fit is not applied, or "". ``gains``: decrease of each call's error."""
+    """Return why a fit is not applied, or "". ``gains`` [N]: decrease of each held-out error."""
     if min(slopes) <= LEAST_GAIN - 1:
         return f"not applied: a slope of {min(slopes):.2f} is not a small error"
     needed = STANDARD_ERRORS * float(np.std(gains, ddof=1)) / len(gains) ** 0.5

@@ -1,8 +1,8 @@
-"""Which values of the float model pass FP16's range, by recorded calls.
+"""Find values of the float model that exceed FP16's range on recorded calls.
 
-In: the float graph and some calls. Out: the largest value of each node that computes in FP16.
-Models that were trained in bfloat16 have such values in the middle and none at the end: the nodes
-that make and read them stay in FP32 (``graph.fp16_region``).
+In: the float graph and some calls. Out: the nodes that would compute in FP16 but exceed its range.
+Models that were trained in bfloat16 have such values inside the network, though not at its output.
+The nodes that make and read them stay in FP32 (``graph.fp16_region``).
 """
 
 from __future__ import annotations
@@ -28,16 +28,17 @@ from mpq_deploy.system.sessions import constants_of, open_session
 from mpq_deploy.system.validated import model_of
 
 LARGEST_FP16 = 65504.0
-# Nodes keep FP32 from this on: other calls reach further than the watched ones (our choice).
+# Nodes stay in FP32 above this value: other calls may reach further than the observed ones (our
+# choice).
 WIDE_FROM = LARGEST_FP16 / 2
 BEYOND = "beyond_fp16.json"
-# Nodes named in a message.
+# How many nodes a message names.
 NAMED = 3
 
 
 @dataclass(frozen=True)
 class LargeValue:
-    """``most``: the largest value that ``node``, of type ``op``, gave."""
+    """``most``: the largest value of the outputs of ``node``, whose operator is ``op``."""
 
     node: str
     op: str
@@ -51,11 +52,11 @@ def large_values(
     beyond: Iterable[str] = (),
     above: float = LARGEST_FP16,
 ) -> tuple[LargeValue, ...]:
-    """Return the FP16 nodes whose values in the float ``model`` pass ``above``, in graph order.
+    """Return the FP16 nodes whose values in the float ``model`` exceed ``above``, in graph order.
 
-    ``beyond``: nodes known before, which are no FP16 nodes. Of layers the largest magnitude counts,
-    of others only values above zero: masks are as far below it as can be, and do no harm as minus
-    infinity.
+    ``beyond``: nodes already known to exceed the range, which stay in FP32. For layers the largest
+    magnitude counts, for other nodes the largest value: attention masks have huge negative values,
+    which may become minus infinity.
     """
     watched = load_model(model)
     region = fp16_region(
@@ -90,7 +91,7 @@ def large_values(
 
 
 def _largest(value: ir.Value, magnitude: bool) -> list[ir.Node]:
-    """Return nodes that give the largest value, or magnitude, as a scalar."""
+    """Return nodes that compute the largest value, or magnitude, of ``value`` as a scalar."""
     sizes = [ir.node("Abs", [value])] if magnitude else []
     source = sizes[-1].outputs[0] if sizes else value
     last = ir.node("ReduceMax", [source], attributes={"keepdims": 0})
@@ -99,7 +100,7 @@ def _largest(value: ir.Value, magnitude: bool) -> list[ir.Node]:
 
 
 def named(large: Iterable[LargeValue]) -> str:
-    """Name the nodes, the first ``NAMED`` of them with their values."""
+    """Return a text with the first ``NAMED`` nodes, their values, and the number of others."""
     large = tuple(large)
     nodes = ", ".join(f"{one.node} ({one.op}) {one.most:.3g}" for one in large[:NAMED])
     more = f" and {len(large) - NAMED} more" if len(large) > NAMED else ""
@@ -107,15 +108,15 @@ def named(large: Iterable[LargeValue]) -> str:
 
 
 def save_beyond(large: Iterable[LargeValue], folder: Path) -> None:
-    """Write the largest value by node."""
-    # JSON has no infinity: masks may hold one.
+    """Write node name -> largest value to ``BEYOND`` in ``folder``."""
+    # JSON has no infinity or NaN.
     limit = float(np.finfo(np.float32).max)
     values = {one.node: float(np.nan_to_num(one.most, nan=limit, posinf=limit)) for one in large}
     (folder / BEYOND).write_text(canonical_json(values), encoding="utf-8")
 
 
 def read_beyond(folder: Path) -> tuple[str, ...]:
-    """Return the nodes that ``save_beyond`` wrote. Raises InputError for another file."""
+    """Return the node names that ``save_beyond`` wrote. Raises InputError for an invalid file."""
     path = folder / BEYOND
     values: dict[str, float] = model_of(dict[str, FiniteFloat], read_json_object(path), str(path))
     return tuple(values)

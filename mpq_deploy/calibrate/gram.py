@@ -1,15 +1,15 @@
-"""Gram matrices of layers' outputs, taken inside the graph: N x N numbers per layer leave it.
+"""Gram matrices of layers' outputs, computed inside the graph, so that only they leave it.
 
 In: a layer graph and N calls that run together. Out: for every layer the Gram matrix of its centred
-outputs, (F - mean F)(F - mean F)^T with F [N, d] one call's output per row. Centring changes
-neither estimator of CKA; done in the graph, before the product, it keeps the digits that float32
-would lose where outputs differ little between calls.
+outputs, (F - mean F)(F - mean F)^T, with F [N, d] one call's output per row. Centring changes
+neither estimator of CKA. It happens in the graph, before the product, because float32 would lose
+digits where outputs differ little between calls.
 
 A layer with several uses has the sum of their Gram matrices, as if its outputs were concatenated
-(our choice). An output without a batch axis (the embedding of a timestep that is one number for the
-whole batch) is the same for all calls: it is not observed, and its centred Gram matrix is zero. So
-is that of an output which has the axis but whose calls agree to ``CONSTANT`` of its power: what is
-left there is rounding.
+(our choice). An output without a batch axis (such as the embedding of a timestep that the whole
+batch shares) is the same for all calls: it is not observed, and its Gram matrix is 0. The Gram
+matrix is also set to 0 where the outputs of all calls agree to ``CONSTANT`` of their power: such
+differences are rounding errors.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ from mpq_deploy.errors import ModelError
 from mpq_deploy.graph.layers import Layer, LayerGraph
 from mpq_deploy.models.spec import Array
 
-# Calls whose outputs differ by less than this share of their power (1e-5 of their size) count as
-# equal. Kernels may round the rows of a batch differently: about 1e-13 was seen. Our choice.
+# Outputs that differ between calls by less than this share of their power (1e-5 of their rms) count
+# as constant. Kernels may round the rows of a batch differently: about 1e-13 was seen. Our choice.
 CONSTANT = 1e-10
 
 
 @dataclass(frozen=True)
 class GramGraph:
-    """A copy of a graph that returns two outputs for every use of every layer in ``uses``:
+    """A copy of a graph with two outputs for every use of a layer whose output has a batch axis.
 
-    float32 [N, N], the Gram matrix of the centred outputs, and float32 [], the squared norm of
-    their mean. ``uses``: layer index of each. The copy shares its constants with the graph it was
-    made from.
+    They are the Gram matrix of the centred outputs, float32 [N, N], and the squared norm of their
+    mean, float32 []. ``uses``: the layer index of each use. The copy shares its constants with the
+    original graph.
     """
 
     model: ir.Model
@@ -97,7 +97,7 @@ class GramGraph:
 
 
 def _observe(writer: ObserverWriter, tensor: ir.Value, shape: ActivationShape) -> None:
-    """Add the nodes that bring ``tensor`` to one row per call, centre the columns and multiply."""
+    """Add nodes that reshape ``tensor`` to a row per call, centre the columns, and multiply."""
     if tensor.dtype != ir.DataType.FLOAT:
         tensor = writer.op("Cast", tensor, to=ir.DataType.FLOAT)
     if shape.batch_axis:

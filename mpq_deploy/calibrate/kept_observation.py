@@ -1,8 +1,8 @@
-"""What was observed of the first calls, for a calibration on more of them.
+"""Keep what was observed of the first calls, so that a calibration on more calls can continue.
 
-In: the order in which calls are observed, and what observes some of them. Out: the observation of
-all, and that of the parts that a longer order begins with alike. Parts end at 12, 24, 48 calls and so
-on, whatever their number, so that sums are the same whether some of them were kept or none.
+In: the order of the calls to observe, and a function that observes some of them. Out: the
+observation of all calls, and the one to keep. Calls are observed in parts that always end at 12,
+24, 48, ... calls. So the floating-point sums are the same whether the first parts were kept or not.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from mpq_deploy.models.spec import Array
 from mpq_deploy.system.array_file import read_arrays
 from mpq_deploy.system.inputs import whole
 
-# Calls of the first part; each later one doubles all before it (our choice: an effort's least).
+# Calls of the first part; each later part doubles the number of calls (our choice).
 FIRST_PART = 12
 
 
 @dataclass(frozen=True)
 class KeptObservation:
-    """``seen`` of the ``calls`` int64 [N], in the order in which they were observed."""
+    """The observation ``seen`` of the ``calls`` int64 [N], in the order of observing."""
 
     seen: Observation
     calls: Array
 
     def save(self, path: Path) -> None:
-        """Write everything into one .npz (no pickle); names as JSON text."""
+        """Write all fields into one .npz without pickle; tensor names are stored as JSON text."""
         arrays = {
             item.name: np.asarray(getattr(self.seen, item.name)) for item in fields(self.seen)
         }
@@ -53,7 +53,10 @@ class KeptObservation:
 def observe_parts(
     order: Array, kept: KeptObservation | None, observe: Callable[[Array], Observation]
 ) -> tuple[Observation, KeptObservation | None]:
-    """Return what is seen of the calls ``order``, and of its whole parts (None: there are none)."""
+    """Return the observation of the calls ``order``, and that of its complete parts (None: none).
+
+    ``kept`` is used where its calls are the first of ``order``.
+    """
     ends = [0, FIRST_PART]
     while ends[-1] < len(order):
         ends.append(2 * ends[-1])

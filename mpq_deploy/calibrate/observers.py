@@ -1,14 +1,13 @@
-"""Observe activations by reductions added to a copy of the graph: only these leave the runtime.
+"""Observe activations by reductions added to a copy of the graph: only these leave ONNX Runtime.
 
 In: a layer graph and the recorded calls. Out: an ``Observation``: per tensor and channel the
-absolute maximum and the sums of x^2 and x^4, and per tensor a uniform random sample of its values.
-Observations of parts of the calls merge by sum, maximum and priority, in any order; their size
-depends on neither samples nor timesteps.
+absolute maximum, the sums of x^2 and x^4 and the range at each timestep, and per tensor a uniform
+random sample of its values (the reservoir). Observations of parts of the calls merge in any order,
+by sum, maximum and priority. Their size does not depend on the number of calls.
 
-Everything is exact over all values but the random sample (the reservoir). Sums are taken by ONNX
-Runtime in float32 within one call and in float64 over calls, so two ways of splitting the calls
-agree to about 1e-12 relative where the runtime gives a call the same values in any batch (kernels
-may round differently by batch).
+All but the reservoir covers every value. ONNX Runtime sums in float32 within one call; sums over
+calls are float64. So two ways of splitting the calls agree to about 1e-12 relative, provided that
+kernels round a call the same in any batch.
 """
 
 from __future__ import annotations
@@ -33,23 +32,24 @@ from mpq_deploy.system.lanes import in_lanes, lanes_for
 from mpq_deploy.system.progress import Talk
 from mpq_deploy.system.sessions import constants_of, open_session, within_gpu_memory
 
-# Candidates that one call offers to a reservoir of R values: R / 16, at least 64. From 16 calls on
-# the reservoir is full. More would cost time; fewer would tie the sample to few positions.
+# Values that one call offers to a reservoir of R values: R / 16, at least 64. From 16 calls on the
+# reservoir is full. More would cost time; fewer would limit the sample to few positions.
 CANDIDATE_SHARE = 16
 LEAST_CANDIDATES = 64
-# Since this one all reductions take their axes as an input.
+# From this opset on all reductions take their axes as an input.
 LEAST_OPSET = 18
 
 
 @dataclass(frozen=True)
 class Observation:
-    """Sums over T activations with C_1 .. C_T channels; ``offsets`` int64 [T + 1] sums the C_i.
+    """What was observed of T activations, whose channels C_1 .. C_T are concatenated.
 
-    Per channel, float64 [sum C_i]: ``amax``, ``square_sum`` (of x^2), ``fourth_sum`` (of x^4).
-    ``counts`` float64 [T]: values seen per channel. ``high_by_timestep`` and ``low_by_timestep``
-    float32 [K, sum C_i]: the ends of each channel's range, zero within. The reservoir:
-    ``priorities`` uint64 [R'], ascending, common to all tensors, ``values`` float32 [T, R'] and the
-    ``channels`` int32 [T, R'] they come from.
+    ``offsets`` int64 [T + 1]: where each activation's channels begin. Per channel, float64
+    [sum C_i]: ``amax``, ``square_sum`` (of x^2), ``fourth_sum`` (of x^4). ``counts`` float64 [T]:
+    values per channel. ``high_by_timestep`` and ``low_by_timestep`` float32 [K, sum C_i]: the ends
+    of each channel's range, which includes 0. The reservoir of at most ``reservoir`` values:
+    ``priorities`` uint64 [R'], ascending, common to all activations; ``values`` float32 [T, R'] and
+    their ``channels`` int32 [T, R'].
     """
 
     names: tuple[str, ...]
@@ -72,9 +72,9 @@ class Observation:
 
 
 def merge(a: Observation, b: Observation) -> Observation:
-    """Return what ``a`` and ``b`` observed together. Commutative; associative up to rounding.
+    """Return the observation of the calls of ``a`` and ``b``. Associative up to rounding.
 
-    ValueError when they are of different tensors, timesteps or reservoir sizes.
+    Raises ValueError when tensors, channels, timesteps or reservoir sizes differ.
     """
     if (a.names, a.reservoir, a.high_by_timestep.shape) != (
         b.names,
@@ -113,10 +113,10 @@ def observe(
     scratch: Path | None = None,
     chosen: Iterable[Batch] | Array | None = None,
 ) -> Observation:
-    """Run the recorded calls (or those ``chosen``, by number or in batches) through the observed graph.
+    """Run the recorded calls, or only ``chosen`` (int array of calls, or batches), with observers.
 
-    Calls of several sizes are observed size by size. Raises ModelError, naming tensor, layer and
-    timestep, when an activation is not finite.
+    Calls of several image sizes are observed size by size. Raises ModelError, naming tensor, layer
+    and timestep, when an activation is not finite.
     """
     if calls.spec.sizes and not isinstance(chosen, list):
         parts = list(calls.batches(settings.batch_size, calls=chosen))  # type: ignore[arg-type]
@@ -157,11 +157,11 @@ def observe(
 
 @dataclass(frozen=True)
 class ObservedGraph:
-    """A copy of a graph that returns five reductions of each activation, ordered like ``shapes``.
+    """A copy of a graph that returns five outputs for each activation, ordered like ``shapes``.
 
-    The copy shares the constants of the graph it was made from. For each tensor: its greatest
-    and least value, the sum of x^2, and that of x^4 in units of the greatest x^2, each [calls or 1,
-    ..., C], and a gathered sample [calls, candidates].
+    The outputs are the maximum, the minimum, the sum of x^2, and the sum of (x^2 / max x^2)^2, each
+    [calls or 1, ..., C], and a gathered sample [calls, candidates]. The copy shares its constants
+    with the original graph. ``channels``: how many each activation has.
     """
 
     model: ir.Model
@@ -171,7 +171,7 @@ class ObservedGraph:
 
     @classmethod
     def of(cls, graph: LayerGraph, shapes: dict[str, ActivationShape]) -> ObservedGraph:
-        """Add the reductions to a copy of ``graph``, each right after the node that it observes."""
+        """Add the reductions to a copy of ``graph``, right after the nodes that they observe."""
         model = graph.model.clone()
         writer = ObserverWriter(model)
         convolved = {
@@ -189,13 +189,13 @@ class ObservedGraph:
     def run(
         self, session: ort.InferenceSession, feed: dict[str, Array], draws: Array
     ) -> list[Array]:
-        """Run a batch's ``feed`` on the graph, opened as ``session``; return its outputs in order."""
+        """Run a batch's ``feed`` in ``session``, opened on the graph; return its outputs."""
         feed = {**feed, **self.positions(draws)}
         inputs = {entry.name for entry in session.get_inputs()}
         return list(session.run(self.outputs, {k: v for k, v in feed.items() if k in inputs}))
 
     def positions(self, draws: Array) -> dict[str, Array]:
-        """Turn random ``draws`` int64 [M, candidates] into the positions that are gathered."""
+        """Turn random ``draws`` int64 [M, candidates] into feeds with the positions to gather."""
         rows = np.arange(len(draws), dtype=np.int64)[:, None]
         feed = {}
         for shape in self.shapes.values():
@@ -224,7 +224,7 @@ class ObserverWriter:
         self.constants: dict[tuple[int, ...] | str, ir.Value] = {}
 
     def observe(self, tensor: ir.Value, shape: ActivationShape, convolved: bool) -> None:
-        """Add the five reductions of ``tensor``."""
+        """Add the five outputs of ``tensor``; ``convolved``: a Conv reads it (channel axis 1)."""
         if tensor.dtype != ir.DataType.FLOAT:
             tensor = self.op("Cast", tensor, to=ir.DataType.FLOAT)
         if shape.batch_axis:
@@ -249,7 +249,7 @@ class ObserverWriter:
             for kind in ("ReduceMax", "ReduceMin")
         ]
         greatest = self.op("Max", *(self.op("Mul", end, end) for end in ends))
-        # In units of the greatest: fourth powers of what lies beyond 1e9 are not finite.
+        # Relative to the largest square: in float32 the fourth power of values over 1e9 overflows.
         share = self.op("Div", square, self.op("Max", greatest, self.smallest()))
         for end in ends:
             self.output(self.op("Squeeze", end, self.constant(axes)))
@@ -266,11 +266,11 @@ class ObserverWriter:
         return node.outputs[0]
 
     def reduce(self, kind: str, value: ir.Value, axes: list[int]) -> ir.Value:
-        """Add a reduction over ``axes``, which go."""
+        """Add a reduction over ``axes``, which are dropped."""
         return self.op(kind, value, self.constant(axes), keepdims=0)
 
     def constant(self, numbers: list[int]) -> ir.Value:
-        """Return an INT64 vector, one for equal numbers."""
+        """Return an INT64 constant [n]; equal ``numbers`` share one."""
         key = tuple(numbers)
         if key not in self.constants:
             name = f"observer.constant.{len(self.constants)}"
@@ -278,14 +278,14 @@ class ObserverWriter:
         return self.constants[key]
 
     def smallest(self) -> ir.Value:
-        """Return the smallest normal number, by which zeros are divided."""
+        """Return a constant, the smallest normal float32: a divisor in place of 0."""
         if "smallest" not in self.constants:
             tiny = np.asarray(np.finfo(np.float32).tiny)
             self.constants["smallest"] = add_constant(self.model, "observer.smallest", tiny)
         return self.constants["smallest"]
 
     def input(self, name: str) -> ir.Value:
-        """Return the graph's input of positions ``name``, made when it is new."""
+        """Return the graph input ``name`` for positions; add it on the first call."""
         if name not in self.inputs:
             kind = ir.TensorType(ir.DataType.INT64)
             value = ir.Value(name=name, type=kind, shape=ir.Shape(["observed_calls", "candidates"]))
@@ -300,7 +300,7 @@ class ObserverWriter:
         self.model.graph.outputs.append(value)
 
     def place(self, tensor: ir.Value) -> None:
-        """Put the pending nodes behind the producer of what they read, or first in the graph."""
+        """Insert the pending nodes after the node whose output they read, or first in the graph."""
         producer = tensor.producer()
         if producer in self.pending:
             producer = self.pending[0].inputs[0].producer()  # type: ignore[union-attr]
@@ -312,7 +312,10 @@ class ObserverWriter:
 
 
 def draws_of(settings: CalibrateSettings, batch: Batch) -> tuple[Array, Array]:
-    """Return priorities uint64 and draws int64, [M, candidates], by seed, timestep, call."""
+    """Return random priorities uint64 and draws int64, [M, candidates], for the M calls of a batch.
+
+    They depend on seed, timestep and call alone.
+    """
     candidates = max(LEAST_CANDIDATES, settings.reservoir // CANDIDATE_SHARE)
     priorities = np.empty((len(batch.calls), candidates), np.uint64)
     draws = np.empty((len(batch.calls), candidates), np.int64)
@@ -327,7 +330,7 @@ def _smallest(
     priorities: Array, values: Array, channels: Array, count: int
 ) -> tuple[Array, Array, Array]:
     """Keep the columns [T, n] with the ``count`` smallest priorities, in ascending order."""
-    # Equal priorities (one in 2^64) are ordered by value, so that no order of merging shows.
+    # Equal priorities are ordered by value, so that the result does not depend on merging order.
     order = (
         np.lexsort((values[0], priorities))[:count]
         if len(values)
@@ -337,7 +340,7 @@ def _smallest(
 
 
 def _channel_of(draws: Array, shape: ActivationShape, convolved: bool) -> Array:
-    """Return each gathered value's channel, int32 [draws], in the graph's order of flattening."""
+    """Return each gathered value's channel, int32 [draws], by the graph's flattening."""
     axes = list(range(len(shape.shape)))
     if shape.batch_axis:
         axes.insert(0, axes.pop(shape.batch_axis))
@@ -375,7 +378,7 @@ class Totals:
         }
 
     def add(self, batch: Batch, results: list[Array], priorities: Array, draws: Array) -> None:
-        """Add the outputs of one run."""
+        """Add the outputs of one run, ``results``. Raises ModelError where one is not finite."""
         calls = len(batch.calls)
         for number, (name, shape) in enumerate(self.shapes):
             channels = int(self.offsets[number + 1] - self.offsets[number])
@@ -390,7 +393,7 @@ class Totals:
                     "Export the model again, or remove its value_info.",
                 )
             place = slice(self.offsets[number], self.offsets[number + 1])
-            # A tensor that is the same for all calls was reduced once and counts for each of them.
+            # A tensor that all calls share was reduced once and counts once per call.
             repeats = 1 if shape.batch_axis is not None else calls
             square_sum = repeats * squares.sum(axis=0)
             fourth_sum = repeats * (greatest**4 * shares).sum(axis=0)
@@ -426,7 +429,7 @@ class Totals:
         )
 
     def finish(self) -> Observation:
-        """Return the observation."""
+        """Return the observation of all batches."""
         names = tuple(name for name, _ in self.shapes)
         return Observation(
             names,

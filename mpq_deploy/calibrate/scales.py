@@ -1,6 +1,6 @@
-"""Choose the INT8 scale of an activation from its random sample and its exact absolute maximum.
+"""Choose the scale of an activation from a random sample and the exact absolute maximum.
 
-Quantizer: q = clip(round_half_even(x / scale), -128, 127) (QuantizeLinear); scales are FP16.
+INT8 quantizer: q = clip(round_half_even(x / scale), -128, 127) (QuantizeLinear); scales are FP16.
 """
 
 from __future__ import annotations
@@ -13,28 +13,30 @@ from mpq_deploy.formats.minifloat import Minifloat
 from mpq_deploy.models.spec import Array
 
 QUANT_MIN, QUANT_MAX = -128, 127
-# The smallest normal (for tensors that are always zero) and the largest FP16 number.
+# The smallest normal FP16 number (for tensors that are always zero), and the largest one.
 SMALLEST_SCALE = float(2.0**-14)
 LARGEST_SCALE = 65504.0
-# The search: clipping thresholds from the absolute maximum down to 1/256 of it, in steps of
-# 2**(1/8) (9 %), then in steps of 1 % around the best (our choice; the error is flat around its
+# Clipping thresholds that are searched: from the absolute maximum down to 1/256 of it, in steps of
+# 2**(1/8) (9 %), then in steps of 1 % around the best one (our choice; the error is flat around its
 # minimum).
 COARSE_RATIOS = 2.0 ** (-np.arange(65) / 8)
 FINE_RATIOS = 1.0 + 0.01 * np.arange(-12, 13)
-# For small floats: an octave above the absolute maximum over their largest value, four below it.
+# The same for FP8 and smaller floats, relative to the absolute maximum over their largest value:
+# from four octaves below to one above.
 FLOAT_RATIOS = np.exp2(np.arange(-32, 9) / 8)
-# Points that stand for the part of the distribution between the sample's maximum and the exact one.
+# Points for the tail of the distribution, between the sample's maximum and the exact one.
 TAIL_POINTS = 16
-# Points behind the choice of a simulated quantizer, which tries many zero points (our choice).
+# Sampled values that the costlier searches use: small floats and simulated grids (our choice).
 SEARCH_POINTS = 4096
 
 
 def activation_scale(
     method: str, sample: Array, amax: float, count: float, percentile: float = 99.99
 ) -> float:
-    """Return the scale, a positive normal FP16 number, by ``method``: mse, percentile or absmax.
+    """Return the INT8 scale, a positive normal FP16 number, by ``method``: mse, percentile, absmax.
 
-    ``sample`` float [R]: a uniform sample of the ``count`` values; ``amax``: their exact maximum.
+    ``sample`` float [R]: a uniform sample of ``count`` values, whose exact absolute maximum is
+    ``amax``. Raises UsageError for an unknown method.
     """
     if amax == 0:
         return SMALLEST_SCALE
@@ -56,10 +58,10 @@ def round_scale(scale: float) -> float:
 def with_tail(sample: Array, amax: float, count: float) -> tuple[Array, Array]:
     """Return points and weights (sum 1): the sample, and a tail up to ``amax``.
 
-    By exchangeability a value exceeds the maximum x_R of R sampled ones with probability 1 / (R +
-    1), and the maximum of all ``count`` values with 1 / count; between the two the survival
-    function is taken as a power law, a straight line in logarithms (our choice: heavier than most
-    activations, so it errs towards less clipping).
+    By exchangeability a value exceeds the maximum of R sampled values with probability 1 / (R + 1);
+    it reaches ``amax`` with probability 1 / ``count``. Between the two the survival function is
+    taken as a power law (our choice: a heavier tail than most activations have, so the error is on
+    the side of less clipping).
     """
     sample = np.asarray(sample, np.float64)
     largest = float(np.abs(sample).max(initial=0.0))
@@ -78,7 +80,7 @@ def with_tail(sample: Array, amax: float, count: float) -> tuple[Array, Array]:
 def mse_scale(
     points: Array, weights: Array, amax: float, limits: tuple[int, int] = (QUANT_MIN, QUANT_MAX)
 ) -> float:
-    """Return the FP16 scale of minimum expected squared error with codes clipped to ``limits``."""
+    """Return the FP16 scale of minimum expected squared error, with codes in ``limits``."""
     coarse = _rounded(amax / limits[1] * COARSE_RATIOS)
     best = coarse[np.argmin(quantization_error(points, weights, coarse, limits))]
     fine = _rounded(best * FINE_RATIOS)
@@ -88,8 +90,8 @@ def mse_scale(
 def float_scale(minifloat: Minifloat, sample: Array, amax: float, count: float) -> float:
     """Return the FP16 scale of minimum expected squared error for the levels of ``minifloat``.
 
-    The others as for ``activation_scale``. A float's relative precision hardly depends on the scale,
-    so what is searched is the clipping, and where in an octave the largest values lie.
+    Other arguments as for ``activation_scale``. A float's relative precision hardly depends on the
+    scale: the search decides the clipping, and where in an octave the largest values lie.
     """
     if amax == 0:
         return SMALLEST_SCALE
@@ -101,12 +103,12 @@ def float_scale(minifloat: Minifloat, sample: Array, amax: float, count: float) 
 
 
 def simulated_grid(bits: int, sample: Array, amax: float, count: float) -> ActivationGrid:
-    """Return the grid of 2^``bits`` levels, zero among them, of minimum expected squared error.
+    """Return the grid of 2^``bits`` levels, zero included, with the minimum expected squared error.
 
-    ``sample``, ``amax`` and ``count`` as for ``activation_scale``; the tail beyond the sample gets
-    the sign of its largest value (our choice). The scale is searched for each of some zero points
-    (at most 17, from none of the levels below zero to half of them; above zero where the largest is
-    negative), on at most ``SEARCH_POINTS`` of the sample.
+    ``sample``, ``amax`` and ``count`` as for ``activation_scale``. The tail beyond the sample has
+    the sign of the sample's largest magnitude (our choice). At most 17 zero points are tried, which
+    put none to half of the levels on the side opposite to that sign. Uses at most about
+    ``SEARCH_POINTS`` of the sample.
     """
     levels = 2**bits - 1
     if amax == 0:
@@ -134,7 +136,7 @@ def quantization_error(
 ) -> Array:
     """Return the weighted mean squared error of the quantizer for each of ``scales``, float64 [S].
 
-    Computed in float32, in units of the greatest point, so that nothing overflows.
+    Computed in float32, relative to the largest point, so that nothing overflows.
     """
     unit = float(np.abs(points).max(initial=0.0)) or 1.0
     x = np.asarray(points / unit, np.float32)

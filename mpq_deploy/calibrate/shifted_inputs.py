@@ -1,4 +1,4 @@
-"""Choose by how much the channels of each INT8 activation are shifted, and note it for its readers."""
+"""Choose the channel shifts of INT8 activations (``formats.shifts``), and store who has them."""
 
 from __future__ import annotations
 
@@ -26,14 +26,17 @@ SHIFTED = "shifted.json"
 
 @dataclass(frozen=True)
 class Noted:
-    """An activation with the ``forms`` that are shifted, and the ``pads`` of its readers."""
+    """What is stored of an activation: the ``forms`` with shifts, and its readers' ``pads``."""
 
     forms: tuple[str, ...]
     pads: tuple[int, ...]
 
 
 def shiftable_inputs(graph: LayerGraph) -> dict[str, tuple[int, ...]]:
-    """Return the activations that may be shifted: tensor -> the pads of all its readers, convolutions of one group."""
+    """Return the activations that may be shifted: tensor -> the pads of all its readers.
+
+    All readers must be convolutions of one group, with one use and the same explicit pads.
+    """
     nodes = {node.name: node for node in graph.model.graph}
     found: dict[str, set[tuple[int, ...] | None]] = {}
     for layer in graph.layers:
@@ -52,7 +55,7 @@ def shiftable_inputs(graph: LayerGraph) -> dict[str, tuple[int, ...]]:
 def with_shifts(
     stats: ActivationStats, seen: Observation, number: int, settings: CalibrateSettings
 ) -> ActivationStats:
-    """Return ``stats`` of activation ``number`` with its shifts, where these make steps finer."""
+    """Return ``stats`` of activation ``number`` with shifts where they make the scale finer."""
     place = slice(seen.offsets[number], seen.offsets[number + 1])
     high, low = (
         rows[:, place].astype(np.float64) for rows in (seen.high_by_timestep, seen.low_by_timestep)
@@ -108,7 +111,7 @@ def shifts_within_fp16(stats: CalibrationStats, graph: LayerGraph) -> Calibratio
 
 
 def save_shifted(stats: CalibrationStats, graph: LayerGraph, folder: Path) -> None:
-    """Write which forms of which activations are shifted: bytes of layers depend on it."""
+    """Write which forms of which activations are shifted, as the layers' bytes depend on it."""
     pads = shiftable_inputs(graph)
     found = {
         tensor: {"forms": forms, "pads": pads[tensor]}
@@ -119,7 +122,7 @@ def save_shifted(stats: CalibrationStats, graph: LayerGraph, folder: Path) -> No
 
 
 def shifted_layers(graph: LayerGraph, folder: Path) -> LayerGraph:
-    """Return ``graph`` whose layers know which of their inputs' forms are shifted, as far as calibrated."""
+    """Return ``graph`` with ``shifted`` and ``pads`` of its layers as stored in ``folder``."""
     path = folder / SHIFTED
     found = read_json_object(path) if path.is_file() else {}
     noted = model_of(dict[str, Noted], found, str(path))

@@ -1,7 +1,7 @@
 """Calibration spread over workers: trajectories by batch, observed activations by timestep.
 
-Workers return what a batch gave, not sums of it; the sums are taken here, batch by batch in order.
-So they are those of one process to the bit, whatever number of workers there is.
+Workers return the outputs of each batch. This process sums them, batch by batch in order, so that
+the sums are bit for bit those of one process, for any number of workers.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ from mpq_deploy.system.sessions import open_session
 
 @dataclass(frozen=True)
 class CalibrationSetup:
-    """The float ONNX file, how to call it, and what is recorded of it.
+    """The float ONNX file (``source``), how to sample it, and what to record.
 
-    Workers have the path below their root. ``watched``: activations that are observed beside those
-    of layers.
+    In a worker the path of ``source`` is relative to the worker's root. ``watched``: activations
+    that are observed beside the layers' inputs.
     """
 
     source: FloatModel
@@ -58,7 +58,7 @@ class CalibrationSetup:
         return make_sampler(self.source.spec.scheduler, settings.steps, settings.seed, self.sampler)
 
     def denoiser(self, model: Path) -> GuidedDenoiser:
-        """Return the float model in the file ``model``; it refuses outputs that are not finite."""
+        """Return the float model in the file ``model``; its runs raise for NaN and Inf."""
         source = self.source
         denoiser = OrtDenoiser.in_lanes(model, source.spec)
         checked = CheckedDenoiser(model, denoiser)
@@ -67,7 +67,7 @@ class CalibrationSetup:
 
 @dataclass(frozen=True)
 class _Record:
-    """Samples ``start`` to ``stop`` of the trajectories."""
+    """Record the trajectories ``start`` to ``stop``."""
 
     start: int
     stop: int
@@ -75,7 +75,7 @@ class _Record:
 
 @dataclass(frozen=True)
 class _Observe:
-    """Position ``step`` of the recorded timesteps; ``recorded`` holds it alone, of the ``calls`` [N]."""
+    """Observe ``recorded``: the ``calls`` int [N] at timestep index ``step`` alone."""
 
     step: int
     recorded: CallSet
@@ -83,7 +83,7 @@ class _Observe:
 
 
 def calibration_job(setup: CalibrationSetup, scratch: Path | None) -> Job:
-    """Return the job of both parts. ``scratch``: as for ``calibrate``."""
+    """Return the job whose workers record and observe. ``scratch``: as for ``calibrate``."""
     model = setup.source.path
     files = Files.of([*model_files(model), *([scratch / "any"] if scratch else [])])
     below = scratch.resolve().relative_to(files.root) if scratch else None
@@ -95,9 +95,9 @@ def calibration_job(setup: CalibrationSetup, scratch: Path | None) -> Job:
 
 @dataclass(frozen=True)
 class KeptCalls:
-    """The ``calls`` of the first ``samples`` trajectories of the same seed, model, sampler and batches.
+    """Earlier ``calls`` of the first ``samples`` trajectories: same seed, model, sampler, batches.
 
-    ``observed``: what was seen of some of them at the same timesteps; None: nothing that is valid.
+    ``observed``: the observation of some of these calls at the same timesteps; None: not valid.
     """
 
     calls: CallSet
@@ -106,10 +106,13 @@ class KeptCalls:
 
 
 def with_kept_timesteps(setup: CalibrationSetup) -> CalibrationSetup:
-    """Return ``setup`` with as many timesteps as are recorded. Raises UsageError for too few steps."""
+    """Return ``setup`` with the number of timesteps to record (``kept_timesteps``).
+
+    Raises UsageError for more timesteps than steps.
+    """
     timestepped, steps = setup.source.spec.timestep is not None, len(setup.make_sampler().timesteps)
     wanted = setup.settings.timesteps
-    # Also where nothing has to be recorded, so that nobody else asks.
+    # The check runs even where every call is kept and nothing is recorded.
     count = kept_timesteps(steps, len(sampled_steps(steps, wanted))) if timestepped else wanted
     return replace(setup, settings=setup.settings.replace(timesteps=count))
 
@@ -117,7 +120,7 @@ def with_kept_timesteps(setup: CalibrationSetup) -> CalibrationSetup:
 def recorded_after(
     kept: KeptCalls | None, setup: CalibrationSetup, record: Callable[[slice | None], CallSet]
 ) -> CallSet:
-    """Return the calls of all trajectories: those of ``kept`` in whole batches, and what ``record`` makes."""
+    """Return the calls of all trajectories: whole batches of ``kept``, the rest by ``record``."""
     first = kept_samples(kept, setup)
     if kept is None or not first:
         return record(None)
@@ -128,12 +131,15 @@ def recorded_after(
 
 
 def kept_samples(kept: KeptCalls | None, setup: CalibrationSetup) -> int:
-    """Return how many trajectories need not be run again: of batches whole ones, by which kernels may round."""
+    """Return how many of the kept trajectories can be reused.
+
+    Only whole batches are: kernels may round differently in a batch of another size.
+    """
     size, count = setup.settings.batch_size, setup.settings.samples
     if kept is None:
         return 0
     if setup.source.spec.pipeline is not None:
-        # Image by image, of which each has its own number of calls.
+        # A pipeline runs image by image, and images differ in their number of calls.
         return kept.samples if kept.samples <= count else 0
     if not keeps_samples_apart(setup.make_sampler()):
         return 0
@@ -141,7 +147,7 @@ def kept_samples(kept: KeptCalls | None, setup: CalibrationSetup) -> int:
 
 
 def kept_observed(kept: KeptCalls | None, setup: CalibrationSetup) -> KeptObservation | None:
-    """Return what was observed, where all of its calls are kept; else None."""
+    """Return the kept observation where all of its calls are reused; else None."""
     first = kept_samples(kept, setup)
     if kept is None or kept.observed is None or not first:
         return None
@@ -153,7 +159,7 @@ def kept_observed(kept: KeptCalls | None, setup: CalibrationSetup) -> KeptObserv
 def record_in_shards(
     pool: Pool, setup: CalibrationSetup, talk: Talk, kept: KeptCalls | None = None
 ) -> CallSet:
-    """Record like ``record_trajectories``, batch by batch where samples are independent."""
+    """Record as ``record_trajectories`` does; a shard per batch where samples are independent."""
     sampler = setup.make_sampler()
     if not keeps_samples_apart(sampler):
         return record_trajectories(setup.denoiser(setup.source.path), sampler, setup.settings, talk)
@@ -174,7 +180,7 @@ def record_in_shards(
 
 @dataclass(frozen=True)
 class ObservingInShards:
-    """Observes calls as ``observe`` does, a shard per timestep; ``scratch`` as there."""
+    """Observes calls as ``observe`` does, one shard per timestep."""
 
     pool: Pool
     graph: LayerGraph
@@ -224,7 +230,7 @@ def _open(setup: CalibrationSetup, scratch: Path | None, root: Path, talk: Talk)
 
 
 class _Calibrating:
-    """A worker's float model: plain to record, with observers to observe, never both."""
+    """A worker with the float model open: plain for recording, with observers for observing."""
 
     def __init__(self, setup: CalibrationSetup, root: Path, scratch: Path | None) -> None:
         self._setup, self._model, self._scratch = setup, root / setup.source.path, scratch
@@ -243,7 +249,7 @@ class _Calibrating:
         return recorded.arrays()
 
     def observe(self, task: _Observe, talk: Talk) -> Result:
-        """Return what every batch of the timestep gives."""
+        """Return the observers' outputs for every batch of the timestep, as "batch.output"."""
         setup = self._setup
         self._denoiser = None
         observed, session = self._session(task.recorded, talk)

@@ -1,4 +1,4 @@
-"""Statistics of every activation that a layer reads, as calibration leaves them behind."""
+"""Statistics of every activation that a layer reads: the result of calibration."""
 
 from __future__ import annotations
 
@@ -22,19 +22,20 @@ from mpq_deploy.system.inputs import whole
 class ActivationStats:
     """Statistics of one activation tensor over all sampled timesteps and samples.
 
-    Per channel (axis 1 of a tensor that a Conv reads, else the last axis): ``amax``,
-    ``second_moment`` (mean of x^2), ``fourth_moment`` (mean of x^4), float64 [C]. ``reservoir``
-    float32 [R]: a fixed-size uniform random sample of the values. ``scale``: the INT8 scale,
-    already rounded to FP16; ``amax_by_timestep`` float32 [K, C], and ``timesteps`` float32 [K]: what
-    the timestep's input was given then, empty without one. ``outliers`` int32 [C]: the channels,
-    those that stretch the range most first; ``scales_without`` float64 [S]: the scale when the
-    first 1, 2 ... thirty-seconds of them are left out (``formats.branches.cols.SHARES``).
-    ``factors`` float16 [A, C]: by what the channels are multiplied to even out their ranges, for
-    each of ``formats.branches.prescaled.TENTHS``, and ``scales_rescaled`` float64 [A]: the scale
-    then; ``exponents`` int32 [A]: their positions, that of the least expected error of the readers'
-    own outputs first. ``shifts`` int16 [F, C], in codes, and ``shift_scales`` float64 [F, 2], the INT8
-    scale then and the largest magnitude in units of the largest code, for each of ``SHIFT_FORMS``;
-    a scale of 0 for none. ``count``: the number of values behind it all.
+    Channels C: axis 1 of a tensor that a Conv reads, else the last axis. ``amax``,
+    ``second_moment`` (mean of x^2), ``fourth_moment`` (mean of x^4): float64 [C]. ``reservoir``
+    float32 [R]: a uniform random sample of the ``count`` values. ``scale``: the INT8 scale, rounded
+    to FP16. ``amax_by_timestep`` float32 [K, C]. ``timesteps`` float32 [K]: the values of the
+    timestep input, empty without one.
+
+    ``outliers`` int32 [C]: the channels in descending order of how much they stretch the range.
+    ``scales_without`` float64 [S]: the scale without the first outliers, for each share in
+    ``formats.branches.cols.SHARES``. For each exponent in ``formats.branches.prescaled.TENTHS``:
+    ``factors`` float16 [A, C], which multiply the channels to even out their ranges, and
+    ``scales_rescaled`` float64 [A], the scale with them. ``exponents`` int32 [A]: indices of the
+    exponents in ascending order of the expected error of the readers' outputs. For each of
+    ``SHIFT_FORMS``: ``shifts`` int16 [F, C], in codes, and ``shift_scales`` float64 [F, 2], the
+    INT8 scale with them (0: no shift) and the largest magnitude over that of the largest code.
     """
 
     amax: Array
@@ -54,7 +55,7 @@ class ActivationStats:
     shift_scales: Array = field(default_factory=lambda: np.zeros((0, 2)))
 
     def shifted(self, grid: ActivationGrid, form: str) -> ActivationGrid:
-        """Return ``grid`` of a quantizer's ``form`` with its shift, where it has one."""
+        """Return ``grid`` with the shift and its scale where the activation ``form`` has one."""
         row = SHIFT_FORMS.index(form) if form in SHIFT_FORMS else len(self.shifts)
         if row >= len(self.shifts) or not self.shift_scales[row, 0]:
             return grid
@@ -62,7 +63,7 @@ class ActivationStats:
         return replace(grid, scale=scale, zeros=tuple(self.shifts[row].tolist()), reach=reach)
 
     def simulated(self, bits: int) -> ActivationGrid:
-        """Return the quantizer of a simulated format of ``bits``, found by a search of its own."""
+        """Return the simulated quantizer of ``bits`` bits (``simulated_grid``); searched once."""
         if bits not in self._searched:
             self._searched[bits] = simulated_grid(
                 bits, self.reservoir, float(self.amax.max()), self.count
@@ -70,7 +71,7 @@ class ActivationStats:
         return self._searched[bits]
 
     def float_scale(self, minifloat: Minifloat) -> float:
-        """Return the FP16 scale of a small float of minimum expected squared error."""
+        """Return the FP16 scale for ``minifloat`` (``scales.float_scale``); searched once."""
         if minifloat.name not in self._float_scales:
             self._float_scales[minifloat.name] = float_scale(
                 minifloat, self.reservoir, float(self.amax.max()), self.count
@@ -93,7 +94,7 @@ class CalibrationStats:
     activations: dict[str, ActivationStats]
 
     def save(self, path: Path) -> None:
-        """Write all arrays into one .npz file; names of tensors go into an index array."""
+        """Write all arrays into one .npz file; the array "index" holds the tensor names as JSON."""
         names = sorted(self.activations)
         arrays: dict[str, Array] = {"index": np.array(json.dumps(names))}
         for number, name in enumerate(names):

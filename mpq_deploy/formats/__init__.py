@@ -1,1 +1,1 @@
-"""Number formats, schemes, the candidates of a layer and their deployed bytes, and NumPy quantizers."""
+"""Number formats, branches and schemes: their bytes, codes, nodes, and what they refuse."""

@@ -1,8 +1,8 @@
-"""The candidates of a layer: the schemes that it may take with their weights, and why not the others.
+"""The candidates of a layer: the schemes that it may take, their weights, why others are refused.
 
-In: a layer, the recipe's schemes, the target's rules, the statistics of its input. Out: for each
-weight form the codes and scales that would be deployed, so that measuring, allocating and writing
-see the same weights.
+In: a layer, the recipe's schemes, the target's rules, the second moments of the input. Out: the
+codes and scales of each weight form, exactly as they would be deployed: measuring, allocating and
+writing use the same weights.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ from mpq_deploy.rounding.quantizers import LARGEST_SCALE, Rounding
 from mpq_deploy.system.inputs import open_input, parse_json, whole
 
 Refusal = Callable[[Layer, Scheme], str]
-# Branches stand beside one of a layer's bodies of each kind, that of blocks nearest to this: blocks
-# and branches would otherwise multiply the candidates.
+# Of a layer's bodies that differ in block size only, the one nearest to this gets branches: the
+# candidates would otherwise be block sizes times branches.
 BRANCH_BLOCK = 128
 
 
 @dataclass(frozen=True)
 class Choices:
-    """The schemes that a layer may take, and the reason for each that it may not.
+    """The schemes that a layer may take, and ``refused``: scheme -> why it may not.
 
-    ``also``: schemes that are rounded whether the layer may take them or not.
+    ``also``: schemes that are rounded whether the layer may take them or not (for controls).
     """
 
     schemes: tuple[Scheme, ...]
@@ -56,9 +56,9 @@ class Choices:
 def choices_for(layer: Layer, wanted: tuple[Scheme, ...], refusal: Refusal) -> Choices:
     """Sort the ``wanted`` schemes into those ``layer`` may take and those refused, with reasons.
 
-    FP16 is always possible. Two nominal block sizes that give the same real one are one candidate.
-    Branches come after the bodies in ``wanted``; of a family's bodies with one kind of range only
-    the one of blocks nearest to ``BRANCH_BLOCK`` has them.
+    FP16 is always allowed. Nominal block sizes that give the same real block size are one
+    candidate. In ``wanted`` branches follow the bodies. Of bodies of one family and range only the
+    one whose block size is nearest to ``BRANCH_BLOCK`` gets branches.
     """
     allowed: list[Scheme] = [FP16]
     bodies: list[Scheme] | None = None
@@ -95,13 +95,13 @@ def _branch_bodies(allowed: list[Scheme]) -> list[Scheme]:
 
 
 def weight_matrix(layer: Layer, weight: Array) -> Array:
-    """Bring a weight from its shape in the file to float32 [out_channels, reduction]."""
+    """Return ``weight``, in its shape in the file, as float32 [out_channels, reduction]."""
     matrix = weight.reshape(layer.out_channels, -1) if layer.out_axis == 0 else weight.T
     return np.ascontiguousarray(matrix, np.float32)
 
 
 def fold_matrix(layer: Layer, matrix: Array) -> Array:
-    """Bring a matrix [out_channels, reduction] back to the weight's shape in the file."""
+    """Return ``matrix`` [out_channels, reduction] in the weight's shape in the file."""
     return np.ascontiguousarray(
         (matrix if layer.out_axis == 0 else matrix.T).reshape(layer.weight_shape)
     )
@@ -109,7 +109,10 @@ def fold_matrix(layer: Layer, matrix: Array) -> Array:
 
 @dataclass(frozen=True)
 class LayerCandidates:
-    """All weights that a layer may be deployed with: ``forms`` by weight form, and the float one."""
+    """All weights that a layer may be deployed with.
+
+    ``weight``: the float weight [O, K]; ``forms``: weight form -> codes and scales.
+    """
 
     layer: Layer
     schemes: tuple[Scheme, ...]
@@ -118,16 +121,16 @@ class LayerCandidates:
     forms: Mapping[str, DeployedMatrix]
 
     def weight_matrix(self, form: str) -> Array:
-        """Return the deployed weight of a form, dequantized, float32 [out_channels, reduction]."""
+        """Return the dequantized weight of a form, float32 [out_channels, reduction]."""
         if form == FP16.weight_form:
-            # Clipped as the file's are.
+            # Clipped as when the file is written.
             return np.asarray(
                 np.clip(self.weight, -LARGEST_SCALE, LARGEST_SCALE).astype(np.float16), np.float32
             )
         return self.forms[form].dequantize()
 
     def promoted(self, form: str) -> Array:
-        """Return the output channels that ``form``, of a scheme that promotes, takes from INT8: int32 [m]."""
+        """Return the output channels that a ``form`` that promotes has in INT8, int32 [m]."""
         matrix = self.forms[form]
         assert isinstance(matrix, RowsMatrix)
         return matrix.rows
@@ -143,7 +146,7 @@ def round_candidates(
 ) -> LayerCandidates:
     """Round ``weight`` float32 [O, K] for the weight forms of ``choices``.
 
-    ``known``: forms that were rounded before. Raises ModelError when the weight holds NaN or Inf.
+    ``known``: forms that are reused. Raises ModelError when the weight holds NaN or Inf.
     """
     if not np.all(np.isfinite(weight)):
         raise ModelError(
@@ -157,7 +160,7 @@ def round_candidates(
         if missing:
             forms.update(rounder(missing, work))
     for scheme in choices.schemes:
-        # Ranges of the input share the weights.
+        # Schemes that differ in the input's range share a weight form.
         matrix = None if scheme.weight_form in forms else scheme.branch.round(scheme, work, forms)
         if matrix is not None:
             forms[scheme.weight_form] = matrix
@@ -165,7 +168,7 @@ def round_candidates(
 
 
 def _by_rounder(schemes: Iterable[Scheme]) -> dict[Rounder, list[Scheme]]:
-    """Sort what is rounded first, bodies as a rule, by what rounds it."""
+    """Group the schemes that are rounded first (usually the bodies) by their rounder."""
     needed = [s.branch.rounds_first(s) for s in schemes if s.quantized]
     groups: dict[Rounder, list[Scheme]] = {}
     for first in (*(each[0] for each in needed), *(one for each in needed for one in each[1:])):
@@ -174,7 +177,7 @@ def _by_rounder(schemes: Iterable[Scheme]) -> dict[Rounder, list[Scheme]]:
 
 
 def with_promoted_rows(candidates: LayerCandidates, order: Array) -> LayerCandidates:
-    """Return ``candidates`` with the forms that promote output channels, the first of ``order`` [O]."""
+    """Return ``candidates`` with the forms that promote the first channels of ``order`` int [O]."""
     forms = dict(candidates.forms)
     for scheme in candidates.schemes:
         if scheme.branch.promotes:
@@ -185,7 +188,7 @@ def with_promoted_rows(candidates: LayerCandidates, order: Array) -> LayerCandid
 
 
 def save_candidates(candidates: LayerCandidates, path: Path) -> None:
-    """Write the codes and scales of one layer as safetensors (the float weight stays in the model)."""
+    """Write one layer's codes and scales as safetensors, without the float weight."""
     from safetensors.numpy import save
 
     arrays = {
@@ -193,30 +196,27 @@ def save_candidates(candidates: LayerCandidates, path: Path) -> None:
         for form, matrix in candidates.forms.items()
         for name, array in matrix.arrays().items()
     }
-    # A layer that may only be FP16 has no arrays; safetensors wants at least a header, which it
-    # writes.
     choices = {"schemes": [s.name for s in candidates.schemes], "refused": candidates.refused}
-    # One entry: safetensors writes several in random order, and equal candidates must give equal
-    # bytes. Written by us: a full disk is then an OSError like any other, not one of safetensors'
-    # own.
+    # One metadata entry: safetensors writes several in random order, and equal candidates must give
+    # equal bytes. ``write_bytes`` raises OSError on a full disk, safetensors an error of its own.
     path.write_bytes(save(arrays, metadata={"choices": json.dumps(choices, sort_keys=True)}))
 
 
 def load_choices(path: Path) -> Choices:
-    """Read only which schemes a layer may take, and why not the others."""
+    """Read only the schemes that a layer may take, and why others are refused."""
     with _opened(path) as file:
         return _choices(file.metadata())
 
 
 def form_names(path: Path) -> frozenset[str]:
-    """Read only which weight forms a file holds."""
+    """Read only the names of the weight forms in a file."""
     with _opened(path) as file:
         return frozenset(name.partition(".")[0] for name in sorted(file.keys()))
 
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
-    """Open a safetensors file. Raises InputError that names it where it is not one of ours."""
+    """Open a safetensors file. Raises InputError, which names the file, for an invalid one."""
     from safetensors import SafetensorError, safe_open
 
     open_input(path).close()
@@ -235,7 +235,7 @@ def _choices(metadata: dict[str, str]) -> Choices:
 
 
 def load_candidates(layer: Layer, weight: Array, path: Path) -> LayerCandidates:
-    """Read what ``save_candidates`` wrote; ``weight`` is the float matrix [out_channels, reduction]."""
+    """Read what ``save_candidates`` wrote; ``weight``: float [out_channels, reduction]."""
     stored: dict[str, dict[str, Array]] = {}
     with _opened(path) as file:
         choices = _choices(file.metadata())
@@ -248,7 +248,7 @@ def load_candidates(layer: Layer, weight: Array, path: Path) -> LayerCandidates:
 
 
 def _check_sizes(form: str, arrays: Mapping[str, Array], rows: int, columns: int) -> None:
-    """Raise ValueError for arrays that are not of a weight [rows, columns]: another layer's file."""
+    """Raise ValueError where arrays do not fit a weight [rows, columns]: another layer's file."""
     for part, array in arrays.items():
         name = part.rpartition(".")[2]
         fits = {
@@ -270,7 +270,7 @@ def _forms(
 ) -> dict[str, DeployedMatrix]:
     schemes = {scheme.weight_form: scheme for scheme in SCHEMES.values()}
     forms: dict[str, DeployedMatrix] = {}
-    # Bodies first: branches may share them.
+    # Bodies first, because branches may use them.
     for form, arrays in sorted(stored.items(), key=lambda item: bool(schemes[item[0]].branch)):
         _check_sizes(form, arrays, *weight.shape)
         scheme = schemes[form]

@@ -1,4 +1,4 @@
-"""FP16: a layer that stays as it is."""
+"""FP16: the scheme of a layer that is not quantized."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Half(WeightFormat):
-    """The weight in FP16: no codes, no nodes."""
+    """The weight in FP16, without codes or added nodes."""
 
     bits = 16
     quantized = False

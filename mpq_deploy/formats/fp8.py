@@ -1,7 +1,7 @@
 """FP8 (E4M3): weights with one scale per output channel, activations with one per tensor.
 
-``f8a8`` multiplies E4M3 by E4M3, ``f8a16`` stores the weight alone, ``w4f8`` stores INT4 in blocks
-that are turned into E4M3 at run time. Which GPUs have it: Ada (SM89) and later.
+``f8a8`` multiplies E4M3 by E4M3. ``f8a16`` only stores the weight in E4M3. ``w4f8`` stores INT4 in
+blocks, which are requantized to E4M3 at run time. Needs an Ada GPU (SM89) or later.
 """
 
 from __future__ import annotations
@@ -41,21 +41,21 @@ if TYPE_CHECKING:
     from mpq_deploy.models.spec import Array
 
 GENERATION = "FP8 products came with Ada (SM89: GeForce RTX 40); Thor and Blackwell have them too"
-# TensorRT-RTX computes larger kernels in FP16, silently: 4x8 is FP8, 3x11, 6x6 and 3x3x4 are not
-# (docs/engine-forms.md).
+# TensorRT-RTX silently computes Convs with more kernel positions in FP16: 4x8 is FP8, while 3x11,
+# 6x6 and 3x3x4 are not (docs/engine-forms.md).
 LARGEST_AREA = 32
-# Scales tried, of absmax / 448: one octave, over which the relative precision of a float repeats,
-# and a little clipping (our choice).
+# Scales tried, relative to absmax / 448: one octave, after which the relative precision of a float
+# repeats, and a little clipping (our choice).
 WEIGHT_RATIOS = np.exp2(np.arange(-2, 9) / 8)
-# Significant bits of w4f8's block scales: times an INT4 code they fit FP16's 11, so that no step
-# between code and E4M3 rounds (our choice).
+# Significant bits of w4f8's block scales: their products with INT4 codes fit FP16's 11 bits, so
+# that only the conversion to E4M3 rounds (our choice).
 SCALE_BITS = 8
 SMALLEST_CHANNEL_SCALE = 2.0**-14
 
 
 @dataclass(frozen=True)
 class E4M3Matrix(LevelMatrix):
-    """Codes uint8 [O, K] of E4M3 times ``scale`` float16 [O]."""
+    """E4M3 codes uint8 [O, K] and ``scale`` float16 [O]."""
 
     scale: Array
 
@@ -67,16 +67,16 @@ class E4M3Matrix(LevelMatrix):
 
     @property
     def mean_step(self) -> float:
-        """A level's distance to the next is between 1/16 and 1/8 of its size."""
+        """An estimate: neighbouring levels are 1/16 to 1/8 of their magnitude apart."""
         return float(np.abs(self.dequantize()).mean() / 12) or float(self.scale.mean())
 
 
 @dataclass(frozen=True)
 class RequantizedMatrix(LevelMatrix):
-    """Codes int8 [O, K] of INT4 in blocks, whose values are rounded to E4M3 per channel.
+    """INT4 codes int8 [O, K] in blocks, whose values are requantized to E4M3 per channel.
 
-    ``scale`` float16 [O, B] has ``SCALE_BITS`` significant bits and ``channel_scale`` float16 [O] is a
-    power of two: FP16 and FP32 then give the same E4M3 codes.
+    ``scale`` float16 [O, B] has ``SCALE_BITS`` significant bits, and ``channel_scale`` float16 [O]
+    is a power of two, so that FP16 and FP32 arithmetic give the same E4M3 codes.
     """
 
     scale: Array
@@ -87,7 +87,10 @@ class RequantizedMatrix(LevelMatrix):
         return self._nearer, (self._steps[blocks], self._first(blocks))
 
     def _nearer(self, wanted: Array, step: Array, first: Array) -> tuple[Array, Array]:
-        """Of the two nearest codes, take the one whose E4M3 value is nearer; ``first``: where code 0's lies."""
+        """Return the nearer of the two neighbouring codes by E4M3 value, and that value.
+
+        ``first``: the index of code 0 in ``_levels``.
+        """
         xp = names_of(wanted)
         below = cast(xp.floor(wanted / step), np.int32)
         xp.clip(below, INT4.quant_min, INT4.quant_max - 1, out=below)
@@ -108,7 +111,7 @@ class RequantizedMatrix(LevelMatrix):
         return columns // (self.codes.shape[1] // self.scale.shape[1])
 
     def _first(self, blocks: Array) -> Array:
-        """Where the level of code 0 lies in each row, int [n, O], for columns in ``blocks`` int [n]."""
+        """Return the index of code 0 in ``_levels``, int [n, O], for columns in ``blocks`` [n]."""
         rows = names_of(blocks).arange(len(self.scale))
         return (blocks[:, None] * len(self.scale) + rows) * 2**INT4.bits - INT4.quant_min
 
@@ -119,7 +122,7 @@ class RequantizedMatrix(LevelMatrix):
 
     @cached_property
     def _levels(self) -> Array:
-        """The value of each code in each block, float32 [B * O * 16]."""
+        """The requantized value of each code in each block, float32 [B * O * 16]."""
         xp = names_of(self.scale)
         codes = xp.asarray(np.arange(INT4.quant_min, INT4.quant_max + 1, dtype=np.float32))
         channel = cast(self.channel_scale, np.float32)[:, None]
@@ -147,7 +150,7 @@ class Fp8Weight(LevelWeight):
         return layer.weights + FP16_BYTES * layer.out_channels
 
     def unpacked_bytes(self, layer: Layer, alone: bool) -> int:
-        """Weights alone of a Conv become FP16 at every call; those of products are fused."""
+        """A weight-only Conv dequantizes its weight at every call; a product fuses that."""
         whole = alone and layer.op == "Conv" and not self.multiplies(layer, alone)
         return FP16_BYTES * layer.weights if whole else 0
 
@@ -166,7 +169,7 @@ class Fp8Weight(LevelWeight):
 class RequantizedToFp8(LevelWeight):
     """INT4 in blocks, then quantized to E4M3 per output channel: 4-bit storage, FP8 compute.
 
-    Stored as for INT8 compute; what is computed in differs.
+    The weight is stored as in ``RequantizedInt4``, which computes in INT8.
     """
 
     bits = 4
@@ -176,7 +179,7 @@ class RequantizedToFp8(LevelWeight):
 
     @property
     def stored(self) -> RequantizedInt4:
-        """The form with INT8 compute."""
+        """The format of the same storage that computes in INT8."""
         return RequantizedInt4(self.block_size)
 
     @property
@@ -202,7 +205,7 @@ class RequantizedToFp8(LevelWeight):
         return self.stored.bytes_of(layer)
 
     def unpacked_bytes(self, layer: Layer, alone: bool) -> int:
-        """The weight becomes E4M3 at every call, whatever the operator."""
+        """The weight is requantized to E4M3 at every call, for every operator."""
         return self.stored.unpacked_bytes(layer, alone)
 
     def scaled(self, layer: Layer, weight: Array, importance: Array) -> RequantizedMatrix:
@@ -220,7 +223,7 @@ class RequantizedToFp8(LevelWeight):
 
 @dataclass(frozen=True)
 class FloatGrid(ActivationGrid):
-    """The levels of E4M3, times the scale."""
+    """The levels of E4M3 times ``scale``."""
 
     quant_min: int = -int(E4M3.largest)
     quant_max: int = int(E4M3.largest)
@@ -233,7 +236,7 @@ class FloatGrid(ActivationGrid):
 
 @dataclass(frozen=True)
 class Fp8Activation(ActivationFormat):
-    """One QuantizeLinear/DequantizeLinear pair per tensor, rank-0 scale, shared by all its readers."""
+    """One QuantizeLinear/DequantizeLinear pair per tensor, rank-0 scale, for all its readers."""
 
     bits = 8
     operand = "FP8"
@@ -248,7 +251,7 @@ class Fp8Activation(ActivationFormat):
         return FloatGrid(stats.float_scale(E4M3))
 
     def engine_bytes(self, layer: ExpectedLayer) -> int:
-        """As for INT8: seen in every build."""
+        """The same bytes as for INT8 (seen in every build)."""
         return INT8_INPUT.engine_bytes(layer)
 
     def operations_per_s(self, rates: Rates) -> float:
@@ -262,9 +265,9 @@ class Fp8Activation(ActivationFormat):
 
 
 def operand_grids(attention: Operands, stats: CalibrationStats) -> dict[str, FloatGrid]:
-    """Return how FP8 attention rounds each of its four operands, by tensor.
+    """Return the quantizer of each of the four operands of FP8 attention, by tensor.
 
-    Probabilities reach 1, which is E4M3's largest value then.
+    Probabilities are at most 1: their scale maps 1 to E4M3's largest value.
     """
     seen = {t: stats.activations[t].float_scale(E4M3) for t in attention.tensors}
     largest = {attention.probabilities: float(np.float16(1 / E4M3.largest))}
@@ -279,7 +282,7 @@ def _kernel_refusal(layer: Layer) -> str:
 
 
 def _channel_scale(weight: Array, share: Array) -> Array:
-    """Choose scales float16 [O] of minimum error weighted by ``share`` float32 [K]."""
+    """Return the scales float16 [O] of minimum squared error weighted by ``share`` float32 [K]."""
     xp = names_of(weight)
     amax = xp.amax(xp.abs(weight), axis=1, keepdims=True)
     lowest = xp.full_like(amax[:, 0], np.inf)
@@ -296,11 +299,14 @@ def _channel_scale(weight: Array, share: Array) -> Array:
 
 
 def _block_scales(weight: Array, share: Array) -> tuple[Array, Array]:
-    """Choose block scales float16 [O, B] and channel scales float16 [O]; ``share`` float32 [B, width]."""
+    """Return block scales float16 [O, B] and channel scales float16 [O] of minimum squared error.
+
+    ``share`` float32 [B, block size]: the weights of the columns.
+    """
     xp, blocked = names_of(weight), weight.reshape(len(weight), *share.shape)
     amax = xp.amax(xp.abs(blocked), axis=2)
     exact = cast(amax, np.float64)
-    # What the largest block reaches with its code of largest size.
+    # The largest magnitude of a channel: INT4's lowest code at the largest block scale tried.
     reach = float(CLIP_RATIOS[-1]) * -INT4.quant_min / INT4.quant_max * xp.amax(exact, axis=1)
     power = xp.ceil(xp.log2(xp.maximum(reach, SMALLEST_SCALE) / E4M3.largest))
     channel = cast(xp.maximum(xp.exp2(power), SMALLEST_CHANNEL_SCALE), np.float16)
@@ -318,7 +324,7 @@ def _block_scales(weight: Array, share: Array) -> tuple[Array, Array]:
 
 
 def _few_bits(scale: Array) -> Array:
-    """Round positive scales to ``SCALE_BITS`` significant bits that FP16 holds."""
+    """Round positive scales to ``SCALE_BITS`` significant bits within FP16's range."""
     xp = names_of(scale)
     mantissa, exponent = xp.frexp(xp.clip(scale, SMALLEST_SCALE, LARGEST_SCALE / 2))
     rounded = xp.ldexp(xp.rint(xp.ldexp(mantissa, SCALE_BITS)), exponent - SCALE_BITS)
@@ -326,7 +332,7 @@ def _few_bits(scale: Array) -> Array:
 
 
 FP8_WEIGHT, FP8_INPUT = Fp8Weight(), Fp8Activation()
-# What an attention that computes in FP8 is called in plans, whose others are FP16.
+# The scheme name in plans of an attention that computes in FP8 (others are FP16).
 FP8_SCHEME = "f8a8"
 FP8_BODIES = (
     Scheme(FP8_SCHEME, FP8_WEIGHT, FP8_INPUT, meaning="FP8 weights and activations (E4M3)"),

@@ -1,4 +1,4 @@
-"""INT4 in blocks along the reduction: weights alone, and 4-bit storage that is turned into INT8 at run time."""
+"""INT4 in blocks along the reduction: weight-only, or requantized to INT8 at run time."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ BLOCK_SIZES = (32, 64, 128, 256)
 class Int4Weight(IntegerWeight):
     """Codes -> DequantizeLinear in blocks.
 
-    A Conv's weight is the matrix [O, I*kh*kw], then reshaped; where it is written as a product,
-    [kh*kw*I, O].
+    A Conv's weight is stored as the matrix [O, I*kh*kw] and reshaped; where the Conv is written as
+    a matrix product over windows, as [kh*kw*I, O].
     """
 
     bits = 4
@@ -46,7 +46,7 @@ class Int4Weight(IntegerWeight):
     def block(self, layer: Layer) -> int | None:
         nominal = self.block_size or layer.reduction
         if self.multiplies(layer, alone=True):
-            # A product of a single block unpacks its weight at every call.
+            # With a single block, TensorRT unpacks the weight of a product at every call.
             nominal = min(nominal, max(1, layer.reduction // 2))
         return nearest_divisor(layer.reduction, nominal)
 
@@ -56,7 +56,7 @@ class Int4Weight(IntegerWeight):
     def refusal(self, layer: Layer) -> str:
         if self.block(layer) is None:
             return f"no divisor of its reduction {layer.reduction} is near {self.block_size}"
-        # TensorRT-RTX refuses an engine whose blocks hold one weight each; none is worth having.
+        # Tiny blocks save no bytes; TensorRT-RTX also refuses blocks of one weight.
         others = {"INT8": INT8_WEIGHT.bytes_of(layer), "FP16": FP16_BYTES * layer.weights}
         smallest = min(others, key=lambda name: others[name])
         size = self.bytes_of(layer)
@@ -79,13 +79,13 @@ class Int4Weight(IntegerWeight):
         if block is None:
             raise ValueError(f"blocks of {self.block_size} do not fit {layer.name}")
         scales = layer.out_channels * (layer.reduction // block)
-        # The shape to which a Conv's matrix [O, K] is brought back.
+        # The constant shape of the Reshape of a Conv's matrix [O, K].
         reshaped = layer.op == "Conv" and not self.multiplies(layer, alone=True)
         shape = INT64_BYTES * len(layer.weight_shape) if reshaped else 0
         return (layer.weights + 1) // 2 + FP16_BYTES * scales + shape
 
     def unpacked_bytes(self, layer: Layer, alone: bool) -> int:
-        """A Conv's weight becomes FP16 at every call; a product's is fused."""
+        """A Conv dequantizes its weight at every call; a product fuses that."""
         whole = alone and layer.op == "Conv" and not self.multiplies(layer, alone)
         return FP16_BYTES * layer.weights if whole else 0
 
@@ -97,7 +97,7 @@ class Int4Weight(IntegerWeight):
         return self.write_blocks(to, matrix.codes, matrix.scale, matrix.taps)
 
     def write_blocks(self, to: LayerWriter, codes: Array, scales: Array, taps: int = 1) -> ir.Value:
-        """Write ``codes`` [O, K] and their ``scales`` [O, B]; ``taps`` as of a ``QuantizedMatrix``."""
+        """Write ``codes`` [O, K] and ``scales`` [O, B]; ``taps``: see ``QuantizedMatrix``."""
         layer = to.layer
         product = self.multiplies(layer, alone=True)
         first = layer.out_axis == 0 and not product
@@ -124,7 +124,8 @@ class Int4Weight(IntegerWeight):
 class RequantizedInt4(Int4Weight):
     """As ``Int4Weight``, then quantized to INT8 per output channel: 4-bit storage, INT8 compute.
 
-    Every block scale is an integer multiple of its channel's INT8 scale, so nothing is lost.
+    Every block scale is an integer multiple of its channel's INT8 scale, so the second quantization
+    is exact.
     """
 
     refined = False
@@ -140,7 +141,7 @@ class RequantizedInt4(Int4Weight):
         return super().bytes_of(layer) + FP16_BYTES * layer.out_channels
 
     def unpacked_bytes(self, layer: Layer, alone: bool) -> int:
-        """The weight becomes INT8 at every call, whatever the operator."""
+        """The weight is requantized to INT8 at every call, for every operator."""
         return layer.weights
 
     def fuses(self, layer: ExpectedLayer) -> bool:
@@ -158,7 +159,10 @@ class RequantizedInt4(Int4Weight):
 def write_requantized(
     to: LayerWriter, weight: ir.Value, scale: Array, dtype: tuple[str, int]
 ) -> ir.Value:
-    """Quantize a ``weight`` that was dequantized, again: by ``scale`` [O] per channel, to ``dtype`` and back."""
+    """Write a second Q/DQ pair behind a dequantized ``weight``: ``scale`` [O], codes ``dtype``.
+
+    ``dtype``: name and number of the ONNX type.
+    """
     channel = to.constant("channel_scale", scale.astype(np.float32))
     axis, name = {"axis": to.layer.out_axis}, "weight_requantize"
     attributes = {**axis, "output_dtype": dtype[1]}

@@ -24,10 +24,9 @@ if TYPE_CHECKING:
     from mpq_deploy.latency.roofline import Rates
     from mpq_deploy.models.spec import Array
 
-# TensorRT keeps three FP32 factors per output channel of a convolution (three constants [1, O, 1,
-# 1] of type Float in its log), two FP16 ones of a product, where the file has one FP16 scale. A
-# product has two FP32 factors of one element beside them, each alone in its 128 bytes (seen in
-# every build).
+# Per output channel, where the file has one FP16 scale, TensorRT keeps three FP32 factors for a
+# convolution (three constants [1, O, 1, 1] of type Float in its log) and two FP16 factors for a
+# product. A product has two more FP32 scalars, each in 128 bytes of its own (seen in every build).
 CHANNEL_BYTES = {"Conv": 3 * 4, "Gemm": 2 * 2, "MatMul": 2 * 2}
 FACTOR_BYTES = {"Conv": 0, "Gemm": 2 * 128, "MatMul": 2 * 128}
 # onnx.TensorProto.INT8
@@ -46,7 +45,7 @@ class Int8Weight(IntegerWeight):
         return layer.weights + FP16_BYTES * layer.out_channels
 
     def unpacked_bytes(self, layer: Layer, alone: bool) -> int:
-        """Weights alone of a Conv become FP16 at every call; those of products are fused."""
+        """A weight-only Conv dequantizes its weight at every call; a product fuses that."""
         whole = alone and layer.op == "Conv" and not self.multiplies(layer, alone)
         return FP16_BYTES * layer.weights if whole else 0
 
@@ -61,7 +60,10 @@ class Int8Weight(IntegerWeight):
 def write_by_channel(
     to: LayerWriter, codes: Callable[[], Array], scale: Array, dtype: str, product: bool
 ) -> ir.Value:
-    """Write ``codes`` [O, K] of ``dtype`` and their ``scale`` [O]; ``product``: of a Conv that becomes one."""
+    """Write ``codes()`` [O, K] of ``dtype`` and ``scale`` [O]; return the dequantized weight.
+
+    ``product``: the layer is a Conv that is written as a matrix product over windows.
+    """
     layer = to.layer
     if product:
         axis, shape = 1, (layer.reduction, layer.out_channels)
@@ -75,7 +77,7 @@ def write_by_channel(
 
 @dataclass(frozen=True)
 class Int8Activation(ActivationFormat):
-    """One QuantizeLinear/DequantizeLinear pair per tensor, rank-0 scale, shared by all its readers."""
+    """One QuantizeLinear/DequantizeLinear pair per tensor, rank-0 scale, for all its readers."""
 
     bits = 8
     takes_ranges = True
@@ -100,7 +102,10 @@ class Int8Activation(ActivationFormat):
 def write_pair(
     to: NodeWriter, value: ir.Value, scale: float, key: tuple[str, str], dtype: tuple[str, int]
 ) -> list[ir.Node]:
-    """Return one QuantizeLinear/DequantizeLinear pair; ``dtype``: its codes' type in ONNX, by name and number."""
+    """Return a QuantizeLinear/DequantizeLinear pair; ``dtype``: name and number of the code type.
+
+    ``key``: tensor name and activation form, for the nodes' names.
+    """
     tensor, form = key
     # Rank 0: with shape [1] TensorRT silently runs the convolution in FP16.
     step = to.named_constant(f"{tensor}//scale{form}", np.asarray(scale, np.float32))

@@ -1,4 +1,4 @@
-"""Weights of integer codes times FP16 scales: what INT8 and INT4 have in common, and how they are rounded."""
+"""Weights of integer codes and FP16 scales: the common base of INT8 and INT4, and rounding."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class IntegerWeight(WeightFormat):
-    """Codes of a ``precision``, with a ``QuantizedMatrix``; subclasses choose scales and write nodes."""
+    """Codes of a ``precision`` in a ``QuantizedMatrix``; subclasses choose scales, write nodes."""
 
     precision: ClassVar[Precision]
-    # Whether refinement after GPTQ may move its scales.
+    # Whether refinement after GPTQ may change the scales.
     refined: ClassVar[bool] = False
 
     def taps(self, layer: Layer) -> int:
-        """How its blocks run in ``layer``, as ``QuantizedMatrix.taps`` says."""
+        """Return ``QuantizedMatrix.taps``, the order in which blocks run, for ``layer``."""
         return 1
 
     @property
@@ -45,10 +45,10 @@ class IntegerWeight(WeightFormat):
         return self.precision.name + (f"-b{self.block_size}" if self.block_size else "")
 
     def scales(self, weight: Array, importance: Array, best: Array) -> tuple[Array, Array | None]:
-        """Choose the scales of ``weight`` [O, K]: float16 [O, B], and channel scales [O] or None.
+        """Return the scales of ``weight`` [O, K]: float16 [O, B], and channel scales [O] or None.
 
-        ``importance`` [K]: the mean square of the input's columns; ``best``: what ``choose_scale``
-        gives.
+        ``importance`` [K]: the mean square of the input's columns; ``best`` float16 [O, B]: the
+        scales by ``choose_scale``.
         """
         return best, None
 
@@ -64,13 +64,13 @@ class IntegerWeight(WeightFormat):
 
 
 def integer_format(scheme: Scheme) -> IntegerWeight:
-    """Return the weight format of a scheme whose body has integer codes."""
+    """Return the weight format of a scheme with integer codes."""
     assert isinstance(scheme.weight, IntegerWeight)
     return scheme.weight
 
 
 def round_integers(schemes: Sequence[Scheme], layer: LayerRounding) -> dict[str, DeployedMatrix]:
-    """Round ``layer`` for all ``schemes`` at once, their bodies alone: weight form -> matrix."""
+    """Round the bodies of all ``schemes`` for ``layer`` at once: weight form -> matrix."""
     formats = {scheme.weight_form: integer_format(scheme) for scheme in schemes}
     columns = {}
     for scheme in schemes:
@@ -88,7 +88,10 @@ def round_integers(schemes: Sequence[Scheme], layer: LayerRounding) -> dict[str,
 def round_alone(
     body: Scheme, layer: LayerRounding, weight: Array, moments: list[Array]
 ) -> QuantizedMatrix:
-    """Round a ``weight`` [O, K] of its own for ``body``, unrefined; ``moments`` as it sees them."""
+    """Round a branch's own ``weight`` [O, K] in the format of ``body``, without refinement.
+
+    ``moments``: the diagonal blocks of the second moments of its input.
+    """
     formats = {body.weight_form: integer_format(body)}
     how = layer.unrefined()
     return _round_group(layer.layer, weight, moments, formats, how, {})[body.weight_form]
@@ -101,9 +104,10 @@ def _with_scales(
     formats: Mapping[str, IntegerWeight],
     by: Mapping[str, Array],
 ) -> dict[str, QuantizedMatrix]:
-    """Return matrices of ``weight`` [O, K] whose codes are still zeros; ``by`` [K] as ``columns`` below.
+    """Return weight form -> matrix of ``weight`` [O, K] with scales and zero codes.
 
-    Formats that differ in what they make of a block's scale share the search for it.
+    ``by``: form -> factors [K], as ``columns`` of ``_round_group``. Formats that only postprocess
+    the block scales differently share the search for them.
     """
     xp, matrices = names_of(weight), {}
     best: dict[Any, Array] = {}
@@ -130,7 +134,10 @@ def _round_group(
     how: Rounding,
     columns: Mapping[str, Array],
 ) -> dict[str, QuantizedMatrix]:
-    """Round ``weight`` [O, K]; ``columns`` [K]: by what the input is multiplied for some forms."""
+    """Round ``weight`` [O, K] to all ``formats``: weight form -> matrix.
+
+    ``columns``: form -> factors [K] that multiply the input's columns, for some forms.
+    """
     weight, blocks = placed(weight), [placed(block) for block in blocks]
     by = {form: placed(factors) for form, factors in columns.items()}
     matrices = _with_scales(layer, weight, importance_of(blocks), formats, by)
@@ -142,7 +149,7 @@ def _round_group(
         grids[form] = Grid(step, places, limits.quant_min, limits.quant_max, by.get(form))
     codes = _codes(weight, grids, blocks if how.gptq else None, how)
     rounded = {form: (codes[form], matrices[form].scale) for form in formats}
-    # INT8 has little to gain, and w4a8's scales are tied to their channel's.
+    # INT8 would gain little, and the block scales of w4a8 are tied to their channel scale.
     free = [form for form, own in formats.items() if how.gptq and own.refined]
     together = max(1, len(free) if xp is np else how.rows // len(weight))
     for first in range(0, len(free), together):
@@ -164,9 +171,10 @@ def _round_group(
 def _codes(
     weight: Array, grids: Mapping[str, Grid], blocks: list[Array] | None, how: Rounding
 ) -> dict[str, Array]:
-    """Round ``weight`` [O, K] for all forms: they share the input, so they share GPTQ's factor.
+    """Round ``weight`` [O, K] for all forms, which share the input and therefore GPTQ's factor.
 
-    A weight divided by what the input is multiplied by lies on a grid of steps as many times as wide.
+    Where the input is multiplied by factors, the divided weight is not made: the grid's steps are
+    multiplied by the factors instead. ``blocks`` None: round to nearest.
     """
     if blocks is None:
         return {form: grid.nearest(weight) for form, grid in grids.items()}
@@ -185,12 +193,12 @@ def _codes(
 
 
 def _orders(grids: Mapping[str, Grid]) -> Iterator[tuple[Array | None, list[str]]]:
-    """Yield the forms whose columns are visited in one order, and the factors [K] that it depends on.
+    """Yield (factors [K], forms) for each group of forms whose columns GPTQ visits in one order.
 
-    An order costs a factor of the Hessian: there is one for the input as it is, and one for the
-    geometric mean of what it is multiplied by. Each form takes the nearer; for factors of its own
-    its error would be a few percent less, by the order of the input as it is alone up to a quarter
-    more (seen once on the bundled emoji model; our choice).
+    Each order needs its own factor of the Hessian, so there are two: one for the unscaled input
+    (None) and one for the geometric mean of all forms' factors. Each form takes the nearer one.
+    With orders of their own the errors would be a few percent lower; with the unscaled order alone
+    up to 25 % higher (seen once on the bundled emoji model; our choice).
     """
     factors = {form: grid.factors for form, grid in grids.items() if grid.factors is not None}
     scaled = {form: np.log(fetched(own)) for form, own in factors.items()}

@@ -1,4 +1,4 @@
-"""What rounding one layer starts from: its weight, the second moments of its input, and how to round."""
+"""The inputs of rounding one layer: its weight, the second moments of its input, the settings."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class InputMoments:
-    """What is known of a layer's input.
+    """Statistics of a layer's input.
 
-    ``blocks`` float [group * B, w, w]: for each group the B diagonal blocks of the mean of x x^T,
-    of which block b covers ``widths[b]`` columns (their sum is K). For branches that want them:
-    ``outliers`` int32 [C], the input channels, those to take out of INT8 first; ``factors`` float16
-    [A, C], by what channels are multiplied for each exponent; ``amax`` [K], the absolute maximum per column.
+    ``blocks`` float [group * B, w, w]: for each group the B diagonal blocks of the mean of x x^T.
+    Block b covers ``widths[b]`` columns; the widths add up to K. For branches: ``outliers`` int32
+    [C], the input channels in the order in which they leave INT8; ``factors`` float16 [A, C], the
+    channel factors of each exponent; ``amax`` [K], the absolute maximum per column.
     """
 
     blocks: Array
@@ -34,7 +34,7 @@ class InputMoments:
 
 @dataclass(frozen=True)
 class LayerRounding:
-    """A ``weight`` float32 [O, K] to round, and what decides how."""
+    """A ``weight`` float32 [O, K] to round, the statistics of its input, the settings ``how``."""
 
     layer: Layer
     weight: Array
@@ -52,7 +52,7 @@ class LayerRounding:
 
     @property
     def moments(self) -> list[Array]:
-        """The diagonal blocks of a layer of one group."""
+        """The diagonal blocks of the second moments, for a layer of one group."""
         assert self.layer.group == 1
         return next(self.groups())[1]
 
@@ -62,11 +62,11 @@ class LayerRounding:
         return self.layer.reduction // input_channels(self.layer)
 
     def unrefined(self) -> Rounding:
-        """How a weight of its own is rounded, which shares nothing with the other forms."""
+        """Return the settings without refinement, for a branch's own weight."""
         return replace(self.how, refinements=0)
 
 
 def importance_of(blocks: list[Array]) -> Array:
-    """Return the mean square of each column, [K]."""
+    """Return the mean square of each column of the input, [K]."""
     xp = names_of(blocks[0])
     return xp.concatenate([xp.diagonal(block) for block in blocks])

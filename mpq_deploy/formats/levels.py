@@ -1,4 +1,4 @@
-"""Weights whose levels are small floats, or come from them: how they are rounded."""
+"""Weights whose levels are not uniform (FP8, NVFP4, INT4 via FP8): common base and rounding."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class LevelWeight(WeightFormat):
     takes_branches = False
 
     def scaled(self, layer: Layer, weight: Array, importance: Array) -> LevelMatrix:
-        """Choose the scales of ``weight`` [O, K]; the codes are zeros.
+        """Return a matrix with the scales of ``weight`` [O, K] and zero codes.
 
         ``importance`` [K]: the mean square of the input's columns.
         """
@@ -44,13 +44,13 @@ class LevelWeight(WeightFormat):
 
 
 def level_format(scheme: Scheme) -> LevelWeight:
-    """Return the weight format of a scheme whose weights have levels."""
+    """Return the weight format of a scheme with non-uniform levels."""
     assert isinstance(scheme.weight, LevelWeight)
     return scheme.weight
 
 
 def round_floats(schemes: Sequence[Scheme], layer: LayerRounding) -> dict[str, DeployedMatrix]:
-    """Round ``layer`` for all ``schemes`` at once, which share GPTQ's factor: weight form -> matrix."""
+    """Round ``layer`` for all ``schemes`` at once, with one GPTQ factor: weight form -> matrix."""
     formats = {scheme.weight_form: level_format(scheme) for scheme in schemes}
     parts: dict[str, list[LevelMatrix]] = {form: [] for form in formats}
     for weight, blocks in layer.groups():

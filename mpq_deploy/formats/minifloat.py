@@ -1,9 +1,9 @@
 """Small floats as the ONNX types define them: E4M3 (FLOAT8E4M3FN) and E2M1 (FLOAT4E2M1).
 
-A code is sign, exponent and mantissa in that order of bits; neither type has infinities. Rounding is
-to nearest, ties to even, and saturates, as QuantizeLinear does. Sources: ONNX, "Float stored in 8
-bits" (E4M3FN: bias 7, largest 448, 0x7F is NaN) and "4 bit floating point" (E2M1: bias 1, largest
-6).
+The bits of a code are sign, exponent, mantissa, from the highest; neither type has infinities.
+Rounding is to nearest, ties to even, and saturates, as in QuantizeLinear. Sources: ONNX, "Float
+stored in 8 bits" (E4M3FN: bias 7, largest 448, 0x7F is NaN) and "4 bit floating point" (E2M1: bias
+1, largest 6).
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Minifloat:
-    """A type of ``bits``: ``mantissa_bits``, the exponent of its smallest normal, its ``largest`` value.
+    """A float type of ``bits`` bits with ``mantissa_bits``; ``largest``: its largest value.
 
-    ``onnx``: the name and the number of the type in ONNX.
+    ``smallest_exponent``: that of the smallest normal number; ``onnx``: name and number in ONNX.
     """
 
     name: str
@@ -35,14 +35,14 @@ class Minifloat:
     onnx: tuple[str, int]
 
     def nearest(self, x: Any, xp: Any) -> Any:
-        """Return the nearest value to each of ``x``, an array or tensor of the module ``xp``."""
+        """Return the nearest value to each of ``x``; ``xp``: NumPy or torch, as ``x``."""
         _, exponent = xp.frexp(x)
         step = xp.clip(exponent - 1, self.smallest_exponent, None) - self.mantissa_bits
         rounded = xp.ldexp(xp.round(xp.ldexp(x, -step)), step)
         return xp.clip(rounded, -self.largest, self.largest)
 
     def encode(self, x: Array) -> Array:
-        """Return the codes uint8 of the values nearest to ``x``; zeros have no sign."""
+        """Return the codes uint8 of the values nearest to ``x``; zeros are positive."""
         if not isinstance(x, (np.ndarray, np.generic)):
             return self._encoded(x)
         size = np.minimum(np.abs(np.asarray(x, np.float32)), np.float32(self.largest))
@@ -51,18 +51,18 @@ class Minifloat:
             np.where(size > 0, exponent - 1, self.smallest_exponent), self.smallest_exponent
         )
         mantissa = np.rint(np.ldexp(size, self.mantissa_bits - exponent)).astype(np.int32)
-        # A mantissa that rounds up to the next power of two carries into the exponent by itself.
+        # A mantissa that rounds up to the next power of two carries into the exponent.
         codes = ((exponent - self.smallest_exponent) << self.mantissa_bits) + mantissa
         sign = (np.signbit(x) & (codes > 0)).astype(np.int32) << (self.bits - 1)
         return np.asarray((codes + sign).astype(np.uint8))
 
     def multiples(self, wanted: Any, step: Any) -> tuple[Any, Any]:
-        """Return the codes, and what they are times ``step``, nearest to ``wanted``."""
+        """Return the codes nearest to ``wanted`` / ``step``, and their values times ``step``."""
         codes = self.encode(wanted / step)
         return codes, self.decode(codes) * step
 
     def _encoded(self, x: Any) -> Any:
-        """Encode torch's tensor ``x`` by looking up between which values it lies."""
+        """Return ``encode`` of a torch tensor, by binary search in the rounding boundaries."""
         xp = names_of(x)
         _, ends = _tables(self, x.device)
         codes = xp.bucketize(xp.abs(x), ends)
@@ -70,7 +70,7 @@ class Minifloat:
 
     @cached_property
     def _ends(self) -> Array:
-        """Up to where sizes get each code but the largest, float32: halfway, where ties go to the even one."""
+        """The largest magnitude that rounds to each code but the last, float32; ties to even."""
         sizes = self.values[: 2 ** (self.bits - 1)]
         sizes = sizes[np.isfinite(sizes)]
         halfway = (sizes[1:] + sizes[:-1]) / 2
@@ -82,12 +82,12 @@ class Minifloat:
         if isinstance(codes, (np.ndarray, np.generic)):
             return np.asarray(self.values[codes])
         values, _ = _tables(self, codes.device)
-        # A tensor of bytes as an index would be a mask.
+        # torch takes a uint8 index as a mask.
         return values[cast(codes, np.int64)]
 
     @cached_property
     def values(self) -> Array:
-        """The value of every code, float32 [2^bits]; NaN beyond the largest."""
+        """The value of every code, float32 [2^bits]; NaN above ``largest``."""
         half = np.arange(2 ** (self.bits - 1))
         exponent, mantissa = half >> self.mantissa_bits, half & (2**self.mantissa_bits - 1)
         normal = exponent > 0
@@ -100,7 +100,7 @@ class Minifloat:
 
 @cache
 def _tables(kind: Minifloat, device: Any) -> tuple[Any, Any]:
-    """Return the values of codes, and up to where sizes get each, as tensors on ``device``."""
+    """Return the values of codes and the rounding boundaries as tensors on ``device``."""
     xp = TorchNames(device)
     return xp.asarray(kind.values), xp.asarray(kind._ends)
 

@@ -1,9 +1,9 @@
-"""NVFP4: E2M1 in blocks of 16 with E4M3 block scales under one scalar, weights and activations.
+"""NVFP4 weights and activations: E2M1 in blocks of 16, E4M3 block scales, one scale per tensor.
 
-Products multiply FP4 by FP4. Activations get their block scales at run time, by
-``trt::TRT_FP4DynamicQuantize``. Which GPUs have it: Blackwell (SM100, SM110, SM120). Source: NVIDIA,
-"Working with Quantized Types" of TensorRT 10 and 11. ONNX Runtime has neither the operator nor FP4:
-its twin reads the same codes as UINT4 through a table, and rounds activations by plain operators.
+Products multiply FP4 by FP4. ``trt::TRT_FP4DynamicQuantize`` computes the block scales of
+activations at run time. Needs a Blackwell GPU (SM100, SM110, SM120). Source: NVIDIA, "Working with
+Quantized Types" of TensorRT 10 and 11. ONNX Runtime has neither the operator nor FP4: its graph
+reads the same codes as UINT4 through a table, and rounds activations by plain operators.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ if TYPE_CHECKING:
     from mpq_deploy.models.spec import Array
 
 BLOCK = 16
-# What the largest code times the largest block scale reaches, of the scalar.
+# The largest code times the largest block scale: the largest value in units of the tensor's scale.
 REACH = E2M1.largest * E4M3.largest
 GENERATION = "FP4 products came with Blackwell (SM100; SM120: GeForce RTX 50; SM110: Thor)"
-# The smallest normal FP16 number: scalars are stored in FP16.
+# The smallest tensor scale: the smallest normal FP16 number.
 SMALLEST_SCALAR = 2.0**-14
-# Neighbours of absmax / 6 among the E4M3 block scales that are tried: eight make an octave (our
-# choice: from clipping a third to where absmax is code 4).
+# Block scales tried, as offsets in E4M3 codes from that of absmax / 6; eight codes are an octave
+# (our choice: from clipping a third of absmax to absmax at the level 4).
 NEIGHBOURS = range(-6, 7)
 # TensorRT stores block scales in tiles of 128 output channels and 4 blocks (seen in every build).
 TILE = (128, 4)
@@ -48,7 +48,7 @@ TILE = (128, 4)
 
 @dataclass(frozen=True)
 class Nvfp4Matrix(LevelMatrix):
-    """Codes uint8 [O, K] of E2M1; ``scale`` uint8 [O, K / 16]: codes of E4M3; ``tensor_scale`` float16 [].
+    """E2M1 codes uint8 [O, K]; ``scale`` uint8 [O, K / 16], E4M3 codes; ``tensor_scale`` float16.
 
     ``tensor_scale`` is a power of two, so that FP16 holds every block's scale and every weight.
     """
@@ -64,19 +64,19 @@ class Nvfp4Matrix(LevelMatrix):
 
     @property
     def mean_step(self) -> float:
-        """Levels lie half a step to two steps apart."""
+        """The mean scale: levels are half a scale to two scales apart."""
         return float(self._steps.mean())
 
     @cached_property
     def _steps(self) -> Array:
-        """The blocks' scales, float32 [K / 16, O]."""
+        """The block scales times the tensor scale, float32 [K / 16, O]."""
         steps = E4M3.decode(self.scale) * float(self.tensor_scale)
         return names_of(steps).ascontiguousarray(steps.T)
 
 
 @dataclass(frozen=True)
 class Nvfp4Weight(LevelWeight):
-    """Two DequantizeLinear: of the block scales, then of the codes in blocks."""
+    """Two DequantizeLinear: the first for the block scales, the second for the codes in blocks."""
 
     bits = 4
     opset = 23
@@ -133,7 +133,7 @@ class Nvfp4Weight(LevelWeight):
 
 
 def _unpacked(to: LayerWriter, codes: ir.Value, step: ir.Value) -> ir.Value:
-    """Write what ONNX Runtime makes of UINT4 ``codes`` and their ``step`` in blocks: a look-up, and a product."""
+    """Write the dequantization for ONNX Runtime: look up UINT4 ``codes``, multiply by ``step``."""
     rows, columns = to.layer.weight_shape
     turned = to.layer.out_axis == 1
     blocks = (rows // BLOCK, BLOCK, columns) if turned else (rows, columns // BLOCK, BLOCK)
@@ -152,7 +152,10 @@ def _unpacked(to: LayerWriter, codes: ir.Value, step: ir.Value) -> ir.Value:
 
 
 def _block_scales(weight: Array, share: Array, scalar: float) -> Array:
-    """Choose E4M3 codes uint8 [O, B] of minimum error; ``share`` float32 [B, 16]: the columns' weights."""
+    """Return block scales of minimum squared error as E4M3 codes uint8 [O, B].
+
+    ``share`` float32 [B, 16]: the weights of the columns; ``scalar``: the tensor scale.
+    """
     xp, blocked = names_of(weight), weight.reshape(len(weight), *share.shape)
     amax = xp.amax(xp.abs(blocked), axis=2)
     first = cast(E4M3.encode(amax / (E2M1.largest * scalar)), np.int32)
@@ -171,28 +174,28 @@ def _block_scales(weight: Array, share: Array, scalar: float) -> Array:
 
 @dataclass(frozen=True)
 class DynamicBlocks(ActivationGrid):
-    """E2M1 in blocks of 16 of the last axis; the blocks' scales are E4M3 times ``scale``, found at run time."""
+    """E2M1 in blocks of 16 of the last axis; dynamic block scales, E4M3 times ``scale``."""
 
     uniform = False
     dynamic = True
 
     def rounded(self, x: Any, xp: Any) -> Any:
-        """Return ``x``, an array or tensor of the module ``xp``, as the quantizer gives it."""
+        """Return ``x`` fake-quantized; ``xp``: NumPy or torch."""
         blocks = x.reshape(*x.shape[:-1], -1, BLOCK)
         amax = xp.amax(xp.abs(blocks), axis=-1, keepdims=True)
         step = E4M3.nearest(amax / E2M1.largest / self.scale, xp) * self.scale
-        # Blocks too small for a scale become zeros.
+        # Blocks whose scale rounds to 0 become zeros.
         safe = xp.where(step > 0, step, xp.ones_like(step))
         return (E2M1.nearest(blocks / safe, xp) * step).reshape(x.shape)
 
 
 @dataclass(frozen=True)
 class Nvfp4Activation(ActivationFormat):
-    """``trt::TRT_FP4DynamicQuantize`` and two DequantizeLinear; of the ranks that TensorRT takes in blocks."""
+    """``trt::TRT_FP4DynamicQuantize`` and two DequantizeLinear, for the ranks TensorRT takes."""
 
     bits = 4
     operand = "FP4E2M1"
-    # A code, and its share of the block's scale.
+    # A code, and its share of the block scale.
     value_bytes = 0.5 + 1 / BLOCK
     rate = "fp4_ops_per_s"
     ranks = (2, 3)
@@ -207,7 +210,7 @@ class Nvfp4Activation(ActivationFormat):
         return DynamicBlocks(float(np.float16(reach)))
 
     def engine_bytes(self, layer: ExpectedLayer) -> int:
-        """The scales' tiles are filled up, and there are two FP32 factors, each in its 128 bytes."""
+        """Padding of the block scales to whole tiles, and two FP32 scalars of 128 bytes each."""
         sizes = layer.out_channels, layer.reduction // BLOCK
         tiles = [-(-size // tile) * tile for size, tile in zip(sizes, TILE)]
         return tiles[0] * tiles[1] - sizes[0] * sizes[1] + 2 * 128
@@ -237,7 +240,7 @@ class Nvfp4Activation(ActivationFormat):
 
 
 def _rounding_nodes(to: NodeWriter, value: ir.Value, scale: ir.Value, base: str) -> list[ir.Node]:
-    """Return plain operators that do what ``DynamicBlocks`` does, for a ``value`` of any rank."""
+    """Return plain operators that compute ``DynamicBlocks.rounded`` for a ``value`` of any rank."""
     nodes: list[ir.Node] = []
 
     def add(op: str, *inputs: ir.Value, dtype: str = "FLOAT", **attributes: Any) -> ir.Value:
@@ -261,7 +264,7 @@ def _rounding_nodes(to: NodeWriter, value: ir.Value, scale: ir.Value, base: str)
     scaled = add("Div", blocks, add("Where", none, number("one", 1.0), step))
     limits = number("low", -E2M1.largest), number("high", E2M1.largest)
     size = add("Abs", add("Clip", scaled, *limits))
-    # The distance between levels: a half below 2, one below 4, then two.
+    # The distance between levels: 0.5 below 2, 1 below 4, then 2.
     fine = add("Less", size, number("two", 2.0), dtype="BOOL")
     middle = add("Less", size, number("four", 4.0), dtype="BOOL")
     wide = add("Where", middle, number("one", 1.0), number("two", 2.0))

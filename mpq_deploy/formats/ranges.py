@@ -1,11 +1,11 @@
-"""Where the range of a quantized activation comes from: calibration, the timestep, or its values.
+"""The range of a quantized activation: static (by calibration), by timestep, or by its values.
 
 An activation's range changes by a factor of ten or more during denoising. One scale for all
-timesteps wastes codes where it is narrow. A range that moves divides the input by a ratio in (0, 1]
-before its quantizer, and multiplies the product by the same ratio: the scale stays one constant,
-as INT8 kernels want, the input never exceeds its widest range, and FP16 holds all of it. Source:
-ranges by timestep are calibrated by Q-Diffusion (arXiv 2302.04304) and TFMQ-DM (arXiv 2311.16503);
-a table indexed in the graph, interpolated between recorded timesteps, is our choice.
+timesteps wastes codes where the range is narrow. A range that moves divides the input by a ratio in
+(0, 1] before the quantizer and multiplies the product by the same ratio. So the scale stays one
+constant, as INT8 kernels need, the divided input never exceeds the widest range, and FP16 holds all
+values. Source: Q-Diffusion (arXiv 2302.04304) and TFMQ-DM (arXiv 2311.16503) calibrate ranges by
+timestep; a table in the graph, interpolated between recorded timesteps, is our choice.
 """
 
 from __future__ import annotations
@@ -27,34 +27,37 @@ if TYPE_CHECKING:
     from mpq_deploy.graph.writers.node_writer import NodeWriter
     from mpq_deploy.models.spec import Array
 
-# Entries of a table: as many as timesteps are calibrated by default. Of more, each entry is the
-# widest of its neighbourhood; of fewer, the rest is not used. So bytes do not depend on calibration.
+# Entries of a table: the default number of calibrated timesteps. With more timesteps each entry is
+# the widest range of its neighbourhood; with fewer some entries are unused. So the bytes do not
+# depend on calibration.
 ENTRIES = 20
 FLOAT32_BYTES = 4
-# The smallest ratio: what is narrower than this part of the widest range has fewer codes. Below it
-# an FP16 product of the divided input could overflow where the whole one does not (our choice).
+# The smallest ratio: ranges narrower than this share of the widest use fewer codes. With smaller
+# ratios the FP16 product of the divided input could overflow where the original would not (our
+# choice).
 SMALLEST_RATIO = 2.0**-7
-# What all tables of a graph share: the slopes and offsets of each entry's ramp, FP32, and the ends
-# 0 and 1 of the ramps.
+# Name of the constants that all tables of a graph share: slope and offset of each entry's ramp and
+# the ramps' limits 0 and 1, FP32.
 RAMPS = "timestep_ranges"
 RAMP_BYTES = FLOAT32_BYTES * (2 * ENTRIES + 2)
-# Kernels that make all ratios of a graph from its timestep (built: docs/engine-forms.md).
+# Kernels that compute all ratios of a graph from its timestep (measured: docs/engine-forms.md).
 TABLE_KERNELS = 2
-# One range per sample of a convolution needs its maximum first: kernels beside the quantizer's, and
-# how often the input is moved for it in FP16. A product's rows have theirs in the quantizer's own.
+# A dynamic range per sample (before a Conv) needs the maximum first: kernels in addition to the
+# quantizer's, and how often they read or write the FP16 input. A dynamic range per row (before a
+# product) is computed in the quantizer's kernel.
 SAMPLE_KERNELS, SAMPLE_MOVES = 3, 2
 
-# Largest magnitude of an array or tensor over axes that stay.
+# (array or tensor, axes) -> the largest magnitude over the axes, which stay as size 1.
 Absmax = Callable[[Any, tuple[int, ...]], Any]
 
 
 @dataclass(frozen=True)
 class RangeTable:
-    """The ratio of an activation's range at a timestep to its widest, piecewise linear.
+    """The ratio of an activation's range at timestep t to its widest range, piecewise linear in t.
 
-    ``slopes`` and ``offsets`` (float32 values, ``ENTRIES`` each): entry k's ramp is clip(slope t +
-    offset, 0, 1); ``steps`` (FP16 values): by how much the ratio changes along each ramp. The first
-    ramp is 1 everywhere: its step is the ratio at the smallest timestep.
+    The ratio is sum_k step_k clip(slope_k t + offset_k, 0, 1). ``slopes``, ``offsets``: float32
+    values, ``ENTRIES`` each. ``steps``: FP16 values, the change of the ratio along each ramp. The
+    first ramp is 1 everywhere, so its step is the ratio at the smallest timestep.
     """
 
     slopes: tuple[float, ...]
@@ -63,9 +66,9 @@ class RangeTable:
 
     @classmethod
     def of(cls, timesteps: Array, ranges: Array) -> RangeTable:
-        """Make the table of ``ranges`` float [K] > 0 at the values ``timesteps`` [K] of the input.
+        """Make the table from ``ranges`` float [K] > 0 at ``timesteps`` [K].
 
-        Equal timesteps count with their widest range.
+        Of equal timesteps the widest range counts.
         """
         knots, place = np.unique(np.asarray(timesteps, np.float64), return_inverse=True)
         widest = np.zeros(len(knots))
@@ -76,7 +79,7 @@ class RangeTable:
         gaps = np.diff(knots)
         slopes[1 : len(knots)] = 1 / gaps
         offsets[1 : len(knots)], offsets[0] = -knots[:-1] / gaps, 1.0
-        # Each step continues from what FP16 has made of those before.
+        # Each step corrects the FP16 rounding of the steps before.
         reached = 0.0
         for entry, ratio in enumerate(ratios):
             steps[entry] = np.float16(ratio - reached)
@@ -86,7 +89,7 @@ class RangeTable:
         )
 
     def at(self, timestep: float) -> float:
-        """Return the ratio at a value of the timestep input."""
+        """Return the ratio at ``timestep``, a value of the timestep input."""
         slopes, offsets, steps = (
             np.array(row, np.float32) for row in (self.slopes, self.offsets, self.steps)
         )
@@ -94,7 +97,7 @@ class RangeTable:
 
 
 def _thinned(knots: Array, ranges: Array) -> tuple[Array, Array]:
-    """Return at most ``ENTRIES`` of the knots, evenly by position, each with the widest range near it."""
+    """Return at most ``ENTRIES`` evenly indexed knots, each with the widest range near it."""
     if len(knots) <= ENTRIES:
         return knots, ranges
     places = np.linspace(0, len(knots) - 1, ENTRIES)
@@ -107,10 +110,10 @@ def _thinned(knots: Array, ranges: Array) -> tuple[Array, Array]:
 
 @dataclass(frozen=True)
 class ActivationRange:
-    """One range for all calls, which calibration has chosen: the ratio is always 1."""
+    """A static range, chosen by calibration: the ratio is always 1. Base class of all ranges."""
 
     kind: ClassVar[str] = ""
-    # For the report, behind what the scheme's body means.
+    # For the report, appended to the meaning of the scheme's body.
     meaning: ClassVar[str] = ""
     # Whether the input is divided by a ratio, and the product multiplied by it.
     moves: ClassVar[bool] = False
@@ -118,11 +121,11 @@ class ActivationRange:
 
     @property
     def suffix(self) -> str:
-        """How a body's name ends with this range."""
+        """The suffix of a body's name with this range."""
         return f"-{self.kind}" if self.kind else ""
 
     def suits(self, branch: Branch) -> bool:
-        """Whether ``branch`` may stand beside a body whose input has such a range."""
+        """Whether ``branch`` can be combined with a body whose input has this range."""
         return True
 
     def scale(self, branch: Branch, stats: ActivationStats) -> float:
@@ -132,41 +135,41 @@ class ActivationRange:
     def fitted(
         self, grid: ActivationGrid, branch: Branch, stats: ActivationStats
     ) -> ActivationGrid:
-        """Return ``grid`` with what the range stores."""
+        """Return ``grid`` with the range's table, if it has one."""
         return grid
 
     def input_bytes(self, layer: Layer) -> int:
-        """Bytes of each quantizer's constants beside its scale."""
+        """Return the bytes of each quantizer's constants in addition to its scale."""
         return 0
 
     def shared_bytes(self) -> dict[str, int]:
-        """Bytes of constants that all quantizers of a graph share, by name."""
+        """Return name -> bytes of the constants that all quantizers of a graph share."""
         return {}
 
     def shared_kernels(self) -> int:
-        """Kernels that serve all quantizers of a graph."""
+        """Return the number of kernels that serve all quantizers of a graph."""
         return 0
 
     def quantizer_kernels(self, product: bool) -> int:
-        """Kernels beside the quantizer's own; ``product``: its readers are not convolutions."""
+        """Return the kernels in addition to the quantizer's; ``product``: no Conv reads it."""
         return 0
 
     def moves_input(self, product: bool) -> int:
-        """How often the FP16 input is read or written for its range, beside the quantizer's own reading."""
+        """Return how often the FP16 input is moved for its range, in addition to quantizing."""
         return 0
 
     def at(self, grid: ActivationGrid, timestep: float | None) -> ActivationGrid:
-        """Return the quantizer at a value of the timestep input, where that decides it."""
+        """Return the quantizer at a value of the timestep input, if the range depends on that."""
         return grid
 
     def ratios_at(self, grid: ActivationGrid, timesteps: Any) -> Any:
-        """Return the ratio at each of ``timesteps`` (array or tensor [N]), where that decides it; else None."""
+        """Return the ratio at each of ``timesteps`` (array or tensor); None if not by timestep."""
         return None
 
     def ratio(self, x: Any, grid: ActivationGrid, convolved: bool, absmax: Absmax) -> Any:
-        """Return the ratio of the range of ``x`` (array or tensor) to its widest, to broadcast; None for 1.
+        """Return the ratio of the range of ``x`` (array or tensor), to broadcast; None for 1.
 
-        ``convolved``: a Conv reads ``x``; ``absmax``: the largest magnitude over axes, which stay.
+        ``convolved``: a Conv reads ``x``; ``absmax``: see ``Absmax``.
         """
         return None
 
@@ -177,13 +180,17 @@ class ActivationRange:
         grid: ActivationGrid,
         names: RangeNames,
     ) -> tuple[list[ir.Node], ir.Value | None]:
-        """Return nodes, not yet inserted, that make the ratio of ``value``, and the ratio; None for 1."""
+        """Return nodes, not yet inserted, for the ratio of ``value``, and the ratio; None for 1."""
         return [], None
 
 
 @dataclass(frozen=True)
 class RangeNames:
-    """What a range is written with: ``base`` of its nodes' names, its layer's operator, the timestep's input."""
+    """What a range needs to be written.
+
+    ``base``: prefix of the nodes' names; ``convolved``: a Conv reads the tensor of ``rank`` axes;
+    ``timestep``: name of the timestep input.
+    """
 
     base: str
     convolved: bool
@@ -193,7 +200,7 @@ class RangeNames:
 
 @dataclass(frozen=True)
 class MovingRange(ActivationRange):
-    """A range whose ratio changes: the scale reaches the largest magnitude of all."""
+    """A range whose ratio changes; the scale covers the largest magnitude of all calls."""
 
     moves = True
 
@@ -208,9 +215,9 @@ class MovingRange(ActivationRange):
 
 @dataclass(frozen=True)
 class TimestepRange(MovingRange):
-    """A table of ratios, by the timestep input, interpolated between the calibrated timesteps.
+    """A table of ratios by the timestep input, interpolated between the calibrated timesteps.
 
-    The samples of a call have one timestep, as samplers' calls do; of several the largest counts.
+    All samples of a call have one ratio: that of the call's largest timestep.
     """
 
     kind = "timestep"
@@ -226,7 +233,7 @@ class TimestepRange(MovingRange):
         return replace(grid, table=RangeTable.of(stats.timesteps, ranges))
 
     def input_bytes(self, layer: Layer) -> int:
-        """The table's steps."""
+        """Return the bytes of the table's steps."""
         return FP16_BYTES * ENTRIES
 
     def shared_bytes(self) -> dict[str, int]:
@@ -262,13 +269,13 @@ class TimestepRange(MovingRange):
 
 @dataclass(frozen=True)
 class DynamicRange(MovingRange):
-    """The input's own absolute maximum: of each sample before a convolution, of each row before a product."""
+    """The input's own absolute maximum: per sample before a Conv, per row before a product."""
 
     kind = "dynamic"
     meaning = "with ranges taken from the values"
 
     def input_bytes(self, layer: Layer) -> int:
-        """The axes that the maximum is taken over, the inverse of the widest range, the smallest ratio."""
+        """Return the bytes of the reduced axes, the inverse widest range and the smallest ratio."""
         return INT64_BYTES * len(_axes(layer.op == "Conv", 2 + len(layer.kernel))) + 2 * FP16_BYTES
 
     def quantizer_kernels(self, product: bool) -> int:
@@ -306,17 +313,17 @@ class DynamicRange(MovingRange):
 
 
 def _axes(convolved: bool, rank: int) -> tuple[int, ...]:
-    """All axes but the samples' before a convolution, the channels' before a product."""
+    """Return the axes to reduce: all but the samples' before a Conv, the last before a product."""
     return tuple(range(1, rank)) if convolved else (-1,)
 
 
 def _inverse(grid: ActivationGrid) -> float:
-    """Return the inverse of the widest range, rounded to FP16."""
+    """Return the inverse of the widest magnitude, rounded to FP16."""
     return float(np.float16(1.0 / (grid.scale * grid.quant_max * grid.reach)))
 
 
 def write_ramps(to: NodeWriter, timestep: str, table: RangeTable) -> ir.Value:
-    """Return the ramps of all tables of a graph, [ENTRIES], written once behind its ``timestep`` input."""
+    """Return the ramps [ENTRIES] that all tables of a graph share; write them on the first call."""
     known = {node.name: node for node in to.graph}
     if f"{RAMPS}/ramps" in known:
         return known[f"{RAMPS}/ramps"].outputs[0]
@@ -345,7 +352,7 @@ def write_ramps(to: NodeWriter, timestep: str, table: RangeTable) -> ir.Value:
 
 
 def ramp_nodes() -> frozenset[str]:
-    """Names of the nodes that compute the ramps: FP16 does not hold a timestep finely enough."""
+    """Return the names of the nodes that compute the ramps: they need FP32 for the timestep."""
     labels = ("float", "timestep", "scaled", "moved", "ramps")
     return frozenset(f"{RAMPS}/{label}" for label in labels)
 

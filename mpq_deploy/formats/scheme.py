@@ -1,4 +1,4 @@
-"""The schemes that there are: every number format alone, and with every branch that suits it.
+"""All schemes: every number format, with every range and branch that suits it.
 
 A new format or branch is one file in ``formats/`` and its name in ``FORMATS`` or ``BRANCHES``.
 """
@@ -37,10 +37,9 @@ __all__ = [
     "families",
 ]
 
-# Every target says of these whether its layers may take them, and if not, why; others it may leave
-# out.
+# Every target's YAML must allow or refuse these families; it may omit others.
 FAMILIES = ("fp16", "w8a8", "w8a16", "w4a16", "w4a8")
-# Schemes without branches, and the branches that stand beside those that they suit.
+# The schemes without branches, and the variants of each branch.
 FORMATS: tuple[Scheme, ...] = (FP16, W8A8, W8A16, *INT4_BODIES, *FP8_BODIES, NVFP4)
 BRANCHES: tuple[tuple[Branch, ...], ...] = (
     tuple(Rows(tenths) for tenths in ROW_TENTHS),
@@ -55,14 +54,14 @@ BRANCH_KINDS = {branch.kind: type(branch) for variants in BRANCHES for branch in
 
 
 def with_ranges(bodies: Iterable[Scheme]) -> Iterator[Scheme]:
-    """Yield each of ``bodies`` with every range that its input may have."""
+    """Yield each of ``bodies`` with every range that its activation format takes."""
     for body in bodies:
         moves = body.activation is not None and body.activation.takes_ranges
         yield from (body.with_range(kind) for kind in (RANGES if moves else RANGES[:1]))
 
 
 def with_branches(bodies: Iterable[Scheme]) -> Iterator[Scheme]:
-    """Yield ``bodies``, then each with every branch that suits it and the range of its input."""
+    """Yield ``bodies``, then each with every branch that suits it and its range."""
     bodies = tuple(bodies)
     yield from bodies
     for variants in BRANCHES:
@@ -75,7 +74,7 @@ def with_branches(bodies: Iterable[Scheme]) -> Iterator[Scheme]:
 
 
 def register(bodies: Iterable[Scheme]) -> None:
-    """Add ``bodies``, with all ranges and branches, to ``SCHEMES``. Raises ValueError for a name that is taken."""
+    """Add ``bodies``, with all ranges and branches, to ``SCHEMES``. ValueError for a used name."""
     for scheme in with_branches(with_ranges(bodies)):
         if scheme.name in SCHEMES:
             raise ValueError(f"there is a scheme '{scheme.name}' already")
@@ -84,12 +83,12 @@ def register(bodies: Iterable[Scheme]) -> None:
 
 register(FORMATS)
 register(SIMULATED_BODIES)
-# Families that only some GPUs compute in: candidates by default where the target lists them.
+# Families that only some GPUs support: candidates by default where the target lists them.
 NEW_FAMILIES = tuple(dict.fromkeys(s.family for s in FORMATS if s.weight.generation))
 
 
 def rate_of(family: str) -> str:
-    """Return the target's figure by which products of ``family`` are estimated; empty for FP16's."""
+    """Return the target's field with the rate of products of ``family``; "" for FP16 products."""
     schemes = (s for s in SCHEMES.values() if s.family == family and not s.simulated)
     activation = next(schemes, FP16).activation
     return activation.rate if activation else ""
@@ -101,7 +100,7 @@ def families() -> tuple[str, ...]:
 
 
 def branches_of(bodies: tuple[Scheme, ...], kinds: tuple[str, ...]) -> tuple[Scheme, ...]:
-    """Return the schemes with a branch of one of ``kinds`` beside one of ``bodies``."""
+    """Return the schemes with one of ``bodies`` and a branch of one of ``kinds``."""
     names = {scheme.name for scheme in bodies}
     return tuple(
         s for s in SCHEMES.values() if s.branch and s.branch.kind in kinds and s.body.name in names
@@ -109,7 +108,7 @@ def branches_of(bodies: tuple[Scheme, ...], kinds: tuple[str, ...]) -> tuple[Sch
 
 
 def ranges_of(bodies: tuple[Scheme, ...], kinds: tuple[str, ...]) -> tuple[Scheme, ...]:
-    """Return ``bodies`` and those that differ from one of them by a range of one of ``kinds``."""
+    """Return ``bodies``, and the same bodies with a range of one of ``kinds``."""
     names = {scheme.name for scheme in bodies}
     return tuple(
         s
@@ -119,9 +118,10 @@ def ranges_of(bodies: tuple[Scheme, ...], kinds: tuple[str, ...]) -> tuple[Schem
 
 
 def schemes_named(names: list[str] | tuple[str, ...]) -> tuple[Scheme, ...]:
-    """Return the schemes for ``names``; a family (``w4a16``) stands for all its block sizes, ranges static.
+    """Return the schemes for ``names``; a family (``w4a16``) stands for all its block sizes.
 
-    Raises UsageError for an unknown name, naming the nearest.
+    A family includes static ranges only. Raises UsageError, which names the nearest scheme, for an
+    unknown name.
     """
     chosen: dict[str, Scheme] = {}
     for name in names:
@@ -143,9 +143,10 @@ def schemes_named(names: list[str] | tuple[str, ...]) -> tuple[Scheme, ...]:
 
 
 def nearest_scheme(scheme: Scheme, offered: tuple[Scheme, ...]) -> Scheme:
-    """Return the one of ``offered`` (not empty) that comes nearest to ``scheme`` in its weights'
-    bits, then in its activations', then in whether both are floats; of two as near, the wider. Our
-    choice.
+    """Return the scheme of ``offered`` (not empty) that is most like ``scheme`` (our choice).
+
+    It compares the bits of the weights, then of the activations, then whether both need FP8 or FP4
+    hardware. Ties go to the one with more bits.
     """
 
     def distance(other: Scheme) -> tuple[float, ...]:

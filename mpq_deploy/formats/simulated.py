@@ -1,8 +1,7 @@
-"""Simulated formats of 2 to 8 bits that no engine can hold; their bytes are nominal.
+"""Simulated formats of 2 to 8 bits that no engine supports; their bytes are nominal.
 
-Weights have one scale and zero point per output channel (``rounding.row_grids``), activations one
-of each per tensor. ``SharedBits`` are branches that distribute a layer's bits over its output
-channels.
+Weights have a scale and a zero point per output channel (``rounding.row_grids``), activations per
+tensor. ``SharedBits`` are branches that distribute a layer's bits over its output channels.
 """
 
 from __future__ import annotations
@@ -44,13 +43,13 @@ if TYPE_CHECKING:
     from mpq_deploy.recover.trained_weights import LayerTwin, StartingWeight, TwinKit
 
 SIMULATED_BITS = (2, 3, 4, 5, 6, 7, 8)
-# Mean bits of the layers that share out bits among their channels: {1, 2, 3} to {3, 4, 5} bits per
-# channel.
+# Mean bits for which ``SharedBits`` exist: channels have {1, 2, 3} to {3, 4, 5} bits.
 SHARED_OUT_BITS = (2, 3, 4)
-# A zero point of each output channel, and of the input of each layer that reads it (our choice).
+# Nominal bytes of a zero point: one per output channel, and one per input of each layer (our
+# choice).
 ZERO_POINT_BYTES = 1
-# Keys of the model's metadata, JSON: layer -> scheme, and of each output channel the bits of its
-# grid and its residuals; and the activations' quantizers, by name, with their bits.
+# Keys of the ONNX model's metadata (JSON). Weights: layer -> scheme, and the grid bits and number
+# of residuals of each output channel. Activations: quantizer -> bits.
 WEIGHTS_KEY = "mpq_deploy.simulated_weights"
 ACTIVATIONS_KEY = "mpq_deploy.simulated_activations"
 
@@ -59,8 +58,7 @@ ACTIVATIONS_KEY = "mpq_deploy.simulated_activations"
 class SimulatedWeight(WeightFormat):
     """UINT8 codes and zero points -> DequantizeLinear per output channel.
 
-    Each binary residual is a tensor of signs behind a DequantizeLinear of its own, and Add joins
-    them.
+    Each binary residual is a tensor of signs with its own DequantizeLinear, and is added.
     """
 
     width: int = 8
@@ -69,7 +67,7 @@ class SimulatedWeight(WeightFormat):
 
     @property
     def bits(self) -> int:  # type: ignore[override]
-        """Bits of every weight, or their mean."""
+        """Bits per weight; with ``SharedBits`` the mean."""
         return self.width
 
     @property
@@ -77,7 +75,7 @@ class SimulatedWeight(WeightFormat):
         return f"sim{self.width}"
 
     def bytes_of(self, layer: Layer) -> int:
-        """Bits x weights, one FP16 scale and one zero point per output channel."""
+        """Return the nominal bytes: packed codes, an FP16 scale and a zero point per channel."""
         return packed_bytes(self.width * layer.weights) + layer.out_channels * (
             FP16_BYTES + ZERO_POINT_BYTES
         )
@@ -117,7 +115,7 @@ class SimulatedWeight(WeightFormat):
 
 @dataclass(frozen=True)
 class SimulatedActivation(ActivationFormat):
-    """Clip to the range of so many bits, then a UINT8 QuantizeLinear/DequantizeLinear pair."""
+    """Clip to the range of ``width`` bits, then a UINT8 QuantizeLinear/DequantizeLinear pair."""
 
     width: int = 8
 
@@ -125,7 +123,7 @@ class SimulatedActivation(ActivationFormat):
 
     @property
     def bits(self) -> int:  # type: ignore[override]
-        """Bits of every value."""
+        """Bits per value."""
         return self.width
 
     @property
@@ -136,7 +134,7 @@ class SimulatedActivation(ActivationFormat):
         return stats.simulated(self.width)
 
     def reader_bytes(self, layer: Layer) -> int:
-        """A zero point."""
+        """Return the bytes of a zero point per input."""
         return ZERO_POINT_BYTES * len(layer.inputs)
 
     def write(
@@ -163,10 +161,10 @@ class SimulatedActivation(ActivationFormat):
 
 @dataclass(frozen=True)
 class SharedBits(Branch):
-    """Output channels have N - 1, N or N + 1 bits, N on average; there is no amount.
+    """Output channels have N - 1, N or N + 1 bits, N on average; ``amount`` is not used.
 
-    ``form_bits``: bits that tell which form a channel has. ``residuals``: FP16 residual sizes per
-    channel.
+    ``form_bits``: bits per channel that store the channel's form. ``residuals``: number of FP16
+    residual sizes per channel.
     """
 
     form_bits: ClassVar[int]
@@ -180,29 +178,29 @@ class SharedBits(Branch):
         return packed_bytes(self.form_bits * channels) + FP16_BYTES * channels * self.residuals
 
     def rounds_first(self, scheme: Scheme) -> tuple[Scheme, ...]:
-        """All channels at once."""
+        """Return the scheme itself: its channels are rounded with all simulated schemes."""
         return (scheme,)
 
     def row_forms(self, bits: int) -> tuple[list[RowForm], list[RowForm], list[RowForm]]:
-        """Return the forms that a channel may have a bit below ``bits``, at ``bits``, and a bit above."""
+        """Return the possible forms of a channel at ``bits`` - 1, ``bits`` and ``bits`` + 1."""
         return [plain(bits - 1)], [plain(bits)], [plain(bits + 1)]
 
     def steps(self, errors: Sequence[Array], kurtosis: Array | None) -> Array:
-        """Return which channels get a bit more (1) and less (-1), int64 [O].
+        """Return each channel's change in bits, -1, 0 or 1, int64 [O].
 
-        ``errors``: of the best form of each channel with a bit less, as many and a bit more, [O]
-        each; ``kurtosis`` [O] of the channels, where the input's range is known.
+        ``errors``: three arrays [O], the error of each channel's best form at -1, 0 and 1;
+        ``kurtosis`` [O] of the channels, or None where the input's range is unknown.
         """
         raise NotImplementedError
 
 
 def packed_bytes(bits: int) -> int:
-    """Bytes that ``bits`` take."""
+    """Return the bytes of ``bits`` packed bits."""
     return (bits + 7) // 8
 
 
 def residual_room(layer: Layer, scheme: Scheme) -> int:
-    """How many binary residuals the nominal bytes of ``layer`` have room for."""
+    """Return how many residual sizes the nominal bytes of ``layer`` include."""
     return layer.out_channels * (
         scheme.branch.residuals if isinstance(scheme.branch, SharedBits) else 0
     )
@@ -227,7 +225,7 @@ def round_simulated(schemes: Sequence[Scheme], layer: LayerRounding) -> dict[str
 
 
 def needed_forms(schemes: Sequence[Scheme]) -> tuple[RowForm, ...]:
-    """Return the forms of channels that simulated ``schemes`` are put together from."""
+    """Return the distinct channel forms that simulated ``schemes`` consist of."""
     return tuple(dict.fromkeys(form for scheme in schemes for form in _forms_of(scheme)))
 
 
@@ -246,9 +244,10 @@ def assemble(
     errors: Mapping[RowForm, Array],
     kurtosis: Array | None,
 ) -> SimulatedMatrix:
-    """Put the weight of a simulated ``scheme`` together from its channels' forms.
+    """Assemble the weight of a simulated ``scheme`` from rounded channels.
 
-    ``errors``: those of ``row_errors``; ``kurtosis`` [O] of the channels, for ``SharedBits.steps``.
+    ``rounded``: form -> all channels in that form; ``errors``: form -> ``row_errors`` [O];
+    ``kurtosis`` [O]: for ``SharedBits.steps``.
     """
     if not isinstance(scheme.branch, SharedBits):
         return rounded[plain(scheme.weight.bits)]
@@ -270,9 +269,8 @@ def row_kurtosis(weight: Array, input_amax: Array) -> Array:
     """Return the Pearson kurtosis of pre-scaled rows of ``weight`` [O, K], float64 [O].
 
     ``input_amax`` float [K]: the input's absolute maximum per column. The weight is divided by
-    delta_k = sqrt(max|W_k| / max|X_k|); columns that are zero on either side keep their scale. A
-    constant row has kurtosis 0. Source: MPQ-DM (arXiv 2412.11549) and its published code: mean((w -
-    mu)^4) / std^4.
+    delta_k = sqrt(max|W_k| / max|X_k|); delta_k is 1 where a maximum is 0. A constant row has
+    kurtosis 0. Source: MPQ-DM (arXiv 2412.11549) and its published code: mean((w - mu)^4) / std^4.
     """
     largest = np.abs(weight).max(axis=0)
     usable = (largest > 0) & (input_amax > 0)

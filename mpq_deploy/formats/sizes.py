@@ -1,4 +1,4 @@
-"""Bytes that all formats count in, and a layer's weight seen as a matrix."""
+"""Sizes that all formats use: bytes of types and constants, block sizes, a weight as a matrix."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ def divisors(number: int) -> tuple[int, ...]:
 
 
 def nearest_divisor(reduction: int, nominal: int) -> int | None:
-    """Return the block size for a ``reduction`` near the ``nominal`` one; None without any.
+    """Return the block size for ``reduction`` that is nearest to ``nominal``; None if none is near.
 
-    TensorRT infers the block size from the scale's shape, so it must divide the reduction: the
-    divisor nearest to the nominal size in ratio is taken if it lies within a factor of 1.5 (our
-    choice); a reduction shorter than the nominal block is one block.
+    TensorRT infers the block size from the scale's shape, so it must divide the reduction. The
+    result is the divisor nearest in ratio, if within a factor of 1.5 (our choice). A reduction
+    shorter than ``nominal`` is one block.
     """
     if reduction <= nominal:
         return reduction
@@ -37,34 +37,34 @@ def nearest_divisor(reduction: int, nominal: int) -> int | None:
 
 
 def input_channels(layer: Layer) -> int:
-    """How many channels the layer's input has (of one group)."""
+    """Return the number of channels of the layer's input, per group."""
     return layer.weight_shape[1 - layer.out_axis]
 
 
 def outlier_count(channels: int, share: int) -> int:
-    """How many of ``channels`` are ``share`` thirty-seconds: at least one, if any (our choice)."""
+    """Return ``share`` / 32 of ``channels``, at least 1 if ``share`` is positive (our choice)."""
     return max(1, share * channels // 32) if share else 0
 
 
 def matrix_shape(layer: Layer) -> tuple[int, int]:
-    """Rows and columns in which the file holds the weight as a matrix.
+    """Return the rows and columns of the weight as a matrix in the file.
 
-    Output channels come first for a Conv, else where the weight has them.
+    The output channels are on the axis that they have in the weight: the first for a Conv.
     """
     channels, reduction = layer.out_channels, layer.reduction
     return (channels, reduction) if layer.out_axis == 0 else (reduction, channels)
 
 
 def cuts(window: Window, taps: int) -> bool:
-    """Whether windows are cut out at all: of a 1x1 kernel only where it has strides."""
+    """Whether windows must be cut out: for a 1x1 kernel only if it has strides."""
     return taps > 1 or any(step != 1 for step in window.strides)
 
 
 def window_bytes(window: Window, taps: int) -> int:
-    """Bytes of the constants that cut out the windows of a Conv that is written as a product.
+    """Return the bytes of the constants that cut out the windows of a Conv written as a product.
 
-    Its padding as INT64; the axes, the steps, and each position's first and last places as INT32;
-    of a 1-D one also the axis that is added and taken away. Each layer has its own.
+    The padding is INT64; axes, steps, and the start and end of each kernel position are INT32. A
+    1-D Conv also has the axis that is added and removed. Layers do not share these constants.
     """
     rank, total = len(window.strides), 0
     if any(window.pads):
@@ -75,7 +75,7 @@ def window_bytes(window: Window, taps: int) -> int:
 
 
 def part_of(layer: Layer, out_channels: int, suffix: str = "") -> Layer:
-    """Return ``layer`` with other output channels; a ``suffix`` names it as a part beside the body."""
+    """Return ``layer`` with ``out_channels``; ``suffix``: rename it as a part beside the body."""
     shape = list(layer.weight_shape)
     shape[layer.out_axis] = out_channels
     if not suffix:
@@ -91,6 +91,6 @@ def part_of(layer: Layer, out_channels: int, suffix: str = "") -> Layer:
 
 
 def shift_bytes(layer: Layer) -> int:
-    """Bytes of the constants that shift the channels of a Conv's input: one per channel, and the pads."""
+    """Return the bytes of the constants that shift a Conv's input: one per channel, and pads."""
     pads = 2 * (2 + len(layer.kernel)) * INT64_BYTES if any(layer.pads) else 0
     return FP16_BYTES * input_channels(layer) + pads

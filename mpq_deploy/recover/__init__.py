@@ -1,5 +1,5 @@
-"""Recovery: distillation from the float denoiser that gives quality back at no cost at inference.
+"""Recovery: distillation from the float denoiser, which lowers the error at no cost at inference.
 
-In: a plan's quantized weights and the exported graph. Out: the same forms with other codes, scales
-and FP16 constants: same plan, same bytes, no branch added. Needs torch.
+In: a plan's quantized weights and the exported graph. Out: new codes, scales and FP16 constants for
+the same schemes: same plan, same bytes, no branch added. Needs torch.
 """

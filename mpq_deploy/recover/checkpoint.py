@@ -1,6 +1,6 @@
 """Checkpoints of training: one safetensors file, moved into place when it is complete.
 
-It holds its own digest: training never continues from a state that was altered.
+The file holds its own digest, so that training never continues from an altered state.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from mpq_deploy.recover.train import Trainer
 from mpq_deploy.system.inputs import as_object, parse_json, whole
 from mpq_deploy.system.progress import Talk
 
-# Raised with every change of what a checkpoint holds.
+# Incremented with every change of what a checkpoint holds.
 CHECKPOINT_FORMAT = 2
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
 def save_checkpoint(trainer: Trainer, path: Path, key: str) -> None:
-    """Write the state of ``trainer`` to ``path``; ``key`` says what it is training on what."""
+    """Write the state of ``trainer`` to ``path``; ``key`` identifies the training's inputs."""
     from safetensors.torch import save
 
     progress = trainer.progress
@@ -63,9 +63,9 @@ def save_checkpoint(trainer: Trainer, path: Path, key: str) -> None:
 
 
 def restore_checkpoint(trainer: Trainer, path: Path, key: str, talk: Talk) -> bool:
-    """Take over the state at ``path``; return whether there is one of the same training.
+    """Load the state at ``path`` into ``trainer``; return whether there is one of this ``key``.
 
-    One that is truncated or altered counts as none, with a warning.
+    A truncated or altered file is ignored, with a warning.
     """
     if not path.is_file():
         return False
@@ -107,7 +107,7 @@ def _take_over(trainer: Trainer, values: dict[str, Any], tensors: dict[str, torc
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]] | None:
-    """Return what a checkpoint says and its tensors; None where its digest is another."""
+    """Return the values and tensors of a checkpoint; None for a wrong digest or no safetensors."""
     from safetensors import SafetensorError, safe_open
 
     try:

@@ -1,4 +1,4 @@
-"""What training will need of memory, before it starts, and whether the machine has it."""
+"""Estimate the memory of training before it starts, and refuse training that does not fit."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from dataclasses import asdict, dataclass
 
 from mpq_deploy.system.memory import Room, refuse_too_large
 
-# Of the float32 size of the weights: the graph's own, the latent's start, and what autograd holds
-# of the way to a weight (the adapter's product, codes, the mask of the clipping, the weight and its
-# gradient). Our choice, measured.
+# Copies of the weights in float32: the graph's, the latent's start, and five that autograd holds
+# (the adapter's product, codes, clipping mask, the quantized weight, its gradient). Our choice,
+# measured.
 FLOAT32_BYTES = 4
 WEIGHT_COPIES = 7
-# An adapter, its gradient, AdamW's two moments, and the best state so far.
+# Copies of each adapter: itself, its gradient, AdamW's two moments, and the best state so far.
 PARAMETER_COPIES = 5
-# Autograd keeps less than twice the values that a pass computes.
+# Autograd keeps less than this many times the values of a forward pass.
 VALUE_COPIES = 2
-# The interpreter, torch, ONNX Runtime's copy of the float model aside.
+# The interpreter and the libraries, without ONNX Runtime's copy of the float model.
 FIXED_BYTES = 600 << 20
 HINT = (
     "Lower recover.batch_size or recover.trajectories, set recover.rank (to 32, or lower), raise recover.segments, "
@@ -26,7 +26,7 @@ HINT = (
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes by what they hold."""
+    """Bytes of training, by their use."""
 
     weights: int
     adapters: int
@@ -35,11 +35,14 @@ class MemoryEstimate:
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """The sum of all, with the fixed bytes."""
         return self.weights + self.adapters + self.values + self.trajectories + FIXED_BYTES
 
     def refuse_too_large(self, room: Room | None, held: int = 0) -> None:
-        """Raise UsageError when this exceeds the ``room``; ``held`` may include the fixed bytes."""
+        """Raise UsageError when the total exceeds ``room``.
+
+        ``held``: bytes that the process has already; they may include the fixed bytes.
+        """
         refuse_too_large(
             "Recovery", {**asdict(self), "code": FIXED_BYTES}, room, HINT, min(held, FIXED_BYTES)
         )
@@ -55,10 +58,10 @@ def estimate_memory(
 ) -> MemoryEstimate:
     """Estimate the bytes of training weights of ``shapes`` (O, K) with adapters of ``rank``.
 
-    ``value_bytes``: of all values that the float model computes for one sample. With ``segments``
-    above 1 only one stretch of them is held at a time, and what passes between stretches (taken as
-    a stretch's share again). ``pool_bytes``: of the trajectories that are drawn from; while a round
-    joins them they are there twice.
+    ``value_bytes``: all values that the float model computes for one sample. With ``segments``
+    above 1 autograd holds one segment's values at a time, and the values between segments (counted
+    as one more segment). ``pool_bytes``: the trajectories; counted twice, because both the old and
+    the new pool exist while a round is added.
     """
     weights = sum(rows * columns for rows, columns in shapes)
     adapters = (
@@ -68,7 +71,7 @@ def estimate_memory(
     )
     share = 1.0 if segments == 1 else min(1.0, 2.0 / segments)
     return MemoryEstimate(
-        # One copy more: ONNX Runtime's, for the trajectories.
+        # One more copy: ONNX Runtime's, which computes the trajectories.
         weights=FLOAT32_BYTES * weights * (WEIGHT_COPIES + 1),
         adapters=FLOAT32_BYTES * adapters * PARAMETER_COPIES,
         values=int(VALUE_COPIES * value_bytes * batch_size * share),

@@ -1,9 +1,9 @@
-"""Where adapters start: at zero, or from the plan's own quantization error.
+"""Initialize adapters: at zero, or from the plan's quantization error.
 
-MPQ-DMv2's "object-oriented low-rank initialization ... use prior quantization error", in our
-reading: with E = W - Q(W) ~ U S V^T the adapter starts as g U_r S_r V_r^T. Since it sits inside the
-quantizer, the gain g is the one of {0, 0.5, 1, -0.5, -1} with the minimum error of the layer's
-output; 0 is EfficientDM's start, so no layer is worse.
+Our reading of MPQ-DMv2's "object-oriented low-rank initialization ... use prior quantization
+error": with E = W - Q(W) ~ U S V^T the adapter starts as g U_r S_r V_r^T. The adapter is inside the
+quantizer, so the best gain g is not known beforehand: it is the one of {0, 0.5, 1, -0.5, -1} with
+the minimum error of the layer's output. 0 is EfficientDM's start, so no layer gets worse.
 """
 
 from __future__ import annotations
@@ -26,10 +26,9 @@ GAINS = (0.0, 0.5, 1.0, -0.5, -1.0)
 def initialize_from_error(
     student: Student, calls: Sequence[Mapping[str, Tensor]]
 ) -> Counter[float]:
-    """Start adapters from their layer's quantization error if that helps; count the gains.
+    """Start adapters from their layer's quantization error if that helps; count layers by gain.
 
-    ``calls``: inputs of some calls of the float model, on whose values each layer's output error is
-    measured.
+    ``calls``: feeds of the float model; each layer's output error is measured on its float inputs.
     """
     factors = [_factors(weight) for weight in student.layer_weights]
     errors = np.zeros((len(factors), len(GAINS)))
@@ -39,7 +38,7 @@ def initialize_from_error(
         )
     chosen: Counter[float] = Counter()
     for weight, pair, row in zip(student.layer_weights, factors, errors, strict=True):
-        # The first of equal ones: zero where nothing is gained.
+        # Of equal errors the first gain, 0.
         gain = GAINS[int(np.argmin(row))] if np.isfinite(row).all() else 0.0
         chosen[gain] += 1
         if gain:
@@ -70,9 +69,9 @@ def _add_errors(
     node: str,
     inputs: list[Any],
 ) -> None:
-    """Add the squared output error of layer ``number`` under every gain to its row of ``totals``.
+    """Add the squared output error of layer ``number`` under every gain to its row of errors.
 
-    These come with the timesteps of the calls.
+    ``totals``: the errors [layers, gains] and the timesteps of the calls.
     """
     errors, timesteps = totals
     weight = student.layer_weights[number]

@@ -1,13 +1,13 @@
-"""The losses, each under its name: what of the student is compared with the float model.
+"""The distillation losses between the student (quantized) and the teacher (float), by name.
 
 - ``output``: squared error of the output over the float output's energy at that timestep, so that
   its mean is the NMSE that evaluation measures (our choice, the default).
 - ``eps``, ``v``, ``sample``: mean squared error of the noise, the velocity or the clean sample that
-  the outputs stand for. Both models see the same x_t, so each is the output's error times a factor
-  of the timestep.
+  the outputs imply. Both models get the same x_t, so each of these errors is the output's error
+  times a factor of the timestep.
 - ``relation``: MPQ-DM's relation distillation between pixels, smoothed over two sampler steps.
 - ``memory``: relations to pixels of earlier calls at any timestep (our reading of MPQ-DMv2; see
-  ``memory``).
+  ``pixel_memory``).
 """
 
 from __future__ import annotations
@@ -30,22 +30,22 @@ from mpq_deploy.recover.student import Student
 Tensor = Any  # torch.Tensor; torch is not followed by mypy here
 # Loss -> (its value, its weight).
 Terms = dict[str, tuple[Tensor, float]]
-# MPQ-DM's code multiplies the divergence by this.
+# Factor of the KL divergence in MPQ-DM's code.
 RELATION_FACTOR = 100.0
 SPACES = ("eps", "v", "sample")
 
 
 def output_loss(output: Tensor, expected: Tensor, factors: Tensor) -> Tensor:
-    """Return the mean of ``factors`` [M] x squared error of ``output`` [M, ...]."""
+    """Return the mean over M of ``factors`` [M] x sum of squared errors of ``output`` [M, ...]."""
     return torch.mean((output - expected).square().flatten(1).sum(1) * factors)
 
 
 def space_factor(prediction: str, space: str, signal: Array) -> Array:
-    """Return an error's size in ``space`` over that in what the model predicts, float64 [M].
+    """Return the ratio of an error in ``space`` to the error of what the model predicts, [M].
 
-    ``signal`` [M]: alpha-bar of the timesteps. With x_t = sqrt(a) x_0 + sqrt(1 - a) eps the same
-    for both, an error d of eps is one of sqrt((1 - a) / a) d of x_0 and of d / sqrt(a) of v =
-    sqrt(a) eps - sqrt(1 - a) x_0.
+    ``prediction``: what the model predicts; ``signal`` [M]: a = alpha-bar of the timesteps. For a
+    fixed x_t = sqrt(a) x_0 + sqrt(1 - a) eps, an error d of eps is an error sqrt((1 - a) / a) d of
+    x_0 and d / sqrt(a) of v = sqrt(a) eps - sqrt(1 - a) x_0.
     """
     a = np.clip(np.asarray(signal, np.float64), 1e-6, 1 - 1e-6)
     of_eps = {"eps": np.ones_like(a), "v": 1 / np.sqrt(a), "sample": np.sqrt((1 - a) / a)}
@@ -54,9 +54,10 @@ def space_factor(prediction: str, space: str, signal: Array) -> Array:
 
 
 def pixels_of(feature: Tensor, channel_axis: int, most: int) -> Tensor:
-    """Return a feature's unit pixels [M, P, C]: of large maps at most ``most``, on a grid (ours).
+    """Return the pixels of ``feature`` as unit vectors [M, P, C].
 
-    ``feature`` [M, C, *space], or [M, ..., C] for a ``channel_axis`` of -1.
+    ``feature`` [M, C, *space], or [M, ..., C] for a ``channel_axis`` of -1. Maps of more than
+    ``most`` pixels are subsampled on a grid (our choice).
     """
     if channel_axis == -1:
         feature = feature.movedim(-1, 1)
@@ -71,10 +72,11 @@ def pixels_of(feature: Tensor, channel_axis: int, most: int) -> Tensor:
 
 
 def relation_loss(expected: Tensor, output: Tensor) -> Tensor:
-    """Return 100 KL(softmax(R) || softmax(R^)), mean over calls; R = cosines between pixels.
+    """Return 100 KL(softmax(R) || softmax(R^)), mean over calls; R, R^: cosines between pixels.
 
-    ``expected``, ``output``: unit pixels [M, P, C]. Source: MPQ-DM (arXiv 2412.11549), its code;
-    there the quantized features are detached, so that the loss has no gradient: here they are not.
+    ``expected``, ``output``: unit pixels [M, P, C] of teacher and student. Source: MPQ-DM (arXiv
+    2412.11549), its code; that code detaches the student's features, so its loss has no gradient.
+    Here they are not detached.
     """
     target = functional.log_softmax(expected @ expected.transpose(1, 2), dim=-1)
     given = functional.log_softmax(output @ output.transpose(1, 2), dim=-1)
@@ -83,9 +85,11 @@ def relation_loss(expected: Tensor, output: Tensor) -> Tensor:
 
 
 class LossTerms:
-    """The losses that the options weigh. ``memory`` is part of the training state.
+    """The losses with a positive weight in ``options``.
 
-    ``energy`` [K]: mean squared norm of the float output at each timestep.
+    ``energy`` [K]: mean squared norm of the float output at each timestep; ``elements``: values of
+    one output. ``memory`` is part of the training state. Raises UsageError for a loss that needs a
+    noise schedule where the model predicts flow.
     """
 
     def __init__(
@@ -108,7 +112,7 @@ class LossTerms:
     def terms(
         self, student: Student, batch: Batch, weights: Array, rng: np.random.Generator
     ) -> Terms:
-        """Return each loss on ``batch`` with its weight. ``weights`` [M]: ``draw_weights``."""
+        """Return each loss on ``batch`` and its weight. ``weights`` [M]: from ``draw_weights``."""
         related = [name for name in ("relation", "memory") if name in self._weights]
         keep = (student.feature,) if related else ()
         values = student.run(student.feed(batch.feeds), keep)
@@ -138,7 +142,10 @@ class LossTerms:
     def _relation(
         self, student: Student, batch: Batch, float_feature: Tensor, feature: Tensor
     ) -> Tensor:
-        """Relate features smoothed over two steps (as MPQ-DM); only this one has a gradient."""
+        """Return the relation loss of features averaged over two steps, as in MPQ-DM.
+
+        Only the later step has a gradient.
+        """
         earlier = student.feed(batch.earlier)
         with torch.no_grad():
             before = student.run(earlier, (student.feature,))[student.feature]

@@ -1,4 +1,4 @@
-"""A memory of the float model's pixels across timesteps, and a loss that relates pixels to it.
+"""A queue of the float model's feature pixels across timesteps, and a loss that uses them.
 
 Our reading of MPQ-DMv2's "memory-based temporal relation distillation ... online time-aware pixel
 queue" (arXiv 2507.04290; only the abstract is public to us). Default sizes are those of the same
@@ -34,7 +34,7 @@ class PixelMemory:
         return min(self.written, self.size)
 
     def enqueue(self, pixels: Tensor, timesteps: Array) -> None:
-        """Write pixels [n, C] of ``timesteps`` [n] over the oldest ones."""
+        """Overwrite the oldest pixels by ``pixels`` [n, C] of ``timesteps`` [n]."""
         if not self.pixels.numel():
             self.pixels = torch.zeros(self.size, pixels.shape[1], device=pixels.device)
         pixels, timesteps = pixels.detach()[-self.size :], timesteps[-self.size :]
@@ -44,7 +44,7 @@ class PixelMemory:
         self.written += len(pixels)
 
     def anchors(self, count: int, rng: np.random.Generator) -> Tensor:
-        """Draw at most ``count`` different pixels [A, C], every timestep in the memory alike."""
+        """Draw at most ``count`` different pixels [A, C], stored timesteps with equal chances."""
         tags = self.timesteps[: self.used]
         _, which, counts = np.unique(tags, return_inverse=True, return_counts=True)
         chances = 1.0 / counts[which]
@@ -58,8 +58,8 @@ class PixelMemory:
     ) -> Tensor:
         """Return the mean over pixels of KL(softmax(f . a / 0.1) || softmax(q . a / 0.1)).
 
-        ``expected`` f, ``output`` q: unit pixels [n, C] of the float model and the student. Zero
-        while it is empty.
+        ``expected`` f, ``output`` q: unit pixels [n, C] of the float model and the student. 0 while
+        the memory is empty.
         """
         if not self.used:
             return output.sum() * 0.0
@@ -69,7 +69,7 @@ class PixelMemory:
         return functional.kl_div(given, target, reduction="none", log_target=True).sum(1).mean()
 
     def state(self) -> dict[str, Tensor]:
-        """Return all there is, as tensors."""
+        """Return the whole state as tensors."""
         return {
             "pixels": self.pixels,
             "timesteps": torch.from_numpy(self.timesteps),
@@ -77,7 +77,7 @@ class PixelMemory:
         }
 
     def restore(self, state: dict[str, Tensor], device: Any = "cpu") -> None:
-        """Take over what ``state`` returned, its pixels on ``device``."""
+        """Restore what ``state`` returned, with the pixels on ``device``."""
         self.pixels = state["pixels"].clone().to(device)
         self.timesteps = state["timesteps"].numpy().copy()
         self.written = int(state["written"][0])

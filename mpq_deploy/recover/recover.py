@@ -1,8 +1,8 @@
-"""Recover a plan's model: train, keep the best state, write it in the forms of the plan.
+"""Recover a plan's model: train the student, keep its best state, write the plan's graphs again.
 
-In: the exported float model, a plan's codes and scales. Out: the graphs of the plan with other
-numbers in them, and a ``Recovery`` that says what it brought. Nothing is added to the graph, so the
-bytes are the plan's.
+In: the exported float model, a plan's codes and scales. Out: the plan's graphs with other codes,
+scales and constants, and a ``Recovery`` with the errors before and after. Nothing is added to the
+graph, so its bytes are the plan's.
 """
 
 from __future__ import annotations
@@ -39,20 +39,20 @@ from mpq_deploy.system.gpu_memory import Shrinking, free_bytes
 from mpq_deploy.system.memory import Room, held_memory, memory_room
 from mpq_deploy.system.progress import Talk
 
-# The written graph's error may differ from the trained one's by this share of it: values on a
-# rounding boundary.
+# Relative tolerance between the errors of the written graph and of the trained student: values on a
+# rounding boundary may round differently.
 WRITTEN_TOLERANCE = 0.02
-# Calls on which the adapters' start is chosen.
+# Trajectories, and timesteps of each, on which the gain of the adapters' start is chosen.
 INITIAL_CALLS, INITIAL_STEPS = 8, 4
-# Where a GPU cannot hold even so small a part of the values at once, the CPU trains.
+# Where a GPU runs out of memory even with this many segments, the CPU trains.
 MOST_SEGMENTS = 32
 
 
 @dataclass(frozen=True)
 class RecoverTask:
-    """What is recovered: the exported ``model``, its description, and a plan's ``starts``.
+    """What is recovered: the exported ``model``, its graph and spec, and a plan's ``starts``.
 
-    ``recorded``, ``stats`` and ``beyond_fp16`` are calibration's.
+    ``recorded``, ``stats`` and ``beyond_fp16``: the results of calibration.
     """
 
     model: Path
@@ -66,7 +66,7 @@ class RecoverTask:
 
 @dataclass(frozen=True)
 class Recovered:
-    """The student in its best state, what was measured, and the trajectories that decided."""
+    """The student in its best state, the errors, and the held-out trajectories behind them."""
 
     student: Student
     recovery: Recovery
@@ -81,12 +81,12 @@ def recover(
     checkpoint: Path,
     key: str,
 ) -> Recovered:
-    """Train and return the student in its best state, with what was measured.
+    """Train and return the student in its best state, with the measured errors.
 
-    ``checkpoint``: where to save the state after every check, and to go on from if a state of the
-    same ``key`` is there; removed at the end by whoever keeps the result. Where the GPU's memory
-    runs out, more of the graph is computed again, and the CPU trains at last. Raises UsageError
-    where memory will not do.
+    ``checkpoint``: the file that gets the state after every check; training continues from it if it
+    has the same ``key``. The caller removes it. Where the GPU's memory runs out, training continues
+    with twice the segments (more recomputation in the backward pass), at last on the CPU. Raises
+    UsageError where the estimated memory is not free.
     """
 
     def train(_: None, fitting: RecoverSettings) -> Recovered:
@@ -97,7 +97,7 @@ def recover(
 
 
 def _more_segments(options: RecoverSettings) -> list[RecoverSettings]:
-    """Halve what the backward pass holds of the values."""
+    """Return ``options`` with twice the segments, which halves the values held; [] at the limit."""
     segments = 2 * options.segments
     return [options.replace(segments=segments)] if segments <= MOST_SEGMENTS else []
 
@@ -135,10 +135,10 @@ def _trained(
 def write_recovered(
     task: RecoverTask, recovered: Recovered, folder: Path, dialect: Dialect | None = None
 ) -> int:
-    """Write the graphs of the best state into ``folder``; return their bytes of constants.
+    """Write the graphs of the best state into ``folder``; return the bytes of their constants.
 
-    Raises MpqError when ONNX Runtime does not measure on the written graph what torch measured
-    while training.
+    Raises MpqError when the error of the written graph in ONNX Runtime is not the one that torch
+    measured while training.
     """
     student, after = recovered.student, recovered.recovery.after
     written = write_quantized(
@@ -164,7 +164,7 @@ def write_recovered(
 
 
 def measured_error(graph: Path, task: RecoverTask, held_out: Trajectories) -> float:
-    """Return the NMSE of a written graph on ``held_out``, mean over timesteps, by ONNX Runtime."""
+    """Return a written graph's NMSE on ``held_out`` in ONNX Runtime, mean over timesteps."""
     denoiser = OrtDenoiser(graph, task.spec, fake_quant_only=True)
     calls = RecordedCalls(held_out.calls, task.spec)
     squares = np.zeros(len(held_out.energy))
@@ -175,7 +175,7 @@ def measured_error(graph: Path, task: RecoverTask, held_out: Trajectories) -> fl
 
 
 def _training_type(device: torch.device, options: RecoverSettings) -> torch.dtype:
-    """Return bfloat16 on a GPU that has it, elsewhere on demand."""
+    """Return the type of training's forward passes: bfloat16 on a GPU that has it, or on demand."""
     own = options.precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported()
     return torch.bfloat16 if own or options.precision == "bfloat16" else torch.float32
 
@@ -185,7 +185,7 @@ def expected_memory(
 ) -> MemoryEstimate:
     """Estimate the memory of training from the layers' shapes and one forward pass.
 
-    ``steps``: calls of a trajectory, or twice as many with guidance.
+    ``steps``: calls of one trajectory (with guidance two per sampler step).
     """
     names = tuple(name for name in tensors_of(task.graph.model) if name)
     shapes = activation_shapes(
@@ -197,7 +197,7 @@ def expected_memory(
         FLOAT32_BYTES * sum(shape.elements for shape in shapes.values()),
         options.batch_size,
         options.segments,
-        # Inputs and outputs.
+        # The factor 2: inputs and outputs.
         2
         * FLOAT32_BYTES
         * math.prod(task.spec.sample.shape)
@@ -208,7 +208,7 @@ def expected_memory(
 
 
 def check_memory(task: RecoverTask, options: RecoverSettings, steps: int, talk: Talk) -> None:
-    """Refuse training that will not fit into the memory that is free. Raises UsageError."""
+    """Raise UsageError for training that does not fit the free memory of the GPU or the machine."""
     estimate = expected_memory(task, options, steps, talk)
     free = free_bytes(computing_on().torch_device())
     if free is not None:
@@ -218,7 +218,7 @@ def check_memory(task: RecoverTask, options: RecoverSettings, steps: int, talk: 
 
 
 def _some_calls(student: Student, trainer: Trainer, pool: Trajectories) -> list[dict[str, Any]]:
-    """Return inputs at four timesteps spread over the trajectory."""
+    """Return feeds of a batch of calls at each of ``INITIAL_STEPS`` evenly spaced timesteps."""
     calls = np.arange(min(trainer.batches.size, pool.calls.count))
     steps = np.linspace(0, len(pool.calls.timesteps) - 1, INITIAL_STEPS).round().astype(np.int64)
     return [

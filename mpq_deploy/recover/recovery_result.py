@@ -1,4 +1,4 @@
-"""What recovery did: the held-out error before and after, and whether the new weights are kept."""
+"""The result of recovery: held-out error before and after, and whether the new weights are kept."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ FILE = "recovery.json"
 
 @dataclass(frozen=True)
 class CurvePoint:
-    """The held-out error after ``step`` updates; ``losses``: the last batch's, by name."""
+    """The held-out NMSE after ``step`` updates; ``losses``: those of the last batch, by name."""
 
     step: int
     held_out_nmse: float
@@ -25,10 +25,11 @@ class CurvePoint:
 class Recovery:
     """The result of training, saved as recovery.json.
 
-    ``before``, ``after``: NMSE of the plan's and of the best state's output on held-out
-    trajectories, mean over timesteps; ``..._by_timestep``: at each of ``timesteps``. ``best_step``
-    0: nothing was better than the plan, whose weights stay. ``stopped``: why training ended early.
-    ``starts``: how many adapters started with which gain.
+    ``before``, ``after``: NMSE of the output of the plan and of the best state on held-out
+    trajectories, mean over timesteps; ``..._by_timestep``: the NMSE at each of ``timesteps``.
+    ``best_step`` 0: no state was better than the plan, whose weights stay. ``stopped``: why
+    training ended early, or "". ``starts``: gain (as text) -> number of adapters that started with
+    it; None where adapters start at zero.
     """
 
     steps: int
@@ -44,12 +45,12 @@ class Recovery:
 
     @property
     def improved(self) -> bool:
-        """Whether the recovered weights take the place of the plan's."""
+        """Whether the recovered weights replace the plan's."""
         return self.best_step > 0
 
     @property
     def removed(self) -> float:
-        """Share of the plan's error that was removed."""
+        """Share of the plan's NMSE that was removed."""
         return 1 - self.after / self.before if self.before else 0.0
 
     def summary(self) -> str:

@@ -1,8 +1,8 @@
-"""The quantized model in torch: the exported graph with its layers' inputs rewired.
+"""The quantized model in torch: the exported graph with the inputs of its layers replaced.
 
-Evaluated in float32 it computes what ONNX Runtime computes on the written graph
-(``model.fp32.onnx``), to rounding. The float model, the teacher, is the same graph without the
-rewiring.
+In float32 the student computes what ONNX Runtime computes on the written graph
+(``model.fp32.onnx``), up to rounding. The teacher (the float model) is the same graph with the
+original inputs.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from mpq_deploy.recover.torch_quantizers import ActivationScale, halved
 from mpq_deploy.recover.trained_weights import LayerWeight, StartingWeight, layer_weight
 
 Tensor = Any  # torch.Tensor; torch is not followed by mypy here
-# Constants of these nodes are biases, norms' affines and the like: stored in FP16 whatever their
-# values are.
+# Constants of these nodes are biases and affines of norms. They are stored in FP16 anyway, so
+# learning them costs no byte.
 AFFINE = ("Add", "Mul", *NORM_AXES)
 KINDS = ("adapters", "weight_scales", "activation_scales", "constants", "factors")
 
@@ -40,8 +40,8 @@ KINDS = ("adapters", "weight_scales", "activation_scales", "constants", "factors
 class Student(torch.nn.Module):  # type: ignore[misc]
     """A plan's model whose codes, scales and FP16 constants are functions of parameters.
 
-    Of ``options``: ``rank`` and ``seed`` of the adapters, ``margin`` of the latent weights (see
-    ``Grid``), ``segments`` of the graph that are computed again in the backward pass.
+    Reads these of ``options``: ``rank`` and ``seed`` of the adapters, ``margin`` of the latent
+    weights (see ``Grid``), ``segments``: parts of the graph, recomputed in the backward pass.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class Student(torch.nn.Module):  # type: ignore[misc]
         self._to_device()
 
     def _to_device(self) -> None:
-        """Bring to the graph's device what it does not bring there by itself."""
+        """Move parameters, folds, fixed constants and factors to the graph's device."""
         device = self.graph.device
         self.to(device)
         self._folds = {name: fold.to(device) for name, fold in self._folds.items()}
@@ -128,7 +128,7 @@ class Student(torch.nn.Module):  # type: ignore[misc]
         return made
 
     def _layer_uses(self, starts: Sequence[StartingWeight]) -> dict[str, tuple[int, str | None]]:
-        """Node -> (number of its layer, key of its activation's scale or None)."""
+        """Return node name -> (number of its layer, key of its activation scale or None)."""
         uses = {}
         for number, start in enumerate(starts):
             rounds = start.matrix is not None and start.scheme.activation is not None
@@ -140,7 +140,7 @@ class Student(torch.nn.Module):  # type: ignore[misc]
         return uses
 
     def _learns(self, value: ir.Value) -> bool:
-        """Whether a constant is a bias or affine of more than one finite number."""
+        """Whether a constant is learned: a bias or affine of two or more values, all finite."""
         tensor = self.graph.constants.get(value.name or "")
         if tensor is None or tensor.numel() < 2 or not bool(torch.isfinite(halved(tensor)).all()):
             return False
@@ -154,23 +154,23 @@ class Student(torch.nn.Module):  # type: ignore[misc]
         )
 
     def feed(self, arrays: Mapping[str, Array]) -> dict[str, Tensor]:
-        """Turn NumPy inputs into tensors where the model is."""
+        """Turn NumPy inputs into tensors on the model's device."""
         return self.graph.feed(arrays)
 
     def place(self, array: Array) -> Tensor:
-        """Turn an array into a tensor where the model is."""
+        """Turn an array into a tensor on the model's device."""
         return torch.from_numpy(array).to(self.device)
 
     @property
     def device(self) -> torch.device:
-        """Where the graph and the parameters are."""
+        """The device of the graph and the parameters."""
         return torch.device(self.graph.device)
 
     def run(self, feeds: Mapping[str, Tensor], keep: Collection[str] = ()) -> dict[str, Tensor]:
         """Evaluate the quantized model; return the output and the values named in ``keep``.
 
-        With a gradient it is evaluated in ``training_type`` and in ``segments``; without one in
-        float32 and at once.
+        With gradients enabled it is evaluated in ``training_type`` and in ``segments``; otherwise
+        in float32 and in one piece.
         """
         learning = torch.is_grad_enabled()
         made, timesteps = [weight() for weight in self.weights], self.timesteps(feeds)
@@ -194,7 +194,7 @@ class Student(torch.nn.Module):  # type: ignore[misc]
         return {name: value.float() for name, value in values.items()}
 
     def teach(self, feeds: Mapping[str, Tensor], keep: Collection[str] = ()) -> dict[str, Tensor]:
-        """Evaluate the float model."""
+        """Evaluate the float model without gradients; return as ``run`` does."""
         with torch.no_grad():
             return self.graph.run(feeds, keep=keep)
 
@@ -216,12 +216,12 @@ class Student(torch.nn.Module):  # type: ignore[misc]
             )
 
     def _stored(self, name: str, constant: Tensor) -> Tensor:
-        """Return a constant as the written graph holds it: in FP16, times its factors."""
+        """Return a constant as in the written graph: times its folded factors, rounded to FP16."""
         fold = self._folds.get(name)
         return halved(constant if fold is None else constant * fold)
 
     def timesteps(self, feeds: Mapping[str, Tensor]) -> Tensor | None:
-        """Return what the timestep's input is given, one number per sample or for all; None without one."""
+        """Return the timestep input, float [N] or [1]; None for a model without one."""
         return feeds[self._timestep].float().reshape(-1) if self._timestep else None
 
     def rewired(
@@ -232,10 +232,10 @@ class Student(torch.nn.Module):  # type: ignore[misc]
         of_float: bool = False,
         timesteps: Tensor | None = None,
     ) -> list[Any]:
-        """Return what a layer's ``node`` reads in the quantized model: rounded input, ``weight``.
+        """Return the inputs of a layer's ``node`` in the quantized model: rounded x, ``weight``.
 
-        ``timesteps``: as ``timesteps`` gives them. ``of_float``: the inputs are the float model's,
-        whose norms have taken no factors.
+        ``timesteps``: from the method of that name. ``of_float``: ``inputs`` are those of the float
+        model, in which no norm has channel factors folded in.
         """
         number, key = self._uses[node]
         x = inputs[0]
@@ -253,8 +253,8 @@ class Student(torch.nn.Module):  # type: ignore[misc]
     def kinds(self) -> dict[str, list[tuple[torch.nn.Parameter, float]]]:
         """Return every parameter by kind, with the unit of its learning rate.
 
-        The mean weight step of its layer for adapters, 1 for the logarithms of scales, the rms of a
-        constant.
+        The unit is the layer's mean weight step for adapters, 1 for logarithms of scales, and the
+        rms of the values for constants and factors.
         """
         kinds: dict[str, list[tuple[torch.nn.Parameter, float]]] = {kind: [] for kind in KINDS}
         for weight in self.layer_weights:
@@ -275,20 +275,20 @@ class Student(torch.nn.Module):  # type: ignore[misc]
         return [weight for weight in self.weights if isinstance(weight, LayerWeight)]
 
     def rewrites(self, starts: Sequence[StartingWeight]) -> list[LayerRewrite]:
-        """Return what to write of every layer."""
+        """Return every layer's scheme with its trained codes and scales, to write."""
         return [
             LayerRewrite(start.layer, start.scheme, weight.deployed())
             for start, weight in zip(starts, self.layer_weights, strict=True)
         ]
 
     def activation_scales(self) -> dict[str, ActivationGrid]:
-        """Return the activations' quantizers to write, by tensor and activation form."""
+        """Return the activation quantizers to write, by tensor name + activation form."""
         modules = [scale for scale in self.scales if isinstance(scale, ActivationScale)]
         return {key: scale.grid() for key, scale in zip(self._scale_keys, modules, strict=True)}
 
     def learned_constants(self) -> dict[str, Array]:
-        """Return the learned constants of the exported graph: biases, FP16 weights; float32."""
-        # Those that take factors are rounded when they have them.
+        """Return the learned constants of the exported graph (biases, FP16 weights), float32."""
+        # Constants with folded factors are rounded to FP16 after the writer multiplies them.
         constants = {
             name: (constant if name in self._folds else halved(constant)).detach().cpu().numpy()
             for name, constant in zip(self._constant_names, self.constants)
@@ -299,7 +299,7 @@ class Student(torch.nn.Module):  # type: ignore[misc]
 
 
 def _folds(model: ir.Model, starts: Sequence[StartingWeight]) -> dict[str, Tensor]:
-    """Return the factors folded into the constants of norms, by the constants' names."""
+    """Return constant of a norm -> channel factors folded into it, shaped to broadcast."""
     values = {value.name: value for node in model.graph for value in node.outputs}
     folds = {}
     for tensor, rewrite in folded_activations(model, list(starts)).items():
@@ -314,14 +314,14 @@ def _folds(model: ir.Model, starts: Sequence[StartingWeight]) -> dict[str, Tenso
 
 
 def _channels(factors: Array, layer: Layer) -> Tensor:
-    """Shape factors [C] to multiply the channels of the input of ``layer``."""
+    """Return ``factors`` [C] shaped to multiply the channels of the input of ``layer``."""
     return torch.from_numpy(factors.astype(np.float32).reshape(-1, *(1,) * len(layer.kernel)))
 
 
 def last_features(model: ir.Model) -> tuple[str, int]:
-    """Return the tensor that the last Conv reads (our choice of features), and its channel axis.
+    """Return the tensor whose pixels the relation losses use, and its channel axis (our choice).
 
-    A model without a Conv has its last layer's input, whose channels come last.
+    It is the input of the last Conv, or without a Conv that of the last layer (channels last).
     """
     inputs = [
         node.inputs[0].name

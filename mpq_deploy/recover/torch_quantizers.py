@@ -1,8 +1,7 @@
-"""Quantizers in torch with straight-through gradients; what they return is deployed exactly.
+"""Quantizers in torch with straight-through gradients; their values are exactly the deployed ones.
 
-A weight is a matrix [O, K] as in ``precision.quantizers``. Rounding passes the gradient on as if it
-were not there (Bengio et al. 2013, the straight-through estimator); clipping stops it beyond the
-limits.
+A weight is a matrix [O, K] as in ``rounding.quantizers``. Rounding has the gradient of the identity
+(the straight-through estimator, Bengio et al. 2013); clipping has gradient 0 beyond the limits.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ LARGEST_HALF = 65504.0
 
 
 class _StraightThrough(torch.autograd.Function):  # type: ignore[misc]
-    """Gives ``value`` for ``x``, and hands the gradient of the one on as that of the other."""
+    """Returns ``value`` in place of ``x``; ``x`` gets the gradient of the result."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, value: Tensor) -> Tensor:
@@ -45,12 +44,12 @@ class _StraightThrough(torch.autograd.Function):  # type: ignore[misc]
 
 
 def rounded(x: Tensor) -> Tensor:
-    """Round half to even, as QuantizeLinear does; the gradient passes."""
+    """Round half to even, as QuantizeLinear does; straight-through gradient."""
     return _StraightThrough.apply(x, torch.round(x.detach()))
 
 
 def halved(x: Tensor) -> Tensor:
-    """Round to FP16, saturating as when constants are written; the gradient passes."""
+    """Round to FP16, saturating as when constants are written; straight-through gradient."""
     return _StraightThrough.apply(
         x, x.detach().clamp(-LARGEST_HALF, LARGEST_HALF).half().to(x.dtype)
     )
@@ -66,13 +65,13 @@ def fake_quantize(
     """Return ``x`` through QuantizeLinear and DequantizeLinear; ``x`` and ``scale`` get gradients.
 
     The gradient of the scale is LSQ's (Esser et al. 2020): code - x / scale within the limits, the
-    limit beyond. ``zeros``: by how many codes its channels are shifted.
+    limit beyond. ``zeros``: the channels' shifts in codes, broadcast to ``x``.
     """
     return (torch.clamp(rounded(x / scale - zeros), quant_min, quant_max) + zeros) * scale
 
 
 def fake_quantize_levels(x: Tensor, scale: Tensor, grid: ActivationGrid) -> Tensor:
-    """As ``fake_quantize``, for a ``grid`` whose levels are not uniform."""
+    """Do as ``fake_quantize`` does, for a ``grid`` whose levels are not uniform."""
     value = torch.clamp(x / scale, grid.quant_min, grid.quant_max)
     return (
         _StraightThrough.apply(value, grid.levels(value.detach().float(), torch).to(value.dtype))
@@ -81,9 +80,9 @@ def fake_quantize_levels(x: Tensor, scale: Tensor, grid: ActivationGrid) -> Tens
 
 
 class LearnedScale(torch.nn.Module):  # type: ignore[misc]
-    """Positive FP16 scales, learned as the logarithm of their ratio to where they started.
+    """Positive FP16 scales, learned as the logarithm of their ratio to the initial ``scale``.
 
-    At the start the scales are exactly those given: exp(0) is 1.
+    Before training they are exactly the initial scales, as exp(0) is 1.
     """
 
     def __init__(self, scale: Array, smallest: float, largest: float) -> None:
@@ -93,27 +92,26 @@ class LearnedScale(torch.nn.Module):  # type: ignore[misc]
         self.limits = (smallest, largest)
 
     def forward(self) -> Tensor:
-        """Return the scales as they would be stored, in float32."""
+        """Return the scales rounded to FP16, as float32."""
         return halved((self.start * torch.exp(self.log_ratio)).clamp(*self.limits))
 
     def stored(self) -> Array:
-        """Return the scales as they are stored, float16."""
+        """Return the scales to store, float16."""
         with torch.no_grad():
             return np.asarray(self().cpu().numpy(), np.float16)
 
 
 class Grid(torch.nn.Module):  # type: ignore[misc]
-    """A weight matrix [O, K]: scale * clip(round(start + delta / first scale)).
+    """A weight matrix [O, K]: scale * clip(round(start + delta / initial scale)).
 
-    ``matrix`` is what training starts from: for a ``delta`` of zero the result is exactly it. Its
-    channels' scales are learned where it has them (4-bit storage with INT8 compute), and each
-    block's scale stays as many of them as it is; else its blocks' scales. ``limits`` of the codes:
-    numbers, or arrays [O, 1] for grids of different widths per channel.
+    Training starts from ``matrix``: a ``delta`` of 0 gives exactly its weight. With channel scales
+    (4-bit storage with INT8 compute) these are learned, and the block scales stay the same integer
+    multiples of them; otherwise the block scales are learned. ``limits``: those of the codes,
+    numbers or arrays [O, 1].
 
-    The latent weight starts where ``target`` float [O, K] (the float weight) lies, but within
-    ``margin`` steps of the code's middle, so that rounding that compensated errors (GPTQ) is kept.
-    Steps of the latent are measured by the first scale, so learning a scale moves no code (our
-    choice: codes and scales learn apart).
+    The latent weight ``start`` is ``target`` float [O, K] (the float weight) in units of the scale,
+    clipped to within ``margin`` of the code, so that GPTQ's codes are kept. The latent is measured
+    in initial scales, so learning a scale changes no code (our choice).
     """
 
     def __init__(
@@ -142,21 +140,20 @@ class Grid(torch.nn.Module):  # type: ignore[misc]
         self.scale = LearnedScale(scale, SMALLEST_SCALE, LARGEST_SCALE)
 
     def codes(self, delta: Tensor) -> Tensor:
-        """Return the integers [O, K] of the latent moved by ``delta`` [O, K], as floats."""
+        """Return the codes [O, K], as floats, of the latent plus ``delta`` [O, K]."""
         moved = self.start + self._flat(self._blocked(delta) / self.first[:, :, None], delta)
         return torch.clamp(rounded(moved), self.low, self.high)
 
     def forward(self, delta: Tensor) -> Tensor:
-        """Return the deployed weight [O, K]."""
+        """Return the dequantized weight [O, K]."""
         codes = self._blocked(self.codes(delta))
         if self.multiples is None:
             return self._flat(codes * self.scale()[:, :, None], delta)
-        # In this order the integers are exact, as they are when INT8 codes are made of them at run
-        # time.
+        # Code times multiple first: an exact integer, the INT8 code at run time.
         return self._flat(codes * self.multiples[:, :, None] * self.scale()[:, :, None], delta)
 
     def _blocked(self, matrix: Tensor) -> Tensor:
-        """See [O, K] as [O, B, K / B]."""
+        """Reshape [O, K] to [O, B, K / B]."""
         if self.taps > 1:
             matrix = matrix.reshape(len(matrix), -1, self.taps).transpose(1, 2)
         return matrix.reshape(len(matrix), self.first.shape[1], -1)
@@ -169,11 +166,11 @@ class Grid(torch.nn.Module):  # type: ignore[misc]
 
     @property
     def mean_step(self) -> float:
-        """The mean of the first steps."""
+        """The mean of the initial scales."""
         return float(self.first.mean())
 
     def merged(self, delta: Tensor) -> QuantizedMatrix:
-        """Return the codes and scales of the latent moved by ``delta``."""
+        """Return the codes and scales of the latent plus ``delta``, to store."""
         with torch.no_grad():
             codes = self.codes(delta).cpu().numpy().astype(np.int8)
         scale = self.scale.stored()
@@ -184,10 +181,10 @@ class Grid(torch.nn.Module):  # type: ignore[misc]
 
 
 class FloatLevels(torch.nn.Module):  # type: ignore[misc]
-    """A weight matrix [O, K] of small floats (``LevelMatrix``), whose scales stay as they are.
+    """A weight matrix [O, K] of small floats (``LevelMatrix``), whose scales are not learned.
 
-    A latent takes its nearest level, found as when the weight was rounded, in NumPy. ``target`` and
-    ``margin``: as for ``Levels``.
+    NumPy finds the nearest level of each latent, as in rounding. ``target`` and ``margin``: as for
+    ``Levels``.
     """
 
     def __init__(self, matrix: LevelMatrix, target: Array, margin: float) -> None:
@@ -200,12 +197,12 @@ class FloatLevels(torch.nn.Module):  # type: ignore[misc]
         self.register_buffer("start", torch.from_numpy(np.where(same, moved, held)))
 
     def merged(self, delta: Tensor) -> LevelMatrix:
-        """Return codes and scales of the latent moved by ``delta`` [O, K]."""
+        """Return the codes and scales of the latent plus ``delta`` [O, K], to store."""
         latent = (self.start + delta).detach().float().cpu().numpy()
         return self._matrix.rounded(latent)
 
     def forward(self, delta: Tensor) -> Tensor:
-        """Return the deployed weight [O, K]."""
+        """Return the dequantized weight [O, K]."""
         held = torch.from_numpy(self.merged(delta).dequantize()).to(delta.device)
         return _StraightThrough.apply(self.start + delta, held)
 
@@ -213,17 +210,17 @@ class FloatLevels(torch.nn.Module):  # type: ignore[misc]
 class Levels(torch.nn.Module):  # type: ignore[misc]
     """A weight matrix [O, K] of a grid and binary residuals per row (``SimulatedMatrix``).
 
-    A latent takes the nearest of its row's 2^bits levels, where these lay at the start, so learning
-    sizes moves no code (as with ``Grid``), and what training starts from is exactly the given
-    matrix. ``target`` and ``margin``: as for ``Grid``, in units of the row's mean distance between
-    levels; no latent starts nearer to another level.
+    A latent takes the nearest of its row's initial 2^bits levels, so learning a scale or residual
+    changes no code (as with ``Grid``). A ``delta`` of 0 gives exactly the weight of ``matrix``.
+    ``target`` and ``margin``: as for ``Grid``, in units of the row's mean distance between levels;
+    a latent that would be nearer to another level starts at its own level instead.
     """
 
     def __init__(self, matrix: SimulatedMatrix, target: Array, margin: float) -> None:
         super().__init__()
         values, codes, signs = _levels(matrix)
         held = matrix.dequantize()
-        # Rows of fewer levels end in infinities.
+        # Rows with fewer levels are padded with infinity.
         counts = np.isfinite(values).sum(axis=1)
         last = np.take_along_axis(values, counts[:, None] - 1, axis=1)
         self.step = np.maximum(
@@ -256,11 +253,11 @@ class Levels(torch.nn.Module):  # type: ignore[misc]
         return float(self.step.mean())
 
     def _places(self, delta: Tensor) -> Tensor:
-        """Return each weight's level, int64 [O, K], for a latent moved by ``delta``."""
+        """Return the index of each weight's level, int64 [O, K], for the latent plus ``delta``."""
         return torch.searchsorted(self.middles, (self.start + delta).detach().contiguous())
 
     def forward(self, delta: Tensor) -> Tensor:
-        """Return the weight [O, K]; the gradient passes between the lowest and the highest level."""
+        """Return the dequantized weight [O, K]; straight-through gradient within the range."""
         places = self._places(delta)
         value = torch.gather(self.code_of, 1, places) * self.scale()
         for signs, size in zip(self.sign_of, () if self.residual is None else self.residual()):
@@ -269,7 +266,7 @@ class Levels(torch.nn.Module):  # type: ignore[misc]
         return value + (latent - latent.detach())
 
     def merged(self, delta: Tensor) -> SimulatedMatrix:
-        """Return codes, signs and sizes for a latent moved by ``delta`` [O, K]."""
+        """Return codes, signs and scales of the latent plus ``delta`` [O, K], to store."""
         with torch.no_grad():
             places = self._places(delta)
             codes = torch.gather(self.code_of, 1, places).cpu().numpy().astype(np.int8)
@@ -287,8 +284,9 @@ class Levels(torch.nn.Module):  # type: ignore[misc]
 
 
 def _levels(matrix: SimulatedMatrix) -> tuple[Array, Array, Array]:
-    """Return the levels of each row, rising, float32 [O, L] (infinity where a row has fewer), their
-    codes [O, L] and the signs of their residuals [Z, O, L], float32.
+    """Return each row's levels, ascending, float32 [O, L], padded with infinity.
+
+    Then their codes [O, L] and the signs of their residuals [Z, O, L], float32.
     """
     grids = matrix.grids
     rows, orders = len(grids.scale), len(grids.residual)
@@ -300,7 +298,7 @@ def _levels(matrix: SimulatedMatrix) -> tuple[Array, Array, Array]:
     codes = np.repeat(combined[:1], rows, axis=0)
     signs = np.repeat(combined[1:, None], rows, axis=1)
     sizes = grids.residual.astype(np.float32)[:, :, None]
-    # A residual that a row lacks is one level, not two.
+    # Where a row lacks a residual, both its signs give the same level: keep one.
     there = (
         (codes >= grids.low[:, None])
         & (codes <= grids.high[:, None])
@@ -320,10 +318,10 @@ def _levels(matrix: SimulatedMatrix) -> tuple[Array, Array, Array]:
 
 
 class ActivationScale(LearnedScale):
-    """The scale of an activation tensor, rounded to ``grid`` except for the channels ``kept``.
+    """The learned scale of an activation tensor, which ``grid`` quantizes except channels ``kept``.
 
-    ``range``: where its range comes from; ``convolved``: convolutions read it. Tables are not
-    learned.
+    ``range``: the kind of activation range, whose table by timestep is not learned; ``convolved``:
+    a Conv reads the tensor.
     """
 
     def __init__(
@@ -342,11 +340,11 @@ class ActivationScale(LearnedScale):
         self.register_buffer("zeros", torch.tensor(grid.zeros or (0,), dtype=torch.float32))
 
     def grid(self) -> ActivationGrid:
-        """Return the quantizer as it is stored."""
+        """Return the quantizer to store."""
         return replace(self._start_grid, scale=float(self.stored()))
 
     def quantize(self, x: Tensor, channel_axis: int, timesteps: Tensor | None = None) -> Tensor:
-        """Return ``x`` fake-quantized, but for the kept channels; ``timesteps`` [N] of its samples."""
+        """Return ``x`` fake-quantized except the kept channels; ``timesteps`` [N]: its samples'."""
         if not self._start_grid.uniform:
             return fake_quantize_levels(x, self(), self._start_grid)
         ratio, zeros = self._ratio(x, timesteps), 0.0
@@ -365,10 +363,13 @@ class ActivationScale(LearnedScale):
         return torch.where(mask.reshape(shape), x, quantized)
 
     def _ratio(self, x: Tensor, timesteps: Tensor | None) -> Tensor | None:
-        """Return the ratio of each sample's range to the widest; the deployed graph has one timestep per call."""
+        """Return the ratio of each sample's range to the widest range; None for a static range.
+
+        Samples of a batch may differ in timestep here; the deployed graph has one per call.
+        """
         if not self._range.moves:
             return None
-        # A table's ratios do not depend on the scale, which would have to be read from a GPU.
+        # A table's ratios need no scale; ``self.grid()`` would have to fetch it from a GPU.
         ratios = self._range.ratios_at(self._start_grid, timesteps)
         if ratios is None:
             return self._range.ratio(x.detach(), self.grid(), self._convolved, _absmax)

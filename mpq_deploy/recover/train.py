@@ -1,8 +1,7 @@
 """The training loop: distil the float model into the quantized one, keep the best state.
 
-Everything random comes from (seed, step), so a step depends on the state before it and on nothing
-else: interrupted training continues from its last checkpoint and ends as if it had not been
-interrupted.
+All random numbers come from (seed, step), so that a step depends only on the state before it:
+training that is interrupted continues from its checkpoint with the same result.
 """
 
 from __future__ import annotations
@@ -26,20 +25,22 @@ from mpq_deploy.recover.training_trajectories import Trajectories, TrajectoryRec
 from mpq_deploy.system.progress import Talk
 
 Tensor = Any  # torch.Tensor; torch is not followed by mypy here
-# Rounds of noise: these are held out and for the start of adapters; training takes 0, 1, 2 ...
+# Numbers of the rounds of noise for held-out trajectories and for initializing adapters; training
+# uses the rounds 0, 1, 2, ...
 HELD_OUT_ROUND, INITIAL_ROUND = 1 << 30, 1 + (1 << 30)
 State = dict[str, Tensor]
 BETAS = (0.9, 0.99)
-# The NMSE for which learning rates are given, and down to which they follow it.
+# The plan's NMSE at which the learning rates are the recipe's, and the NMSE below which they do not
+# decrease further (``error_factor``).
 REFERENCE_ERROR, SMALLEST_ERROR = 1e-3, 1e-7
 
 
 @dataclass
 class Progress:
-    """What changes while training, beside the parameters, the optimizer and the memory.
+    """The training state beside parameters, optimizer and pixel memory.
 
-    ``step``: updates made. ``best``: the parameters of minimum held-out error. ``stopped``: why
-    training ended early.
+    ``step``: updates made. ``before`` [K]: the plan's NMSE by timestep. ``best``: the parameters of
+    minimum held-out error. ``stopped``: why training ended early.
     """
 
     step: int = 0
@@ -53,7 +54,7 @@ class Progress:
 
 
 class Trainer:
-    """One student, its optimizer and its data. ``train`` takes it to the end."""
+    """A student with its optimizer and data; ``train`` runs all remaining steps."""
 
     def __init__(
         self,
@@ -69,7 +70,7 @@ class Trainer:
         self.held_out = recorder.record(
             options.held_out, options.seed, HELD_OUT_ROUND, held_out=True
         )
-        # The trajectories that are drawn from, and the number of the newest round among them.
+        # The trajectories that batches are drawn from, and the number of their newest round.
         self._pool: Trajectories | None = None
         self._newest = -1
         self.losses = LossTerms(
@@ -111,7 +112,7 @@ class Trainer:
         return progress
 
     def _update(self, batch: Batch, weights: Array, rng: np.random.Generator) -> dict[str, float]:
-        """Take a step of the optimizer unless a loss is not finite; return the losses by name."""
+        """Make one optimizer step unless a loss is not finite; return the losses by name."""
         factor = _schedule(self.progress.step, self.options) * self._error_factor
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * factor
@@ -127,10 +128,10 @@ class Trainer:
         return values
 
     def _trajectories(self, step: int) -> Trajectories:
-        """Return the trajectories that ``step`` learns from: of its round and of some before.
+        """Return the trajectories that ``step`` learns from: the last ``replay`` rounds.
 
-        A round depends on the seed and its number alone, so training that goes on records the same
-        ones again.
+        A round depends on the seed and its number alone, so training that continues from a
+        checkpoint records the same rounds again.
         """
         options, number = self.options, step // self.options.round_steps
         if self._pool is None or self._newest != number:
@@ -177,7 +178,7 @@ class Trainer:
                     output = self.student.run(self.student.feed(batch.feeds))[self.student.output]
                     expected = self.student.place(batch.expected)
                     squared = squared + (output - expected).double().square().sum()
-                # Once a timestep: to read a number from a GPU is to wait for it.
+                # One transfer per timestep: each transfer from a GPU waits for its queue.
                 errors.append(float(squared.cpu()) / max(float(pool.energy[step]) * count, 1e-300))
         return np.array(errors)
 
@@ -211,16 +212,16 @@ def _optimizer(student: Student, options: RecoverSettings) -> torch.optim.AdamW:
 
 
 def error_factor(error: float) -> float:
-    """Return the factor of all learning rates for a plan of NMSE ``error``: its root, 1 from 1e-3.
+    """Return the factor of all learning rates for a plan of NMSE ``error``: sqrt(error / 1e-3).
 
-    A step that moves the output by a hundredth is small where the plan's error is a tenth and
-    undoes a plan whose error is a hundredth. Above, at two bits, larger rates only unsettle codes
-    (our choice, from both bundled models).
+    The factor is at most 1. An update that changes the output by 1 % is small where the plan's
+    error is 10 % of the output, and undoes a plan whose error is 1 %. Above an NMSE of 1e-3 (about
+    two bits) larger rates only destabilize codes (our choice, from both bundled models).
     """
     return math.sqrt(min(max(error, SMALLEST_ERROR) / REFERENCE_ERROR, 1.0))
 
 
 def _schedule(step: int, options: RecoverSettings) -> float:
-    """Return the factor of all learning rates: a linear warm-up, then half a cosine to zero."""
+    """Return the factor of all learning rates: linear warm-up times cosine decay to 0."""
     warm = min(1.0, (step + 1) / max(options.warmup, 1))
     return warm * 0.5 * (1 + math.cos(math.pi * step / options.steps))

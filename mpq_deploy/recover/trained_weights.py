@@ -1,7 +1,7 @@
-"""The trained weight of a layer: a latent moved by an adapter, through its scheme's quantizer.
+"""The trained weight of a layer: the scheme's quantizer applied to a latent weight plus an adapter.
 
-What that quantizer is in torch (a ``LayerTwin``) is made by the scheme's format or branch, with the
-``TwinKit``. A twin gives the deployed weight, and at the end the codes and scales to write.
+The scheme's format or branch makes the quantizer in torch (a ``LayerTwin``) with a ``TwinKit``. A
+twin gives the dequantized weight, and after training the codes and scales to write.
 """
 
 from __future__ import annotations
@@ -28,7 +28,10 @@ Tensor = Any  # torch.Tensor; torch is not followed by mypy here
 
 @dataclass(frozen=True)
 class StartingWeight(LayerRewrite):
-    """Where a layer's training starts: the plan's codes (None for FP16), the float weight [O, K]."""
+    """Where a layer's training starts.
+
+    ``matrix``: the plan's codes and scales, None for FP16; ``weight``: the float weight [O, K].
+    """
 
     matrix: Any  # of the class that the scheme's format or branch makes
     weight: Array
@@ -38,11 +41,11 @@ class StartingWeight(LayerRewrite):
 class LayerTwin:
     """The quantizer of one weight in torch.
 
-    ``parts``: its modules, parameters and buffers, by name, which the ``LayerWeight`` w takes over.
-    ``through(w, delta)``: the deployed weight [O, K] of the latent moved by ``delta`` [O, K];
-    ``deployed(w, delta)``: its codes and scales, None for FP16. ``step``: the mean weight step, by
-    which the adapter's learning rate is scaled; ``target``: what the deployed weight stands for,
-    float [O, K].
+    ``parts``: name -> module, parameter or buffer, which become attributes of the ``LayerWeight``
+    w. ``through(w, delta)``: the dequantized weight [O, K] of the latent plus ``delta`` [O, K];
+    ``deployed(w, delta)``: its codes and scales, None for FP16. ``step``: the mean weight step, the
+    unit of the adapter's learning rate. ``target``: the float weight [O, K] that the dequantized
+    weight approximates; None: the layer's own.
     """
 
     parts: Mapping[str, Any]
@@ -54,7 +57,7 @@ class LayerTwin:
 
 @dataclass(frozen=True)
 class TwinKit:
-    """What twins are made of. ``margin`` of the latent weights: see ``Grid``."""
+    """The building blocks of twins. ``margin`` of the latent weights: see ``Grid``."""
 
     margin: float
 
@@ -63,19 +66,19 @@ class TwinKit:
     halved = staticmethod(halved)
 
     def grid(self, matrix: QuantizedMatrix, weight: Array, precision: Precision) -> Grid:
-        """Return the grid that starts from a deployed ``matrix`` of ``weight`` float [O, K]."""
+        """Return the ``Grid`` that starts from ``matrix``, the rounded ``weight`` float [O, K]."""
         return Grid(matrix, weight, (precision.quant_min, precision.quant_max), self.margin)
 
     def levels(self, matrix: SimulatedMatrix, weight: Array) -> Levels:
-        """Return the levels of each row that start from ``matrix`` of ``weight`` float [O, K]."""
+        """Return the ``Levels`` that start from ``matrix``, the rounded ``weight`` float [O, K]."""
         return Levels(matrix, weight, self.margin)
 
     def float_levels(self, matrix: LevelMatrix, weight: Array) -> FloatLevels:
-        """Return the levels that start from a ``matrix`` of small floats."""
+        """Return the ``FloatLevels`` that start from ``matrix``, the rounded ``weight`` [O, K]."""
         return FloatLevels(matrix, weight, self.margin)
 
     def of(self, grid: Grid | Levels | FloatLevels) -> LayerTwin:
-        """Return the twin of a weight that is ``grid`` and nothing else."""
+        """Return the twin of a weight without a branch, quantized by ``grid``."""
         through, deployed = (
             (lambda w, delta: w.grid(delta)),
             (lambda w, delta: w.grid.merged(delta)),
@@ -83,9 +86,8 @@ class TwinKit:
         return LayerTwin({"grid": grid}, through, deployed, grid.mean_step)
 
     def of_half(self, weight: Array) -> LayerTwin:
-        """Return the twin of an FP16 weight, which can make up for others at no extra byte."""
-        # The spacing of FP16 numbers of the weight's size would be no learning rate; that of INT8
-        # codes is.
+        """Return the twin of an FP16 weight, trained to compensate other layers' errors."""
+        # The step of an INT8 quantizer: that of FP16 is too small as a unit of learning rates.
         step = float(np.abs(weight).max() / INT8.quant_max) or 1.0
         parts = {"float_weight": self.tensor(weight)}
         return LayerTwin(
@@ -97,23 +99,23 @@ class TwinKit:
         return torch.from_numpy(np.array(array, np.float32))
 
     def indices(self, array: Array) -> Tensor:
-        """Return a tensor to index with."""
+        """Return an int64 tensor, to index with."""
         return torch.from_numpy(array.astype(np.int64))
 
     def parameter(self, array: Array) -> Tensor:
-        """Return a parameter, which is learned."""
+        """Return a learned parameter."""
         return torch.nn.Parameter(torch.from_numpy(array))
 
     def array(self, tensor: Tensor, dtype: type[np.generic]) -> Array:
-        """Return the values of ``tensor``."""
+        """Return the values of ``tensor`` as a NumPy array."""
         return np.asarray(tensor.detach().cpu().numpy().astype(dtype))
 
 
 class Adapter(torch.nn.Module):  # type: ignore[misc]
-    """``up`` [O, r] times ``down`` [r, K] (EfficientDM's B and A), which moves a latent weight.
+    """A low-rank update of a latent weight: ``up`` [O, r] times ``down`` [r, K].
 
-    Starts as EfficientDM's does, A by Kaiming (uniform within 1 / sqrt(K)), B zero, so that the
-    product is zero. With ``rank`` 0 ``up`` [O, K] is all there is: every code learns by itself (our
+    These are EfficientDM's B and A, and start as there: A uniform within 1 / sqrt(K) (Kaiming), B
+    zero, so that the product is zero. With ``rank`` 0 ``up`` is the whole update [O, K] (our
     choice, where memory allows).
     """
 
@@ -132,7 +134,7 @@ class Adapter(torch.nn.Module):  # type: ignore[misc]
         return self.up if self.down is None else self.up @ self.down
 
     def start_from(self, up: Tensor, down: Tensor) -> None:
-        """Take other factors [O, r] and [r, K] to start from."""
+        """Set the factors to ``up`` [O, r] and ``down`` [r, K]."""
         with torch.no_grad():
             if self.down is None:
                 self.up.copy_(up @ down)
@@ -142,7 +144,7 @@ class Adapter(torch.nn.Module):  # type: ignore[misc]
 
 
 class LayerWeight(torch.nn.Module):  # type: ignore[misc]
-    """The trainable weight of a layer: an adapter, and its twin's parts by their names."""
+    """The trainable weight of a layer: an adapter and a twin, whose parts are attributes."""
 
     def __init__(self, start: StartingWeight, adapter: Adapter, margin: float) -> None:
         super().__init__()
@@ -157,11 +159,11 @@ class LayerWeight(torch.nn.Module):  # type: ignore[misc]
         self.target = start.weight if self._twin.target is None else self._twin.target
 
     def matrix(self) -> Tensor:
-        """Return the deployed weight [O, K]."""
+        """Return the dequantized weight [O, K] of the current adapter."""
         return self.through(self.adapter())
 
     def through(self, delta: Tensor) -> Tensor:
-        """Return the deployed weight [O, K] of the latent moved by ``delta`` [O, K]."""
+        """Return the dequantized weight [O, K] of the latent plus ``delta`` [O, K]."""
         return self._twin.through(self, delta)
 
     def deployed(self) -> DeployedMatrix | None:
@@ -169,23 +171,23 @@ class LayerWeight(torch.nn.Module):  # type: ignore[misc]
         return self._twin.deployed(self, self.adapter())
 
     def constants(self) -> dict[str, Array]:
-        """Return what replaces constants of the exported graph: the weight of an FP16 layer."""
+        """Return name -> new constant of the exported graph: the weight of an FP16 layer, or {}."""
         if self._quantized:
             return {}
         return {self.layer.weight: fold_matrix(self.layer, self.matrix().detach().cpu().numpy())}
 
     def forward(self) -> Tensor:
-        """Return the deployed weight in its shape in the file."""
+        """Return the dequantized weight in the shape that it has in the ONNX file."""
         return self.folded(self.matrix())
 
     def folded(self, matrix: Tensor) -> Tensor:
-        """Bring a matrix [O, K] to the weight's shape in the file."""
+        """Return ``matrix`` [O, K] in the shape that the weight has in the ONNX file."""
         return (matrix if self.layer.out_axis == 0 else matrix.T).reshape(self.layer.weight_shape)
 
 
 def layer_weight(
     start: StartingWeight, rank: int, margin: float, rng: np.random.Generator
 ) -> LayerWeight:
-    """Make the trainable weight of a layer: the form that its plan deploys."""
+    """Make the trainable weight of a layer, with the quantizer of its scheme in the plan."""
     rows, columns = start.weight.shape
     return LayerWeight(start, Adapter(rows, columns, rank, rng), margin)

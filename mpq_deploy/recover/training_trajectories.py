@@ -1,7 +1,7 @@
-"""Float trajectories to learn from: recorded through ONNX Runtime, from fresh noise in every round.
+"""Trajectories of the float model for training, sampled in ONNX Runtime with new noise every round.
 
-Both models see the same x_t; the next x_t comes from the float one (EfficientDM), so trajectories
-do not depend on the student and are recorded beforehand.
+Teacher and student get the same x_t, and the float model makes the next x_t (as in EfficientDM). So
+trajectories do not depend on the student and are recorded before training.
 """
 
 from __future__ import annotations
@@ -26,9 +26,10 @@ from mpq_deploy.system.progress import Talk
 
 @dataclass(frozen=True)
 class Trajectories:
-    """Calls of the float denoiser along M trajectories of K steps (with guidance 2 M calls).
+    """Calls of the float denoiser along M trajectories of K steps.
 
-    ``outputs`` float32 [K, N, ...] of the ``calls``, in denoising order.
+    ``outputs`` float32 [K, N, ...] of the ``calls``, in denoising order; N = M, or 2 M with
+    guidance.
     """
 
     calls: CallSet
@@ -41,7 +42,7 @@ class Trajectories:
         return np.asarray(np.square(self.outputs, dtype=np.float64).sum(axis=axes).mean(axis=1))
 
     def followed_by(self, other: Trajectories, most: int) -> Trajectories:
-        """Return these calls and those of ``other``: the last ``most`` times its number."""
+        """Return these calls and those of ``other``; the last ``most`` rounds of that size."""
         first = max(0, self.calls.count - (most - 1) * other.calls.count)
         return Trajectories(
             joined([self.calls.take(np.arange(first, self.calls.count)), other.calls]),
@@ -50,7 +51,7 @@ class Trajectories:
 
 
 class TrajectoryRecorder:
-    """Runs the float denoiser from noise, seeded by (``seed``, round): rounds share no noise."""
+    """Samples trajectories of the float denoiser; (seed, round) determines the noise."""
 
     def __init__(
         self,
@@ -65,7 +66,7 @@ class TrajectoryRecorder:
 
     @property
     def calls(self) -> int:
-        """Calls along one trajectory: its steps, twice with guidance."""
+        """How many calls one trajectory has: one per step, two with guidance."""
         if self._spec.pipeline is not None:
             # Most pipelines guide, with two calls per step.
             return 2 * self._steps
@@ -75,9 +76,9 @@ class TrajectoryRecorder:
     def record(self, count: int, seed: int, number: int, held_out: bool = False) -> Trajectories:
         """Return ``count`` trajectories from the noise of round ``number``.
 
-        A component without timesteps has no noise but inputs of its own: the last fourth of those
-        that it may be calibrated on is for ``held_out``, and then there may be fewer than
-        ``count``. Raises UsageError where it has fewer than two.
+        A component without timesteps has given inputs in place of noise. The last fourth of its
+        calibration inputs is for ``held_out``, which may give fewer than ``count``. Raises
+        UsageError where there are fewer than two inputs.
         """
         noise_seed = int(np.random.SeedSequence((seed, number)).generate_state(1)[0])
         if self._model.calls is not None:
@@ -102,7 +103,7 @@ class TrajectoryRecorder:
         return recording.finish(self._spec, self._conditions)
 
     def _take_recorded(self, count: int, seed: int, held_out: bool) -> Trajectories:
-        """Return some of the calls that a script recorded; the last fourth are for ``held_out``."""
+        """Return calls that a script recorded; the last fourth of them are for ``held_out``."""
         assert self._model.calls is not None
         calls = ScriptCalls.open(self._model.calls).parts(self._steps)[0].only(self._spec)
         apart = max(1, calls.count // 4)
@@ -163,7 +164,7 @@ class TrajectoryRecorder:
 
 @dataclass
 class _Recording:
-    """The denoiser's inputs and outputs, by step."""
+    """Collects the denoiser's inputs and outputs by step index."""
 
     steps: dict[int, list[tuple[float, Array, Array, Array]]] = field(default_factory=dict)
 

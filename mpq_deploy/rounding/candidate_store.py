@@ -1,7 +1,7 @@
-"""The candidates of a run: schemes of layers, and rounded weights by layer.
+"""The candidates of a run: the schemes that each layer may take, and its rounded weights.
 
-In: the stage folder that ``rounding.rounder`` filled, one file per layer. Out: ``LayerCandidates``,
-read on demand.
+In: the stage folder that ``rounding.rounder`` filled, one file per layer. Out: ``LayerCandidates``
+by layer name, read on demand.
 """
 
 from __future__ import annotations
@@ -32,23 +32,23 @@ if TYPE_CHECKING:
 
 # Layer number -> its output channels, most salient first, beside the candidates' files.
 ROW_ORDERS = "row-orders.npz"
-# Candidates that are kept in memory once they were read (our choice).
+# Bytes of candidates that stay in memory after reading; none do where all candidates take more than
+# HELD_SHARE times as many (our choice).
 HELD_BYTES, HELD_SHARE = 512 << 20, 2
 
 
 def wanted_schemes(recipe: Recipe) -> tuple[Scheme, ...]:
-    """Return the schemes that the solver may choose from by the recipe, ranges and branches included."""
+    """Return the schemes that the recipe lets the solver choose from, with ranges and branches."""
     bodies = ranges_of(schemes_named(recipe.allocate.schemes), recipe.allocate.ranges)
     return (*bodies, *branches_of(bodies, recipe.allocate.branches))
 
 
 class StoredCandidates(Mapping[str, LayerCandidates]):
-    """The candidates of ``layers`` (None: all) in ``folder``, read when they are asked for.
+    """The candidates of ``layers`` (None: all) in ``folder``, read when they are indexed.
 
-    Those asked for first are kept in memory, up to ``limit`` bytes. None: ``HELD_BYTES``, but
-    nothing where all take several times as much (860 M weights have gigabytes of codes), as a
-    small part of them saves hardly any time. ``orders``: layer name -> its output channels,
-    most salient first, where a scheme promotes them.
+    The layers read first stay in memory, up to ``limit`` bytes. None: ``held_bytes`` of all files.
+    ``orders``: layer name -> its output channels, most salient first, for layers with a scheme that
+    promotes channels.
     """
 
     def __init__(
@@ -107,17 +107,21 @@ class StoredCandidates(Mapping[str, LayerCandidates]):
 
 
 def held_bytes(whole: int) -> int:
-    """Return how many bytes of candidates are kept in memory where all of them take ``whole``."""
+    """Return how many bytes of candidates are kept in memory; ``whole``: bytes of all candidates.
+
+    None where all take over ``HELD_SHARE`` times ``HELD_BYTES`` (860 M weights have gigabytes of
+    codes): keeping a small part saves hardly any time.
+    """
     return HELD_BYTES if whole <= HELD_SHARE * HELD_BYTES else 0
 
 
 def candidate_file(folder: Path, number: int) -> Path:
-    """Return the file of layer ``number`` of the graph."""
+    """Return the path of the candidates of layer ``number``, its index in the graph's layers."""
     return folder / f"{number:05d}.safetensors"
 
 
 def with_rows(folder: Path, graph: LayerGraph) -> StoredCandidates:
-    """Open the candidates in ``folder`` of the layers with a rows branch."""
+    """Open the candidates in ``folder`` of the layers with a ``rows`` scheme, without orders."""
     layers = [
         layer
         for number, layer in enumerate(graph.layers)
@@ -127,12 +131,15 @@ def with_rows(folder: Path, graph: LayerGraph) -> StoredCandidates:
 
 
 def candidates_of(run: Run, graph: LayerGraph) -> StoredCandidates:
-    """Open the candidates of every layer, by layer name, with the rows that branches promote."""
+    """Open the candidates of every layer, by layer name; promoted rows are applied."""
     return StoredCandidates.of(run.stage("candidates"), graph)
 
 
 def iterate_candidates(folder: Path, graph: LayerGraph) -> Iterator[LayerCandidates]:
-    """Read the candidates stage ``folder`` layer by layer, in graph order; float weights are dropped on the way."""
+    """Yield the candidates in the stage ``folder`` in graph order.
+
+    The float weight of each layer is dropped from memory after its candidates.
+    """
     stored = StoredCandidates.of(folder, graph, limit=0)
     for layer in graph.layers:
         yield stored[layer.name]
@@ -140,7 +147,7 @@ def iterate_candidates(folder: Path, graph: LayerGraph) -> Iterator[LayerCandida
 
 
 def choices_of(run: Run, graph: LayerGraph) -> dict[str, Choices]:
-    """Read which schemes every layer may take, by layer name, without its weights."""
+    """Read the schemes that every layer may take, by layer name, without reading weights."""
     folder = run.stage("candidates")
     return {
         layer.name: load_choices(candidate_file(folder, i)) for i, layer in enumerate(graph.layers)

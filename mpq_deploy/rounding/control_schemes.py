@@ -1,7 +1,7 @@
-"""Controls: what a user would get without this tool, at the same rounding, and what an input must be for that.
+"""Controls: plans by a fixed rule, with the same rounding, to compare the solver's plan with.
 
-In: a graph, the target, what is known of activations. Out: the scheme of every layer under every
-control that the target takes, by name.
+In: a graph, the target, the activation statistics. Out: control name -> layer -> scheme, for the
+controls that the target takes. Also: why a layer's input cannot be quantized.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from mpq_deploy.formats.scheme import FP16, SCHEMES, Scheme, schemes_named
 from mpq_deploy.graph.attention import attended_layers
 from mpq_deploy.graph.layers import Layer, LayerGraph
 
-# What INT8 codes reach under the largest scale.
+# The largest magnitude that INT8 codes represent under the largest FP16 scale.
 LARGEST_ACTIVATION = QUANT_MAX * LARGEST_SCALE
 Names = tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Control:
-    """A plan by a rule: layers take the first of the preferred schemes that they may take, else FP16.
+    """A plan by a rule: each layer takes the first preferred scheme that it may take, else FP16.
 
-    ``products``: of Gemm and MatMul; ``convs`` (None: as products); ``attended``: of products whose
-    result attention multiplies (None: as products). ``needs``: schemes of which some layer must have
-    one; without, the target does not take the control.
+    ``products``: the preferred schemes of Gemm and MatMul. ``convs``: those of Conv. ``attended``:
+    those of the query, key and value layers of attention; None for either: as ``products``.
+    ``needs``: the target takes the control only if some layer has one of these schemes.
     """
 
     title: str
@@ -39,16 +39,17 @@ class Control:
     needs: Names = ()
 
     def preferred(self, layer: Layer, attended: bool) -> Names:
-        """Return the schemes that ``layer`` is to have, best first."""
+        """Return the names of the preferred schemes of ``layer``, best first."""
         own = self.convs if layer.op == "Conv" else self.attended if attended else None
         return self.products if own is None else own
 
 
 STATIC_INT8 = "int8-static"
-# Of controls that ONNX Runtime has only a twin of.
+# Part of the title of controls that ONNX Runtime can only simulate.
 SIMULATED_TWIN = ", simulated"
-# The last of each is what the target simulate takes instead. INT8 also has the ranges and factors
-# that were measured as best, and stands without them, where that differs, under a name of its own.
+# The last scheme of INT8 and of INT4 is for the target "simulate". "int8" also gets the activation
+# ranges and factors that were measured as best; STATIC_INT8 is the control without them, where the
+# two differ.
 INT8_RULE = ("w8a8", "w8a16", "w8a8-sim")
 CONTROLS = {
     "int8": Control("Everything INT8", INT8_RULE),
@@ -56,8 +57,8 @@ CONTROLS = {
     "int4": Control("Everything INT4", ("w4a16-b32", "w4a16-b64", "w4a16-b128", "w4a16-sim")),
     "fp8": Control("Everything FP8", ("f8a8",), needs=("f8a8",)),
     "fp4": Control(f"Everything FP4{SIMULATED_TWIN}", ("nvfp4", "f8a8"), needs=("nvfp4",)),
-    # Of SDXL: Model-Optimizer pull request 2336. Its exceptions by name (time embeddings, first and
-    # last convolution) are not made here.
+    # NVIDIA's rule for SDXL: Model-Optimizer pull request 2336, without its exceptions by layer
+    # name (time embeddings, first and last convolution).
     "nvidia": Control(
         f"NVIDIA's rule{SIMULATED_TWIN}", ("nvfp4",), convs=("f8a8",), attended=(), needs=("nvfp4",)
     ),
@@ -69,7 +70,7 @@ def control_plans(
 ) -> dict[str, dict[str, Scheme]]:
     """Return the controls that ``target`` takes: name -> layer -> scheme.
 
-    ``stats``: of the layers' inputs, some of which are too large to be rounded.
+    ``stats``: those of the layers' inputs, for ``beyond_scales``; None: do not check them.
     """
     attended, ranks = attended_layers(graph), tensor_ranks(graph)
     plans = {
@@ -95,9 +96,9 @@ def control_scheme(
     stats: CalibrationStats | None = None,
     ranks: Mapping[str, int] | None = None,
 ) -> Scheme:
-    """Return the first of the ``preferred`` schemes that ``layer`` may take on ``target``; FP16 when none.
+    """Return the first ``preferred`` scheme that ``layer`` may take on ``target``, else FP16.
 
-    ``stats`` of its inputs and their ``ranks``: as far as they are to be looked at.
+    ``stats``, ``ranks``: those of the layer's inputs; None: do not check them.
     """
 
     def refusal(layer: Layer, scheme: Scheme) -> str:
@@ -110,21 +111,21 @@ def control_scheme(
 
 
 def layer_counts(schemes: Iterable[str]) -> dict[str, int]:
-    """Count the layers of each family, most first."""
+    """Count the layers of each scheme family, most frequent first."""
     return dict(Counter(SCHEMES[name].family for name in schemes).most_common())
 
 
 def tensor_ranks(graph: LayerGraph) -> dict[str, int]:
-    """Return the number of dimensions of each tensor of which it is known."""
+    """Return tensor name -> number of dimensions, where the graph knows the tensor's shape."""
     inner = graph.model.graph
     values = [*inner.inputs, *(value for node in inner for value in node.outputs)]
     return {v.name or "": len(v.shape) for v in values if v.shape is not None}
 
 
 def beyond_scales(layer: Layer, scheme: Scheme, stats: CalibrationStats) -> str:
-    """Say that the layer's input is too large for INT8 codes under an FP16 scale; empty when it is not.
+    """Return why the layer's input is too large for INT8 codes with an FP16 scale; "" if it is not.
 
-    A range that moves has the inverse of its widest in FP16, which ends earlier.
+    A range that moves also stores the inverse of its widest range in FP16: its limit is lower.
     """
     largest = max(float(stats.activations[name].amax.max()) for name in layer.inputs)
     most = LARGEST_SCALE if scheme.range.moves else LARGEST_ACTIVATION
@@ -134,7 +135,7 @@ def beyond_scales(layer: Layer, scheme: Scheme, stats: CalibrationStats) -> str:
 
 
 def rank_refusal(layer: Layer, scheme: Scheme, ranks: Mapping[str, int]) -> str:
-    """Say that an input has more or fewer dimensions than the scheme's activations may."""
+    """Return why the rank of an input does not suit the activation format; "" if it does."""
     allowed = scheme.activation.ranks if scheme.activation else ()
     for tensor in layer.inputs if allowed else ():
         rank = ranks.get(tensor)

@@ -1,6 +1,6 @@
-"""Weights that were rounded for another target of the same run, by the same settings: they are taken as they are.
+"""Reuse weights that another target of the same run rounded with the same settings.
 
-In: the finished candidates of those targets. Out: a layer's forms among them.
+In: the candidates of the other targets. Out: a layer's reusable forms.
 """
 
 from __future__ import annotations
@@ -20,14 +20,17 @@ from mpq_deploy.system.array_file import read_arrays
 
 @dataclass(frozen=True)
 class EarlierForms:
-    """``folders``: name below the run -> the layers that are products over their windows there."""
+    """Other targets' ``folders``: path below the run -> names of its Convs written as MatMul."""
 
     folders: tuple[tuple[str, frozenset[str]], ...] = ()
 
     def of(
         self, run: Path, layer: Layer, number: int, weight: Array, wanted: frozenset[str]
     ) -> dict[str, DeployedMatrix]:
-        """Return those of the ``wanted`` forms of ``layer`` (of ``number`` in the graph) that are known."""
+        """Return the ``wanted`` forms of ``layer`` that another target has; form -> matrix.
+
+        ``number``: the layer's index in the graph; ``weight``: its float weight [O, K].
+        """
         found: dict[str, DeployedMatrix] = {}
         for folder, products in self.folders:
             path = candidate_file(run / folder, number)
@@ -38,14 +41,15 @@ class EarlierForms:
         return found
 
     def cover(self, run: Path, layer: Layer, number: int, wanted: frozenset[str]) -> bool:
-        """Whether all of the ``wanted`` forms are known."""
+        """Whether other targets have all ``wanted`` forms of ``layer``."""
         files = ((candidate_file(run / name, number), products) for name, products in self.folders)
         return wanted <= frozenset().union(*(self._kept(file, layer, p) for file, p in files))
 
     def orders(self, run: Path, folder: Path, graph: LayerGraph) -> dict[str, Array] | None:
-        """Return the output channels of each layer with a rows branch in ``folder``, most salient first.
+        """Return another target's order of output channels, most salient first: layer -> int [O].
 
-        As another target has them for the same bodies; None where none has them for all layers.
+        For the layers with a ``rows`` scheme in ``folder``; None unless one other target has the
+        same ``rows`` schemes for all of these layers.
         """
         for name, products in self.folders:
             numbers: dict[str, str] = {}
@@ -67,9 +71,13 @@ class EarlierForms:
         return None
 
     def _kept(self, file: Path, layer: Layer, products: frozenset[str]) -> frozenset[str]:
-        """Name the forms in ``file`` that do not depend on whether the layer is a product."""
+        """Return the forms in ``file`` that are valid for ``layer``.
+
+        Where one target computes the layer as a Conv and the other as a MatMul over windows, only
+        forms with the same blocks are valid.
+        """
         if not file.is_file():
-            # Of a target that is being made together with this one: a layer's file comes just before.
+            # The other target is rounded together with this one and has not written this layer yet.
             return frozenset()
         names = form_names(file)
         if (layer.name in products) == (layer.window is not None):
@@ -82,7 +90,7 @@ class EarlierForms:
 
 
 def _blocks(scheme: Scheme, layer: Layer) -> tuple[int | None, int]:
-    """Return the size of the blocks of a weight, and how they run."""
+    """Return the block size of a weight (None: no blocks), and the taps over which blocks run."""
     weight = scheme.weight
     taps = weight.taps(layer) if isinstance(weight, IntegerWeight) else 1
     return weight.block(layer), taps

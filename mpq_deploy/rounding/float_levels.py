@@ -1,8 +1,8 @@
-"""Weights whose levels are not integers: what their matrices have in common, and GPTQ onto them.
+"""Weights whose levels are not integers (FP8, NVFP4): their common matrix class, and GPTQ for them.
 
-In: a weight W float32 [O, K] and a ``LevelMatrix`` with scales. Out: the matrix with codes. Rounding
-compensates errors as for integers (``quantizers.compensate``), then moves each code to the best
-level for the others as they stand (``quantizers.descend``).
+In: a weight W float32 [O, K] and a ``LevelMatrix`` with scales. Out: the matrix with codes. GPTQ
+compensates errors as for integers (``quantizers.compensate``), then moves each code to its best
+level while the other codes are fixed (``quantizers.descend``).
 """
 
 from __future__ import annotations
@@ -28,23 +28,23 @@ if TYPE_CHECKING:
     from mpq_deploy.models.spec import Array
     from mpq_deploy.rounding.gpu_columns import GpuColumns
 
-# (wanted, what levels depend on) -> codes and values.
+# (wanted values, scales and other arguments) -> codes and values of the nearest levels.
 Level = Callable[..., "tuple[Array, Array]"]
 Levels = TypeVar("Levels", bound="LevelMatrix")
 
 
 @dataclass(frozen=True)
 class LevelMatrix:
-    """Codes [O, K] and whatever scales a subclass adds; arrays with O rows but for scalars."""
+    """Codes [O, K]; subclasses add scales. All fields are scalars or arrays with O rows."""
 
     codes: Array
 
     def levels_at(self, columns: Array) -> tuple[Level, tuple[Array, ...]]:
-        """Return what rounds to the levels in ``columns`` int [n], and its further arguments, [n or 1, O] each."""
+        """Return the ``Level`` function for ``columns`` int [n] and its arguments [n or 1, O]."""
         raise NotImplementedError
 
     def nearest(self, wanted: Array, columns: Array) -> tuple[Array, Array]:
-        """Return the codes [n, O] and values of the levels nearest to ``wanted`` [n, O], in ``columns`` int [n]."""
+        """Return the codes and values [n, O] nearest to ``wanted`` [n, O] in ``columns`` [n]."""
         level, parts = self.levels_at(columns)
         return level(wanted, *parts)
 
@@ -53,23 +53,23 @@ class LevelMatrix:
         raise NotImplementedError
 
     def dequantize(self) -> Array:
-        """Return the deployed weight, float32 [O, K]."""
+        """Return the dequantized weight, float32 [O, K]."""
         xp = names_of(self.codes)
         columns = xp.arange(self.codes.shape[1])
         return xp.ascontiguousarray(self.decode(self.codes.T, columns).T, np.float32)
 
     def arrays(self) -> dict[str, Array]:
-        """Return what is stored of it: every field."""
+        """Return the arrays to store, by name: every field."""
         return {part.name: getattr(self, part.name) for part in fields(self)}
 
     @property
     def mean_step(self) -> float:
-        """A mean distance between levels: learning rates of a weight's latent are in units of it."""
+        """The mean distance between levels: the unit of learning rates for latent weights."""
         raise NotImplementedError
 
     @classmethod
     def of(cls: type[Levels], arrays: Mapping[str, Array]) -> Levels:
-        """Read what ``arrays`` gave."""
+        """Make the matrix from the result of ``arrays``."""
         return cls(**{part.name: arrays[part.name] for part in fields(cls)})
 
     def rounded(self: Levels, weight: Array) -> Levels:
@@ -80,17 +80,17 @@ class LevelMatrix:
         return replace(self, codes=xp.ascontiguousarray(codes.T))
 
     def fetched(self: Levels) -> Levels:
-        """Return the matrix with arrays of NumPy."""
+        """Return the matrix with NumPy arrays."""
         return type(self)(**{name: fetched(array) for name, array in self.arrays().items()})
 
     def take(self: Levels, rows: Array | slice) -> Levels:
-        """Return some of the output channels."""
+        """Return the matrix of the output channels ``rows``."""
         parts = {name: a[rows] if a.ndim else a for name, a in self.arrays().items()}
         return type(self)(**parts)
 
     @classmethod
     def joined(cls: type[Levels], pieces: Sequence[Levels]) -> Levels:
-        """Put matrices of the same columns one below the other; scalars are the first's."""
+        """Concatenate matrices along the output channels; scalars are taken from the first."""
         arrays = [piece.arrays() for piece in pieces]
         first = arrays[0]
         parts = {
@@ -102,10 +102,10 @@ class LevelMatrix:
 def round_levels(
     weight: Array, grids: Mapping[str, LevelMatrix], moments: list[Array], how: Rounding
 ) -> dict[str, LevelMatrix]:
-    """Round ``weight`` [O, K] onto every one of ``grids``, matrices whose codes are not yet known.
+    """Round ``weight`` [O, K] onto each of ``grids`` (form -> matrix whose codes are placeholders).
 
-    ``moments``: the diagonal blocks of the mean of x x^T, of which ``how.gptq`` makes use. Each row is
-    kept as rounded to nearest where that has the smaller error e H e^T, H damped.
+    ``moments``: the diagonal blocks of H, the mean of x x^T; used when ``how.gptq``. GPTQ's row is
+    kept where its error e H e^T (H damped) is smaller than that of rounding to nearest.
     """
     nearest = {form: grid.rounded(weight) for form, grid in grids.items()}
     if not how.gptq:
@@ -137,7 +137,7 @@ def _compensated(
     seen: tuple[Array, Array, Array],
     refinements: int,
 ) -> Array:
-    """Return the codes [n, O] of ``target`` [n, O]; ``seen``: GPTQ's factor and pivots, the damped Hessian."""
+    """Return the codes [n, O] of ``target``; ``seen``: GPTQ's factor, pivots, damped Hessian."""
     factor, pivots, hessian = seen
     codes = names_of(target).empty(target.shape, grid.codes.dtype)
     encoder = _encoder(grid, columns, codes)
@@ -149,7 +149,7 @@ def _compensated(
 
 
 def _encoder(grid: LevelMatrix, columns: Array, codes: Array) -> Nearest | GpuColumns:
-    """Return what rounds one column after the other, and keeps its codes in ``codes`` [n, O]."""
+    """Return an encoder that rounds one column after the other and writes ``codes`` [n, O]."""
     if not isinstance(codes, np.ndarray):
         from mpq_deploy.rounding.gpu_columns import GpuColumns
 

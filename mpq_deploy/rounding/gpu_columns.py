@@ -1,7 +1,7 @@
-"""The passes over columns that rounding makes, on torch's tensors: some columns at a time, rows side by side.
+"""The column loops of ``quantizers`` on torch tensors: some columns per pass, all rows at once.
 
-Each does what the loop of ``quantizers`` that it stands for does with NumPy's arrays, a column
-after the other, and nothing in it waits for the GPU.
+Each pass computes what the NumPy loop computes, one column after the other. No pass waits for the
+GPU.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from torch import Tensor
 
 from mpq_deploy.system.compute import out_of_memory
 
-# (wanted [R], what a column's levels are) -> codes and values [R].
+# (wanted values [R], scales and limits of the column) -> codes and values [R].
 Level = Callable[..., tuple[Tensor, Tensor]]
-# What a pass changes, and what it reads.
+# (tensors that the pass changes, tensors that it only reads) -> None.
 Work = Callable[[Sequence[Tensor], Sequence[Tensor]], None]
-# Passes of one shape before theirs is recorded: recording takes about as long as a pass (our
+# Passes with the same shapes before one is recorded: recording takes about as long as a pass (our
 # choice).
 PLAIN_PASSES = 2
 
@@ -31,10 +31,9 @@ def integer_level(wanted: Tensor, step: Tensor, low: Tensor, high: Tensor) -> tu
 
 
 class Replayed:
-    """A pass, done again and again on tensors of the same shapes.
+    """A pass that runs many times on tensors of the same shapes, recorded as a CUDA graph.
 
-    It is thousands of small kernels, and Python starts them more slowly than a GPU does them: there
-    they are recorded once, as a CUDA graph, and replayed.
+    A pass is thousands of small kernels, which Python launches more slowly than a GPU runs them.
     """
 
     def __init__(self, work: Work) -> None:
@@ -43,7 +42,7 @@ class Replayed:
         self.recorded: dict[Any, tuple[Any, list[Tensor]] | None] = {}
 
     def __call__(self, changed: Sequence[Tensor], read: Sequence[Tensor]) -> None:
-        """Do the pass."""
+        """Run the pass: it overwrites ``changed``."""
         given = (*changed, *read)
         shapes = tuple(tensor.shape for tensor in given)
         self._seen[shapes] = self._seen.get(shapes, 0) + 1
@@ -64,7 +63,7 @@ class Replayed:
             tensor.copy_(mine)
 
     def _record(self, given: Sequence[Tensor], changed: int) -> tuple[Any, list[Tensor]] | None:
-        """Return the graph and the tensors that it works on; None where the driver refuses it."""
+        """Return the CUDA graph and its own tensors; None where the driver refuses to record."""
         device, own = given[0].device, [tensor.clone() for tensor in given]
         graph, side = torch.cuda.CUDAGraph(), _side_stream(device)
         side.wait_stream(torch.cuda.current_stream(device))
@@ -89,7 +88,7 @@ def _records(device: torch.device) -> bool:
 
 @cache
 def _side_stream(device: torch.device) -> Any:
-    """Return the stream on which passes are recorded, with what products need there made beforehand."""
+    """Return the stream for recording passes; cuBLAS is initialized there before any recording."""
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
@@ -101,9 +100,9 @@ def _side_stream(device: torch.device) -> Any:
 
 
 class GpuColumns:
-    """Rounds columns [K, R] by ``level``; ``parts``: its further arguments, [K, R] each, or [1, R] for all columns.
+    """Rounds columns [K, R] by the function ``level`` and writes their ``codes`` [K, R].
 
-    ``codes`` [K, R] is filled.
+    ``parts``: the further arguments of ``level``, [K, R] each, or [1, R] for all columns.
     """
 
     def __init__(self, level: Level, parts: Sequence[Tensor], codes: Tensor) -> None:
@@ -112,10 +111,11 @@ class GpuColumns:
         self._descend = Replayed(partial(_descend, level))
 
     def compensate(self, start: int, wanted: Tensor, errors: Tensor, corner: Tensor) -> None:
-        """Round the columns ``wanted`` [n, R], which begin at ``start``, each making up for those before.
+        """Round n columns from ``start``, each compensating the errors of the columns before.
 
-        ``errors`` [n, R]: the weights, then what is left of them, as is left of ``wanted``.
-        ``corner`` [n, n]: the factor's part.
+        ``wanted`` [n, R]: the values to round; ends as their differences to the rounded values.
+        ``errors`` [n, R]: the weights; ends as the weights' errors. ``corner`` [n, n]: the diagonal
+        part of GPTQ's factor.
         """
         codes, parts = self._cut(start, len(wanted))
         self._compensate((wanted, errors, codes), (corner, *parts))
@@ -123,9 +123,10 @@ class GpuColumns:
     def descend(
         self, start: int, held: tuple[Tensor, Tensor, Tensor], target: Tensor, square: Tensor
     ) -> None:
-        """Set each column of the values, the first of what is ``held``, to the best for the others.
+        """Set each column of the values to its best level while the other columns are fixed.
 
-        After them their errors and slopes, all [n, R] as ``target``; ``square`` [n, n].
+        ``held``: values, errors and slopes, overwritten; these and ``target`` are [n, R].
+        ``square`` [n, n]: the diagonal part of the Hessian.
         """
         codes, parts = self._cut(start, len(target))
         self._descend((*held, codes), (target, square, *parts))
@@ -160,9 +161,11 @@ def _descend(level: Level, changed: Sequence[Tensor], read: Sequence[Tensor]) ->
 
 
 def move_codes(limits: tuple[int, int], changed: Sequence[Tensor], read: Sequence[Tensor]) -> None:
-    """Turn slopes [n, R], changed first, into the best codes, and the second into how far values went.
+    """Choose the best codes within ``limits``, column by column.
 
-    Read: the codes before and their steps [n, R], and the Hessian's part [n, n].
+    ``changed`` [n, R] each: the slopes, which become the new codes, and the array for the changes
+    of the values. ``read``: the old codes and their steps, [n, R] each, and the Hessian's diagonal
+    part [n, n].
     """
     (wanted, moved), (levels, step, square) = changed, read
     for i, best in enumerate(wanted):

@@ -1,10 +1,11 @@
-"""X^T X of each layer's inputs, for GPTQ, within a cap on memory.
+"""The Hessian X^T X of each layer's inputs, for GPTQ, within a cap on memory.
 
 In: a layer graph and the recorded calls. Out: one ``Hessian`` per layer, in graph order. The
-denoiser runs once per group of layers whose matrices fit the cap together, up to the last of them
-only. Of each activation a fixed random subset of output positions is used, as many per call; their
-patches (for a Conv) are gathered in the graph, so whole activations never leave the runtime, and
-multiplied by NumPy, whose A^T A does half the work of a product, or by torch on its GPU.
+denoiser runs once per group of layers whose matrices fit the cap together, and only up to the last
+layer of the group. Of each activation a fixed random subset of output positions is used, the same
+number per call. The graph itself gathers their rows (for a Conv: im2col patches), so that whole
+activations never leave ONNX Runtime. NumPy multiplies the rows (A^T A at half the cost of a general
+product), or torch on its GPU.
 """
 
 from __future__ import annotations
@@ -37,18 +38,17 @@ from mpq_deploy.system.sessions import (
     within_gpu_memory,
 )
 
-# Share of the memory cap for rows that wait to be multiplied: a product of many rows costs less per
-# row, because each one also touches the whole matrix.
+# Share of the memory cap for rows that wait to be multiplied: each product also reads and writes
+# the whole matrix, so a product of many rows costs less per row.
 WAITING_SHARE = 0.25
-# Blocks of a block-diagonal Hessian are a multiple of the largest quantization block, so none is
-# cut.
+# Widths of diagonal blocks are a multiple of the largest quantization block, so that none is cut.
 WIDTH_MULTIPLE = 256
-# Rows behind each column of a Hessian, at least (our choice).
+# Minimum number of rows per column of a Hessian (our choice).
 ROWS_PER_COLUMN = 2.0
 MIB = 2**20
 # Calls that run together.
 BATCH_SIZE = 8
-# Of the positions whose rows are taken.
+# Seed of the random positions whose rows are taken.
 SEED = 0
 
 
@@ -56,10 +56,10 @@ SEED = 0
 class Hessian:
     """Mean of x x^T over the rows of a layer's input, float32 ``blocks`` [group * B, w, w].
 
-    Each of the layer's groups has B = len(widths) diagonal blocks over consecutive columns of its
-    canonical reduction axis (``weight.reshape(O, -1)``); block b covers ``widths[b]`` columns, and
-    w is the widest. What lies beyond a narrower block's width is zero. B is 1 unless the reduction
-    exceeds max_width.
+    Each of the layer's groups has B = len(widths) diagonal blocks over consecutive columns of the
+    reduction axis of ``weight.reshape(O, -1)``. Block b covers ``widths[b]`` columns, w is the
+    largest width, and narrower blocks are padded with zeros. B is 1 unless the reduction exceeds
+    ``hessian_width``. ``rows``: how many rows were averaged.
     """
 
     layer: Layer
@@ -79,10 +79,10 @@ def iterate_hessians(
     """Yield the Hessian of every layer, in graph order.
 
     A layer of reduction K uses about max(``hessian_rows``, ROWS_PER_COLUMN * K) rows of ``calls``,
-    or all where there are fewer. Beyond ``hessian_width`` columns a matrix is block-diagonal.
+    or all where there are fewer. A matrix of more than ``hessian_width`` columns is block-diagonal.
     Layers that read one tensor through the same patches share one array: do not write into
-    ``blocks``. Raises UsageError when one layer's matrices exceed ``memory_mb``, ModelError when an
-    input is not finite.
+    ``blocks``. Raises UsageError when one layer's matrices exceed ``memory_mb``, and ModelError
+    when an input or its square is not finite.
     """
     plan = HessianPlan.of(graph, calls, settings, talk, scratch=scratch)
     for number in range(len(plan)):
@@ -90,9 +90,9 @@ def iterate_hessians(
 
 
 class HessianPlan:
-    """The layers in groups whose matrices fit the cap together; each takes one run of calls.
+    """Groups of layers whose matrices fit the cap together; each group needs one run of all calls.
 
-    A group's Hessians have the same bits in whatever order and process the groups are made.
+    The bits of a group's Hessians do not depend on the order or the process of the groups.
     """
 
     def __init__(self, source: _Source, groups: list[list[_Planned]]) -> None:
@@ -137,9 +137,9 @@ class HessianPlan:
     def hessians(
         self, number: int, gathered: Iterable[list[Array]] | None = None
     ) -> Iterator[Hessian]:
-        """Yield the Hessians of group ``number``; ``gathered``: rows made elsewhere, in order.
+        """Yield the Hessians of group ``number``; raises as ``iterate_hessians`` does.
 
-        Raises as ``iterate_hessians`` does.
+        ``gathered``: the rows of each batch, in order, from workers; None: run the calls here.
         """
         source, group = self._source, self._groups[number]
         jobs = self._jobs(number)
@@ -168,7 +168,7 @@ class HessianPlan:
         return sum(len(batch.calls) for batch in self._source.batches if batch.step == step)
 
     def gathering(self, number: int) -> Gathering:
-        """Open what gives the rows of group ``number``; one session at a time is enough for all timesteps."""
+        """Open the session that gathers the rows of group ``number`` for all timesteps."""
         source = self._source
         model = _gathering_graph(source.graph, self._jobs(number))
         with open_session(model, source.talk, scratch=source.scratch) as session:
@@ -189,7 +189,7 @@ class _Source:
 
     @cached_property
     def batches(self) -> list[Batch]:
-        """The batches to run, of all calls."""
+        """The batches of all calls, in order."""
         return list(self.recorded.batches(self.together or BATCH_SIZE))
 
     @property
@@ -199,21 +199,21 @@ class _Source:
 
     @property
     def calls(self) -> int:
-        """Calls of each timestep."""
+        """How many calls each timestep has."""
         return self.recorded.recorded.count
 
     @property
     def total_calls(self) -> int:
-        """Calls of all timesteps."""
+        """How many calls all timesteps have."""
         return self.calls * self.timesteps
 
 
 @dataclass(frozen=True)
 class _Patches:
-    """How a node sees its input as rows [positions, group, columns]; the key of a Hessian.
+    """How a node reads its input as rows [positions, group, columns]; the key of a Hessian.
 
-    For a Conv the spatial attributes are per dimension; for a product ``kernel`` is empty.
-    ``sized``: the same at each of the model's sizes, where there are several.
+    For a Conv the spatial attributes are per dimension; for a Gemm or MatMul ``kernel`` is empty.
+    ``sized``: the geometry at each of the model's image sizes, where there are several.
     """
 
     tensor: str
@@ -229,11 +229,11 @@ class _Patches:
 
     @classmethod
     def at_sizes(cls, found: list[_Patches]) -> _Patches:
-        """Return one of what a node sees at each size."""
+        """Combine the geometries ``found`` at each image size into one."""
         return found[0] if len(found) == 1 else replace(found[0], sized=tuple(found))
 
     def at(self, size: int) -> _Patches:
-        """Return what the node sees at a size."""
+        """Return the geometry at image size ``size`` (its index)."""
         return self.sized[size] if self.sized else self
 
     @classmethod
@@ -282,22 +282,22 @@ class _Patches:
         return self.shape.shape[0] * prod(self.out_size)
 
     def sampled(self, calls: int, settings: QuantizeSettings) -> int:
-        """Rows to take of each of ``calls`` calls."""
+        """How many rows to take from each of ``calls`` calls."""
         width = min(self.columns, settings.hessian_width)
         rows = max(settings.hessian_rows, ceil(ROWS_PER_COLUMN * width))
         return min(self.rows_per_call, ceil(rows / calls))
 
     def bytes(self, max_width: int) -> int:
-        """Memory of the matrices, with one more of the widest for the product on its way."""
+        """Memory of the matrices and of one product, as large as the widest block."""
         widths = _widths(self.columns, max_width)
         return 4 * (self.group * len(widths) + 1) * max(widths) ** 2
 
     def taps(self, positions: Array, calls: int) -> tuple[Array, Array | None]:
-        """Return the rows' input pixels in the flat [pixels, channels] view, and which are inside.
+        """Return the input pixels of each row, and which of them are inside the image.
 
-        ``positions`` int64 [M, r] of rows within a call; M is 1 for a tensor that is the same for
-        all calls. Returns int64 [M * r, taps] (pixels outside point at 0) and bool of the same
-        shape, None for all inside.
+        ``positions`` int64 [M, r]: the rows' output positions within each call; M is 1 for a tensor
+        that is the same for all calls. Returns indices into the flat view [pixels, channels], int64
+        [M * r, taps] (0 where outside), and a bool array of that shape, None if all are inside.
         """
         per_call = np.arange(len(positions), dtype=np.int64)[:, None]
         if not self.kernel:
@@ -320,7 +320,7 @@ class _Patches:
         return flat, (None if inside.all() else inside)
 
     def _product_rows(self, calls: int) -> Array:
-        """Return int64 [M, rows per call]: the flat row of each call's rows, wherever its batch axis is."""
+        """Return the flat indices of each call's rows, int64 [M, rows per call]."""
         axis = self.shape.batch_axis
         if axis is None:
             return np.arange(self.rows_per_call, dtype=np.int64)[None]
@@ -338,14 +338,14 @@ def _integers(node: ir.Node, name: str, default: tuple[int, ...]) -> tuple[int, 
 def _same_pads(
     size: tuple[int, ...], strides: tuple[int, ...], reach: tuple[int, ...], upper: bool
 ) -> tuple[int, ...]:
-    """Return the pads of auto_pad SAME_UPPER or SAME_LOWER: output size ceil(size / stride), as ONNX says."""
+    """Return the pads of ONNX's auto_pad SAME_UPPER or SAME_LOWER: output ceil(size / stride)."""
     total = [max((ceil(n / s) - 1) * s + r - n, 0) for n, s, r in zip(size, strides, reach)]
     small, large = [t // 2 for t in total], [t - t // 2 for t in total]
     return tuple(small + large) if upper else tuple(large + small)
 
 
 def _widths(columns: int, max_width: int) -> tuple[int, ...]:
-    """Split ``columns`` into equal widths up to ``max_width``, multiples of 256 but for the last."""
+    """Split ``columns`` into equal widths to ``max_width``, multiples of 256 but for the last."""
     if columns <= max_width:
         return (columns,)
     width = ceil(columns / ceil(columns / max_width) / WIDTH_MULTIPLE) * WIDTH_MULTIPLE
@@ -357,7 +357,10 @@ _Planned = tuple[Layer, tuple[_Patches, ...]]
 
 
 def _groups(planned: list[_Planned], settings: QuantizeSettings) -> list[list[_Planned]]:
-    """Cut the layers, in order, into groups whose distinct matrices fit the cap together."""
+    """Cut the layers, in order, into groups whose distinct matrices fit the cap together.
+
+    Raises UsageError where the matrices of one layer exceed the cap.
+    """
     groups: list[list[_Planned]] = []
     cap = int((1 - WAITING_SHARE) * settings.memory_mb * MIB)
     held: set[_Patches] = set()
@@ -383,9 +386,9 @@ def _groups(planned: list[_Planned], settings: QuantizeSettings) -> list[list[_P
 
 @dataclass
 class _Sum:
-    """X^T X summed so far, and in the end its mean: ``blocks`` float32 [group * B, w, w].
+    """The sum of X^T X so far, in the end its mean: ``blocks`` float32 [group * B, w, w].
 
-    Over ``rows`` rows, drawn from ``population`` that there are.
+    ``rows``: how many rows were summed; ``population``: how many rows the calls have.
     """
 
     blocks: Array
@@ -394,7 +397,7 @@ class _Sum:
 
 
 def _over_uses(means: list[_Sum]) -> tuple[Array, int]:
-    """Return the mean of x x^T over all uses of a layer, each weighted by the rows that it really has."""
+    """Return the mean of x x^T over all uses of a layer, weighted by population, and the rows."""
     if len(means) == 1:
         return means[0].blocks, means[0].rows
     total = sum(part.population for part in means)
@@ -405,7 +408,7 @@ def _over_uses(means: list[_Sum]) -> tuple[Array, int]:
 
 
 class Gathering:
-    """A group of Hessians being made: an open session, and the rows that a batch gives of each of ``jobs``."""
+    """Gathers the rows of each of ``jobs`` (the matrices of a group) in an open session."""
 
     def __init__(
         self, source: _Source, jobs: list[_Patches], session: ort.InferenceSession
@@ -415,16 +418,16 @@ class Gathering:
         self._calls, self._total = source.calls, source.total_calls
 
     def at(self, step: int, advance: Advance) -> Iterator[list[Array]]:
-        """Yield the rows of each batch of a timestep; ``advance`` is told its calls."""
+        """Yield the rows of each batch of a timestep; report each batch's calls to ``advance``."""
         for batch in self._source.batches:
             if batch.step == step:
                 yield self.rows(batch)
                 advance(len(batch.calls))
 
     def rows(self, batch: Batch) -> list[Array]:
-        """Run the calls of ``batch``; return per job float32 [rows, group, columns], zero outside the image.
+        """Run ``batch``; return float32 [rows, group, columns] per job, 0 outside the image.
 
-        On a GPU that torch computes on too they stay there, as tensors.
+        Where ONNX Runtime and torch compute on the same GPU, the rows are tensors there.
         """
         jobs = self._jobs
         taps = [
@@ -444,17 +447,17 @@ class Gathering:
 
 
 def _as_rows(job: _Patches, gathered: Array, inside: Array | None) -> Array:
-    """Return pixels ``gathered`` [rows, taps, channels] as rows of matrices; taps outside the image become zeros."""
+    """Return ``gathered`` [rows, taps, channels] as [rows, group, columns], 0 if not ``inside``."""
     if inside is not None:
         gathered[names_of(gathered).asarray(~inside)] = 0
     count, taps, channels = gathered.shape
-    # Channel before tap, as in the weight; then one matrix per group of channels.
+    # Columns run over channels and then taps, as in the weight, within each group of channels.
     rows: Array = gathered.swapaxes(1, 2).reshape(count, job.group, channels // job.group * taps)
     return rows
 
 
 def _accumulated_here(source: _Source, jobs: list[_Patches], label: str) -> dict[_Patches, _Sum]:
-    """Run the calls, as many at once as the GPU's memory holds; return the mean of x x^T for each of ``jobs``."""
+    """Return the mean of x x^T for each of ``jobs``; smaller batches if GPU memory runs out."""
 
     def accumulated(size: int) -> dict[_Patches, _Sum]:
         cut = replace(source, together=size)
@@ -479,7 +482,10 @@ def _gathered_here(source: _Source, jobs: list[_Patches], label: str) -> Iterato
 def _accumulate(
     source: _Source, jobs: list[_Patches], gathered: Iterable[list[Array]]
 ) -> dict[_Patches, _Sum]:
-    """Return the mean of x x^T for each of ``jobs``; ``gathered``: their rows in every batch."""
+    """Return the mean of x x^T for each of ``jobs``; ``gathered``: their rows in every batch.
+
+    Raises ModelError when an input or its square is not finite.
+    """
     settings = source.settings
     sums = {}
     for job in jobs:
@@ -505,9 +511,9 @@ def _accumulate(
 def _batch_taps(
     job: _Patches, batch: Batch, calls: int, total_calls: int, settings: QuantizeSettings
 ) -> tuple[Array, Array | None]:
-    """Draw this batch's rows of ``job``: one of each of r equal strides of every call.
+    """Draw this batch's rows of ``job``: one at random in each of r equal strides of every call.
 
-    The draw depends on seed, tensor, timestep and call, not on the batch.
+    The draw depends on seed, tensor, timestep and call, not on the batch. Returns as ``taps``.
     """
     job = job.at(batch.size)
     count = job.sampled(total_calls, settings)
@@ -521,7 +527,7 @@ def _batch_taps(
 
 
 class _Waiting:
-    """Rows that wait to be multiplied, of all jobs together at most ``limit`` bytes."""
+    """Collects rows before they are multiplied; all jobs together hold at most ``limit`` bytes."""
 
     def __init__(self, sums: dict[_Patches, _Sum], max_width: int, limit: float) -> None:
         self.sums, self.max_width, self.limit = sums, max_width, limit
@@ -537,7 +543,7 @@ class _Waiting:
             self.multiply(max(self.bytes, key=lambda key: self.bytes[key]))
 
     def finish(self) -> None:
-        """Multiply all rows that still wait."""
+        """Multiply all rows that are left."""
         for job in self.rows:
             self.multiply(job)
 
@@ -563,7 +569,10 @@ class _Waiting:
 
 
 def _gathering_graph(graph: LayerGraph, jobs: list[_Patches]) -> ir.Model:
-    """Return a copy of the graph whose outputs are the gathered pixels [taps, channels] of each job."""
+    """Return a copy of the graph whose outputs are each job's gathered pixels [indices, channels].
+
+    The indices of job i are the input ``hessian.rows.i``, int64.
+    """
     model = graph.model.clone()
     values = tensors_of(model)
     model.graph.outputs.clear()

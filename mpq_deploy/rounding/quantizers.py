@@ -1,8 +1,8 @@
 """Symmetric weight quantizers in NumPy: scales by error search, nearest rounding, GPTQ.
 
 A weight is a matrix W float32 [O, K]: O output channels, K products summed into one output. Scales
-are stored in FP16, so every scale here is rounded to FP16 before codes are computed; what is
-returned is what is deployed.
+are stored in FP16, so every scale is rounded to FP16 before codes are computed: the returned codes
+and scales are those that are deployed.
 """
 
 from __future__ import annotations
@@ -22,43 +22,42 @@ if TYPE_CHECKING:
     from mpq_deploy.rounding.gpu_columns import GpuColumns, Replayed
 
 # Smallest scale that is written: the smallest normal FP16 number over 8, so that at least 7 bits of
-# the scale remain. A channel with smaller weights than 127 times this is a channel of zeros for any
-# FP16 network.
+# the scale remain. A channel of weights below 127 times this scale uses fewer codes.
 SMALLEST_SCALE = float(2.0**-17)
 LARGEST_SCALE = 65504.0
-# Clipping ratios tried for a scale, of the absolute maximum: our choice, from no clipping (INT4's
-# range reaches -8, so 8/7.5 of the symmetric step) down to half.
+# Clipping ratios tried for a scale, relative to the absolute maximum (our choice): from no clipping
+# (INT4's range reaches -8, so 8/7.5 of the symmetric step) down to half.
 CLIP_RATIOS = np.linspace(0.5, 1.05, 23)
 # Largest multiple of the INT8 scale that an INT4 block scale may be: |-8| * 15 = 120 <= 127.
 LARGEST_MULTIPLE = 15
-# Rows of a weight whose scales are searched together take so much, so that the search stays in the
-# cache: a quarter to half of the time that a wide layer takes as a whole (measured).
+# Bytes of the rows whose scales are searched together, so that they stay in the cache: wide layers
+# take a quarter to half of the time that they take in one piece (measured).
 PIECE_BYTES = 1 << 18
-# On a GPU they only must not fill its memory (our choice).
+# The same on a GPU, where the pieces must only not fill the memory (our choice).
 GPU_PIECE_BYTES = 1 << 26
-# The least damping of correlations that may be factored in float32 (our choice; the recipe's is
-# 0.05).
+# Minimum damping with which the correlation matrix is factored in float32 (our choice; the recipe's
+# default is 0.05).
 SAFE_DAMPING = 0.01
-# Columns that are refined together, at least: fewer products of more rows each (measured). Their
-# codes are moved in smaller parts, whose slopes stay in the cache.
+# Minimum number of columns refined together: fewer and larger products (measured). Their codes are
+# moved in smaller parts, whose slopes stay in the cache.
 REFINED_TOGETHER, CODES_TOGETHER = 128, 64
-# Rows of a weight's grids that GPTQ visits side by side: of more, the arrays would be all the memory
-# that rounding takes (our choice).
+# Rows, over all forms of a weight, that GPTQ rounds side by side: with more, their arrays would
+# dominate the memory of rounding (our choice).
 ROWS_TOGETHER = 8192
-# What rounding a weight [O, K] holds, as arrays of float32 (measured). To nearest: arrays [O, K],
-# and one per form.
+# Memory of rounding a weight [O, K], in float32 arrays (measured). To nearest: arrays [O, K], and
+# one more per form.
 NEAREST_ARRAYS, NEAREST_FORM_ARRAYS = 3, 1
-# By GPTQ: matrices [K, K] for the factor (the correlations as columns are visited, the factor, a
-# product); then the factor, arrays [O, K], and those of each form, whose rows are rounded and
+# By GPTQ: first FACTOR_MATRICES matrices [K, K] (the ordered correlations, the factor, a product);
+# then the factor and arrays [O, K], with so many per form, as the rows of all forms are rounded and
 # refined side by side.
 FACTOR_MATRICES, GPTQ_ARRAYS, GPTQ_FORM_ARRAYS = 3, 6, 2.6
-# Layers are rounded side by side as far as they take no more together; a larger one alone. Beyond
-# so many, threads wait for Python's lock (our choice).
+# Layers are rounded side by side up to this memory together; a larger layer is rounded alone. With
+# more threads than MOST_THREADS, they wait for Python's lock (our choice).
 TOGETHER_BYTES, MOST_THREADS = 2 << 30, 8
 
 
 def rounding_bytes(weights: int, width: int, forms: int, gptq: bool) -> int:
-    """Estimate the bytes that rounding ``weights`` to ``forms`` takes, the Hessian aside.
+    """Estimate the bytes for rounding ``weights`` weights to ``forms`` forms, without the Hessian.
 
     ``width``: columns of the Hessian's widest diagonal block.
     """
@@ -69,15 +68,17 @@ def rounding_bytes(weights: int, width: int, forms: int, gptq: bool) -> int:
 
 
 def rounding_threads(cores: int) -> int:
-    """Return how many layers are rounded side by side, at most."""
+    """Return the maximum number of layers that are rounded side by side."""
     return min(cores, MOST_THREADS)
 
 
 @dataclass(frozen=True)
 class Rounding:
-    """``gptq`` (False: to the nearest, by the moments' diagonals), its ``damping``, rounds of refinement after it.
+    """How weights are rounded.
 
-    ``rows``: rows of a weight's grids that are visited side by side, at most.
+    ``gptq``: by GPTQ with ``damping`` and ``refinements`` rounds of refinement; False: to nearest,
+    with scales weighted by the Hessian's diagonal. ``rows``: maximum number of rows, over all forms
+    of a weight, that are rounded side by side.
     """
 
     gptq: bool
@@ -91,10 +92,10 @@ class QuantizedMatrix:
     """Codes int8 [O, K] and FP16 scales of a weight matrix.
 
     ``scale`` float16 [O, B]: B = 1 for one scale per output channel, else K / B consecutive
-    elements share one. ``channel_scale`` float16 [O] is given for 4-bit storage with INT8 compute:
-    every block scale is an integer multiple of it, so that quantizing the dequantized weight again
-    to INT8 is exact. ``taps``: columns of an input channel, where blocks run over the channels of
-    one position of the kernel and then over those of the next; 1 where they run as columns do.
+    elements share one scale. ``channel_scale`` float16 [O]: for 4-bit storage with INT8 compute;
+    every block scale is an integer multiple of it, so that quantizing the dequantized weight to
+    INT8 is exact. ``taps``: kernel positions per input channel, where blocks run over the channels
+    of one kernel position and then over those of the next; 1 where blocks run over columns.
     """
 
     codes: Array
@@ -103,7 +104,7 @@ class QuantizedMatrix:
     taps: int = 1
 
     def dequantize(self) -> Array:
-        """Return the deployed weight, float32 [O, K]."""
+        """Return the dequantized weight, float32 [O, K]."""
         scale = self.effective_scale()
         if self.taps > 1:
             return np.asarray(self.codes * scale[:, self.columns()], np.float32)
@@ -111,14 +112,14 @@ class QuantizedMatrix:
         return np.asarray(blocked.reshape(self.codes.shape), np.float32)
 
     def columns(self) -> Array:
-        """Return which of the B scales each column has, int [K]."""
+        """Return the index of each column's scale, int [K]."""
         count = self.codes.shape[1]
         blocks = np.arange(self.scale.shape[1])
         ordered = np.repeat(blocks, count // len(blocks))
         return np.asarray(channel_first(ordered[None], self.taps)[0])
 
     def effective_scale(self) -> Array:
-        """Scales float32 [O, B] with which the codes become the deployed weight."""
+        """Return the scales that dequantize the codes, float32 [O, B]."""
         scale = cast(self.scale, np.float32)
         if self.channel_scale is None:
             return scale
@@ -126,19 +127,19 @@ class QuantizedMatrix:
         return names_of(scale).rint(scale / channel) * channel
 
     def arrays(self) -> dict[str, Array]:
-        """Return what is stored of it."""
+        """Return the arrays to store, by name."""
         channel = {} if self.channel_scale is None else {"channel_scale": self.channel_scale}
         taps = {} if self.taps == 1 else {"taps": np.array(self.taps, np.int32)}
         return {"codes": self.codes, "scale": self.scale, **channel, **taps}
 
     @classmethod
     def of(cls, arrays: Mapping[str, Array]) -> QuantizedMatrix:
-        """Read what ``arrays`` gave."""
+        """Make the matrix from the result of ``arrays``."""
         taps = int(arrays.get("taps", 1))
         return cls(arrays["codes"], arrays["scale"], arrays.get("channel_scale"), taps)
 
     def take(self, rows: Array) -> QuantizedMatrix:
-        """Return some of the output channels."""
+        """Return the matrix of the output channels ``rows``."""
         channel = None if self.channel_scale is None else self.channel_scale[rows]
         return QuantizedMatrix(self.codes[rows], self.scale[rows], channel, self.taps)
 
@@ -154,7 +155,7 @@ class QuantizedMatrix:
 
 
 def position_first(matrix: Array, taps: int) -> Array:
-    """Bring columns [O, C * taps] into the order of positions, channels within each: [O, taps * C]."""
+    """Reorder columns [O, C * taps] (channel, position) to (position, channel): [O, taps * C]."""
     if taps == 1:
         return matrix
     return names_of(matrix).ascontiguousarray(
@@ -163,20 +164,20 @@ def position_first(matrix: Array, taps: int) -> Array:
 
 
 def channel_first(matrix: Array, taps: int) -> Array:
-    """Bring columns back from the order of ``position_first``."""
+    """Undo ``position_first``."""
     return position_first(matrix, matrix.shape[1] // taps) if taps > 1 else matrix
 
 
 def round_scale(scale: Array) -> Array:
-    """Round positive scales to FP16 within the range that TensorRT takes (positive and finite)."""
+    """Round scales to FP16 within [SMALLEST_SCALE, LARGEST_SCALE]: positive and finite."""
     return cast(names_of(scale).clip(scale, SMALLEST_SCALE, LARGEST_SCALE), np.float16)
 
 
 def choose_scale(weight: Array, importance: Array, blocks: int, precision: Precision) -> Array:
-    """Choose FP16 scales [O, blocks] minimizing sum_k importance_k (w_k - q_k)^2 over clips.
+    """Return the FP16 scales [O, blocks] that minimize sum_k importance_k (w_k - q_k)^2.
 
-    ``importance`` float [K]: the input's mean square per column (llama.cpp calls it the importance
-    matrix).
+    The search is over CLIP_RATIOS. ``importance`` float [K]: the input's mean square per column
+    (llama.cpp's importance matrix).
     """
     share = cast(importance.reshape(1, blocks, -1), np.float32)
     return names_of(weight).concatenate(
@@ -185,23 +186,23 @@ def choose_scale(weight: Array, importance: Array, blocks: int, precision: Preci
 
 
 def row_pieces(weight: Array) -> list[slice]:
-    """Cut the rows of ``weight`` [O, K] into pieces; rows are independent in all that is done to them."""
+    """Cut the rows of ``weight`` [O, K] into pieces; each row's scales are chosen independently."""
     size = PIECE_BYTES if isinstance(weight, np.ndarray) else GPU_PIECE_BYTES
     rows = max(1, size // max(1, 4 * weight.shape[1]))
     return [slice(start, start + rows) for start in range(0, len(weight), rows)]
 
 
 def _chosen_scale(weight: Array, share: Array, precision: Precision) -> Array:
-    """Choose the scales of some rows; ``share`` float32 [1, blocks, columns of one]."""
+    """Choose the scales of some rows; ``share`` float32 [1, blocks, block size]: importance."""
     xp = names_of(weight)
     blocked = weight.reshape(len(weight), *share.shape[1:])
     amax = xp.amax(xp.abs(blocked), axis=2, keepdims=True)
     best_error = xp.full_like(amax, np.finfo(np.float32).max)
     best = round_scale(xp.where(amax > 0, amax, precision.quant_max) / precision.quant_max)
-    # Rounded once, from double precision to FP16.
+    # In float64, so that a scale is rounded only once, to FP16.
     exact = cast(amax, np.float64)
-    # By one scale per channel fine codes lose little: what a small ratio clips of the largest
-    # weight alone is then more. Of equal errors the smallest ratio wins.
+    # With one scale per channel, clipping the largest weight alone often costs more than the best
+    # ratio's whole error: such rows skip the ratio. Of equal errors the smallest ratio wins.
     ends = _ends(blocked, share, precision) if xp is np and share.shape[1] == 1 else None
     for ratio in CLIP_RATIOS[::-1].tolist():
         scale = round_scale(ratio * exact / precision.quant_max)
@@ -219,14 +220,17 @@ def _chosen_scale(weight: Array, share: Array, precision: Precision) -> Array:
 
 @dataclass(frozen=True)
 class _Ends:
-    """The largest weight of each row on either side of zero [2, O], its shares, and the largest codes [2, 1]."""
+    """Each row's largest positive and negative weight, whose clipping bounds the row's error.
+
+    ``size`` [2, O]: magnitudes; ``share`` [2, O]: importances; ``codes`` [2, 1]: largest codes.
+    """
 
     size: Array
     share: Array
     codes: Array
 
     def clipped(self, step: Array) -> Array:
-        """Return the larger of both weights' errors for steps float32 [O]: no more than the row's error."""
+        """Return a lower bound [O] of the rows' errors for ``step`` float32 [O]."""
         missed = self.size - self.codes * step
         return (self.share * np.square(np.maximum(missed, 0))).max(axis=0)
 
@@ -247,8 +251,8 @@ def choose_multiple_scale(
 ) -> tuple[Array, Array]:
     """Turn INT4 block scales into integer multiples of one INT8 scale per channel.
 
-    Returns (block scales float16 [O, B], channel scales float16 [O]). Tries the multiples 8 to 15
-    for the largest block of a channel (our choice).
+    Returns (block scales float16 [O, B], channel scales float16 [O]). The largest block scale of a
+    channel becomes 8 to 15 times the channel scale, by the smallest error (our choice).
     """
     share = cast(importance[None], np.float32)
     found = [
@@ -259,7 +263,7 @@ def choose_multiple_scale(
 
 
 def _chosen_multiple(weight: Array, share: Array, block_scale: Array) -> tuple[Array, Array]:
-    """Choose block scales and channel scales of some rows; ``share`` float32 [1, K]."""
+    """Choose the block and channel scales of some rows; ``share`` float32 [1, K]: importance."""
     xp, columns = names_of(weight), weight.shape[1]
     wanted = cast(block_scale, np.float32)
     largest_block = xp.amax(wanted, axis=1)
@@ -281,7 +285,7 @@ def _chosen_multiple(weight: Array, share: Array, block_scale: Array) -> tuple[A
 
 
 def _clipped_error(weight: Array, step: Array, quant_min: int, quant_max: int) -> Array:
-    """Return ``weight`` minus what it becomes in multiples of ``step``, in one array of its own."""
+    """Return ``weight`` minus its quantized value, with one temporary array."""
     xp, codes = names_of(weight), weight / step
     xp.rint(codes, out=codes)
     xp.clip(codes, quant_min, quant_max, out=codes)
@@ -296,11 +300,11 @@ def round_to_nearest(weight: Array, step: Array, quant_min: int, quant_max: int)
 
 
 def damped(hessian: Array, damping: float, dtype: type[np.floating[Any]] = np.float64) -> Array:
-    """Return a copy of ``hessian`` [K, K] in ``dtype``, its diagonal raised by ``damping``.
+    """Return a copy of ``hessian`` [K, K] in ``dtype`` with its diagonal times 1 + ``damping``.
 
-    GPTQ adds a share of the diagonal's mean; ours is relative to each column, which shrinks all
-    correlations alike, so that a few columns of large inputs do not damp all the others away.
-    Columns that are always zero get the mean.
+    GPTQ adds a share of the diagonal's mean to every column. Here the damping is relative to each
+    column: it shrinks all correlations alike, so that a few columns of large inputs do not damp all
+    others away. Columns that are always zero get the mean of the others (our choice).
     """
     matrix = cast(hessian, dtype)
     names_of(matrix).fill_diagonal(matrix, _damped_diagonal(hessian, damping))
@@ -316,24 +320,24 @@ def _damped_diagonal(hessian: Array, damping: float) -> Array:
     else:
         count = positive.sum()
         mean = xp.where(count > 0, xp.where(positive, diagonal, 0).sum() / count, 1.0)
-    # A column of hardly any input would leave the factor without accuracy.
+    # A column with almost no input would make the factor inaccurate.
     least = 1e-9 * mean
     return xp.where(positive, (1 + damping) * xp.maximum(diagonal, least), mean)
 
 
 def gptq_factor(hessian: Array, damping: float) -> tuple[Array, Array]:
-    """Return what earlier columns' errors add to each column, strictly upper [K, K].
+    """Return GPTQ's factor, strictly upper [K, K], and pivots [K], for columns first to last.
 
-    And the pivots [K]: a column's share of the error is its pivot times the square of what rounding
-    missed of the value that the column was to make up for. ``hessian``: mean of x x^T over the
-    layer's inputs, damped here by ``damped``. With H = U U^T, U upper triangular, they are U_jk /
-    U_kk and U_kk^2, and columns are rounded from the first to the last. That is GPTQ (Frantar et
-    al. 2023, section 3) without its inverse matrix: Chee et al., QuIP (2023), theorem 6.
+    ``hessian`` [K, K]: H, the mean of x x^T over the layer's inputs, damped here as by ``damped``.
+    With H = U U^T, U upper triangular, the factor is U_jk / U_kk: how the error of column j changes
+    the value to round in column k > j. The pivots are U_kk^2: the output error e H e^T is the sum
+    over k of pivot k times the squared rounding error of that value. This is GPTQ (Frantar et al.
+    2023, section 3) without an inverse matrix: Chee et al., QuIP (2023), theorem 6.
     """
     xp, size = names_of(hessian), _damped_diagonal(hessian, damping)
     size = xp.sqrt(size)
-    # Correlations: damping keeps their eigenvalues far enough from zero for float32, which takes
-    # half the time.
+    # Factor the correlation matrix: damping keeps its eigenvalues far enough from zero for float32,
+    # which takes half the time.
     upper = cast(hessian, np.float32 if damping >= SAFE_DAMPING else np.float64)
     upper /= cast(size[:, None], upper.dtype)
     upper /= cast(size, upper.dtype)
@@ -347,11 +351,10 @@ def gptq_factor(hessian: Array, damping: float) -> tuple[Array, Array]:
 
 
 def _upper_cholesky(matrix: Array, chunk: int = 256) -> None:
-    """Replace a positive definite ``matrix`` [K, K] by upper U with U U^T equal to it.
+    """Overwrite a positive definite ``matrix`` [K, K] by the upper U with U U^T equal to it.
 
-    From the last columns to the first, some at a time, so that nearly all of the work is products
-    of matrices: LAPACK's own routine, as NumPy's wheels bring it, took longer at thousands of
-    columns.
+    Works from the last columns to the first, ``chunk`` at a time, so that nearly all work is matrix
+    products: the LAPACK in NumPy's wheels took longer at thousands of columns.
     """
     xp = names_of(matrix)
     for stop in range(len(matrix), 0, -chunk):
@@ -366,10 +369,10 @@ def _upper_cholesky(matrix: Array, chunk: int = 256) -> None:
 
 @dataclass(frozen=True)
 class Grid:
-    """The grid of a weight [O, K]: multiples ``quant_min`` to ``quant_max`` of its step.
+    """The levels of a weight [O, K]: the multiples ``quant_min`` to ``quant_max`` of a step.
 
-    ``step`` float32 [O, B]; ``columns`` int [K] says which of the B each column has, ``factors``
-    float32 [K] by what it is multiplied there.
+    ``step`` float32 [O, B]; ``columns`` int [K]: the index in B of each column's step; ``factors``
+    float32 [K]: multiply the steps by column.
     """
 
     step: Array
@@ -384,7 +387,7 @@ class Grid:
         return replace(self, columns=self.columns[span], factors=factors)
 
     def steps(self, order: Array) -> Array:
-        """Return the step of every row in the columns ``order`` int [n], float32 [n, O]."""
+        """Return the steps of the columns ``order`` int [n], float32 [n, O]."""
         steps = names_of(self.step).ascontiguousarray(self.step.T)[self.columns[order]]
         return steps if self.factors is None else steps * self.factors[order, None]
 
@@ -402,18 +405,18 @@ def gptq_codes(
     factors: Array | None = None,
     rows: int = ROWS_TOGETHER,
 ) -> list[Array]:
-    """Round ``weight`` [O, K] by GPTQ to each of ``grids``: codes int8 [O, K], ``rows`` side by side.
+    """Round ``weight`` [O, K] by GPTQ to each of ``grids``; return codes int8 [O, K] per grid.
 
-    Columns are visited by falling diagonal of the Hessian of the input times ``factors`` [K] (GPTQ's
-    act-order; the scales are fixed beforehand, so the order costs nothing at run time). Each output
-    row is kept from GPTQ or from rounding to nearest, whichever has the smaller error e H e^T, H
-    damped, so the result is never worse than nearest.
+    Columns are visited in descending order of the diagonal of ``hessian`` times ``factors``^2 [K]
+    (GPTQ's act-order; the scales are fixed beforehand, so the order costs nothing at run time).
+    Each output row is GPTQ's or rounded to nearest, whichever has the smaller error e H e^T with H
+    damped. ``rows``: maximum number of rows, over all grids, rounded side by side.
     """
     xp = names_of(weight)
     moved = xp.diagonal(hessian) * (1 if factors is None else xp.square(xp.asarray(factors)))
     order = xp.argsort(-moved, kind="stable")
     factor, pivots = gptq_factor(hessian[order[:, None], order], damping)
-    # Columns of the weight are contiguous rows, [K, O].
+    # Transposed to [K, O], so that a column of the weight is contiguous.
     ordered = xp.ascontiguousarray(weight.T)[order]
     found: list[Array] = []
     together = max(1, rows // len(weight))
@@ -428,7 +431,7 @@ def gptq_codes(
 def _visited(
     ordered: Array, grids: list[Grid], order: Array, factor: Array, pivots: Array
 ) -> Iterator[Array]:
-    """Yield the codes int8 [K, O] of ``ordered`` for each of ``grids``, whose rows are visited side by side."""
+    """Yield the codes int8 [K, O] of ``ordered`` [K, O] for each of ``grids``, rounded together."""
     xp, rows = names_of(ordered), ordered.shape[1]
     step = xp.concatenate([grid.steps(order) for grid in grids], axis=1)
     limits = np.array([(grid.quant_min, grid.quant_max) for grid in grids], np.float32)
@@ -445,7 +448,7 @@ def _visited(
 
 
 def _to_multiples(step: Array, low: Array, high: Array, codes: Array) -> Nearest | GpuColumns:
-    """Return what rounds columns to multiples of ``step`` [K, R] from ``low`` to ``high`` [R], into ``codes``."""
+    """Return an encoder that fills ``codes`` [K, R], ``low`` to ``high``, in units of ``step``."""
     if not isinstance(step, np.ndarray):
         from mpq_deploy.rounding.gpu_columns import GpuColumns, integer_level
 
@@ -464,7 +467,7 @@ def _to_multiples(step: Array, low: Array, high: Array, codes: Array) -> Nearest
     return nearest
 
 
-# (column, wanted values of all rows [R]) -> the values that they get.
+# (column, wanted values of all rows [R]) -> the dequantized values that they are rounded to [R].
 Nearest = Callable[[int, "Array"], "Array"]
 
 
@@ -475,11 +478,11 @@ def compensate(
     nearest: Nearest | GpuColumns,
     chunk: int = 128,
 ) -> Array:
-    """GPTQ's pass over columns of ``remaining`` [K, R], each making up for those before.
+    """Run GPTQ over the columns of ``remaining`` [K, R]; each compensates the errors before it.
 
-    In the end ``remaining`` holds the errors e. Returns e H e^T, float64 [R], H being what
-    ``factor`` [K, K] and ``pivots`` [K] come from (``gptq_factor``). The number format is
-    ``nearest``, which is called once per column.
+    ``remaining`` holds the weights and is overwritten by their errors e. ``factor`` [K, K] and
+    ``pivots`` [K]: from ``gptq_factor`` of H. ``nearest``: rounds to the number format, once per
+    column. Returns e H e^T, float64 [R].
     """
     xp = names_of(remaining)
     error = xp.zeros(remaining.shape[1], np.float64)
@@ -502,10 +505,10 @@ def compensate(
 def seen_error(
     errors: Array, factor: Array, pivots: Array, enough: Array | None = None, chunk: int = 512
 ) -> Array:
-    """Return e H e^T of every column of ``errors`` [K, R], float64 [R]; the others as for ``compensate``.
+    """Return e H e^T of every column of ``errors`` [K, R], float64 [R].
 
-    Or of the first rows of the factor alone, where that is ``enough`` [R] for every column already:
-    more only adds to it.
+    ``factor``, ``pivots``: as for ``compensate``. ``enough`` [R]: stop early with a partial sum
+    once every column has reached this error; the remaining terms only add to the sum.
     """
     xp = names_of(errors)
     error = xp.zeros(errors.shape[1], np.float64)
@@ -529,13 +532,12 @@ def refine_rounding(
     rounds: int,
     taps: int = 1,
 ) -> list[Rounded]:
-    """Lower the error e H e^T of INT4 ``forms`` of a weight [O, K]: codes and block scales.
+    """Lower the error e H e^T of INT4 ``forms`` (codes, block scales) of a weight [O, K].
 
-    Each round goes over the columns once, some blocks at a time: it fits each block's scale to its
-    codes by least squares, then moves every code to the best level, each for all the others as they
-    stand (coordinate descent). ``moments``: the diagonal blocks of the Hessian, together K wide,
-    damped here as for GPTQ. ``taps``: how blocks run (``QuantizedMatrix``). Neither step makes a
-    row worse. Our choice.
+    Each round goes over the columns once, some blocks at a time. It fits each block's scale to its
+    codes by least squares, then moves every code to its best level while all others are fixed
+    (coordinate descent). No step increases a row's error. ``moments``: the diagonal blocks of the
+    Hessian, together K wide, damped here as for GPTQ. ``taps``: ``QuantizedMatrix``. Our choice.
     """
     if not rounds:
         return forms
@@ -545,7 +547,7 @@ def refine_rounding(
     spans = [_refined_together(columns // scale.shape[1]) for _, scale in forms]
     found: dict[int, Rounded] = {}
     for span in sorted(set(spans)):
-        # Forms share the Hessian, so the rows of those that are cut alike are visited together.
+        # All forms share the Hessian, so forms with the same span are refined together.
         alike = [number for number, own in enumerate(spans) if own == span]
         if not isinstance(weight, np.ndarray):
             alike.sort(key=lambda number: forms[number][1].shape[1])
@@ -558,7 +560,7 @@ def refine_rounding(
 
 
 def _refined_together(block: int) -> int:
-    """Return how many columns are visited together where blocks are ``block`` wide: whole blocks."""
+    """Return how many columns are refined together: whole blocks of ``block`` columns."""
     return -(-REFINED_TOGETHER // block) * block
 
 
@@ -570,7 +572,7 @@ class BlockDiagonal:
         self._blocks = list(zip(blocks, edges[:-1].tolist(), edges[1:].tolist()))
 
     def times(self, columns: Array, rows: Array) -> Array:
-        """Return the rows ``columns`` int [n] of the matrix times ``rows`` [K, R]."""
+        """Return the matrix's rows ``columns`` int [n] times ``rows`` [K, R], float32 [n, R]."""
         xp = names_of(rows)
         found = xp.empty((len(columns), rows.shape[1]), np.float32)
         for block, low, high in self._blocks:
@@ -580,7 +582,7 @@ class BlockDiagonal:
         return found
 
     def square(self, columns: Array) -> Array:
-        """Return the part of the rows and columns ``columns`` int [n]."""
+        """Return the submatrix [n, n] of the rows and columns ``columns`` int [n]."""
         xp = names_of(self._blocks[0][0])
         found = xp.zeros((len(columns), len(columns)), np.float32)
         for block, low, high in self._blocks:
@@ -591,9 +593,9 @@ class BlockDiagonal:
 
 
 class _Descent:
-    """Forms of one weight while they are refined: columns are contiguous, [K, R], forms side by side.
+    """The state of ``refine_rounding``: arrays [K, R], the rows of all forms side by side.
 
-    ``order`` int [K]: the columns as blocks run over them; None: as they come.
+    ``order`` int [K]: the columns in the order in which blocks run over them; None: as they are.
     """
 
     def __init__(self, weight: Array, forms: list[Rounded], order: Array | None) -> None:
@@ -614,7 +616,7 @@ class _Descent:
         self._error = xp.tile(weight.T, (1, len(forms))) - self._levels * self._step
 
     def visit(self, start: int, stop: int, hessian: BlockDiagonal) -> None:
-        """Fit scales of the columns ``start`` to ``stop`` in order, move their codes, fit scales to those."""
+        """Refine the columns ``start`` to ``stop`` of the order: scales, codes, scales again."""
         columns = self._order[start:stop]
         square, slope = hessian.square(columns), hessian.times(columns, self._error)
         self._fit_all(start, stop, square, slope)
@@ -629,19 +631,19 @@ class _Descent:
                 self._fit(self._at(first, first + block), part, local, square, slope[:, part])
 
     def _at(self, start: int, stop: int) -> slice | Array:
-        """What the columns ``start`` to ``stop`` in order are: a slice where they lie together."""
+        """Return the columns ``start`` to ``stop`` of the order, as a slice if adjacent."""
         return slice(start, stop) if self._along else self._xp.asarray(self._order[start:stop])
 
     def _fit(
         self, columns: slice | Array, part: slice, local: slice, square: Array, slope: Array
     ) -> None:
-        """Fit one block's scale: the error falls by 2 d g - d^2 h when it changes by d."""
+        """Fit one block's scale: a change d lowers the error by 2 d gradient - d^2 curvature."""
         levels, old = self._levels[columns, part], self._step[columns, part][0]
         raised = square[:, local] @ levels
         xp = self._xp
         gradient = xp.einsum("kr,kr->r", levels, slope[local])
         curvature = xp.einsum("kr,kr->r", levels, raised[local])
-        # A block of zero codes leaves its scale open.
+        # A block of zero codes has no curvature: its scale stays.
         wanted = old + gradient / xp.maximum(curvature, np.finfo(np.float32).tiny)
         sensible = (wanted > 0.5 * old) & (wanted < 2 * old)
         change = cast(round_scale(xp.where(sensible, wanted, old)), np.float32) - old
@@ -651,7 +653,7 @@ class _Descent:
         slope -= raised * change
 
     def _move(self, first: int, last: int, start: int, square: Array, slope: Array) -> None:
-        """Move the codes of some columns, and let the ``slope`` of all follow."""
+        """Move the codes of some columns; update the ``slope`` of all columns of the visit."""
         own, columns = slice(first - start, last - start), self._at(first, last)
         levels, step, within = self._levels[columns], self._step[columns], square[own, own]
         wanted, moved = cast(slope[own], np.float32), self._xp.empty_like(levels)
@@ -673,7 +675,7 @@ class _Descent:
 
 
 def _alike(blocks: list[int], rows: int, joined: bool) -> list[tuple[int, slice]]:
-    """Return whose scales are fitted together: the rows of a form, or ``joined`` of all beside it with such blocks."""
+    """Return (block size, rows) of each form, or ``joined`` of adjacent forms of one block size."""
     found: list[tuple[int, slice]] = []
     for form, block in enumerate(blocks):
         part = slice(form * rows, (form + 1) * rows)
@@ -684,7 +686,7 @@ def _alike(blocks: list[int], rows: int, joined: bool) -> list[tuple[int, slice]
 
 
 def _best(changed: tuple[Array, Array], read: tuple[Array, Array, Array]) -> None:
-    """Turn slopes into the best codes, as ``gpu_columns.move_codes`` does."""
+    """Choose the best codes column by column; arguments as for ``gpu_columns.move_codes``."""
     (wanted, moved), (levels, step, within) = changed, read
     for i, best in enumerate(wanted):
         best -= within[i, :i] @ moved[:i]
@@ -709,7 +711,10 @@ def descend(
     nearest: Nearest | GpuColumns,
     chunk: int = 64,
 ) -> None:
-    """Visit every column of ``values`` [K, R] (overwritten) once: set it to the best for the others as they stand."""
+    """Set every column of ``values`` [K, R] once to its best level while the others are fixed.
+
+    ``values`` is overwritten; ``target`` [K, R]: the float weight; ``hessian`` [K, K]: damped.
+    """
     error = target - values
     for start in range(0, len(hessian), chunk):
         stop = min(start + chunk, len(hessian))

@@ -1,6 +1,6 @@
-"""Rounds the weights of layers for all their schemes, one layer after the other.
+"""Rounds the weights of all layers for all their schemes.
 
-In: a run that is calibrated. Out: a file of candidates per layer, the same bytes in any process.
+In: a calibrated run. Out: one file of candidates per layer, the same bytes in any process.
 """
 
 from __future__ import annotations
@@ -64,11 +64,11 @@ if TYPE_CHECKING:
     from mpq_deploy.run.view import Run
 
 
-# Layers of more weights have so many exponents of a branch's factors rounded, those of the least
-# expected error: all four of each body would be as many bytes again as all other candidates of a
-# Stable Diffusion (our choice; two leave 0 to 7 % more error than four on the bundled models).
+# Layers with more than LARGE_WEIGHTS weights are rounded for the LARGE_VARIANTS exponents of a
+# branch's factors with the smallest expected error. All four exponents would double the candidates
+# of a Stable Diffusion (our choice; two leave 0 to 7 % more error on the bundled models).
 LARGE_WEIGHTS, LARGE_VARIANTS = 1 << 20, 2
-# Where the GPU's memory ended with some forms side by side, so many times fewer are tried.
+# Where the GPU's memory runs out, rounding is tried again with this many times fewer rows.
 FEWER = 8
 
 
@@ -76,9 +76,10 @@ FEWER = 8
 class Rounder:
     """Rounds the layers of ``exported`` one by one, with the same bytes in any process.
 
-    Each by one thread of BLAS: with others some products round otherwise, and threads that wait for
-    each other thousands of times in a layer take many times as long as one where another process
-    uses the cores. So threads round a layer each.
+    Each layer uses one BLAS thread. With several, some products would round differently; and their
+    thousands of synchronizations per layer are slow while other processes use the cores. Instead,
+    several layers are rounded at once, one thread each. ``numbers``: layer name -> index in the
+    graph; ``base``: the run's folder, under which ``earlier`` finds other targets' weights.
     """
 
     exported: Exported
@@ -93,7 +94,7 @@ class Rounder:
 
     @classmethod
     def of(cls, run: Run, earlier: EarlierForms) -> Rounder:
-        """Read what rounding depends on."""
+        """Read the inputs of rounding from ``run``."""
         from threadpoolctl import ThreadpoolController
 
         numbers = {layer.name: number for number, layer in enumerate(run.exported.graph.layers)}
@@ -103,7 +104,7 @@ class Rounder:
         return cls(*read, numbers, blas, run.talk, run.base, earlier)
 
     def unknown(self) -> tuple[Layer, ...]:
-        """Return the layers of which some form is not known from another target."""
+        """Return the layers with a form that no other target has rounded."""
         layers, known = self.exported.graph.layers, self.earlier.cover
         if not self.earlier.folders:
             return layers
@@ -115,14 +116,14 @@ class Rounder:
 
     def _choices(self, layer: Layer) -> Choices:
         choices = choices_for(layer, wanted_schemes(self.recipe), self._refusal)
-        # The controls are what they say whatever the recipe allows the plan.
+        # Controls use their own schemes, even those that the recipe does not allow in the plan.
         return replace(choices, also=tuple(plan[layer.name] for plan in self._controls.values()))
 
     def into(self, folder: Path, moments: Hessian) -> Path:
         """Round the layer of ``moments`` for all its schemes; return its new file in ``folder``."""
         graph = self.exported.graph
         layer = graph.layers[self.numbers[moments.layer.name]]
-        # Another target's layer has the same inputs, and may be another kind of product.
+        # ``moments`` may be of another target's graph, where this layer may be a MatMul or a Conv.
         moments = replace(moments, layer=layer)
         with self.blas.limit(limits=1, user_api="blas"):
             candidates = self._candidates(moments)
@@ -132,7 +133,7 @@ class Rounder:
         return path
 
     def _candidates(self, moments: Hessian) -> LayerCandidates:
-        """Round on the GPU that this process computes on, or the CPU; on it too where the GPU's memory ends."""
+        """Round on this process' device; if GPU memory runs out, with fewer rows, then on CPU."""
         layer, place, section = moments.layer, computing_on(), self.recipe.quantize
         how = Rounding(section.rounding == "gptq", section.damping, section.refinements)
         if place.torch is None:
@@ -171,7 +172,7 @@ class Rounder:
         )
 
     def diagonal(self, layer: Layer) -> Hessian:
-        """Return the second moments of the layer's input channels: what rounding to nearest looks at."""
+        """Return the diagonal of the layer's Hessian from calibration, for rounding to nearest."""
         return Hessian(layer, _diagonal_moments(layer, self.stats), (1,) * layer.reduction, 0)
 
     def _refusal(self, layer: Layer, scheme: Scheme) -> str:
@@ -220,13 +221,13 @@ class Rounder:
 
 
 def _column_amax(layer: Layer, stats: CalibrationStats) -> Array:
-    """Return the absolute maximum of what each column of the weight multiplies, [K]; for layers of one group."""
+    """Return the absolute maximum of each weight column's input, [K]; for one group only."""
     amax = np.max([stats.activations[tensor].amax for tensor in layer.inputs], axis=0)
     return np.repeat(amax, layer.reduction // len(amax))
 
 
 def rounding_calls(run: Run) -> RecordedCalls:
-    """Return the calls that weights are rounded on, renoised."""
+    """Return the calls that weights are rounded on, with fresh noise where possible."""
     exported = run.exported
     rounded_on, _ = run.calibration.inputs.split(run.recipe.measure.samples)
     if run.recipe.quantize.noise_draws and not has_forward_process(exported.spec):
@@ -238,9 +239,9 @@ def rounding_calls(run: Run) -> RecordedCalls:
 
 
 def round_layers(run: Run, rounders: Sequence[tuple[Rounder, Path]]) -> None:
-    """Write the candidates of every layer into the folder of each of ``rounders``, in their order.
+    """Write the candidates of every layer into the folder of each of ``rounders``.
 
-    A layer per core, as far as memory goes.
+    Several layers are rounded at once, up to one per core and TOGETHER_BYTES of memory.
     """
     gptq, blas = run.recipe.quantize.rounding == "gptq", rounders[0][0].blas
     every = [wanted_schemes(rounder.recipe) for rounder, _ in rounders]
@@ -249,7 +250,7 @@ def round_layers(run: Run, rounders: Sequence[tuple[Rounder, Path]]) -> None:
     pending: dict[Future[None], int] = {}
 
     def finish(needed: int) -> None:
-        """Wait until so many bytes more fit beside what is being rounded."""
+        """Wait until a thread is free and ``needed`` bytes fit beside the layers in work."""
         while pending and (
             len(pending) >= threads or sum(pending.values()) + needed > TOGETHER_BYTES
         ):
@@ -263,7 +264,7 @@ def round_layers(run: Run, rounders: Sequence[tuple[Rounder, Path]]) -> None:
 
     with ThreadPoolExecutor(threads) as pool:
         for group in layer_moments(run, [rounder for rounder, _ in rounders]):
-            # What is behind the first is made by all threads of BLAS.
+            # Fetching a group's first layer computes the group's Hessians, with all BLAS threads.
             for first in group:
                 with blas.limit(limits=1, user_api="blas"):
                     for one in chain([first], group):
@@ -279,9 +280,10 @@ def round_layers(run: Run, rounders: Sequence[tuple[Rounder, Path]]) -> None:
 
 
 def layer_moments(run: Run, rounders: Sequence[Rounder]) -> Iterator[Iterator[Hessian]]:
-    """Yield the second moments of every layer's input: Hessians for GPTQ, else only their diagonals.
+    """Yield groups of Hessians of the layers' inputs, together one per layer.
 
-    In the groups that are made together. Diagonals, too, for layers of which all ``rounders`` know every form.
+    The first group has diagonals only: for all layers when rounding to nearest; for GPTQ those of
+    which every form is known to all ``rounders``. The other groups are those of ``HessianPlan``.
     """
     graph, names = run.exported.graph, set[str]()
     if run.recipe.quantize.rounding != "nearest":
@@ -295,7 +297,7 @@ def layer_moments(run: Run, rounders: Sequence[Rounder]) -> Iterator[Iterator[He
 
 
 def _diagonal_moments(layer: Layer, stats: CalibrationStats) -> Array:
-    """Second moments of each input channel, as a stack of 1x1 blocks [group * K, 1, 1]."""
+    """Return the second moments of each weight column's input as blocks [group * K, 1, 1]."""
     by_channel = sum(stats.activations[tensor].second_moment for tensor in layer.inputs)
     channels = np.asarray(by_channel).reshape(layer.group, -1)
     return np.repeat(channels, layer.reduction // channels.shape[1], axis=1).reshape(-1, 1, 1)

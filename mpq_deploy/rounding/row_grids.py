@@ -1,12 +1,12 @@
 """Weights of 1 to 8 bits per output channel: each channel's levels, and rounding to them by GPTQ.
 
 In: a weight matrix float32 [O, K], the second moments of its input, the forms wanted. Out:
-``SimulatedMatrix``, codes and scales from which ``dequantize`` makes the weight. Everything here is
-a function of its arguments.
+``SimulatedMatrix``, codes and scales from which ``dequantize`` makes the weight.
 
 Each output channel has one FP16 scale and one zero point: with four levels it matters on which side
-of zero the third one lies, and the networks of MPQ-DM and its base are asymmetric too. Channels of
-one layer may differ in their bits, and have binary residuals: W^ = q + sum_o alpha_o sign(R_o).
+of zero two of them lie. MPQ-DM and its base are asymmetric, too. Channels of one layer may differ
+in bits and have binary residuals: W^ = q + sum_o alpha_o sign(R_o), where R_o is the error before
+residual o.
 """
 
 from __future__ import annotations
@@ -35,20 +35,20 @@ if TYPE_CHECKING:
 
 GRID_ARRAYS = ("low", "high", "scale", "residual")
 
-# Clipping ratios of the range of a channel, by bits of its grid: the fewer levels, the more is
-# clipped (our choice).
+# Smallest clipping ratio of a channel's range, by bits of its grid: with fewer levels more clipping
+# is tried (our choice).
 LEAST_RATIOS = {2: 0.15, 3: 0.25, 4: 0.35}
 RATIO_STEPS = 24
-# Zero points tried around the one that the clipped range asks for.
+# Zero points tried, relative to that of the clipped range.
 SHIFTS = (-1, 0, 1)
-# A grid of so many levels has zero in its middle: codes are held as signed bytes, and nothing is
-# gained beside it.
+# A grid of 8 bits has its zero point in the middle, so that codes fit int8: other zero points gain
+# nothing.
 SYMMETRIC_BITS = 8
 
 
 @dataclass(frozen=True)
 class RowForm:
-    """The levels of a channel: a grid of ``bits`` (0: only zero), and ``orders`` binary residuals."""
+    """The levels of a channel: a grid of ``bits`` (0: zero only), ``orders`` binary residuals."""
 
     bits: int
     orders: int = 0
@@ -60,14 +60,15 @@ class RowForm:
 
 
 def plain(bits: int) -> RowForm:
-    """Return the grid of ``bits``; one bit is sign times size."""
+    """Return the form of ``bits`` without extra residuals; one bit is a single residual."""
     return RowForm(bits) if bits > 1 else RowForm(0, 1)
 
 
 @dataclass(frozen=True)
 class RowGrids:
-    """The levels of O channels: ``low`` <= code <= ``high`` (int16 [O], low <= 0 <= high) times
-    ``scale`` float16 [O], and plus or minus each ``residual`` float16 [Z, O] (0: none).
+    """The levels of O channels: code * ``scale`` float16 [O], +- each ``residual`` float16 [Z, O].
+
+    ``low``, ``high`` int16 [O]: limits of the codes, low <= 0 <= high. A residual of 0 is none.
     """
 
     low: Array
@@ -76,43 +77,43 @@ class RowGrids:
     residual: Array
 
     def take(self, rows: Array) -> RowGrids:
-        """Return some of the channels."""
+        """Return the grids of the channels ``rows``."""
         return RowGrids(self.low[rows], self.high[rows], self.scale[rows], self.residual[:, rows])
 
 
 @dataclass(frozen=True)
 class SimulatedMatrix:
-    """A weight under ``grids``: ``codes`` int8 [O, K] and ``signs`` int8 [Z, O, K] of the residuals (0: none)."""
+    """A weight on ``grids``: ``codes`` int8 [O, K], residual ``signs`` int8 [Z, O, K] (0: none)."""
 
     grids: RowGrids
     codes: Array
     signs: Array
 
     def dequantize(self) -> Array:
-        """Return the weight, float32 [O, K]."""
+        """Return the dequantized weight, float32 [O, K]."""
         value = self.codes * cast(self.grids.scale, np.float32)[:, None]
         for sign, size in zip(self.signs, cast(self.grids.residual, np.float32)):
             value = value + sign * size[:, None]
         return value
 
     def arrays(self) -> dict[str, Array]:
-        """Return what is stored of it."""
+        """Return the arrays to store, by name."""
         parts = {**vars(self.grids), "levels": self.codes, "signs": self.signs}
-        # Channels were picked from several forms; safetensors writes an array's memory as it lies.
+        # Channels picked from several forms are not contiguous; safetensors writes memory as is.
         return {f"simulated.{name}": np.ascontiguousarray(a) for name, a in parts.items()}
 
     @classmethod
     def of(cls, arrays: Mapping[str, Array]) -> SimulatedMatrix:
-        """Read what ``arrays`` gave."""
+        """Make the matrix from the result of ``arrays``."""
         grids = RowGrids(*(arrays[f"simulated.{name}"] for name in GRID_ARRAYS))
         return cls(grids, arrays["simulated.levels"], arrays["simulated.signs"])
 
     def take(self, rows: Array) -> SimulatedMatrix:
-        """Return some of the channels."""
+        """Return the matrix of the channels ``rows``."""
         return SimulatedMatrix(self.grids.take(rows), self.codes[rows], self.signs[:, rows])
 
     def fetched(self) -> SimulatedMatrix:
-        """Return the matrix with arrays of NumPy."""
+        """Return the matrix with NumPy arrays."""
         grids = RowGrids(*(fetched(getattr(self.grids, name)) for name in GRID_ARRAYS))
         return SimulatedMatrix(grids, fetched(self.codes), fetched(self.signs))
 
@@ -124,12 +125,12 @@ class SimulatedMatrix:
 
     @property
     def orders(self) -> Array:
-        """Binary residuals of each channel, int64 [O]."""
+        """Number of binary residuals of each channel, int64 [O]."""
         return np.asarray((self.grids.residual > 0).sum(axis=0), np.int64)
 
 
 def stacked(parts: Sequence[SimulatedMatrix]) -> SimulatedMatrix:
-    """Put the channels of ``parts`` one after the other."""
+    """Concatenate ``parts`` along the channels; missing residuals become 0."""
     xp, orders = names_of(parts[0].codes), max(len(part.signs) for part in parts)
 
     def padded(array: Array) -> Array:
@@ -148,7 +149,7 @@ def stacked(parts: Sequence[SimulatedMatrix]) -> SimulatedMatrix:
 
 
 def round_to_grids(weight: Array, grids: RowGrids) -> SimulatedMatrix:
-    """Round ``weight`` [O, K] to the nearest level of the grid, then sign by sign to the residuals."""
+    """Round ``weight`` [O, K] to the nearest code, then choose residual signs one by one."""
     step, low, high = (cast(a, np.float32)[:, None] for a in (grids.scale, grids.low, grids.high))
     sizes = cast(grids.residual, np.float32)[:, :, None]
     held, _ = _nearest_level(weight, step, low, high, sizes)
@@ -158,7 +159,10 @@ def round_to_grids(weight: Array, grids: RowGrids) -> SimulatedMatrix:
 def _nearest_level(
     wanted: Array, step: Array, low: Array, high: Array, sizes: Array
 ) -> tuple[Array, Array]:
-    """Return the values nearest to ``wanted`` after their codes and signs, of ``sizes`` [Z, ...]: int8 [1 + Z, ...]."""
+    """Return the codes and signs nearest to ``wanted``, int8 [1 + Z, ...], and their values.
+
+    ``sizes`` [Z, ...]: the residuals. Codes and signs are chosen greedily, one after the other.
+    """
     xp = names_of(wanted)
     held = [xp.clip(xp.rint(wanted / step), low, high)]
     value = held[0] * step
@@ -169,10 +173,10 @@ def _nearest_level(
 
 
 def choose_grids(weight: Array, importance: Array, form: RowForm) -> RowGrids:
-    """Choose each channel's levels for ``weight`` [O, K] by importance-weighted error.
+    """Choose each channel's levels for ``weight`` [O, K] by the importance-weighted squared error.
 
-    The grid's clip and zero point are searched jointly with the residuals' sizes, the weighted
-    means of |R_o|.
+    ``importance`` [K]: the input's mean square. Every clipping ratio and zero point of the grid is
+    tried with its residuals, whose sizes are the weighted means of |R_o|.
     """
     xp = names_of(weight)
     share = cast(xp.where(importance.sum() > 0, importance, 1.0), np.float32)
@@ -189,7 +193,7 @@ def choose_grids(weight: Array, importance: Array, form: RowForm) -> RowGrids:
 
 
 def _bases(weight: Array, bits: int) -> list[RowGrids]:
-    """Return the grids to try: every clipping ratio of the range of a channel, and zero points around its own."""
+    """Return the grids to try: each clipping ratio of the range, with each shift of zero point."""
     xp, rows = names_of(weight), len(weight)
     none = xp.zeros((0, rows), np.float16)
     if bits == 0:
@@ -241,7 +245,7 @@ def _merged(first: RowGrids, second: RowGrids, taken: Array) -> RowGrids:
 def round_forms(
     weight: Array, forms: Sequence[RowForm], moments: list[Array], how: Rounding
 ) -> dict[RowForm, SimulatedMatrix]:
-    """Round ``weight`` [O, K] in every one of ``forms``; ``moments``: the diagonal blocks of the mean of x x^T."""
+    """Round ``weight`` [O, K] to ``forms``; ``moments``: diagonal blocks of the mean of x x^T."""
     xp = names_of(weight)
     importance = xp.concatenate([xp.diagonal(block) for block in moments])
     together = stacked(
@@ -260,7 +264,7 @@ def round_forms(
 
 
 def row_errors(weight: Array, matrix: SimulatedMatrix, moments: list[Array]) -> Array:
-    """Return e H e^T of every channel, float64 [O]: its share of the mean squared error of the layer's output."""
+    """Return each channel's mean squared output error e H e^T, float64 [O]."""
     xp, error = names_of(weight), cast(weight - matrix.dequantize(), np.float64)
     if all(len(block) == 1 for block in moments):
         return xp.square(error) @ cast(xp.concatenate(moments)[:, 0], np.float64)
@@ -279,7 +283,7 @@ def _spans(blocks: list[Array]) -> Iterator[tuple[slice, Array]]:
 def _better(
     weight: Array, old: SimulatedMatrix, new: SimulatedMatrix, moments: list[Array]
 ) -> SimulatedMatrix:
-    """Take each channel from whichever has the smaller error."""
+    """Take each channel from ``new`` where its error e H e^T is smaller, else from ``old``."""
     better = row_errors(weight, new, moments) < row_errors(weight, old, moments)
     xp = names_of(weight)
     rows = xp.arange(len(weight)) + xp.where(better, len(weight), 0)
@@ -298,7 +302,7 @@ class _Encoder:
 
     @contextmanager
     def over(self, columns: Array) -> Iterator[Nearest | GpuColumns]:
-        """Give what rounds ``columns`` int [n], one after the other."""
+        """Yield an encoder that rounds ``columns`` int [n], one after the other."""
         if self._xp is not np:
             from mpq_deploy.rounding.gpu_columns import GpuColumns
 
@@ -314,7 +318,7 @@ class _Encoder:
         yield nearest
 
     def matrix(self) -> SimulatedMatrix:
-        """Return what was rounded."""
+        """Return the rounded matrix."""
         held = self._xp.ascontiguousarray(self._held.swapaxes(0, 1).swapaxes(1, 2))
         return SimulatedMatrix(self._grids, held[0], held[1:])
 
@@ -322,7 +326,7 @@ class _Encoder:
 def _compensated(
     weight: Array, nearest: SimulatedMatrix, moments: list[Array], damping: float
 ) -> SimulatedMatrix:
-    """Round by GPTQ, columns by falling diagonal; channels for which ``nearest`` is better stay there."""
+    """Round by GPTQ in act-order; channels for which ``nearest`` is better keep its codes."""
     xp, encoder = names_of(weight), _Encoder(nearest.grids, weight.shape[1])
     for span, block in _spans(moments):
         order = xp.argsort(-xp.diagonal(block), kind="stable")
@@ -334,7 +338,7 @@ def _compensated(
 
 
 def _descended(weight: Array, matrix: SimulatedMatrix, hessians: list[Array]) -> SimulatedMatrix:
-    """Visit every code once and move it to the best level for the others as they stand."""
+    """Move every code once to its best level while the others are fixed."""
     xp, encoder = names_of(weight), _Encoder(matrix.grids, weight.shape[1])
     values = matrix.dequantize()
     for span, hessian in _spans(hessians):
@@ -345,7 +349,7 @@ def _descended(weight: Array, matrix: SimulatedMatrix, hessians: list[Array]) ->
 
 
 def _refitted(weight: Array, matrix: SimulatedMatrix, hessians: list[Array]) -> SimulatedMatrix:
-    """Fit each channel's scale and residual sizes to its codes by least squares under the Hessian."""
+    """Fit each channel's scale and residuals to its codes by least squares under the Hessian."""
     xp = names_of(weight)
     old = cast(xp.concatenate([matrix.grids.scale[None], matrix.grids.residual]), np.float32)
     basis = cast(xp.concatenate([matrix.codes[None], matrix.signs]), np.float32)

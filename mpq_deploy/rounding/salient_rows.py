@@ -1,7 +1,7 @@
-"""Which output channels a rows branch promotes, ordered by probes on the rounding's calls.
+"""The order in which ``rows`` branches promote output channels, by probes or by kurtosis.
 
-In: the candidates of layers that have such a branch. Out: layer name -> its output channels, most
-salient first.
+In: the candidates of the layers with a ``rows`` scheme. Out: layer name -> its output channels,
+most salient first. Probes use the calls that weights are rounded on.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from mpq_deploy.run.view import RECIPE, Run
 from mpq_deploy.system.parallel.work import Alone, Job, Result, Shard, Work, run_shards
 from mpq_deploy.system.progress import Talk
 
-# Ranking channels needs fewer calls than measuring schemes.
+# Ranking channels needs fewer timesteps and calls than measuring schemes (our choice).
 SALIENCE_TIMESTEPS, SALIENCE_SAMPLES = 8, 12
 
 
 def salient_first(run: Run, folder: Path, earlier: EarlierForms) -> tuple[dict[str, Array], str]:
-    """Order the output channels of layers with a rows branch, most salient first: layer name -> int32 [O]."""
+    """Return layer -> output channels int32 [O], most salient first, and a note on the method."""
     chosen = with_rows(folder, run.exported.graph)
     if not chosen:
         return {}, ""
@@ -47,7 +47,7 @@ def salient_first(run: Run, folder: Path, earlier: EarlierForms) -> tuple[dict[s
         )
     else:
         why = ", salient rows by probes"
-    # Equal saliences keep the channels' order, so equal inputs give equal plans.
+    # A stable sort: with equal saliences the order is still determined.
     return {
         name: np.argsort(-s, kind="stable").astype(np.int32) for name, s in saliences.items()
     }, why
@@ -60,7 +60,7 @@ def _kurtosis(candidates: LayerCandidates, stats: CalibrationStats) -> Array:
 
 
 def _probed_salience(run: Run, chosen: StoredCandidates) -> dict[str, Array] | None:
-    """Return the channels' errors by probes on the calls that weights are rounded on; None where torch cannot."""
+    """Return layer name -> error of each output channel by probes; None where torch cannot."""
     if importlib.util.find_spec("torch") is None:
         return None
     from mpq_deploy.onnx_torch.torch_graph import UnsupportedOperator
@@ -70,7 +70,7 @@ def _probed_salience(run: Run, chosen: StoredCandidates) -> dict[str, Array] | N
     try:
         if isinstance(run.crew, Alone):
             return channel_errors(*salience_inputs(run, chosen), run.talk)
-        # No worker is started to find that out.
+        # Checked here so that no worker is started in vain.
         if not evaluates_in_torch(run.exported.graph):
             return None
         return salience_over_workers(run, chosen)
@@ -82,7 +82,7 @@ def _probed_salience(run: Run, chosen: StoredCandidates) -> dict[str, Array] | N
 def salience_inputs(
     run: Run, chosen: StoredCandidates
 ) -> tuple[LayerGraph, Mapping[str, Array], RecordedCalls, int]:
-    """Return what the errors of channels are measured on: graph, weights, calls, how many of these."""
+    """Return the first arguments of ``channel_errors``: graph, body weights, calls, samples."""
     from mpq_deploy.calls.timesteps import sampled_steps
     from mpq_deploy.sensitivity.salience import body_weights
 
@@ -95,7 +95,7 @@ def salience_inputs(
 
 
 def salience_over_workers(run: Run, chosen: StoredCandidates) -> dict[str, Array]:
-    """Return what ``sensitivity.salience.channel_errors`` returns, a shard per timestep."""
+    """Compute ``sensitivity.salience.channel_errors`` over workers, one shard per timestep."""
     from mpq_deploy.sensitivity.measured_calls import Calls
 
     folder, size = chosen.folder.relative_to(run.path), salience_worker_bytes(run)
@@ -119,7 +119,7 @@ def salience_over_workers(run: Run, chosen: StoredCandidates) -> dict[str, Array
 
 
 def _open_salience(folder: Path, root: Path, talk: Talk) -> Work:
-    """Return what gives the parts of the sums of one timestep."""
+    """Return the worker's function: timestep -> the terms of ``ChannelErrors.at``."""
     from mpq_deploy.sensitivity.salience import ChannelErrors
 
     run = Run.opened(root, talk)

@@ -1,10 +1,10 @@
-"""The stage candidates over workers: they run the calls behind the Hessians, and round the layers.
+"""The stage candidates over workers, which run the calls for the Hessians and round the layers.
 
-Layers come in the groups whose Hessians fit the cap together, as in one process. Of each group
-workers first gather the rows of the layers' inputs, a shard per timestep; this process multiplies
-them in the order of the timesteps, which is where rounding errors would differ. Then a shard is a
-layer, those with the most weights first. Workers that see this machine's files read the Hessian
-from the run's scratch folder, others are sent it.
+Layers come in the groups whose Hessians fit the memory cap together, as in one process. For each
+group workers first gather the rows of the layers' inputs, one shard per timestep. This process
+multiplies the rows in the order of the timesteps, so that floating-point sums do not depend on the
+workers. Then workers round the layers, one shard per layer. Workers that see this machine's files
+read the Hessian from the run's scratch folder; others receive it with the shard.
 """
 
 from __future__ import annotations
@@ -34,9 +34,10 @@ FILES = (RECIPE, "export", "calibrate")
 
 @dataclass(frozen=True)
 class _Layer:
-    """Layer ``number`` and its Hessian, whose columns are cut into ``widths``: in the file
-    ``place`` below the root, or itself (``blocks``). Neither: the layer is rounded to nearest,
-    by what the calibration knows of its inputs.
+    """Round layer ``number`` with its Hessian of column ``widths``.
+
+    The Hessian is in the file ``place`` below the root, or in ``blocks``. With neither the layer
+    takes the diagonal from calibration.
     """
 
     number: int
@@ -47,7 +48,7 @@ class _Layer:
 
 @dataclass(frozen=True)
 class _Gather:
-    """The rows that the calls at position ``step`` of the timesteps give for the Hessians of ``group``."""
+    """Gather the rows for the Hessians of ``group`` from the calls at timestep index ``step``."""
 
     group: int
     step: int
@@ -61,7 +62,8 @@ def round_over_workers(run: Run, folder: Path, earlier: EarlierForms) -> None:
     files = (*files, *(name for name, _ in earlier.folders))
     job = Job("rounding", opened, root, files, rounding_worker_bytes(run))
     rounder = Rounder.of(run, earlier)
-    # Before workers come: it links the weights for a session, which other readers of them refuse.
+    # Before the workers start: the plan links the weights for a session, and other readers refuse
+    # linked weights.
     plan = _plan(run, rounder, run.talk) if run.recipe.quantize.rounding != "nearest" else None
     known = set(run.exported.graph.layers) - set(rounder.unknown() if plan else ())
     with crew.open(job, run.talk) as pool:
@@ -80,7 +82,7 @@ def round_over_workers(run: Run, folder: Path, earlier: EarlierForms) -> None:
 
 
 def _plan(run: Run, rounder: Rounder, talk: Talk) -> HessianPlan | None:
-    """Return how the Hessians are made; None where no layer needs one."""
+    """Return the plan of the Hessians; None where no layer needs one."""
     graph = replace(run.exported.graph, layers=rounder.unknown())
     if not graph.layers:
         return None
@@ -90,7 +92,7 @@ def _plan(run: Run, rounder: Rounder, talk: Talk) -> HessianPlan | None:
 
 @dataclass(frozen=True)
 class _Dealing:
-    """Makes shards of layers and writes what comes back into ``folder``."""
+    """Makes the shards and writes the workers' files into ``folder``."""
 
     run: Run
     pool: Pool
@@ -100,7 +102,7 @@ class _Dealing:
         return Shard(f"layer {self.run.exported.graph.layers[task.number].name}", task)
 
     def with_hessians(self, hessians: Iterator[Hessian], scratch: Path) -> Iterator[Shard]:
-        """Yield the shards of a group; each Hessian goes into ``scratch`` where workers can read it there."""
+        """Yield the shards of a group; Hessians are saved in ``scratch`` if workers can read it."""
         numbers = {
             layer.name: number for number, layer in enumerate(self.run.exported.graph.layers)
         }
@@ -110,7 +112,7 @@ class _Dealing:
             if not self.run.crew.shares_files:
                 yield self.layer(_Layer(number, found.widths, blocks=found.blocks))
                 continue
-            # Layers in a row often share an input, as an attention's do: one file for all of them.
+            # Consecutive layers often share an input, as in attention: one file for all of them.
             if last is None or last[0] is not found.blocks:
                 last = (found.blocks, scratch / f"{number:05d}.npy")
                 np.save(last[1], found.blocks)
@@ -130,7 +132,7 @@ class _Dealing:
                 yield [result.pop(f"{batch}.{job}") for job in range(jobs)]
 
     def round(self, shards: Sequence[Shard], which: str = "") -> None:
-        """Compute the ``shards`` of layers, those with the most weights first: none is left over at the end."""
+        """Round the layers of ``shards``; the largest first, so that workers end together."""
         layers = self.run.exported.graph.layers
         ordered = sorted(shards, key=lambda shard: -layers[shard.task.number].weights)
         for result in run_shards(self.pool, f"round layers{which}", ordered, self.run.talk):
@@ -139,7 +141,7 @@ class _Dealing:
 
 
 class _Rounding:
-    """A worker: the model opened once, and the plan of Hessians where it makes them itself."""
+    """A worker: the run opened once, and the plan of the Hessians once it gathers rows."""
 
     def __init__(
         self, root: Path, out: Path, shares_files: bool, earlier: EarlierForms, talk: Talk
@@ -155,7 +157,10 @@ class _Rounding:
     def open(
         cls, out: Path, shares_files: bool, earlier: EarlierForms, root: Path, talk: Talk
     ) -> Work:
-        """Return what does a ``_Gather``, or rounds a ``_Layer`` into a file of ``root / out`` or returns that file."""
+        """Return the worker's function, which does a ``_Gather`` or rounds a ``_Layer``.
+
+        A layer's file stays in ``root / out`` if files are shared; else its bytes are the result.
+        """
         worker = cls(root, out, shares_files, earlier, talk)
 
         def work(task: _Layer | _Gather, inner: Talk) -> Result:
@@ -164,7 +169,7 @@ class _Rounding:
         return work
 
     def gather(self, task: _Gather, talk: Talk) -> Result:
-        """Return the rows by batch and Hessian."""
+        """Return the rows as "batch.job" -> array, jobs in the order of the group's matrices."""
         if self._plan is None:
             self._plan = _plan(self._run, self._rounder, Within.silent(talk))
             assert self._plan is not None
@@ -179,7 +184,7 @@ class _Rounding:
         return found
 
     def round(self, task: _Layer) -> Result:
-        """Round a layer; return its file where only this node has it."""
+        """Round a layer; return its file's bytes where workers do not share files."""
         self._open = None
         try:
             self._out.mkdir(exist_ok=True)
@@ -196,7 +201,6 @@ class _Rounding:
         layer = self._layers[task.number]
         if task.place is None and task.blocks is None:
             return self._rounder.diagonal(layer)
-        # Memory of this process, as where Hessians are made: what lies elsewhere is aligned
-        # otherwise.
+        # Copied into memory of this process: NumPy's results can depend on an array's alignment.
         blocks = read_array(self._root / task.place) if task.place else np.array(task.blocks)
         return Hessian(layer, blocks, task.widths, 0)

@@ -1,12 +1,12 @@
-"""Metrics that weigh bits: from the importance of each layer to a table for the allocation.
+"""Metrics that weigh bits: make a sensitivity table from one importance per layer.
 
-The loss of scheme s of layer i is c_i (16 - b_s): the bits that it does not give, weighted by the
-layer's importance. Over plans with one scheme per layer, the sum of losses is 16 sum_i c_i less
-sum_i c_i b_{s_i}; so the MILP, which minimizes it within the bytes (n_i b_i, scales and all),
-maximizes sum_i c_i b_i over the real schemes. The number of weights n_i stands in the budget and
-not in the benefit, as in the linear program that the papers solve (arXiv 2412.00144, 2109.07865).
+The loss of scheme s of layer i is c_i (16 - b_s), with the layer's importance c_i and the scheme's
+bits per weight b_s. A plan has one scheme per layer, so its summed loss is 16 sum_i c_i minus
+sum_i c_i b_{s_i}. The allocation MILP minimizes that sum within the exact bytes (scales included)
+and thereby maximizes sum_i c_i b_{s_i}. The number of weights n_i enters the budget and not the
+benefit, as in the papers' linear program (arXiv 2412.00144, 2109.07865).
 
-Nothing in such a loss knows how large an error is: it ranks layers and predicts no error.
+These losses contain no quantization error: they rank layers and do not predict an output error.
 """
 
 from __future__ import annotations
@@ -33,7 +33,11 @@ INT8_BITS = 8
 def table_from_importance(
     metric: str, subject: Subject, theta: Array, notes: tuple[str, ...] = ()
 ) -> SensitivityTable:
-    """Return the table of ``theta`` [K, L]: losses whose mean over timesteps is c_i (16 - b_s)."""
+    """Return the table whose losses, averaged over timesteps, are c_i (16 - b_s).
+
+    ``theta`` [K, L]: importance of each layer at each timestep; c is its weighted mean over K.
+    Schemes that the fixed activation bits rule out get no loss.
+    """
     layers, options, timesteps = subject.layers, subject.settings.orm, subject.calibration.timesteps
     shapes = activation_shapes(subject.graph, subject.recorded, subject.talk)
     elements = np.array(
@@ -66,27 +70,27 @@ def table_from_importance(
 
 
 def scheme_bits(layer: Layer, scheme: Scheme, bits: Bits) -> float:
-    """Return b of a scheme: its weights' nominal bits, or the deployed bits per weight, at most 16.
+    """Return b_s, the bits per weight of ``scheme``, at most 16.
 
-    Nominal bits are the mean over the weights: INT8 rows and FP16 columns of a branch count as
-    such; a low-rank branch corrects weights without widening them, and counts as nothing (our
-    choice).
+    ``bits`` "nominal": the mean bit width of the weights, where a branch's INT8 rows and FP16
+    columns count with 8 and 16 bits and a low-rank branch adds nothing (our choice). Otherwise the
+    deployed bytes, scales included.
     """
     if bits == "nominal" or not scheme.quantized:
         return scheme.branch.nominal_bits(layer, scheme.weight.bits)
-    # Scales of a tiny reduction can take more than the weights: no more precision than FP16.
+    # With a tiny reduction the scales can take more bytes than the weights.
     return min(8 * scheme.weight_bytes(layer) / layer.weights, float(FULL_BITS))
 
 
 def activation_bits(
     schemes: Sequence[tuple[Scheme, ...]], importance: Array, elements: Array, options: OrmSettings
 ) -> Array:
-    """Return the bits that each layer's activations are fixed at, int64 [L]; 0: no choice.
+    """Return the bits at which each layer's activations are fixed, int64 [L]; 0: no choice.
 
-    A layer has the choice when some of its quantized schemes have INT8 activations and some have
-    not. With "program": maximize sum c_i a_i over a_i in {8, 16} subject to sum m_i a_i <=
-    ``activation_budget`` sum m_i, with m_i = ``elements`` of its inputs, over the layers that have
-    the choice (our reading).
+    A layer has a choice when it has quantized schemes with 8-bit and with float activations.
+    "program" maximizes sum c_i a_i over those layers, with a_i in {8, 16}, subject to
+    sum m_i a_i <= ``activation_budget`` sum m_i. c: ``importance`` [L]; m: ``elements`` [L] of each
+    layer's inputs (our reading of the papers).
     """
     free = np.array(
         [len({s.activation is None for s in row if s.quantized}) == 2 for row in schemes], bool
@@ -104,7 +108,7 @@ def activation_bits(
 
 
 def schemes_at(schemes: tuple[Scheme, ...], bits: int) -> tuple[Scheme, ...]:
-    """Return the schemes whose activations have ``bits`` (0: all), and FP16 weights."""
+    """Return the schemes whose activations have ``bits`` (0: any), and the unquantized scheme."""
     if not bits:
         return schemes
     return tuple(

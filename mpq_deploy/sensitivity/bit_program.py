@@ -1,10 +1,10 @@
-"""OMPQ's program over bit widths: the most importance-weighted bits within a budget, by HiGHS.
+"""OMPQ's program over bit widths (arXiv 2109.07865), solved by HiGHS.
 
 Maximize sum_i c_i b_i subject to sum_i n_i b_i <= budget, with importances c_i, element counts n_i
-and bits b_i. The linear program takes every b_i from an interval: its answer is a bound on what
-real schemes can reach, and is never rounded to a plan. The multiple-choice program takes b_i from a
-list. Weights' bits are chosen by the plan's own MILP (``allocate``), on exact bytes; activations'
-bits, which take no bytes, by ``chosen_bits`` (our reading).
+and bits b_i. ``linear_bits`` takes each b_i from an interval: the optimum is an upper bound for
+real schemes and is never rounded to a plan. ``chosen_bits`` takes each b_i from a list. It chooses
+the bits of activations, which take no bytes in the file (our reading); the bits of weights are
+chosen by the plan's MILP (``allocate``) on exact bytes.
 """
 
 from __future__ import annotations
@@ -33,8 +33,7 @@ def linear_bits(
 ) -> BitSolution:
     """Solve the linear program over continuous bits low_i <= b_i <= high_i.
 
-    ``importance`` and ``elements``: c and n, [L]. Raises UsageError when the lowest bits are over
-    the budget.
+    ``importance`` [L]: c; ``elements`` [L]: n. Raises UsageError when ``low`` exceeds the budget.
     """
     _check_fits(elements, low, budget_bits)
     bits = _solve(importance, elements / elements.max(), low, high, budget_bits / elements.max())
@@ -46,7 +45,7 @@ def chosen_bits(
 ) -> BitSolution:
     """Solve the multiple-choice program: b_i is one of ``choices[i]``.
 
-    Raises UsageError when the lowest bits are over the budget.
+    Raises UsageError when the lowest choices exceed the budget.
     """
     _check_fits(elements, np.array([min(row) for row in choices], np.float64), budget_bits)
     pairs = [(layer, bits) for layer, row in enumerate(choices) for bits in row]
@@ -78,15 +77,15 @@ def _check_fits(elements: Array, low: Array, budget_bits: float) -> None:
 def _solve(
     benefit: Array, cost: Array, low: Array, high: Array, budget: float, owner: Array | None = None
 ) -> Array:
-    """Return x in [low, high] of maximum ``benefit`` x with ``cost`` x <= budget.
+    """Return the x in [low, high] that maximizes ``benefit`` x subject to ``cost`` x <= ``budget``.
 
-    With ``owner`` [columns] x is binary, and the columns of one owner sum to 1.
+    ``owner`` [columns]: x is binary, and exactly one column of each owner is 1.
     """
     owned = [] if owner is None else [np.flatnonzero(owner == layer) for layer in np.unique(owner)]
     rows = [Row(1.0, 1.0, columns, np.ones(len(columns))) for columns in owned]
     rows.append(Row(-math.inf, budget, np.arange(len(cost)), cost))
     program = LinearProgram(
-        # HiGHS' tolerances are absolute: the greatest benefit is brought to 1.
+        # HiGHS' tolerances are absolute, so the largest benefit is scaled to 1.
         cost=benefit / (float(np.abs(benefit).max()) or 1.0),
         low=np.asarray(low, np.float64),
         high=np.asarray(high, np.float64),

@@ -1,8 +1,8 @@
-"""Pairs (layer, scheme) that were measured for another target of the same run, on the same calls.
+"""Reuse (layer, scheme) pairs that another target of the same run measured on the same calls.
 
-In: the candidates, and the tables and candidates of other targets. Out: the pairs that are left to
-measure, and one table of both. A pair's projections stay valid where its weight is the same: its
-probes come from the seed, the timestep and the call.
+In: this target's candidates, and the tables and candidates of the other targets. Out: the pairs
+still to measure, and one table of reused and new pairs. The projections of a pair stay valid while
+its dequantized weight is the same, because the probes depend only on seed, timestep and call.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Names = dict[str, tuple[str, ...]]
 
 @dataclass(frozen=True)
 class Part(Mapping[str, LayerCandidates]):
-    """Those of ``candidates`` with a name in ``schemes``."""
+    """The layers of ``candidates`` that ``schemes`` names, each with the named schemes alone."""
 
     candidates: Candidates
     schemes: Names
@@ -44,7 +44,10 @@ class Part(Mapping[str, LayerCandidates]):
 def known_pairs(
     candidates: Candidates, tables: list[tuple[SensitivityTable, Candidates]]
 ) -> SensitivityTable | None:
-    """Return what ``tables``, each of its candidates, say of the pairs of ``candidates``; None for none."""
+    """Return one table of the pairs in ``tables`` that are valid for ``candidates``, too.
+
+    ``tables``: other targets' tables, each with its own candidates. None where none is by probes.
+    """
     probed = [(table, other) for table, other in tables if table.metric == "probe"]
     if not probed:
         return None
@@ -67,7 +70,7 @@ def known_pairs(
 
 
 def same_schemes(one: LayerCandidates, other: LayerCandidates) -> list[str]:
-    """Name the schemes of both that hold the same weight."""
+    """Return the names of the schemes that both have, with equal dequantized weights."""
     names = {s.name for s in other.schemes}
     both = [s for s in one.schemes if s.name in names]
     forms = {s.weight_form for s in both}
@@ -76,11 +79,11 @@ def same_schemes(one: LayerCandidates, other: LayerCandidates) -> list[str]:
 
 
 def unknown_pairs(candidates: Candidates, known: Mapping[str, Collection[str]]) -> Names:
-    """Return the schemes of each layer that are left to measure, with the bodies that they change."""
+    """Return layer -> schemes to measure: those not in ``known``, and the bodies they build on."""
     left: Names = {}
     for layer, found in candidates.items():
         new = [s for s in found.schemes if s.name not in known.get(layer, ())]
-        # What a branch promotes is measured as a difference to its body.
+        # A branch that promotes channels is measured as a difference from its body.
         bodies = {s.body.name for s in new if s.branch.promotes}
         names = tuple(s.name for s in found.schemes if s in new or s.name in bodies)
         if names:
@@ -94,7 +97,10 @@ def joined(
     candidates: Candidates,
     attentions: tuple[Operands, ...],
 ) -> SensitivityTable:
-    """Return one table of the pairs of ``candidates`` and ``attentions``, in their order; what is known stays."""
+    """Return one table of ``candidates`` and ``attentions``, in their order.
+
+    Where both tables have a pair, ``known`` wins.
+    """
     assert known.projections is not None
     if new is None:
         new = known

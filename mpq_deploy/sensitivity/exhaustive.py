@@ -1,10 +1,10 @@
 """The ground truth: run the denoiser with one layer quantized, compare with the float output.
 
-NMSE = mean over timesteps of (sum of squared differences / sum of squared outputs) over the
-measured calls. With torch, only what depends on the layer is run again. Without, ONNX Runtime runs
-the float graph with the layer's error added to its output, which is the same (its input is the
-float one), except for a layer of which one use feeds another: later uses are taken on float inputs,
-and a note says so.
+NMSE = mean over timesteps of (sum of squared differences / sum of squared outputs), both sums over
+the measured calls. With torch, only the nodes downstream of the layer are run again. Without torch,
+ONNX Runtime runs the float graph and adds the layer's local error to the layer's output. The result
+is the same because the layer's input is float. The exception is a layer of which one use feeds
+another: its later uses are then evaluated on float inputs, and a note in the table says so.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from mpq_deploy.system.gpu_memory import Shrinking
 
 # Which schemes of each layer are measured.
 Chosen = Mapping[Layer, frozenset[str]]
-# Feeds -> the sum of ||output||^2, and (layer, scheme, sum of squared differences) of every choice.
+# Feeds -> the sum of ||output||^2, and (layer, scheme, sum of squared differences) of every pair.
 Evaluate = Callable[[dict[str, Array]], tuple[float, Iterator[tuple[str, str, float]]]]
 
 
@@ -46,9 +46,11 @@ def measure_exhaustive(
     pairs: Collection[tuple[str, str]] | None = None,
     use_torch: bool | None = None,
 ) -> SensitivityTable:
-    """Measure every (layer, scheme), or those in ``pairs``, one at a time.
+    """Measure every (layer, scheme) pair, or only ``pairs``, one at a time.
 
-    ``use_torch`` None takes torch where it is installed and knows every operator of the graph.
+    ``use_torch`` False: ONNX Runtime. Otherwise torch, where it is installed and knows every
+    operator of the graph. Where an operator fails in torch, True raises FailedOperator, and None
+    falls back to ONNX Runtime with a warning.
     """
     chosen = {
         layer: frozenset(
@@ -80,7 +82,7 @@ def _table(
     open_evaluate: Callable[[], Evaluate],
     notes: tuple[str, ...],
 ) -> SensitivityTable:
-    """Evaluate all calls by what ``open_evaluate`` gives."""
+    """Evaluate all calls with the function that ``open_evaluate`` returns; make the table."""
     calls = subject.calls()
     steps = len(calls.timesteps)
     errors = {
@@ -124,7 +126,7 @@ def evaluates_in_torch(graph: LayerGraph) -> bool:
 
 
 def _in_torch(subject: Subject, chosen: Chosen) -> Evaluate:
-    """Return what evaluates calls in torch."""
+    """Return a function that evaluates the feeds of some calls in torch (see ``Evaluate``)."""
     import torch
 
     from mpq_deploy.onnx_torch.torch_graph import TorchGraph
@@ -148,7 +150,7 @@ def _in_torch(subject: Subject, chosen: Chosen) -> Evaluate:
                 rewire = _rewire(layer, scheme, stacks, subject.stats, graph.float_type, timestep)
                 changed = graph.run(feeds, rewire=rewire, known=known)[output]
                 found.append((changed.double() - reference).square().sum())
-            # Once for all: to fetch a number from a GPU is to wait for it.
+            # One transfer for all schemes: each transfer from a GPU waits for its queue.
             return list(torch.stack(found).cpu().tolist())
 
         def changes() -> Iterator[tuple[str, str, float]]:
@@ -170,7 +172,10 @@ def _rewire(
     float_type: Any,
     timestep: float | None,
 ) -> dict[str, Any]:
-    """Return what the layer's nodes read under ``scheme``: rounded input, dequantized weight."""
+    """Return node name -> function that replaces the node's inputs with those under ``scheme``.
+
+    The new inputs are the fake-quantized activation and the dequantized weight.
+    """
     from mpq_deploy.onnx_torch.torch_graph import torch_from_constant
     from mpq_deploy.sensitivity.torch_projection import lost_by_rounding
 
@@ -183,8 +188,8 @@ def _rewire(
 
     def replace_inputs(roundings: dict[str, InputRounding]) -> Any:
         def change(inputs: list[Any]) -> list[Any]:
-            # Channels kept in float, with their float columns, are what a branch computes beside
-            # the body.
+            # A branch computes the channels that stay in float, with their float columns; here
+            # they are part of the same product.
             rounded = [
                 inputs[0] - lost_by_rounding(inputs[0], rounding.at(timestep), layer)
                 for rounding in roundings.values()
@@ -202,7 +207,7 @@ def _rewire(
 
 @contextmanager
 def _in_onnxruntime(subject: Subject, calls: Calls, chosen: Chosen) -> Iterator[Evaluate]:
-    """Return what evaluates ``calls`` in ONNX Runtime."""
+    """Yield a function that evaluates the feeds of some calls in ONNX Runtime."""
     layers, layer_errors = tuple(chosen), LayerErrors(subject)
     names = tap_names(layers)
     with tapped_graph(subject.graph, names, subject.talk) as session:
@@ -230,7 +235,7 @@ def _in_onnxruntime(subject: Subject, calls: Calls, chosen: Chosen) -> Iterator[
 
 
 def _chained_uses(graph: LayerGraph, layers: Collection[Layer]) -> tuple[str, ...]:
-    """Name the layers of which one use feeds another: errors on float inputs are not exact there."""
+    """Return a note for each layer of which one use feeds another: its losses are not exact."""
     import networkx as nx
 
     flow = dataflow(graph.model)

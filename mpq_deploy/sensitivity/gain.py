@@ -1,11 +1,11 @@
 """Propagation gain times local error: losses from forward passes in ONNX Runtime alone.
 
 g_{l,t} is the relative squared change of the denoiser's output, divided by eps^2, when the layer's
-output Y becomes Y + eps rms(Y) xi with xi ~ N(0, I); the loss of scheme s is the mean over
-timesteps of g_{l,t} e_{l,s,t} with the relative local error e. It assumes that the local error
-propagates like white noise, which INT8 activations of layers with shared or time-embedding inputs
-violate: there it can be several times too low. One forward pass per layer and timestep, whatever
-the number of schemes.
+output Y becomes Y + eps rms(Y) xi with xi ~ N(0, I). The loss of scheme s is the mean over
+timesteps of g_{l,t} e_{l,s,t}, with the relative local error e (``local_error``). The metric
+assumes that the local error propagates like white noise. INT8 activations of layers whose input is
+shared or a time embedding violate that: their loss can be several times too low. The number of
+forward passes per layer does not depend on the number of schemes.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from mpq_deploy.sensitivity.table import SensitivityTable, table_from_losses
 
 # Relative size of the noise.
 NOISE = 0.05
-# Calls per timestep: the noise already averages over all elements of a layer's output.
+# Calls per timestep. Few are enough: the noise averages over all elements of a layer's output.
 GAIN_SAMPLES = 4
 
 
 def measure_gain(subject: Subject) -> SensitivityTable:
-    """Measure all schemes of all layers by propagation gain times local error."""
+    """Return the table of all schemes of all layers: propagation gain times local error."""
     calls = subject.calls()
     local = local_errors(subject, calls)
     samples = min(calls.count, max(GAIN_SAMPLES, calls.fixed_batch or 1))
@@ -41,7 +41,10 @@ def measure_gain(subject: Subject) -> SensitivityTable:
 
 
 def propagation_gains(subject: Subject, local: LocalErrors, calls: Calls) -> dict[str, Array]:
-    """Return layer -> gain at each timestep, float64 [K]."""
+    """Return layer -> gain g at each timestep, float64 [K].
+
+    Raises ModelError when the float output holds NaN or Inf.
+    """
     layers, seed, steps = subject.layers, subject.settings.seed, len(calls.timesteps)
     changed = {layer.name: np.zeros(steps) for layer in layers}
     power = np.zeros(steps)

@@ -1,10 +1,10 @@
-"""What an error of a part's output does to the pipeline's final images: a gain per part.
+"""The gain from an error of one pipeline part's output to an error of the final images.
 
-A part's output is changed by random noise of a small relative size while the float pipeline runs;
-the relative squared error of the images over that of the output is the gain. Half of a
-denoiser's noise stays from step to step, as a quantized one's error partly does: noise drawn anew
-at each step averages out. Errors are quadratic for small changes, which
-two sizes of noise check. Our choice; predictions by it are compared with measured images.
+Noise of a small relative size is added to the part's output while the float pipeline runs. The gain
+is the relative squared error of the images divided by that of the part's output. Half of a
+denoiser's noise (in its square) is the same at every step: a quantized denoiser's error is partly
+constant, too, while noise drawn anew at each step averages out. Two sizes of noise check that
+small errors are quadratic. Our choice; predictions by it are compared with measured images.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from mpq_deploy.calls.whole_pipeline import PartCall, WholePipeline
 from mpq_deploy.models.spec import Array
 from mpq_deploy.system.progress import Talk
 
-# Relative sizes of the noise, the one of the gain first; and the images that it is measured on.
+# Relative sizes of the noise (the gain is that of the first), and the number of images measured.
 SIZES = (0.01, 0.03)
 IMAGES = 4
-# The gains of the two sizes are this many times apart where errors are not quadratic.
+# Where the gains of the two sizes differ by more than this factor, errors are not quadratic.
 APART = 1.5
-# Share of the square of a denoiser's noise that stays from step to step (our choice: on two tiny
-# pipelines the gains of quantized denoisers were 1.15 and 0.67 times what this gives; all of it
-# gives 1.6 and 2.7 times too much, none of it 5 and 3 times too little).
+# Share of the noise's square that a denoiser keeps from step to step (our choice: on two tiny
+# pipelines the gains of quantized denoisers were 1.15 and 0.67 times what this share gives; a share
+# of 1 gives gains 1.6 and 2.7 times too high, a share of 0 gains 5 and 3 times too low).
 STAYS = 0.5
 
 
 class Gain(BaseModel):
-    """A part's ``gain``, that of the larger noise, and the rows that the part computes per image."""
+    """A part's ``gain`` at the smaller and at the larger noise; batch ``rows`` per image."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -41,7 +41,7 @@ class Gain(BaseModel):
 
     @property
     def quadratic(self) -> bool:
-        """Whether both sizes of noise give about one gain."""
+        """Whether both sizes of noise give about the same gain."""
         low, high = sorted((self.gain, self.at_larger))
         return high <= APART * low
 
@@ -49,7 +49,7 @@ class Gain(BaseModel):
 def measure_gains(
     pipeline: WholePipeline, names: Sequence[str], steps: int, seed: int, talk: Talk
 ) -> dict[str, Gain]:
-    """Return the gain of each part in ``names``, and the rows of all parts, by runs of the pipeline."""
+    """Run the pipeline; return each part's gain and rows, gain 0 for parts not in ``names``."""
     found: dict[str, list[float]] = {}
     with talk.bar("gains", IMAGES * (1 + len(SIZES) * len(names))) as advance:
 
@@ -76,9 +76,9 @@ def measure_gains(
 
 
 class _Noise:
-    """Adds noise to a part's output: ``size`` times its root mean square.
+    """Adds noise with an rms of ``size`` times the rms of a part's output.
 
-    ``stays``: share of its square that is drawn once for all calls of an image.
+    ``stays``: share of the noise's square that is drawn once for all calls of an image.
     """
 
     def __init__(self, size: float, seed: int, stays: float) -> None:
@@ -99,6 +99,6 @@ class _Noise:
 
 
 def relative_error(made: Sequence[Array], exact: Sequence[Array]) -> float:
-    """Return the squared error of images over the squares of the exact ones."""
+    """Return the squared error of the images ``made``, relative to the squares of ``exact``."""
     error = sum(float(np.sum(np.square(a - b, dtype=np.float64))) for a, b in zip(made, exact))
     return error / sum(float(np.sum(np.square(b, dtype=np.float64))) for b in exact)

@@ -1,10 +1,10 @@
 """The kurtosis of a layer's weights as its importance.
 
 MPQ-DM (arXiv 2412.11549) ranks the output channels *within* a layer by the Pearson kurtosis of
-their weights after pre-scaling, and gives those of highest kurtosis one bit more. As a metric
-*between* layers it is our reading: the importance of a layer is the mean kurtosis of its rows times
-its number of weights, so that a byte is worth most where the kurtosis is highest, whatever the
-layer's size. Like orm it weighs bits and predicts no error, with the settings of ``measure.orm``.
+their weights after pre-scaling, and gives the channels of highest kurtosis one bit more. Comparing
+*layers* by kurtosis is our reading: the importance of a layer is the mean kurtosis of its rows
+times its number of weights, so that a byte is worth most where the kurtosis is highest, whatever
+the layer's size. Like orm, the metric weighs bits, predicts no error and uses ``measure.orm``.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from mpq_deploy.sensitivity.table import SensitivityTable
 
 
 def measure_kurtosis(subject: Subject) -> SensitivityTable:
-    """Weigh bits by the mean kurtosis of each layer's rows, from weights and activation maxima."""
+    """Return the table whose importances are mean row kurtosis times the number of weights."""
     theta = [
         layer_kurtosis(layer, float_matrix(subject.graph, layer), subject.stats) * layer.weights
         for layer in subject.layers
@@ -34,15 +34,15 @@ def measure_kurtosis(subject: Subject) -> SensitivityTable:
 
 
 def layer_kurtosis(layer: Layer, weight: Array, stats: CalibrationStats) -> float:
-    """Return the mean of ``channel_kurtosis``; that of a normal distribution is 3."""
+    """Return the mean of ``channel_kurtosis`` over rows; normally distributed weights have 3."""
     return float(np.mean(channel_kurtosis(layer, weight, stats)))
 
 
 def channel_kurtosis(layer: Layer, weight: Array, stats: CalibrationStats) -> Array:
     """Return the Pearson kurtosis of the rows of ``weight`` [O, K] after pre-scaling, float64 [O].
 
-    The input's absolute maxima are the largest over all of the layer's inputs; each group has its
-    own channels.
+    Pre-scaling uses the absolute maximum of each input channel over all of the layer's inputs. In a
+    grouped convolution each group has its own input channels.
     """
     channels = input_channels(layer)
     amax = np.max([stats.activations[tensor].amax for tensor in layer.inputs], axis=0)

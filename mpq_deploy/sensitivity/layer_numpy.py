@@ -15,14 +15,14 @@ from mpq_deploy.sensitivity.layer_weights import FormStack, InputRounding
 
 
 def absmax(x: Array, axes: tuple[int, ...]) -> Array:
-    """Return the largest magnitude of ``x`` over ``axes``, which stay."""
+    """Return the largest magnitude of ``x`` over ``axes``, which stay as size 1."""
     return np.asarray(np.abs(x).max(axis=axes, keepdims=True))
 
 
 def fake_quantize(x: Array, rounding: InputRounding, layer: Layer) -> Array:
-    """Round ``x`` as QuantizeLinear and DequantizeLinear do (half to even).
+    """Round ``x`` as QuantizeLinear and DequantizeLinear do (half to even); same shape.
 
-    The kept channels stay as they are.
+    The channels in ``rounding.kept`` stay float.
     """
     if not rounding.grid.uniform:
         return np.asarray(rounding.grid.rounded(np.asarray(x, np.float32), np), np.float32)
@@ -40,7 +40,7 @@ def fake_quantize(x: Array, rounding: InputRounding, layer: Layer) -> Array:
 
 
 class LayerInput:
-    """An input of a layer laid out so that each further weight costs one product."""
+    """A layer's input, laid out once (for a Conv: im2col) so that each weight costs one matmul."""
 
     def __init__(self, layer: Layer, attributes: Mapping[str, Any], x: Array) -> None:
         self._layer = layer
@@ -64,7 +64,7 @@ class LayerInput:
 def _patches(
     layer: Layer, attributes: Mapping[str, Any], x: Array
 ) -> tuple[Array, tuple[int, ...]]:
-    """Return a convolution's columns [N, group, reduction, L] and its output's spatial shape."""
+    """Return a Conv's im2col columns, [N, group, reduction, L], and its output's spatial shape."""
     rank = len(layer.kernel)
     strides = attributes.get("strides", (1,) * rank)
     dilations = attributes.get("dilations", (1,) * rank)
@@ -85,7 +85,7 @@ def _patches(
 
 @dataclass(frozen=True)
 class UseErrors:
-    """One use of a layer, whose ``errors`` can be computed for any input."""
+    """One use of a layer: node ``attributes``, weight errors, input ``roundings`` by form."""
 
     layer: Layer
     attributes: Mapping[str, Any]
@@ -95,7 +95,10 @@ class UseErrors:
     def errors(
         self, x: Array, schemes: Collection[str] | None = None
     ) -> Iterator[tuple[str, Array]]:
-        """Yield (scheme, dY) for every scheme, or those in ``schemes``, one at a time."""
+        """Yield (scheme, dY) for every scheme, or only ``schemes``, one at a time.
+
+        ``x``: the float input. Raises ValueError for an activation form without a rounding.
+        """
         stack = self.stack
         by_form: dict[str | None, list[str]] = {}
         for scheme, form in stack.inputs.items():

@@ -1,4 +1,4 @@
-"""What a metric needs to know about a layer's candidates and the layer's node."""
+"""What a metric reads of a layer: weight errors of its candidates, input rounding, attributes."""
 
 from __future__ import annotations
 
@@ -32,20 +32,21 @@ class CandidateWeights(Protocol):
     def weight_matrix(self, form: str) -> Array:
         """Return the dequantized weight of a weight ``form``, float32 [out_channels, reduction].
 
-        "fp16" is the weight rounded to FP16. A Conv's weight is reshaped, that of a product has
-        outputs first.
+        "fp16" is the weight rounded to FP16. The reduction of a Conv is its input channels per
+        group times its kernel; the weight of a MatMul is transposed where outputs are not first.
         """
 
     def promoted(self, form: str) -> Array:
-        """Return the output channels that ``form``, of a ``rows`` branch, takes from INT8: int [m]."""
+        """Return the output channels that the ``rows`` branch of ``form`` has in INT8: int [m]."""
 
 
 @dataclass(frozen=True)
 class Promotion:
-    """What the ``rows`` schemes of one body change: more and more of the same channels to INT8.
+    """The ``rows`` schemes of one body, which store nested sets of output channels in INT8.
 
-    ``channels`` int [m], those that the smallest branch promotes first; ``differences`` float32 [m,
-    reduction]: INT8 minus the body for them; ``counts``: scheme -> how many of them it promotes.
+    ``channels`` int [m]: every promoted channel, those of the smallest branch first.
+    ``differences`` float32 [m, reduction]: INT8 weight minus body weight of these channels.
+    ``counts``: scheme -> n, where the scheme promotes the first n of ``channels``.
     """
 
     body: str
@@ -56,7 +57,10 @@ class Promotion:
 
 @dataclass(frozen=True)
 class FormsInTurn(Sequence[Array]):
-    """The weight errors of a layer's ``forms``, float32 [out_channels, reduction] each, made when asked for."""
+    """The weight errors of a layer's ``forms``, float32 [out_channels, reduction] each.
+
+    Each one is computed when it is indexed and not kept.
+    """
 
     weight: Array
     candidate: CandidateWeights
@@ -84,12 +88,12 @@ class FormsInTurn(Sequence[Array]):
 
 @dataclass(frozen=True)
 class FormStack:
-    """The weight errors of a layer's candidates, ready for one product with all of them.
+    """The weight errors of a layer's candidates, stacked for one product with all of them.
 
-    ``differences`` float32 [F, out_channels, reduction]: dequantized minus float weight, one per
-    distinct form, one by one where all take more than ``LARGE_STACK_BYTES``. ``rows``: scheme -> its row
-    of ``differences``; ``inputs``: scheme -> the activation form that its input is rounded to, None
-    where it stays float. Schemes with a ``rows`` branch are in ``promotions`` instead.
+    ``differences`` float32 [F, out_channels, reduction]: dequantized minus float weight per weight
+    form; a ``FormsInTurn`` where the stack would take more than ``LARGE_STACK_BYTES``. ``rows``:
+    scheme -> its row of ``differences``. Schemes with a ``rows`` branch are in ``promotions``
+    instead. ``inputs``: scheme -> its activation form, None where the input stays float.
     """
 
     weight: Array
@@ -106,7 +110,7 @@ class FormStack:
 
     @property
     def forms(self) -> tuple[str, ...]:
-        """The activation forms that inputs are rounded to."""
+        """The distinct activation forms of the schemes."""
         return tuple(dict.fromkeys(form for form in self.inputs.values() if form is not None))
 
     def difference(self, scheme: str) -> Array:
@@ -121,7 +125,10 @@ class FormStack:
 
 
 def float_matrix(graph: LayerGraph, layer: Layer) -> Array:
-    """Return the float weight of ``layer``, float32 [out_channels, reduction]."""
+    """Return the float weight of ``layer``, float32 [out_channels, reduction].
+
+    Raises ModelError when the graph has no data for it.
+    """
     tensor = graph.model.graph.initializers[layer.weight].const_value
     if tensor is None:
         raise ModelError(f"The weight '{layer.weight}' has no data.", "Export the model again.")
@@ -134,7 +141,7 @@ def float_matrix(graph: LayerGraph, layer: Layer) -> Array:
 
 
 def form_stack(weight: Array, candidate: CandidateWeights) -> FormStack:
-    """Stack the weight forms of ``candidate``."""
+    """Return the weight errors of ``candidate``; ``weight`` float32 [out_channels, reduction]."""
     stacked = [s for s in candidate.schemes if not s.branch.promotes]
     forms = {form: row for row, form in enumerate(dict.fromkeys(s.weight_form for s in stacked))}
     made = FormsInTurn(weight, candidate, tuple(forms))
@@ -153,7 +160,7 @@ def form_stack(weight: Array, candidate: CandidateWeights) -> FormStack:
 
 
 def _promotions(candidate: CandidateWeights) -> tuple[Promotion, ...]:
-    """Group the ``rows`` schemes by body: larger branches promote the smaller ones' channels, too."""
+    """Group the ``rows`` schemes by body; a larger branch includes a smaller one's channels."""
     by_body: dict[str, list[Scheme]] = {}
     for scheme in candidate.schemes:
         if scheme.branch.promotes:
@@ -174,7 +181,7 @@ def _promotions(candidate: CandidateWeights) -> tuple[Promotion, ...]:
 
 
 class Stack(Protocol):
-    """A FormStack, or what a metric makes of it."""
+    """A FormStack, or what a metric's ``prepare`` makes of one."""
 
     @property
     def bytes(self) -> int:
@@ -186,7 +193,7 @@ StackType = TypeVar("StackType", bound=Stack)
 
 
 class Kept(Generic[Value]):
-    """Values by layer, made on demand; up to ``limit`` bytes stay in memory."""
+    """A cache of values by layer, made on demand; it keeps at most ``limit`` bytes."""
 
     def __init__(
         self, make: Callable[[Layer], Value], size: Callable[[Value], int], limit: int
@@ -208,7 +215,7 @@ class Kept(Generic[Value]):
 
 
 class StackStore(Kept[StackType]):
-    """Stacks by layer, each passed through ``prepare``; up to ``limit`` bytes stay in memory."""
+    """A cache of stacks by layer, each passed through ``prepare``."""
 
     def __init__(
         self,
@@ -226,17 +233,17 @@ class StackStore(Kept[StackType]):
 def numpy_stacks(
     graph: LayerGraph, candidates: Mapping[str, CandidateWeights], limit: int
 ) -> StackStore[FormStack]:
-    """Return a store of FormStacks as they are."""
+    """Return a store of unchanged (NumPy) FormStacks."""
     return StackStore(graph, candidates, lambda stack: stack, limit)
 
 
 @dataclass(frozen=True)
 class InputRounding:
-    """How schemes round the input of a layer: by ``grid``, with a range as ``range`` says.
+    """How one activation form rounds the input of a layer: to ``grid``, with the given ``range``.
 
-    ``kept`` int32 [n]: the channels that stay in float. ``factors`` float [C]: by what the channels
-    are multiplied before; the weight is divided by them. None for none. Grids whose levels are not
-    uniform have neither factors nor a range that moves.
+    ``kept`` int32 [n]: the channels that stay in float. ``factors`` float [C]: multiply the
+    channels before rounding (the weight is divided by them); None for none. Grids whose levels are
+    not uniform have neither factors nor a range that moves.
     """
 
     grid: ActivationGrid
@@ -245,12 +252,12 @@ class InputRounding:
     range: ActivationRange = STATIC
 
     def at(self, timestep: float | None) -> InputRounding:
-        """Return the rounding at a value of the timestep's input."""
+        """Return the rounding at ``timestep``, the value of the timestep input."""
         return replace(self, grid=self.range.at(self.grid, timestep))
 
     @property
     def scale(self) -> float:
-        """The scale at the widest range."""
+        """The scale at the widest range that ``range`` takes."""
         return self.grid.scale
 
     @property
@@ -266,7 +273,7 @@ class InputRounding:
         return factors.reshape(1, -1, *(1,) * (rank - 2)) if layer.op == "Conv" else factors
 
     def zeros_by_channel(self, layer: Layer, rank: int) -> Array | float:
-        """Return by how many codes the channels are shifted, float32, to broadcast as ``by_channel``; 0 for none."""
+        """Return each channel's shift in codes, float32, broadcast as ``by_channel``; 0: none."""
         zeros = np.asarray(self.grid.zeros, np.float32)
         return zeros.reshape(1, -1, *(1,) * (rank - 2)) if len(zeros) else 0.0
 
@@ -280,9 +287,9 @@ class InputRounding:
 def input_roundings(
     stats: CalibrationStats, use: LayerUse, schemes: Iterable[Scheme]
 ) -> dict[str, InputRounding]:
-    """Return how ``schemes`` round the activation of ``use``, by activation form.
+    """Return activation form -> how ``schemes`` round the input of ``use``.
 
-    Raises ModelError when it was not calibrated.
+    Raises ModelError when that input was not calibrated.
     """
     forms = {s.activation_form: s for s in schemes if s.activation is not None}
     if not forms:
@@ -319,8 +326,9 @@ def node_attributes(graph: LayerGraph) -> dict[str, dict[str, Any]]:
 def measured_layers(
     graph: LayerGraph, candidates: Mapping[str, CandidateWeights]
 ) -> tuple[Layer, ...]:
-    """Return the layers with candidates, in graph order. Raises ModelError for a candidate of no
-    layer.
+    """Return the layers that have candidates, in graph order.
+
+    Raises ModelError when a candidate's name is not a layer of the graph.
     """
     names = {layer.name for layer in graph.layers}
     strangers = [name for name in candidates if name not in names]

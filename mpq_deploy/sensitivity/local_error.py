@@ -1,8 +1,8 @@
 """The relative squared error of each layer's own output, per scheme and timestep, on float inputs.
 
 e_{l,s,t} = ||layer(X; Q_s) - layer(X; W)||^2 / ||layer(X; W)||^2 over the measured calls, the
-scheme's activation quantizer included. The layers' inputs come from ONNX Runtime, as many calls at
-once as the memory limit allows; the errors are computed in NumPy.
+scheme's activation quantizer included. ONNX Runtime computes the layers' inputs, up to
+``measure.batch_size`` calls at once; NumPy computes the errors.
 """
 
 from __future__ import annotations
@@ -27,11 +27,12 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class LocalErrors:
-    """``relative``: layer -> scheme -> float64 [K], the relative squared error over all uses.
+    """The local errors of all layers, and what their outputs look like.
 
-    ``mean_square``: layer output -> float64 [K], the mean of Y^2; ``shapes``: layer output -> its
-    shape for one call (or one fixed batch). ``shared``: outputs whose shape does not depend on the
-    number of calls.
+    ``relative``: layer -> scheme -> float64 [K], the relative squared error over all uses.
+    ``mean_square``: output name -> float64 [K], the mean of Y^2. ``shapes``: output name -> its
+    shape for one call (or one fixed batch). ``shared``: names of values whose shape does not depend
+    on the number of calls.
     """
 
     relative: Nested
@@ -46,7 +47,7 @@ class LocalErrors:
 
 
 def measure_local_error(subject: Subject) -> SensitivityTable:
-    """Take the layer's own error as the loss, whatever the network makes of it: a baseline."""
+    """Return the table whose losses are local errors, without their propagation: a baseline."""
     calls = subject.calls()
     note = "losses are relative errors of the layers' own outputs, not of the denoiser's"
     return table_from_losses(
@@ -55,7 +56,7 @@ def measure_local_error(subject: Subject) -> SensitivityTable:
 
 
 def local_errors(subject: Subject, calls: Calls) -> LocalErrors:
-    """Compute the error of every scheme of every layer on the float inputs of ``calls``."""
+    """Compute the local error of every scheme of every layer on the float inputs of ``calls``."""
     layers, errors, steps = subject.layers, LayerErrors(subject), len(calls.timesteps)
     totals = {
         n.name: {s.name: np.zeros(steps) for s in subject.candidates[n.name].schemes}
@@ -89,7 +90,7 @@ def local_errors(subject: Subject, calls: Calls) -> LocalErrors:
 
 
 class LayerErrors:
-    """The local errors of all layers, given the values of a float run."""
+    """Computes local errors of any layer from the layer inputs of a float run."""
 
     def __init__(self, subject: Subject) -> None:
         self._subject = subject
@@ -105,7 +106,7 @@ class LayerErrors:
     ) -> Iterator[tuple[str, str, Array]]:
         """Yield (output name, scheme, dY) for every use and scheme of ``layer``.
 
-        ``feeds``: the inputs of the run that gave ``values``.
+        ``values``: by name, from a float run with the graph inputs ``feeds``.
         """
         stack, timestep = self._stacks[layer], timestep_of(self._subject.spec, feeds)
         for use in layer.uses:
@@ -119,7 +120,10 @@ class LayerErrors:
 
 
 class Taps:
-    """Values of the float graph by name, graph inputs included, from a session that returns them."""
+    """Reads values of the float graph by name from a session of ``tapped_graph``.
+
+    Names of graph inputs are answered from the feeds.
+    """
 
     def __init__(self, session: ort.InferenceSession, names: list[str]) -> None:
         available = {value.name for value in session.get_outputs()}
@@ -149,7 +153,7 @@ def tap_names(layers: tuple[Layer, ...]) -> list[str]:
 
 
 def _shared_values(taps: Taps, shapes: Shapes, calls: Calls) -> frozenset[str]:
-    """Return the values that several calls share, such as the embedding of a scalar timestep."""
+    """Return the names of values that all calls share, such as a scalar timestep's embedding."""
     if not calls.paired:
         return frozenset()
     pair = taps.values(calls.feeds(0, slice(0, 2)))

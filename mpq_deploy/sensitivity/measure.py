@@ -17,9 +17,10 @@ from mpq_deploy.sensitivity.table import SensitivityTable
 def measure(method: str, subject: Subject) -> SensitivityTable:
     """Return the table of ``method``, one of ``METHODS``.
 
-    Where torch is missing, or the graph holds an operator that torch cannot evaluate here, probes
-    become "gain"; "trajectory" without a sampler that torch can differentiate becomes "probe": the
-    table's ``metric`` and ``notes`` say so. Raises UsageError for an unknown method.
+    Methods that probe fall back to "gain" where torch is missing or the graph holds an operator
+    that torch cannot evaluate here. "trajectory" falls back to "probe" without a sampler that torch
+    can differentiate. The table's ``metric`` and ``notes`` name the fallback. Raises UsageError for
+    an unknown method.
     """
     if method not in METHODS:
         known = ", ".join(METHODS)

@@ -11,29 +11,29 @@ from mpq_deploy.errors import ModelError
 from mpq_deploy.graph.layers import LayerGraph
 from mpq_deploy.models.spec import Array
 
-# Memory for the values of a pass through the graph, and for what probes keep of the layers' errors.
+# Memory for the values of one forward pass, and for the stacked weight errors that probes cache.
 MEMORY_BYTES, STACK_BYTES = 1 << 30, 2 << 30
-# Where so many times the memory for stacks would be needed, keeping that part of them saves hardly
-# any time.
+# Where all stacks take this many times the memory for them, none is cached: caching the part that
+# fits would save hardly any time.
 HELD_SHARE = 2
-# Arrays of a layer's size that stacking its errors holds, beside those of each form.
+# Arrays of a layer's size that stacking its weight errors holds, beside one per form.
 STACK_ARRAYS = 2
-# A layer whose stacked errors would take more has them made one by one: again for each sample, which
-# large layers are measured on alone.
+# Where a layer's stacked weight errors would take more, each is computed when it is used. Layers so
+# large are measured one sample at a time, so that this is repeated for each sample.
 LARGE_STACK_BYTES = 1 << 30
-# Samples evaluated at once for the order of salient channels.
+# Most calls evaluated at once when output channels are ranked by salience.
 SALIENCE_BATCH = 4
 
 
 class Calls:
-    """The calls that are measured: ``count`` of the recorded ones at every timestep.
+    """The calls that are measured: ``count`` of the recorded calls at every timestep.
 
-    ``picked`` int64 [K, count]: which ones; ``turns`` int64 [K, count]: their places in an order in
-    which any stretch has all conditions about equally often. ``rotate``: others at each timestep,
-    as far as there are others; a call's error at one timestep says much about its error at the
-    next, and little about that of other calls. ``fixed_batch``: how many calls the graph takes at
-    once, where its file or an input without a batch axis fixes that; else None. Raises ModelError
-    for too few calls for the batch.
+    ``picked`` int64 [K, count]: indices of the measured calls. ``turns`` int64 [K, count]: their
+    positions in an order in which any stretch has all conditions about equally often. ``rotate``:
+    measure other calls at each timestep, as far as there are others, because a call's errors at
+    neighbouring timesteps are much alike and tell little about other calls. ``fixed_batch``: how
+    many calls the graph takes at once, where the ONNX file or an input without a batch axis fixes
+    that; else None. Raises ModelError when there are fewer calls than one fixed batch.
     """
 
     def __init__(
@@ -61,12 +61,12 @@ class Calls:
         ]
         self.picked = np.concatenate(picked, axis=1)
         self.count = self.picked.shape[1]
-        # Columns of one size lie together, those of the largest first.
+        # Columns of calls of one size are adjacent, those of the largest size first.
         self._ends = np.cumsum([one.shape[1] for one in picked]).tolist()
         self.turns = np.argsort(order)[self.picked]
 
     def chunks(self, batch: int) -> Iterator[tuple[int, slice]]:
-        """Yield (step index, slice of calls) over all timesteps, at most ``batch`` calls at a time."""
+        """Yield (step index, slice of at most ``batch`` calls) over all timesteps."""
         for step_index in range(len(self.timesteps)):
             for chunk in self.chunks_of_step(batch):
                 yield step_index, chunk
@@ -83,7 +83,7 @@ class Calls:
         return not self.fixed_batch and self._ends[0] > 1
 
     def halves(self, calls: slice) -> list[slice]:
-        """Cut a slice of calls in two; none where the graph takes no fewer at once."""
+        """Cut a slice of calls in two; empty where it is one call or one fixed batch."""
         fixed = self.fixed_batch or 1
         middle = calls.start + (calls.stop - calls.start) // (2 * fixed) * fixed
         whole = middle == calls.start
@@ -95,7 +95,7 @@ class Calls:
 
 
 def _by_size(calls: RecordedCalls) -> list[Array]:
-    """Return the recorded calls of each size, int64, those of the largest first."""
+    """Return one int64 array of recorded calls per image size, the largest size first."""
     found = calls.recorded.of_one_size(0, np.arange(calls.recorded.count))
     if len(found) == 1 or (sizes := calls.recorded.sizes) is None:
         return found
@@ -105,7 +105,7 @@ def _by_size(calls: RecordedCalls) -> list[Array]:
 def _picked(calls: Array, order: Array, count: int, steps: int, rotate: bool) -> Array:
     """Choose ``count`` of the ``calls`` of one size at each timestep, int64 [steps, count].
 
-    ``order``: the same calls, dealt out.
+    ``order``: the same calls with their conditions interleaved (``CallSet.dealt``).
     """
     count = min(count, len(calls))
     even = calls[np.linspace(0, len(calls) - 1, count).round().astype(np.int64)]

@@ -1,4 +1,4 @@
-"""The sensitivity metrics by name. A new one is a file of this folder and a line here."""
+"""The sensitivity metrics by name. A new metric is a file in this folder and a line here."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Method:
-    """A metric: ``measure_MODULE`` of the ``module`` of that name makes its table.
+    """A metric, whose table the function ``measure_MODULE`` of the file ``module`` makes.
 
-    ``predicts``: its losses are expected relative squared errors of the denoiser's output, or of the
-    final ``images``; those of others only rank. ``probes``: by random adjoint probes.
-    ``weighs_bits``: by an importance of each layer, and the timesteps with it. ``any_size``: of
-    calls of several sizes all; others take those of the largest. ``control``: measured beside orm,
-    to show what its ranking is worth.
+    ``predicts``: losses are expected relative squared errors of the denoiser's output, or of the
+    final images where ``images``; other metrics only rank. ``probes``: uses random adjoint probes.
+    ``weighs_bits``: losses are an importance per layer times missing bits, and the metric weights
+    the timesteps itself. ``any_size``: measures calls of all sizes; other metrics take those of the
+    largest size. ``control``: measured beside orm to show what orm's ranking is worth.
     """
 
     module: str

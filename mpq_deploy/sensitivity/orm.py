@@ -1,7 +1,7 @@
 """MPQ-Diff's metric: more bits for layers whose outputs are unlike others' (arXiv 2412.00144).
 
-The importance is ``orthogonality``'s, of Gram matrices observed while the float graph runs; what it
-makes of bits is in ``bit_losses``.
+Gram matrices of the layers' outputs are observed while the float graph runs. ``orthogonality``
+computes importances from them, and ``bit_losses`` makes losses of these.
 """
 
 from __future__ import annotations
@@ -36,11 +36,10 @@ from mpq_deploy.system.sessions import open_session
 
 
 def measure_orm(subject: Subject) -> SensitivityTable:
-    """Weigh bits by orthogonality, from ``batch_size`` calls at once.
+    """Return the table of the ORM importances, from Gram matrices of ``batch_size`` calls.
 
-    With more samples than that, the dependence of several batches is averaged (Nguyen et al. 2021).
-    ``stats`` are not used. Raises UsageError when the model or the settings leave too few calls for
-    one Gram matrix.
+    With more calls than that, HSIC is averaged over several batches (Nguyen et al. 2021). Raises
+    UsageError when the model or the settings leave too few calls for one Gram matrix.
     """
     settings, layers = subject.settings.orm, subject.layers
     seen = observe_orthogonality(
@@ -70,7 +69,11 @@ def measure_orm(subject: Subject) -> SensitivityTable:
 
 @dataclass(frozen=True)
 class SeenOrthogonality:
-    """Sums of HSIC float64 [K, L, L], ``constant`` layers bool [K, L], fewest ``calls`` of a batch."""
+    """What the Gram observers saw at K timesteps of L layers.
+
+    ``hsic`` float64 [K, L, L]: sums over batches. ``constant`` bool [K, L]: the layer's output was
+    the same for all calls. ``calls``: the size of the smallest batch.
+    """
 
     hsic: Array
     constant: Array
@@ -84,7 +87,7 @@ def observe_orthogonality(
     settings: MeasureSettings,
     talk: Talk,
 ) -> SeenOrthogonality:
-    """Run all calls through the graph with Gram observers and add up the dependence."""
+    """Run all measured calls through the graph with Gram observers and sum HSIC over batches."""
     calls = Calls(graph, recorded, settings.calls)
     parts = _batches(calls, settings)
     names = tuple(dict.fromkeys(use.output for layer in layers for use in layer.uses))
@@ -117,7 +120,10 @@ def adapted_steps(
     count: int,
     coarse: int,
 ) -> Array:
-    """Choose ``count`` timesteps, denser where a ``coarse`` first pass sees importance change."""
+    """Choose ``count`` timesteps, denser where the importances change faster.
+
+    The importances come from a first pass at ``coarse`` timesteps.
+    """
     available = len(recorded.recorded.timesteps)
     first = sampled_steps(available, coarse)
     chosen = replace(recorded, recorded=recorded.recorded.at(first))
@@ -127,11 +133,14 @@ def adapted_steps(
 
 
 def _batches(calls: Calls, settings: MeasureSettings) -> list[slice]:
-    """Split the calls into batches as even as can be, each of at most the batch size."""
+    """Split the calls into batches of nearly equal size, each of at most the batch size.
+
+    Raises UsageError when the smallest batch has too few calls for the estimator.
+    """
     minimum = MIN_CALLS[settings.orm.estimator]
     size = calls.fixed_batch or min(settings.batch_size, calls.count)
-    # The debiased estimator of a small rest would be noise: 20 calls in batches of 16 are two of
-    # 10.
+    # 20 calls in batches of 16 are two batches of 10: a rest of 4 would give the debiased estimator
+    # mostly noise.
     bounds = np.linspace(0, calls.count, -(-calls.count // size) + 1).astype(int)
     parts = [slice(int(a), int(b)) for a, b in pairwise(bounds)]
     fewest = min(part.stop - part.start for part in parts)

@@ -1,7 +1,8 @@
 """The float graph in ONNX Runtime with chosen inner values as outputs, or noise added at layers.
 
-For every layer output Y the graph gets an input of Y's type and rank, added to Y. Zero of shape [1,
-..., 1] is fed to all of them but the one that is measured, so one session serves all layers.
+For every layer output Y the graph gets a new input of Y's type and rank, which is added to Y. A
+zero of shape [1, ..., 1] is fed to the inputs of the layers that are not measured, so that one
+session serves all layers.
 """
 
 from __future__ import annotations
@@ -55,7 +56,10 @@ def run_session(
 def noisy_graph(
     graph: LayerGraph, layers: Iterable[Layer], output: str, ranks: Mapping[str, int], talk: Talk
 ) -> Iterator[NoisyGraph]:
-    """Open a session with a noise input at every use of ``layers``; ``ranks``: of their outputs."""
+    """Open a session with a noise input at every use of ``layers``.
+
+    ``ranks``: output name of a use -> number of its axes.
+    """
     model = graph.model.clone()
     outputs = {use.output for layer in layers for use in layer.uses}
     names: dict[str, tuple[str, int]] = {}
@@ -80,7 +84,7 @@ def _add_noise(model: ir.Model, node: ir.Node, rank: int) -> str:
             user.replace_input_with(index, noisy)
     for number, result in enumerate(model.graph.outputs):
         if result is value:
-            # The graph's output keeps its name: the layer's own value takes another.
+            # The graph's output must keep its name, so the layer's own value is renamed.
             value.name, noisy.name = f"{value.name}.clean", value.name
             noisy.shape = value.shape
             model.graph.outputs[number] = noisy

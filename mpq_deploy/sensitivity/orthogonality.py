@@ -1,15 +1,14 @@
 """MPQ-Diff's layer importance from Gram matrices (arXiv 2412.00144; OMPQ, arXiv 2109.07865).
 
-In: for every layer the Gram matrix of its outputs over the N calls of a batch, G_i = F_i F_i^T with
-F_i of shape [N, d_i]. Out: the orthogonality matrix ORM [L, L] of each timestep, which is linear
-centred kernel alignment (CKA), each layer's importance theta at each timestep, and one importance
-per layer over all timesteps.
+In: for every layer i the Gram matrix of its outputs over the N calls of a batch, G_i = F_i F_i^T
+with F_i of shape [N, d_i]. Out: at each timestep the orthogonality matrix ORM [L, L] (linear
+centred kernel alignment, CKA) and each layer's importance theta; and the weight of each timestep.
 
-What comes from where: ORM and theta = exp(-beta gamma) are as in OMPQ's published code, and so is
-the mean of theta over a layer and all later ones. MPQ-Diff says that it weights uniformly sampled
-timesteps exponentially, without a formula: both readings here are ours, and so is dividing gamma by
-L - 1. The unbiased estimator is HSIC_1 of Song et al. 2012, and its mean over batches that of
-Nguyen et al. 2021 (arXiv 2010.15327).
+Sources: ORM, theta = exp(-beta gamma) and the mean of theta over a layer and all later layers are
+as in OMPQ's published code. MPQ-Diff weights uniformly sampled timesteps exponentially but gives no
+formula: both aggregations here are our readings. Dividing gamma by L - 1 is our choice. The
+debiased estimator is HSIC_1 of Song et al. 2012; averaging it over batches is from Nguyen et al.
+2021 (arXiv 2010.15327).
 """
 
 from __future__ import annotations
@@ -20,10 +19,10 @@ from mpq_deploy.errors import UsageError
 from mpq_deploy.models.spec import Array
 from mpq_deploy.recipe import Aggregation, Estimator, Reach
 
-# HSIC_1 divides by N (N - 3); and with two calls every biased ORM is 1, whatever the layers do.
+# HSIC_1 divides by N (N - 3). With two calls every biased ORM is 1, whatever the layers compute.
 MIN_CALLS = {"biased": 3, "debiased": 4}
-# With fewer calls the biased estimator is near 1 for unrelated layers, and the other one is mostly
-# noise.
+# With fewer calls the biased estimator is near 1 even for unrelated layers, and the debiased one is
+# mostly noise.
 ENOUGH_CALLS = 8
 
 
@@ -34,10 +33,10 @@ def centred(grams: Array) -> Array:
 
 
 def u_centred(grams: Array) -> Array:
-    """Return the U-centred Gram matrices [..., N, N]: HSIC_1 is their products over N (N - 3).
+    """Return the U-centred Gram matrices [..., N, N] (Székely and Rizzo 2014).
 
-    The diagonal is taken out, and rows and columns are centred so that every row sums to zero
-    without it (Székely and Rizzo 2014). ValueError for N below 4.
+    The diagonal is set to 0, and the rest is centred so that every row sums to 0. HSIC_1 is the
+    inner product of two such matrices over N (N - 3). Raises ValueError for N below 4.
     """
     count = grams.shape[-1]
     if count < MIN_CALLS["debiased"]:
@@ -54,8 +53,7 @@ def dependence(grams: Array, estimator: Estimator) -> Array:
     """Return the HSIC of all pairs of layers, float64 [L, L], from their Gram matrices [L, N, N].
 
     "biased": <H G_i H, H G_j H> / (N - 1)^2. "debiased": HSIC_1, whose expectation is 0 for
-    independent layers. Sums over batches merge in any order; their ratio is the CKA (see
-    ``orthogonality``).
+    independent layers. HSIC may be summed over batches before ``orthogonality`` takes the ratio.
     """
     count = grams.shape[-1]
     biased = estimator == "biased"
@@ -72,27 +70,26 @@ def orthogonality(hsic: Array) -> Array:
     """
     norms = np.sqrt(np.clip(np.diagonal(hsic, axis1=-2, axis2=-1), 0, None))
     scale = norms[..., :, None] * norms[..., None, :]
-    # The two products of a pair may round differently: the mean is exactly symmetric.
+    # HSIC_ij and HSIC_ji may round differently; their mean is exactly symmetric.
     even = (hsic + np.swapaxes(hsic, -2, -1)) / 2
     orm = np.clip(np.divide(even, scale, out=np.zeros_like(even), where=scale > 0), -1, 1)
     return np.asarray(np.where(np.eye(hsic.shape[-1], dtype=bool), 1.0, orm))
 
 
 def gamma(orm: Array) -> Array:
-    """Return [..., L]: the mean of ORM_ij over the L - 1 other layers j (0 for a single layer).
+    """Return gamma [..., L]: the mean of ORM_ij over the L - 1 other layers j (0 for L = 1).
 
-    OMPQ takes the sum; divided by L - 1, one beta means the same for networks of any depth (our
-    choice).
+    OMPQ takes the sum. With the mean, one beta suits networks of any depth (our choice).
     """
     others = orm.shape[-1] - 1
     return np.asarray((orm.sum(axis=-1) - 1) / max(others, 1))
 
 
 def importances(gammas: Array, beta: float, reach: Reach = "layer") -> Array:
-    """Return theta = exp(-beta gamma), or its mean over each layer and all after it ("later").
+    """Return theta = exp(-beta gamma), [..., L]; "later": its mean over a layer and all after it.
 
     ``gammas`` [..., L] with the layers in graph order. Raises UsageError when beta is so large that
-    all vanish.
+    every theta is 0.
     """
     theta = np.asarray(np.exp(-beta * gammas))
     if not np.all(theta.max(axis=-1) > 0):
@@ -109,11 +106,10 @@ def importances(gammas: Array, beta: float, reach: Reach = "layer") -> Array:
 def timestep_weights(shares: Array, aggregation: Aggregation, eta: float) -> Array:
     """Return the weight of each sampled timestep, float64 [K], of sum 1.
 
-    ``shares`` [K]: the part of the trajectory that each stands for, in denoising order; 1 / K when
-    they are sampled uniformly. "mean" is reading (a): the shares themselves. "exponential" is
-    reading (b): times exp(eta p), where p in [0, 1] is the position of the timestep in the
-    denoising order, the middle of its share; with equal shares that is exp(eta k / K) up to a
-    constant. Both readings are ours.
+    ``shares`` [K]: the part of the trajectory that each timestep stands for, in denoising order;
+    1 / K when they are sampled uniformly. "mean": the shares themselves. "exponential": the shares
+    times exp(eta p), where p in [0, 1] is the middle of the timestep's share in denoising order;
+    with equal shares that is exp(eta k / K) up to a constant. Both are our readings of MPQ-Diff.
     """
     parts = np.asarray(np.asarray(shares, np.float64) / np.sum(shares))
     if aggregation == "mean":

@@ -1,15 +1,16 @@
 """Random adjoint probes: the expected output error of every scheme from a few backward passes.
 
 For timestep t, sample n and a probe r ~ N(0, I) shaped like the output, one backward pass gives G_l
-= d<r, output>/dY_l for every layer l at once. With dY_{l,s} the local error of scheme s,
+= d<r, output>/dY_l for every layer l at once. With dY_{l,s} the local error of scheme s and J_l the
+Jacobian of the denoiser's output with respect to Y_l,
 
     E_r <G_l, dY_{l,s}>^2 = ||J_l dY_{l,s}||^2,
 
-the squared error of the output to first order, structured errors included. The loss is its mean
-over samples and probes divided by the mean of ||output||^2 over the samples, averaged over
-timesteps: the same ratio of totals as the measured NMSE. Related: CLADO (arXiv 2307.05657), HAWQ,
-MixDQ; probes at the output instead of a task loss need no labels, and the projections kept as
-vectors give the cross terms between layers.
+the output's squared error to first order, whether dY is noise or structured. The loss is the mean
+of this square over samples and probes, divided by the mean of ||output||^2 over the samples, and
+averaged over timesteps: the same ratio as the measured NMSE. Related: CLADO (arXiv 2307.05657),
+HAWQ, MixDQ. Probes at the output need no labels, unlike a task loss; the projections, kept as
+vectors, give the cross terms between layers.
 """
 
 from __future__ import annotations
@@ -50,10 +51,10 @@ from mpq_deploy.system.progress import Talk
 
 
 def measure_probe(subject: Subject) -> SensitivityTable:
-    """Measure all schemes of all layers; ``losses`` are means over all probes.
+    """Return the table of all schemes of all layers, with its projections.
 
-    Raises UnsupportedOperator when the graph holds a node that torch cannot evaluate here,
-    ModelError when its output is not finite.
+    Raises UnsupportedOperator when torch cannot evaluate a node of the graph here, and ModelError
+    when a float value is NaN or Inf.
     """
     calls = subject.calls()
     with subject.crew.open(subject.job("probes", _probing), subject.talk) as pool:
@@ -84,22 +85,25 @@ def _plan_shard(subject: Subject, task: Any, what: str) -> Shard:
 def batch_plan(
     subject: Subject, pool: Pool, task: Any, what: str
 ) -> tuple[int, tuple[int, ...], tuple[str, ...]]:
-    """Return what ``Probing.plan`` gives in a worker, by ``task``."""
+    """Run ``Probing.plan`` in a worker; return its batch, ends and notes."""
     first = _plan_shard(subject, task, what)
     (plan,) = run_shards(pool, "", [first], Within.silent(subject.talk), subject.store)
     notes = tuple(str(note) for note in plan["notes"])
     return int(plan["batch"]), tuple(int(end) for end in plan["ends"]), notes
 
 
-# Calls, and the parts of the graph that hold their values one after the other.
+# A slice of calls, and the parts of the graph (slices of nodes) that are differentiated in turn.
 Piece = tuple[slice, tuple[slice, ...]]
-# Where even so many parts take more memory than the GPU has, the CPU computes.
+# Where even this many parts need more memory than the GPU has, the CPU computes.
 MOST_PARTS = 64
 
 
 @dataclass(frozen=True)
 class _Task:
-    """A timestep, its batches and where the parts of the graph end; without one: find out both."""
+    """A timestep to probe with batches of ``batch`` calls; no timestep: plan batch and ``ends``.
+
+    ``ends``: the node at which each part of the graph ends.
+    """
 
     step_index: int | None = None
     batch: int = 0
@@ -107,16 +111,17 @@ class _Task:
 
 
 def measured_pairs(subject: Subject) -> list[tuple[str, str]]:
-    """Return every (layer, scheme), in the order in which their projections are stacked."""
+    """Return every (layer or attention, scheme), in the order in which projections are stacked."""
     layers = [(n.name, s.name) for n in subject.layers for s in subject.candidates[n.name].schemes]
     return [*layers, *((one.name, s) for one in subject.attentions for s in ("fp16", FP8_SCHEME))]
 
 
 def _probing(subject: Subject) -> Work:
-    """Return what computes a ``_Task``: ``batch``, ``ends``, ``notes``, or a timestep's sums.
+    """Return the function that computes a ``_Task``.
 
-    Those are ``power``, the sum of ||output||^2 over the calls, and ``values`` float32 [pairs,
-    probes, calls]. Those of later subjects are kept in their stores.
+    A plan has ``batch``, ``ends`` and ``notes``. A timestep has ``power``, the sum of ||output||^2
+    over the calls, and the projections ``values`` float32 [pairs, probes, calls]. The results of
+    ``subject.later`` go into the stores of these subjects.
     """
     calls, every = subject.calls(), (subject, *subject.later)
     pairs = [measured_pairs(one) for one in every]
@@ -154,7 +159,7 @@ def _probing(subject: Subject) -> Work:
 
 
 def smaller_pieces(calls: Calls, piece: Piece) -> list[Piece]:
-    """Halve the calls of a piece, or the parts of the graph where they cannot be; to a limit."""
+    """Halve the calls of a piece, else each of its parts of the graph; empty at ``MOST_PARTS``."""
     chunk, parts = piece
     fewer = calls.halves(chunk)
     if fewer:
@@ -168,7 +173,7 @@ def smaller_pieces(calls: Calls, piece: Piece) -> list[Piece]:
 
 @dataclass(frozen=True)
 class _Operand:
-    """A tensor that an attention rounds: seen from where it is made, its output's gradient is its own."""
+    """A tensor that an attention rounds to FP8, treated as a use whose input and output it is."""
 
     attention: str
     tensor: str
@@ -179,7 +184,7 @@ class _Operand:
         return LayerUse("", self.tensor, self.tensor)
 
     def products(self, x: Any, gradients: Any, samples: int) -> Any:
-        """Return the products of the rounding errors of ``x`` with ``gradients``, [probes, samples]."""
+        """Return <G, error> [probes, samples] of the rounding error of ``x`` and ``gradients``."""
         error = (self.grid.rounded(x, torch) - x).reshape(samples, -1)
         return torch.einsum("ne,pne->pn", error, gradients.reshape(-1, samples, error.shape[1]))
 
@@ -193,7 +198,10 @@ class _Use:
 
 @dataclass(frozen=True)
 class _Judged:
-    """What is measured of a subject: its stacks and, by number, the uses of its layers."""
+    """What is measured of one subject: its weight errors and, by place number, its layers' uses.
+
+    ``attentions``: whether the rounding of attention operands is measured, too.
+    """
 
     stacks: StackStore[TorchStack]
     uses: dict[int, _Use]
@@ -203,7 +211,7 @@ class _Judged:
     def of(
         cls, subject: Subject, places: list[tuple[str, LayerUse]], device: Any, limit: int
     ) -> _Judged:
-        """Read the candidates of ``subject`` at ``places``: a layer's name and a use of it each."""
+        """Read the candidates of ``subject`` for ``places``, (layer name, use) each."""
         candidates, layers = subject.candidates, {layer.name: layer for layer in subject.layers}
         make = partial(TorchStack.of, device=device)
         uses = {
@@ -218,7 +226,7 @@ class _Judged:
 
 
 class Probing:
-    """The graph in torch with what each layer's inner products need, for a subject and its later ones."""
+    """The graph in torch, and what a subject's and its ``later`` ones' inner products need."""
 
     def __init__(self, subject: Subject) -> None:
         self._subject, self._settings = subject, subject.settings
@@ -254,12 +262,12 @@ class Probing:
         return sorted(set(found))
 
     def plan(self) -> Result:
-        """Return how many samples to evaluate at once (``batch``), where parts of the graph end, and ``notes``.
+        """Return ``batch`` (samples evaluated at once), ``ends`` of the graph's parts, ``notes``.
 
-        A layer whose values are not [samples, ...] in the order of the samples (such as the
-        embedding of a scalar timestep) is measured rightly only one sample at a time. There is more
-        than one part only where one batch takes several times the memory allowed. The same whatever
-        is measured of the layers, so that a part of it later repeats the bytes of all at once.
+        A graph with a value that is not [samples, ...] in the order of the samples (such as the
+        embedding of a scalar timestep) is evaluated one sample at a time. The graph is cut into
+        parts only where one batch takes several times the allowed memory. The plan does not depend
+        on which schemes are measured, so that measuring only some later gives the same bytes.
         """
         batch, ends, notes = self._plan()
         return {
@@ -299,7 +307,7 @@ class Probing:
         return batch, whole, ()
 
     def _mixed(self, places: list[LayerUse]) -> str:
-        """Return the first value of a layer that does not keep samples apart; empty when all do."""
+        """Return the first layer input or output that mixes a batch's samples; "" for none."""
         names = list(dict.fromkeys(name for use in places for name in (use.input, use.output)))
         with torch.no_grad():
             first, pair = (
@@ -312,7 +320,7 @@ class Probing:
     def probe(
         self, step_index: int, chunk: slice, parts: Sequence[slice], values: Sequence[Nested]
     ) -> float:
-        """Add the products of a chunk of samples into each subject's ``values``; return the sum of ||output||^2."""
+        """Add a chunk's inner products to each subject's ``values``; return its ||output||^2."""
         arrays, power = self._calls.feeds(step_index, chunk), 0.0
 
         def seeds(output: Any) -> list[Any]:
@@ -346,10 +354,10 @@ class Probing:
         samples: int,
         into: str = "",
     ) -> tuple[list[tuple[str, str, Array]], list[Any]]:
-        """Take what ``seeds`` makes of the output back through all layers.
+        """Backpropagate the output gradients that ``seeds`` returns, one per direction.
 
-        Returns (layer, scheme, inner products [probes, samples]) of every use, and what comes back
-        to the input ``into``, one gradient per direction.
+        Returns (layer, scheme, inner products [probes, samples]) of every use, and the gradients of
+        the graph input ``into``, one per direction.
         """
         products, back = self._back(arrays, parts, seeds, samples, into)
         return products[0], back
@@ -362,7 +370,7 @@ class Probing:
         samples: int,
         into: str = "",
     ) -> tuple[list[list[tuple[str, str, Array]]], list[Any]]:
-        """Return as ``back`` the products of every subject."""
+        """Do as ``back``, but return one list of inner products per subject."""
         feeds, timestep = self._graph.feed(arrays), timestep_of(self._subject.spec, arrays)
         if into:
             feeds[into] = feeds[into].detach().requires_grad_()
@@ -385,7 +393,7 @@ class Probing:
         return [_numbers(own) for own in products], back
 
     def _noise(self, step_index: int, chunk: slice, shape: tuple[int, ...]) -> Any:
-        """Draw the probes of each sample from its own seed: the batch size does not matter."""
+        """Draw each sample's probes from its own seed, whatever the batch: [P, samples, ...]."""
         rows = [
             np.random.default_rng((self._settings.seed, step_index, call)).standard_normal(
                 (self._settings.probes, *shape), np.float32
@@ -410,7 +418,7 @@ class Probing:
 
 
 def _numbers(products: list[tuple[str, str, Any]]) -> list[tuple[str, str, Array]]:
-    """Fetch the products at once: to fetch a number from a GPU is to wait for it."""
+    """Fetch all products in one transfer: each transfer from a GPU waits for its queue."""
     if not products:
         return []
     fetched = torch.stack([found for *_, found in products]).cpu().numpy()
@@ -419,19 +427,19 @@ def _numbers(products: list[tuple[str, str, Any]]) -> list[tuple[str, str, Array
 
 
 class _Finite:
-    """Looks for NaN and Inf in the values of a pass; what was found is fetched once."""
+    """Checks a forward pass for NaN and Inf; the flags stay on the device until the end."""
 
     def __init__(self) -> None:
         self._names, self._found = list[str](), list[Any]()
 
     def look(self, name: str, value: Any) -> None:
-        """Look at a value."""
+        """Check one value."""
         if value.is_floating_point():
             self._names.append(name)
             self._found.append(torch.isfinite(value).all())
 
     def refuse(self) -> None:
-        """Raise ModelError where there was one."""
+        """Raise ModelError for the first value that was not finite."""
         for name, finite in zip(self._names, _fetched(self._found), strict=True):
             if not finite:
                 raise ModelError(
@@ -441,7 +449,7 @@ class _Finite:
 
 
 def _fetched(flags: list[Any]) -> list[bool]:
-    """Return scalar tensors, which may lie on the CPU and on a GPU, as Python's."""
+    """Return scalar bool tensors as Python bools, with one transfer per device."""
     places = {flag.device for flag in flags}
     by_place = {
         place: iter(torch.stack([f for f in flags if f.device == place]).cpu().tolist())
@@ -451,7 +459,7 @@ def _fetched(flags: list[Any]) -> list[bool]:
 
 
 def _stack_bytes(subject: Subject) -> int:
-    """Return what the stacks of all layers would take in float32."""
+    """Return the bytes of all layers' float weights and weight errors in float32."""
     forms = {
         layer: len({s.weight_form for s in subject.candidates[layer.name].schemes})
         for layer in subject.layers
@@ -460,7 +468,7 @@ def _stack_bytes(subject: Subject) -> int:
 
 
 def _starts_with(pair: Any, first: Any) -> Any:
-    """Is the first half of ``pair`` (two samples) what ``first`` (its first sample alone) holds? A bool tensor."""
+    """Whether the first half of ``pair`` (2 samples) is close to ``first`` (1): a bool tensor."""
     if pair.numel() != 2 * first.numel():
         return torch.zeros((), dtype=torch.bool)
     half, alone = pair.reshape(2, -1)[0].float(), first.reshape(-1).float()

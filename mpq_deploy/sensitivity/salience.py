@@ -1,9 +1,9 @@
 """The error that each output channel of a layer causes at the denoiser's output.
 
 With the probes of ``probe``, G_l = d<r, output>/dY_l, the error of output channel c of layer l
-under the INT4 body is estimated as the mean of <G_{l,c}, dY_{l,c}>^2: the same quantity as a
-scheme's loss, channel by channel, without the terms between channels. Our choice; MPQ-DM ranks by
-the kurtosis of the weight's rows.
+under the INT4 body is estimated by <G_{l,c}, dY_{l,c}>^2, summed over the calls. That is a scheme's
+loss split into channels, without the cross terms between channels. Our choice; MPQ-DM ranks
+channels by the kurtosis of the weight's rows.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from mpq_deploy.sensitivity.torch_projection import (
 from mpq_deploy.system.gpu_memory import Shrinking
 from mpq_deploy.system.progress import Advance, Talk
 
-# Of the probes' noise.
+# Seed of the probes' noise.
 SEED = 0
 
 
@@ -45,9 +45,9 @@ def channel_errors(
 ) -> dict[str, Array]:
     """Return layer name -> float64 [O]: the error that each output channel of its body causes.
 
-    ``bodies``: layer name -> the body's deployed weight, float32 [out_channels, reduction];
-    ``samples``: calls of each timestep. Raises
-    UnsupportedOperator when torch cannot evaluate the graph.
+    ``bodies``: layer name -> the body's dequantized weight, float32 [out_channels, reduction];
+    ``samples``: calls per timestep. Raises UnsupportedOperator when torch cannot evaluate the
+    graph.
     """
     errors = ChannelErrors(graph, bodies, recorded, samples, talk)
     sums = {layer.name: np.zeros(layer.out_channels) for layer in errors.layers}
@@ -60,7 +60,7 @@ def channel_errors(
 
 
 class ChannelErrors:
-    """The sums that ``channel_errors`` adds up, timestep by timestep; its arguments and errors."""
+    """The terms that ``channel_errors`` sums, by timestep; same arguments and errors."""
 
     def __init__(
         self,
@@ -70,7 +70,7 @@ class ChannelErrors:
         samples: int,
         talk: Talk,
     ) -> None:
-        # To ask a mapping that reads files whether it holds a layer would read it.
+        # ``in`` on a mapping that reads files would read the layer's file.
         names = set(bodies)
         self.layers = [layer for layer in graph.layers if layer.name in names]
         self._calls = Calls(graph, recorded, samples)
@@ -80,7 +80,7 @@ class ChannelErrors:
         self.steps, self.calls = len(self._calls.timesteps), self._calls.count
 
     def at(self, step: int, advance: Advance) -> dict[str, Array]:
-        """Return the terms of a timestep's sum in their order: layer name -> float64 [n, O]."""
+        """Return layer name -> float64 [n, O]: the n terms of a timestep, in summing order."""
         errors: dict[str, list[Array]] = {layer.name: [] for layer in self.layers}
         for chunk in self._calls.chunks_of_step(self._batch):
             for found in self._work.run(
@@ -93,7 +93,7 @@ class ChannelErrors:
 
 
 class _OnDevice:
-    """The graph and the layers' errors on torch's device; ``batch``: how many calls fit at once."""
+    """The graph and the layers' weight errors on torch's device; ``batch``: calls run at once."""
 
     def __init__(
         self,
@@ -119,12 +119,12 @@ class _OnDevice:
             footprint, _ = self._graph.footprint(feeds, lambda *_: None)
         gradients = gradient_bytes(footprint, (use for _, use in self._uses), 1)
         self._parts = parts_within(footprint, gradients, memory)
-        # One batch of several takes no more than one call may.
+        # A batch of several calls may take no more memory than one call may.
         most = max(1, WHOLE_SHARE * memory // max(1, PASS_COPIES * sum(footprint.made)))
         self.batch = calls.fixed_batch or min(SALIENCE_BATCH, calls.count, most)
 
     def errors(self, step: int, chunk: slice) -> list[tuple[str, Array]]:
-        """Return layer name and float64 [O] of each use of a layer, for some calls of a timestep."""
+        """Return (layer name, float64 [O]) per use of a layer, summed over a chunk of calls."""
 
         def direction(output: Any) -> list[Any]:
             random = np.random.default_rng((SEED, step, chunk.start))
@@ -142,7 +142,7 @@ class _OnDevice:
                 found.append(_by_channel(layer, attributes, came.x, came.rows[0], difference))
         if not found:
             return []
-        # Once for all: to fetch a number from a GPU is to wait for it.
+        # One transfer for all layers: each transfer from a GPU waits for its queue.
         ends = np.cumsum([len(one) for one in found])[:-1]
         return list(zip(names, np.split(torch.cat(found).cpu().numpy(), ends), strict=True))
 
@@ -152,7 +152,7 @@ def _by_channel(
 ) -> Any:
     """Return the sum over samples of <G_c, dY_c>^2, a float64 tensor [O].
 
-    Rows of a tensor that all samples share (an embedding computed once) count as one sample.
+    A tensor that all samples share, such as an embedding computed once, counts as one sample.
     """
     rows = x.shape[0]
     errors = apply_matrix(layer, attributes, canonical_input(layer, x, rows), difference)
@@ -162,7 +162,10 @@ def _by_channel(
 
 
 def body_weights(candidates: Mapping[str, LayerCandidates]) -> Mapping[str, Array]:
-    """Return the INT4 body's weight of every layer with a ``rows`` scheme, dequantized on demand."""
+    """Return layer -> the INT4 body's dequantized weight, for layers with a ``rows`` scheme.
+
+    Each weight is read when it is indexed.
+    """
     forms = {}
     for name, candidate in candidates.items():
         scheme = next((s for s in candidate.schemes if s.branch.promotes), None)

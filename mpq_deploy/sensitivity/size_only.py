@@ -1,6 +1,6 @@
-"""The control that knows only sizes: every layer has the importance 1.
+"""A control in which every layer has the importance 1, so that only layer sizes matter.
 
-Published OMPQ allocations can be reproduced like that.
+Published OMPQ allocations can be reproduced with it.
 """
 
 from __future__ import annotations
@@ -13,6 +13,6 @@ from mpq_deploy.sensitivity.table import SensitivityTable
 
 
 def measure_size_only(subject: Subject) -> SensitivityTable:
-    """Give every layer the importance 1. No layer is run."""
+    """Return the table in which every layer has the importance 1. Runs no layer."""
     theta = np.ones((len(subject.calibration.timesteps), len(subject.layers)))
     return table_from_importance("size-only", subject, theta)

@@ -1,4 +1,4 @@
-"""What a metric judges, and on which calls."""
+"""The input of every metric: the model, its candidates, and the calls to measure on."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Spread:
-    """Who measures, and how a worker opens the same subject: by a picklable ``open(root, talk)``.
+    """The workers that measure (``crew``), and how each of them opens the same subject.
 
-    ``files``: what it reads under ``root``. Finished shards are kept in ``store`` by ``key`` and
-    what they are.
+    ``open(root, talk)`` is picklable and reads ``files`` under ``root``. Finished shards are kept
+    in ``store`` under ``key`` extended by the shard's own key.
     """
 
     crew: Crew
@@ -42,7 +42,7 @@ class Spread:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the model is sampled by our own loop: all rows of its conditions, the steps, the sampler."""
+    """How our own loop samples the model: all rows of ``conditions``, steps, sampler kind."""
 
     conditions: Mapping[str, Array]
     steps: int
@@ -53,14 +53,13 @@ class Sampling:
 class Subject:
     """The model and the calls that every metric takes.
 
-    ``candidates``: layer name -> the weights it may be deployed with; ``stats``: of its
-    activations; ``calibration``: the calls to measure on. ``spread``: over which workers
-    measuring is spread; None: this process. ``shares``: the part of the trajectory that each
-    timestep stands for, of sum 1; None: equal ones. ``rotate``: at each timestep the next
-    ``settings.calls`` of the calls, so that more of them are seen in the same time, else the same
-    evenly spaced ones. ``attentions``: those whose rounding to FP8 is measured beside the layers.
-    ``sampling``: None where only recorded calls are known. ``later``: subjects of the same calls,
-    whose shards the same passes fill; they differ in their candidates alone.
+    ``candidates``: layer name -> the weights that the layer may be deployed with; ``stats``: of the
+    activations; ``calibration``: the calls to measure on. ``spread``: the workers; None: this
+    process. ``shares``: the part of the trajectory that each timestep stands for, of sum 1; None:
+    equal shares. ``rotate``: measure the next ``settings.calls`` calls at each timestep, so that
+    more calls are seen in the same time; else the same evenly spaced calls. ``attentions``: whose
+    rounding to FP8 is measured beside the layers. ``sampling``: None where only recorded calls are
+    known. ``later``: subjects that differ in candidates alone; the same passes fill their shards.
     """
 
     graph: LayerGraph
@@ -78,7 +77,7 @@ class Subject:
     later: tuple[Subject, ...] = ()
 
     def at_one_size(self) -> Subject:
-        """Return the subject at the largest of several sizes alone, for metrics that keep values by shape."""
+        """Return the subject at its largest image size alone, for metrics that need one shape."""
         if not self.spec.sizes:
             return self
         size = self.calibration.largest(self.spec)
@@ -87,7 +86,7 @@ class Subject:
 
     @property
     def crew(self) -> Crew:
-        """Who measures."""
+        """The workers that measure."""
         return self.spread.crew if self.spread else Alone()
 
     @property
@@ -103,7 +102,7 @@ class Subject:
         return Job(name, opener, self.spread.root, self.spread.files, self.memory_bytes())
 
     def shard(self, name: str, task: Any, size: int, **key: Any) -> Shard:
-        """Return a shard that is stored by ``key``, the settings, the device and the number of threads."""
+        """Return a shard whose key in the store is ``key``, settings, device and thread counts."""
         if self.spread is None or self.spread.key is None:
             return Shard(name, task, size)
         threads = asdict(self.crew.threads_of_shard())
@@ -119,12 +118,12 @@ class Subject:
         )
 
     def keep(self, shard: Shard, result: Result) -> None:
-        """Keep the result of a shard that was computed elsewhere."""
+        """Store the result of a shard that another subject's work computed."""
         if self.store is not None and shard.key is not None:
             self.store.keep(shard.key, result)
 
     def memory_bytes(self) -> int:
-        """Estimate what a worker holds: candidates, errors and activations, the latter two limited."""
+        """Estimate the bytes of a worker: weights, stacked weight errors (limited), activations."""
         weights = 4 * sum(layer.weights for layer in self.layers)
         counts = (len({s.weight_form for s in c.schemes}) for c in self.candidates.values())
         forms = max(counts, default=0)
@@ -151,7 +150,7 @@ class Subject:
 
 
 def timestep_of(spec: DenoiserSpec, feeds: Mapping[str, Any]) -> float | None:
-    """Return what the timestep's input is given in ``feeds``, the largest of several; None without one."""
+    """Return the largest value of the timestep input in ``feeds``; None for a model without one."""
     return float(feeds[spec.timestep_name].max()) if spec.timestep else None
 
 

@@ -1,4 +1,4 @@
-"""The result of measuring: predicted loss per layer and scheme, and the projections behind it."""
+"""The result of measuring: a loss per layer and scheme, and the projections that it comes from."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mpq_deploy.system.inputs import read_json_object, whole
 from mpq_deploy.system.validated import model_of
 
 IMPORTANCE = "orm.npz"
-# Largest table.json read, ten times that of a thousand layers with a hundred schemes (our choice).
+# Largest table.json read: ten times the size of 1,000 layers with 100 schemes (our choice).
 TABLE_BYTES = 128 << 20
 T = TypeVar("T")
 # Layer -> scheme -> values.
@@ -28,11 +28,11 @@ Nested = dict[str, dict[str, Array]]
 class Importance:
     """The importance of L ``layers`` (in graph order) at K ``timesteps`` (in denoising order).
 
-    ``theta`` float64 [K, L]; ``weights`` float64 [K] of sum 1, what each timestep counts for;
-    ``constant`` bool [K, L]: layers whose output was the same for all calls; ``activation_bits``
-    int64 [L]: what the layer's activations are fixed at, 0 where there is no choice. ``orm``
-    float32 [K, L, L], the orthogonality matrices, and ``calls``, the minimum N behind a Gram
-    matrix: None and 0 for other metrics than orm.
+    ``theta`` float64 [K, L]: importances. ``weights`` float64 [K] of sum 1: the timesteps' weights.
+    ``constant`` bool [K, L]: the layer's output was the same for all calls. ``activation_bits``
+    int64 [L]: the fixed bits of the layer's activations, 0 where there is no choice. For the metric
+    orm alone (else None and 0): ``orm`` float32 [K, L, L], the orthogonality matrices, and
+    ``calls``, the smallest batch of which a Gram matrix was made.
     """
 
     layers: tuple[str, ...]
@@ -50,7 +50,7 @@ class Importance:
         return np.asarray(self.weights @ self.theta)
 
     def save(self, path: Path) -> None:
-        """Write everything into one .npz (no pickle); names as JSON text."""
+        """Write all fields into one .npz without pickle; layer names are stored as JSON text."""
         arrays = {item.name: np.asarray(getattr(self, item.name)) for item in fields(self)}
         arrays["layers"] = np.array(json.dumps(self.layers))
         arrays["timesteps"] = np.asarray(self.timesteps, np.float32)
@@ -70,22 +70,21 @@ class Importance:
 
 @dataclass(frozen=True)
 class SensitivityTable:
-    """Expected relative squared error of the denoiser's output per layer and scheme.
+    """The loss of each scheme of each layer; its unit depends on ``metric`` (see ``METHODS``).
 
-    ``losses``: layer -> scheme -> loss, the mean of ``losses_by_timestep`` float32 [K]; timesteps
-    that stand for more of the trajectory than others (see ``weighted``) have that factor in them.
+    ``losses``: layer -> scheme -> loss, the mean over K of ``losses_by_timestep``, float32 [K].
+    Where timesteps stand for different parts of the trajectory (``weighted``), the losses by
+    timestep include that weight.
 
     ``projections``: layer -> scheme -> float32 [P], vectors a_{l,s} with one entry per timestep,
-    probe and sample, divided by the output's norm of its timestep and by sqrt(P), so that the loss
-    of a plan is ||sum_l a_{l,s_l}||^2, cross terms included; None for metrics without probes.
-    ``calls`` int [P]: the calibration call behind each entry (``Calls.turns``; -1: taken out, and
-    0); None where that is not known.
+    probe and sample. Entries are divided by the output's norm at their timestep and by sqrt(P), so
+    that the loss of a plan is ||sum_l a_{l,s_l}||^2, cross terms included. None without probes.
+    ``calls`` int [P]: the place in ``Calls.turns`` of the call behind each entry; -1 for entries
+    that ``folds`` set to 0; None where unknown.
 
-    Where not ``predicts_nmse``, layers are ranked by a loss of the metric's own unit.
-    ``mean_square``: of final images whose peak is 1, where losses are relative to it; None: of
-    another metric, or not known.
-    ``importance``: of metrics that weigh bits; their tables lack the schemes that their activation
-    bits rule out.
+    ``mean_square``: mean square of final images with peak 1, where losses are relative to it; None
+    for other metrics or where unknown. ``importance``: for metrics that weigh bits; their tables
+    lack the schemes that the fixed activation bits rule out.
     """
 
     metric: str
@@ -100,17 +99,17 @@ class SensitivityTable:
 
     @property
     def predicts(self) -> bool:
-        """Whether a plan's loss is a prediction of an error, of outputs or of final images."""
+        """Whether a plan's loss predicts an error, of the denoiser's outputs or of final images."""
         return self.metric in METHODS and METHODS[self.metric].predicts
 
     @property
     def of_images(self) -> bool:
-        """Whether losses are errors of final images, with an entry per probe and trajectory."""
+        """Whether losses are errors of final images; projections then have [probe, trajectory]."""
         return self.metric in METHODS and METHODS[self.metric].images
 
     @property
     def predicts_nmse(self) -> bool:
-        """Whether a plan's loss is a prediction of the output's error that evaluation measures."""
+        """Whether a plan's loss predicts the NMSE of the output that evaluation measures."""
         return self.predicts and not self.of_images
 
     def weighted(self, shares: Array) -> SensitivityTable:
@@ -127,26 +126,26 @@ class SensitivityTable:
         return replace(table, projections=vectors, calls=self.calls)
 
     def plan_loss(self, schemes: dict[str, str]) -> float:
-        """Predict a plan's loss (layer -> scheme), with cross terms where there are projections."""
+        """Return the loss of a plan (layer -> scheme); with projections, cross terms included."""
         if self.projections is None:
             return float(sum(self.losses[layer][scheme] for layer, scheme in schemes.items()))
         return float(np.sum(self.plan_entries(schemes)))
 
     def plan_entries(self, schemes: dict[str, str]) -> Array:
-        """Return what each entry of the projections adds to a plan's loss, float64 [P]."""
+        """Return the contribution of each projection entry to a plan's loss, float64 [P]."""
         assert self.projections is not None
         total = sum(self.projections[n][s].astype(np.float64) for n, s in schemes.items())
         return np.asarray(np.square(total))
 
     def errors_by_call(self, entries: Array) -> Array:
-        """Return a plan's error of each call, float64 [N], whose mean is the sum of its ``entries`` [P]."""
+        """Split a plan's ``entries`` [P] by call, float64 [N]: the mean of N is the plan's loss."""
         assert self.calls is not None
         order = np.argsort(self.calls, kind="stable")
         count = len(np.unique(self.calls))
         return np.asarray(entries[order].reshape(count, -1).sum(axis=1) * count)
 
     def weighing(self, weights: Array) -> SensitivityTable:
-        """Return the table in which calls count by ``weights``, float64 [N], instead of 1 each."""
+        """Return the table in which call n counts ``weights[n]`` times, float64 [N]."""
         assert self.projections is not None and self.calls is not None
         roots = np.sqrt(weights[self.calls]).astype(np.float32)
         vectors = _each(self.projections, lambda vector: vector * roots)
@@ -154,10 +153,10 @@ class SensitivityTable:
         return replace(table, calls=self.calls, mean_square=self.mean_square)
 
     def folds(self, count: int) -> list[tuple[SensitivityTable, SensitivityTable]]:
-        """Split the calls into ``count`` parts; for each, return the tables without and of it.
+        """Split the calls into ``count`` folds; return (table without the fold, table of the fold).
 
-        Both hold all entries, those of other calls as zeros. Empty where a part would miss a
-        timestep.
+        Both tables hold all entries, with zeros for calls that are left out. Empty where a fold
+        would have no call at some timestep, or without projections by call.
         """
         if self.projections is None or self.calls is None:
             return []
@@ -227,9 +226,9 @@ class SensitivityTable:
 def table_from_projections(
     timesteps: Array, values: Nested, notes: tuple[str, ...] = (), calls: Array | None = None
 ) -> SensitivityTable:
-    """Make a table from projections float32 [K, probes, N], divided by the output's rms norm.
+    """Make a table from projections float32 [K, probes, N] that are divided by the output's norm.
 
-    ``losses`` are means over all probes. ``calls`` int [K, N]: the call behind each.
+    ``calls`` int [K, N]: the call (``Calls.turns``) of each column.
     """
     shape = (
         next(iter(next(iter(values.values())).values())).shape if values else (len(timesteps), 1, 1)

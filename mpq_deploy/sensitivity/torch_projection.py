@@ -6,13 +6,13 @@ Qw_s(W) - W,
     dY_s = layer(X; D_s) + layer(E; W) + layer(E; D_s).
 
 The last term, the product of two errors, is left out: on the bundled model it changes nine losses
-of ten by less than 2 %, and their sum by 0.3 %. The others are computed once for each distinct D_s
-and once for each distinct E. <G, layer(E; W)> = <E, layer^T(G; W)>: the gradient that the layer
-returns to its input serves all roundings. <G, layer(X; D)> is computed the faster of two ways:
-*forward*, applying the stacked D_s of all schemes and projecting the results on the gradients of
-all probes; or by *weight gradient*, <G, layer(X; D)> = <D, wgrad(X, G)>, one per probe and sample.
-Forward wins with many probes and at small resolutions; the weight gradient hardly depends on the
-number of schemes.
+of ten by less than 2 %, and their sum by 0.3 %. The other two terms are computed once per distinct
+D_s and once per distinct E. For the second, <G, layer(E; W)> = <E, layer^T(G; W)>: the gradient of
+the layer's input serves all roundings. The first is computed in the faster of two ways. *Forward*
+applies the stacked D_s of all schemes to X and projects the results on the gradients of all probes.
+*Weight gradient* uses <G, layer(X; D)> = <D, wgrad(X, G)>, with one wgrad per probe and sample.
+Forward wins with many probes and at small resolutions; the cost of weight gradients hardly depends
+on the number of schemes.
 """
 
 from __future__ import annotations
@@ -31,34 +31,33 @@ from mpq_deploy.onnx_torch.window_pads import window_pads
 from mpq_deploy.sensitivity.layer_weights import FormsInTurn, FormStack, InputRounding, Promotion
 
 Tensor = torch.Tensor
-# Pieces of work on the CPU (see ``piece_bytes``).
-# Stacked errors larger than this leave the caches: 64 -> 640 channels at 32x32 ran at 70 instead of
-# 98 GFLOP/s.
+# The sizes below hold for the CPU (see ``piece_bytes``). Stacked output errors larger than
+# PIECE_BYTES leave the caches: 64 -> 640 channels at 32x32 ran at 70 instead of 98 GFLOP/s.
 PIECE_BYTES = 24 << 20
 # Weight gradients, and patches of their inputs, held at once: larger ones leave the caches.
 GRADIENT_BYTES = 16 << 20
 PATCH_BYTES = 4 << 20
 # Rounding errors of an input held at once.
 ROUNDED_BYTES = 4 << 20
-# What a weight gradient costs beside its multiplications (measured): writing and reading one takes
-# as long as summing over so many positions, gathering patches as long as this share of all
-# positions.
+# Cost of a weight gradient beside its multiplications (measured), in output positions: writing and
+# reading it takes as long as summing over GRADIENT_POSITIONS; gathering patches takes as long as
+# summing over PATCH_POSITIONS of all positions.
 GRADIENT_POSITIONS = 64
 PATCH_POSITIONS = 0.5
 
 
 def absmax(x: Any, axes: tuple[int, ...]) -> Any:
-    """Return the largest magnitude of ``x`` over ``axes``, which stay."""
+    """Return the largest magnitude of ``x`` over ``axes``, which stay as size 1."""
     return x.abs().amax(dim=axes, keepdim=True)
 
 
 def lost_by_rounding(
     x: Any, rounding: InputRounding, layer: Layer, out: Any = None, largest: Any = None
 ) -> Any:
-    """Return ``x`` minus what QuantizeLinear and DequantizeLinear make of it; 0 for kept channels.
+    """Return ``x`` minus its fake-quantized value (QuantizeLinear, DequantizeLinear); 0 where kept.
 
-    It is written into ``out`` where that is given. ``largest``: as ``largest_magnitudes`` gives
-    them, where they are known.
+    ``out``: a tensor for the result. ``largest``: the result of ``largest_magnitudes`` where the
+    caller has it.
     """
     if not rounding.grid.uniform:
         return torch.sub(x, rounding.grid.rounded(x.float(), torch).to(x.dtype), out=out)
@@ -85,13 +84,16 @@ def lost_by_rounding(
 
 
 def largest_magnitudes(layer: Layer, x: Any) -> Any:
-    """Return what decides the range of ``x``: of a Conv's input the largest of each channel, else ``x``."""
+    """Return what a dynamic range needs of ``x``: a Conv's maxima by channel, else ``x`` itself."""
     return absmax(x, tuple(range(2, x.ndim))) if layer.op == "Conv" else x
 
 
 @dataclass(frozen=True)
 class TorchStack(FormStack):
-    """A FormStack as tensors of the type in which local errors are computed."""
+    """A FormStack as torch tensors.
+
+    ``promoted_differences`` and ``promoted_channels``: those of each of ``promotions``.
+    """
 
     weight: Any
     differences: Any
@@ -100,7 +102,7 @@ class TorchStack(FormStack):
 
     @classmethod
     def of(cls, stack: FormStack, device: Any = "cpu") -> TorchStack:
-        """Return tensors on ``device``: those on the CPU share the arrays' memory."""
+        """Return tensors on ``device``; on the CPU they share the arrays' memory."""
         values = {item.name: getattr(stack, item.name) for item in fields(stack)}
         values["weight"] = torch.from_numpy(stack.weight).to(device)
         if not isinstance(stack.differences, FormsInTurn):
@@ -112,7 +114,7 @@ class TorchStack(FormStack):
         return cls(**values, promoted_differences=differences, promoted_channels=channels)
 
     def pieces(self) -> Iterator[Any]:
-        """Yield the weight errors of all forms, [F, out_channels, reduction], or of one after the other."""
+        """Yield the weight errors [F, out_channels, reduction] of all forms at once or in turn."""
         if not isinstance(self.differences, FormsInTurn):
             yield self.differences
             return
@@ -169,7 +171,7 @@ def canonical_gradients(layer: Layer, gradients: Any, samples: int) -> Any:
 
 
 def _project(errors: Any, gradients: Any, samples: int) -> Any:
-    """Return <dY, G> as [F, P, samples] from [rows, group, F, m] and [rows, group, P, m]."""
+    """Return <dY, G> [F, P, samples]; dY: [rows, group, F, m], G: [rows, group, P, m]."""
     forms, probes = errors.shape[2], gradients.shape[2]
     products = torch.bmm(errors.flatten(0, 1), gradients.flatten(0, 1).transpose(1, 2)).float()
     return products.reshape(samples, -1, forms, probes).sum(1).permute(1, 2, 0)
@@ -177,7 +179,7 @@ def _project(errors: Any, gradients: Any, samples: int) -> Any:
 
 @dataclass(frozen=True)
 class ProjectedUse:
-    """One use of a layer: its schemes' errors, its input's ``roundings`` by activation form."""
+    """One use of a layer: weight errors of its schemes, input ``roundings`` by activation form."""
 
     layer: Layer
     attributes: dict[str, Any]
@@ -191,7 +193,10 @@ class ProjectedUse:
         return self.roundings[form]
 
     def forward(self, x: Any, matrices: Any, g: Any, samples: int) -> Any:
-        """Apply all ``matrices`` and project, some samples at a time so that results stay cached."""
+        """Return <G, layer(X; D)> [F, P, samples] for D in ``matrices``, by the forward way.
+
+        Works on some samples at a time so that results stay in the CPU's caches.
+        """
         rows_per_sample = x.shape[0] // samples
         outputs = matrices.shape[0] * g[0, :, 0].numel() * rows_per_sample
         most = piece_bytes(x.device, PIECE_BYTES)
@@ -205,9 +210,9 @@ class ProjectedUse:
         return torch.cat(products, -1) if len(products) > 1 else products[0]
 
     def channels(self, x: Any, matrix: Any, channels: Any, g: Any, samples: int) -> Any:
-        """Return <G_c, dY_c> [P, samples, m] of ``channels`` that differ by ``matrix`` [m, K].
+        """Return <G_c, dY_c> [P, samples, m] of m ``channels`` whose weight error is ``matrix``.
 
-        Layers with such branches have one group.
+        ``matrix`` [m, reduction]. Layers whose channels are promoted have one group.
         """
         rows, _, probes, _ = g.shape
         errors = apply_matrix(self.layer, self.attributes, x, matrix[None]).reshape(
@@ -228,10 +233,10 @@ def project_layer(
 ) -> dict[str, Any]:
     """Return scheme -> <G, dY_s> as [P, samples], for one use of a layer.
 
-    ``x``: the layer's float input, its leading axis running over samples first; ``gradients``
-    [rows, P, *rest]: those of the layer's output, the probes on the second axis; ``through``: those
-    that it returns to its input, which schemes that round it want. ``way``: "forward" or "weights"
-    forces one of the two ways.
+    ``x``: the layer's float input, whose leading axis is a multiple of the samples. ``gradients``
+    [rows, P, *rest]: gradients of the layer's output, P probes. ``through`` [rows, P, ...]:
+    gradients of its input, read only when a scheme rounds the input. ``way``: "forward" or
+    "weights" forces one of the two ways.
     """
     x, stack = canonical_input(use.layer, x, samples), use.stack
     g = canonical_gradients(use.layer, gradients, samples)
@@ -279,9 +284,9 @@ def _project_roundings(use: ProjectedUse, x: Any, through: Any, samples: int) ->
 
 
 def _project_forward(use: ProjectedUse, x: Any, g: Any, samples: int) -> tuple[Any, dict[str, Any]]:
-    """Apply all weights' errors to the input and project what comes out.
+    """Apply all weight errors to the input and project the results on the gradients.
 
-    Returns [F, P, samples] and, for schemes that promote channels, what these add [P, samples].
+    Returns [F, P, samples] by form, and scheme -> [P, samples]: what promoted channels add to it.
     """
     promoted: dict[str, Any] = {}
     for promotion, differences, channels in use.stack.promoted():
@@ -295,9 +300,9 @@ def _project_forward(use: ProjectedUse, x: Any, g: Any, samples: int) -> tuple[A
 def _project_by_weights(
     use: ProjectedUse, x: Any, g: Any, samples: int
 ) -> tuple[Any, dict[str, Any]]:
-    """Project all weights' errors on the input's weight gradients; returns as ``_project_forward``.
+    """Project all weight errors on the weight gradients; returns the same as ``_project_forward``.
 
-    Some samples at a time, so that only their weight gradients are held.
+    Works on some samples at a time, so that few weight gradients are in memory.
     """
     stack, probes = use.stack, g.shape[2]
     piece = max(1, piece_bytes(x.device, GRADIENT_BYTES) // (probes * stack.weight.nbytes))
@@ -320,7 +325,7 @@ def _project_by_weights(
 
 
 def _weight_gradients(layer: Layer, attributes: dict[str, Any], x: Any, g: Any) -> Any:
-    """Return the weight gradients [n P, out_channels * reduction] of n samples."""
+    """Return the weight gradients of n samples and P probes, [n P, out_channels * reduction]."""
     samples, probes = g.shape[0], g.shape[2]
     # [n, 1, P, out * L] -> [n, P * out, L]
     gradients = g.reshape(samples, probes * layer.out_channels, -1)
@@ -336,7 +341,7 @@ def _weight_gradients(layer: Layer, attributes: dict[str, Any], x: Any, g: Any) 
 
 
 def _patches(layer: Layer, attributes: dict[str, Any], x: Any) -> Any:
-    """Return the rows that the weight multiplies, [samples, L, reduction]."""
+    """Return the rows that the weight multiplies (for a Conv: im2col), [samples, L, reduction]."""
     if layer.op != "Conv":
         return x
     before, after = window_pads(attributes, tuple(x.shape[2:]), layer.kernel)
@@ -362,7 +367,10 @@ def _has_weight_way(layer: Layer) -> bool:
 
 
 def _cheaper_way(layer: Layer, stack: TorchStack, x: Any, g: Any, samples: int) -> str:
-    """Compare multiplications per weight: F per position, or P per position and input."""
+    """Return the way with fewer multiplications per weight and sample.
+
+    Forward takes F per output position. Weight gradients take P per position, and F P to project.
+    """
     if not _has_weight_way(layer) or x.shape[0] != samples:
         return "forward"
     probes, positions = g.shape[2], g.shape[3] / layer.out_channels

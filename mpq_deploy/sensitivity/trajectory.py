@@ -1,16 +1,17 @@
-"""Trajectory probes: the expected error of the final images of every scheme.
+"""Trajectory probes: the expected error of the final images for every scheme.
 
 To first order, the errors d_t of the denoiser's outputs along a float trajectory change the final
-image by e = sum_t K_t d_t, where K_t leads through all later steps of sampler and denoiser. With a
-probe r ~ N(0, I) at the final image, g_t = K_t^T r goes back step by step: through the sampler by
-torch's autograd, and through the denoiser by the backward pass that gives G_{l,t} = d<g_t, output>/
-dY_l for every layer l at once. With dY_{l,s,t} the local error of scheme s,
+image by e = sum_t K_t d_t. K_t is the Jacobian through all later steps of sampler and denoiser.
+With a probe r ~ N(0, I) at the final image, g_t = K_t^T r is computed backwards, step by step:
+through the sampler by torch's autograd, and through the denoiser by the backward pass that also
+gives G_{l,t} = d<g_t, output>/dY_l for every layer l. With dY_{l,s,t} the local error of scheme s,
 
-    E_r (sum_t <G_{l,t}, dY_{l,s,t}>)^2 = ||change of the final image||^2:
+    E_r (sum_t <G_{l,t}, dY_{l,s,t}>)^2 = ||change of the final image||^2.
 
-errors of steps add with their signs, which single outputs cannot show. The loss is the mean over
-images and probes, divided by the mean of ||image||^2. Our choice. Images are clipped to their range
-as those that are compared are. Trajectories are the probes' own, of the seed ``measure.seed``.
+Errors of different steps add with their signs, which probes at single outputs cannot show. The loss
+is the mean of this square over images and probes, divided by the mean of ||image||^2 (our choice).
+Images are clipped to their range, as in evaluation. The trajectories are sampled here, with the
+seed ``measure.seed``, and not taken from the recorded calls.
 """
 
 from __future__ import annotations
@@ -42,15 +43,15 @@ from mpq_deploy.system.gpu_memory import Shrinking
 from mpq_deploy.system.parallel.work import Result, Work, run_shards
 from mpq_deploy.system.progress import Talk
 
-# Keeps the probes' generators apart from all others (our choice).
+# Part of the probes' seeds, so that their random numbers are not those of the first noise.
 APART = 0x7261
 
 
 def measure_trajectory(subject: Subject) -> SensitivityTable:
-    """Measure all schemes of all layers on ``settings.calls`` trajectories.
+    """Return the table of all schemes of all layers, from as many trajectories as measured calls.
 
-    Raises NoTrajectory where there is no sampler that torch can differentiate, and as
-    ``measure_probe`` does.
+    Raises NoTrajectory where there is no sampler that torch can differentiate, and the errors of
+    ``measure_probe``.
     """
     return measured_products(subject).table()
 
@@ -59,9 +60,8 @@ def measure_trajectory(subject: Subject) -> SensitivityTable:
 class StepProducts:
     """Inner products <G_{l,t}, dY_{l,s,t}> of T steps, P probes, N trajectories.
 
-    ``values``: layer -> scheme -> float32 [T, P, N]; ``power`` float64 [N]: ||image||^2;
-    ``mean_square``: of the values of the images where their peak is 1, None where a decoder makes
-    these.
+    ``values``: layer -> scheme -> float32 [T, P, N]. ``power`` float64 [N]: ||image||^2.
+    ``mean_square``: mean square of the image values with peak 1; None where a decoder makes images.
     """
 
     values: Nested
@@ -70,14 +70,14 @@ class StepProducts:
     notes: tuple[str, ...] = ()
 
     def table(self) -> SensitivityTable:
-        """Return the table whose entries are the steps' sums, by probe and trajectory."""
+        """Return the table whose projections are sums over steps, one per probe and trajectory."""
         norm = np.float32(np.sqrt(self.power.mean()) or 1.0)
         sums = {
             layer: {scheme: steps.sum(0, keepdims=True) / norm for scheme, steps in row.items()}
             for layer, row in self.values.items()
         }
         calls = np.arange(len(self.power))[None]
-        # The final image is of no timestep.
+        # The final image has no timestep: the table has one, 0.
         table = table_from_projections(np.zeros(1, np.float32), sums, self.notes, calls)
         return replace(table, metric="trajectory", mean_square=self.mean_square)
 
@@ -89,7 +89,7 @@ def measured_products(subject: Subject) -> StepProducts:
     count, pairs = subject.calls().count, measured_pairs(subject)
     with subject.crew.open(subject.job("trajectories", trajectory_work), subject.talk) as pool:
         batch, ends, notes = batch_plan(subject, pool, _Task(), "trajectories")
-        # With guidance the model is given two rows of each.
+        # With guidance the model computes two rows per trajectory.
         size = max(batch // 2, subject.calls().first.stop) if guided(subject.spec) else batch
         key = {"part": "trajectories", "batch": batch, "ends": list(ends)}
         shards = []
@@ -115,7 +115,7 @@ def measured_products(subject: Subject) -> StepProducts:
 
 @dataclass(frozen=True)
 class _Task:
-    """Trajectories and how many rows the model is given at once; without them: find out the latter."""
+    """A slice of trajectories, computed in batches of ``batch`` rows; None: plan the batch."""
 
     part: slice | None = None
     batch: int = 0
@@ -123,10 +123,11 @@ class _Task:
 
 
 def trajectory_work(subject: Subject) -> Work:
-    """Return what computes a ``_Task``: a plan as probes make it, or the products of some trajectories.
+    """Return the function that computes a ``_Task``.
 
-    Those are ``values`` float32 [pairs, T, P, N], ``power`` float64 [N], and the ``low``est and
-    ``high``est of their ``elements`` values.
+    A plan is that of ``Probing.plan``. Trajectories give ``values`` float32 [pairs, T, P, N],
+    ``power`` float64 [N], the lowest and highest image value (``low``, ``high``), and ``elements``,
+    the number of values of an image.
     """
     work = Shrinking(partial(Probing, subject), "trajectories", subject.talk)
 
@@ -146,7 +147,10 @@ def trajectory_work(subject: Subject) -> Work:
 
 
 def to_image(final: Any, spec: DenoiserSpec) -> Any:
-    """Return final samples (a tensor) as they are compared: pixels clipped, in [0, 1]; latents as they are."""
+    """Return final samples (a tensor) as evaluation compares them.
+
+    Pixels are clipped and mapped to [0, 1]; latents stay as they are.
+    """
     if spec.pixel_range is None:
         return final
     low, high = spec.pixel_range
@@ -154,10 +158,10 @@ def to_image(final: Any, spec: DenoiserSpec) -> Any:
 
 
 def drawn_probes(seed: int, numbers: range, shape: tuple[int, ...]) -> Array:
-    """Draw the probes of trajectories, ``shape`` [P, ...] each, from their own seeds: [P, N, ...].
+    """Draw the probes [P, N, ...] of N trajectories, ``shape`` [P, ...] for each.
 
-    The noise that trajectories begin with is drawn from (seed, number): errors depend on it, and what
-    is independent of them must not.
+    Each trajectory has its own seed, (seed, APART, number). Its first noise is drawn from (seed,
+    number), and probes must be independent of that noise because the errors depend on it.
     """
     rows = [
         np.random.default_rng((seed, APART, number)).standard_normal(shape, np.float32)
@@ -167,7 +171,7 @@ def drawn_probes(seed: int, numbers: range, shape: tuple[int, ...]) -> Array:
 
 
 class _Trajectories:
-    """Some float trajectories, and the way back through them."""
+    """Samples some float trajectories and backpropagates probes through them."""
 
     def __init__(
         self,
@@ -196,7 +200,7 @@ class _Trajectories:
         self.image = to_image(self._tape.final, self._spec)
 
     def products(self, advance: Any) -> Array:
-        """Return the inner products, float32 [pairs, T, P, N]; ``advance`` is called after each step."""
+        """Return inner products float32 [pairs, T, P, N]; calls ``advance`` after each step."""
         pairs = {pair: n for n, pair in enumerate(measured_pairs(self._subject))}
         probes = self._subject.settings.probes
         values = np.zeros((len(pairs), self.steps, probes, self.size), np.float32)
@@ -243,7 +247,10 @@ class _Trajectories:
         return np.concatenate([one for row in found for one in row])
 
     def _back(self, step: int, wanted: Any) -> list[tuple[slice, list[Any], Sequence[Any]]]:
-        """Take the gradients ``wanted`` [P, M, ...] of a step's output back: products and input gradients by chunk."""
+        """Backpropagate the output gradients ``wanted`` [P, M, ...] of a step.
+
+        Returns (chunk of rows, inner products, input gradients) for each chunk.
+        """
         given = self._tape.fed[step].detach().numpy()
         calls, smaller = self._calls(step, given), partial(smaller_pieces, self._subject.calls())
         into = self._spec.sample.name if step else ""
@@ -265,6 +272,6 @@ class _Trajectories:
 
 
 def _sampler(subject: Subject, sampling: Sampling, part: slice) -> Any:
-    # What a sampler adds as noise differs between trajectories.
+    # Trajectories of different shards must get different noise from a stochastic sampler.
     seed = subject.settings.seed + part.start
     return make_sampler(subject.spec.scheduler, sampling.steps, seed, sampling.kind)

@@ -1,1 +1,1 @@
-"""Branches: parts of a layer that get more precision, computed beside its body. One file per kind."""
+"""Branches: parts of a layer with more precision than the layer's body. One file per kind."""

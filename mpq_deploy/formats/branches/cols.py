@@ -1,4 +1,4 @@
-"""The branch ``cols``: outlier input channels stay out of the INT8 activation, and have FP16 weights."""
+"""The branch ``cols``: outlier input channels are computed in FP16, all others by the INT8 body."""
 
 from __future__ import annotations
 
@@ -24,15 +24,16 @@ if TYPE_CHECKING:
 
 Tensor = Any  # torch.Tensor
 
-# Thirty-seconds of the input channels.
+# Variants: how many thirty-seconds of the input channels are outliers.
 SHARES = (1, 2)
 
 
 @dataclass(frozen=True)
 class ColsMatrix:
-    """A body with zeros for the input channels ``columns`` (int32 [n]), and their FP16 weights.
+    """A body with zero weights for the outlier channels, and the FP16 weights of these channels.
 
-    ``weight`` float16 [O, n * taps] holds those columns, ``taps`` of each channel together.
+    ``columns`` int32 [n]: the outlier channels; ``weight`` float16 [O, n * taps]: their columns,
+    the ``taps`` of each channel together.
     """
 
     body: QuantizedMatrix
@@ -41,17 +42,17 @@ class ColsMatrix:
 
     @property
     def places(self) -> Array:
-        """The columns of the whole weight matrix that ``weight`` holds, int [n * taps]."""
+        """The columns of the layer's weight matrix that ``weight`` holds, int [n * taps]."""
         return columns_of(self.columns, self.weight.shape[1] // len(self.columns))
 
     def dequantize(self) -> Array:
-        """Return the deployed weight, float32 [O, K]."""
+        """Return the dequantized weight, float32 [O, K]."""
         whole = self.body.dequantize()
         whole[:, self.places] = self.weight.astype(np.float32)
         return whole
 
     def arrays(self) -> dict[str, Array]:
-        """The body's, and the channels: their weights are in the model."""
+        """Return the body's arrays and the channels; their FP16 weights are in the float model."""
         return {"columns": self.columns, **self.body.arrays()}
 
 
@@ -59,14 +60,13 @@ class ColsMatrix:
 class Cols(Branch):
     """``amount`` thirty-seconds of the input channels go through a Gather and a small FP16 product.
 
-    The node reads the INT8 activation, whose scale leaves those channels out, with weights of zero
-    for them; Add joins the two.
+    The body reads the INT8 activation, whose scale ignores the outlier channels, and has zero
+    weights for them. An Add joins both outputs.
     """
 
     kind = "cols"
     meaning = "its outlier input channels in FP16"
-    # The gathering and the small product: TensorRT-RTX fuses an addition into the product before
-    # it.
+    # The Gather and the small product: TensorRT-RTX fuses the Add into the product before it.
     kernels = 2
 
     @property
@@ -77,7 +77,7 @@ class Cols(Branch):
         return body.activation is not None and not body.simulated
 
     def columns(self, layer: Layer) -> int:
-        """Number of input channels that are moved out."""
+        """Return the number of outlier channels of ``layer``."""
         return outlier_count(input_channels(layer), self.amount)
 
     def refusal(self, layer: Layer) -> str:
@@ -94,7 +94,7 @@ class Cols(Branch):
         return (layer, scheme.body), (outliers, FP16)
 
     def joining_bytes(self, layer: Layer) -> int:
-        """The channels to gather."""
+        """Return the bytes of the indices of the Gather."""
         return INT32_BYTES * self.columns(layer)
 
     def nominal_bits(self, layer: Layer, body: int) -> float:
@@ -107,7 +107,7 @@ class Cols(Branch):
         return np.sort(stats.outliers[: outlier_count(len(stats.outliers), self.amount)])
 
     def round(self, scheme: Scheme, layer: LayerRounding, forms: Forms) -> ColsMatrix:
-        """Errors and sizes of the outlier channels do not affect the body."""
+        """Return the matrix; its body is rounded as if the outlier channels did not exist."""
         assert layer.inputs.outliers is not None, (
             "branches that take outlier channels out need to know them"
         )
@@ -126,7 +126,7 @@ class Cols(Branch):
         )
 
     def write(self, to: LayerWriter, scheme: Scheme, matrix: ColsMatrix) -> None:
-        # Before the body, which may make a product of the node.
+        # Copy the node before the body is written, which may replace it by a matrix product.
         twin = to.copy("outliers", bias=False)
         super().write(to, scheme, matrix.body)
         layer, shape = to.layer, list(to.layer.weight_shape)
@@ -174,17 +174,17 @@ class Cols(Branch):
 
 
 def columns_of(channels: Array, taps: int) -> Array:
-    """Return the columns of the weight matrix that multiply the input ``channels``, ``taps`` for each."""
+    """Return the columns of the weight matrix of the input ``channels``, ``taps`` for each."""
     return np.asarray((channels[:, None] * taps + np.arange(taps)).reshape(-1))
 
 
 def without_columns(
     weight: Array, moments: list[Array], columns: Array
 ) -> tuple[Array, list[Array]]:
-    """Return the weight [O, K] and Hessian blocks as the body sees them without ``columns``.
+    """Return the weight [O, K] and the Hessian blocks with ``columns`` set to zero.
 
-    The branch leaves no error in those columns, so the others must not be rounded to make up for
-    one.
+    The branch computes those columns in FP16, so the body's rounding must not compensate errors in
+    them.
     """
     rest = weight.copy()
     rest[:, columns] = 0
@@ -199,5 +199,5 @@ def without_columns(
 
 
 def beside_body(body: QuantizedMatrix, weight: Array, channels: Array, taps: int) -> ColsMatrix:
-    """Put the FP16 columns of ``weight`` [O, K] for ``channels`` (ascending) beside a ``body`` without them."""
+    """Combine a ``body`` with the FP16 columns of ``weight`` [O, K] for ``channels``, ascending."""
     return ColsMatrix(body, weight[:, columns_of(channels, taps)].astype(np.float16), channels)

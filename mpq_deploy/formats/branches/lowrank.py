@@ -1,6 +1,7 @@
-"""The branch ``lowrank``: two FP16 factors take the largest part of the rounding error.
+"""The branch ``lowrank``: two FP16 factors approximate the rounding error of the weight.
 
-As the layer's input sees it (after SVDQuant, which splits the weight before rounding; ours).
+They minimize the error of the layer's output at the given rank. Our choice, after SVDQuant, which
+splits the weight before rounding.
 """
 
 from __future__ import annotations
@@ -39,22 +40,22 @@ class LowRankMatrix:
     up: Array
 
     def dequantize(self) -> Array:
-        """Return the deployed weight, float32 [O, K]."""
+        """Return the dequantized weight, float32 [O, K]."""
         product = self.up.astype(np.float32) @ self.down.astype(np.float32)
         return np.asarray(self.body.dequantize() + product, np.float32)
 
     def arrays(self) -> dict[str, Array]:
-        """The factors: the body is a form of its own."""
+        """Return the factors; the body is stored as a form of its own."""
         return {"down": self.down, "up": self.up}
 
 
 @dataclass(frozen=True)
 class LowRank(Branch):
-    """Two FP16 factors of rank ``amount``: two nodes apply them to the same input, and Add joins the product."""
+    """Two FP16 factors of rank ``amount``: two nodes apply them to the input, an Add joins both."""
 
     kind = "lowrank"
     meaning = "two FP16 low-rank factors beside it"
-    # The two factors: TensorRT-RTX fuses an addition into the product before it.
+    # The products with the factors: TensorRT-RTX fuses the Add into the product before it.
     kernels = 2
 
     def suits(self, body: Scheme) -> bool:
@@ -62,7 +63,7 @@ class LowRank(Branch):
 
     def refusal(self, layer: Layer) -> str:
         if layer.window is not None:
-            # Built: the engine holds it all, and no kernel of the log names the second factor.
+            # Seen in builds: the engine has both factors, but its log does not name the second.
             return "its engine cannot be verified beside a convolution written as a product"
         if 2 * self.amount <= min(layer.out_channels, layer.reduction):
             return ""
@@ -70,7 +71,7 @@ class LowRank(Branch):
         return f"rank {self.amount} is not small compared with its {size} weight"
 
     def parts(self, layer: Layer, scheme: Scheme) -> tuple[tuple[Layer, Scheme], ...]:
-        """The second factor is a 1x1 convolution, or a product as the layer is one."""
+        """Return body and factors; the second factor is a 1x1 Conv, or the layer's own operator."""
         down = part_of(layer, self.amount, "lowrank_down")
         up = part_of(layer, layer.out_channels, "lowrank_up")
         shape = (
@@ -94,7 +95,7 @@ class LowRank(Branch):
         return LowRankMatrix(stored.body, stored.arrays["down"], stored.arrays["up"])
 
     def write(self, to: LayerWriter, scheme: Scheme, matrix: LowRankMatrix) -> None:
-        # Before the body, which may make a product of the node.
+        # Copy the node before the body is written, which may replace it by a matrix product.
         down = to.copy("lowrank_down", bias=False)
         super().write(to, scheme, matrix.body)
         layer, first = to.layer, to.layer.out_axis == 0
@@ -110,7 +111,7 @@ class LowRank(Branch):
         to.add_output([down, up], "lowrank_add")
 
     def twin(self, start: StartingWeight, kit: TwinKit) -> LayerTwin:
-        """The factors learn as they are."""
+        """Make the quantizer in torch; the factors are parameters of their own."""
         matrix: LowRankMatrix = start.matrix
         up, down = matrix.up.astype(np.float32), matrix.down.astype(np.float32)
         precision = integer_format(start.scheme.body).precision
@@ -137,11 +138,11 @@ class LowRank(Branch):
 def low_rank_factors(
     error: Array, moments: list[Array], damping: float, rank: int
 ) -> tuple[Array, Array]:
-    """Return FP16 factors (down [r, K], up [O, r]) whose product is nearest to ``error``.
+    """Return FP16 factors (down [r, K], up [O, r]) that approximate ``error`` [O, K].
 
-    Nearest in the error of the layer's output: with H = L L^T (the mean of x x^T, damped, given as
-    its diagonal blocks ``moments``) the singular vectors are those of error L, so that |(error - up
-    down) L| is the minimum for this rank.
+    They minimize the error of the layer's output, |(error - up down) L|, at this rank, where H =
+    L L^T is the damped mean of x x^T, given as its diagonal blocks ``moments``. The solution is the
+    truncated SVD of error L.
     """
     exact = cast(placed(error), np.float64)
     xp, start, parts = names_of(exact), 0, []
@@ -150,15 +151,14 @@ def low_rank_factors(
         parts.append(exact[:, start : start + len(block)] @ root)
         start += len(block)
     seen = xp.concatenate(parts, axis=1)
-    # The left singular vectors from the small Gram matrix; projecting on them is the best
-    # factorisation.
+    # The left singular vectors, from the small Gram matrix; projecting on them is optimal.
     _, vectors = xp.linalg.eigh(seen @ seen.T)
     up = xp.flip(vectors, 1)[:, :rank]
-    # Signs of eigenvectors are free: fixed here, so that equal inputs give equal bytes.
+    # Eigenvectors have arbitrary signs: fix them, so that equal inputs give equal bytes.
     largest = up[xp.argmax(xp.abs(up), axis=0), xp.arange(rank)]
     up = up * xp.where(largest < 0, -1.0, 1.0)
     down = up.T @ exact
-    # Both factors of equal size: FP16 keeps the same precision of either.
+    # Balance the norms of both factors, so that FP16 keeps the same precision in both.
     size = xp.sqrt(xp.maximum(xp.linalg.norm(down, axis=1), np.finfo(np.float16).tiny))
     factors = cast(down / size[:, None], np.float16), cast(up * size, np.float16)
     return fetched(factors[0]), fetched(factors[1])

@@ -1,7 +1,7 @@
-"""The branch ``omq``: the channels of highest kurtosis get one bit more, as many others one bit less.
+"""The branch ``omq``: channels of high kurtosis get one bit more, as many others one bit less.
 
-MPQ-DM (arXiv 2412.11549): m channels get N + 1 bits and m get N - 1, so the mean stays N; m in {0,
-k, 2k, ...} up to half the channels, k = O // 10, by the error of the layer's output.
+MPQ-DM (arXiv 2412.11549): m channels get N + 1 bits and m channels N - 1, so the mean stays N. The
+error of the layer's output decides m in {0, k, 2k, ...}, up to half the channels, k = O // 10.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Omq(SharedBits):
-    """Outlier-driven mixed quantization."""
+    """MPQ-DM's outlier-driven mixed quantization."""
 
     kind = "omq"
     meaning = "outlier channels with one bit more, as many others with one bit less"
-    # Which of three widths a channel has.
+    # Enough for three widths.
     form_bits = 2
 
     def steps(self, errors: Sequence[Array], kurtosis: Array | None) -> Array:
@@ -33,11 +33,11 @@ class Omq(SharedBits):
 
 
 def outlier_steps(kurtosis: Array, fewer: Array, same: Array, more: Array) -> Array:
-    """Return which channels get a bit more (1) and less (-1), int64 [O], by MPQ-DM's group search.
+    """Return each channel's change in bits, -1, 0 or 1, int64 [O], by MPQ-DM's group search.
 
     ``fewer``, ``same``, ``more`` [O]: a channel's error with N - 1, N and N + 1 bits. The m
-    channels of highest kurtosis are promoted and the m of lowest demoted, m in {0, k, 2k, ...} up
-    to half of them, k = O // 10, by the sum of all errors.
+    channels of highest ``kurtosis`` [O] get a bit more and the m of lowest a bit less; m minimizes
+    the sum of errors over {0, k, 2k, ...}, up to half the channels, k = O // 10.
     """
     channels = len(kurtosis)
     order = np.argsort(-kurtosis, kind="stable")

@@ -1,6 +1,6 @@
 """The branch ``scale``: the input's channels are multiplied by factors that even out their ranges.
 
-The weight is divided by them: MPQ-DM's pre-scaling (arXiv 2412.11549), as SmoothQuant's.
+The weight is divided by the factors: MPQ-DM's pre-scaling (arXiv 2412.11549), like SmoothQuant.
 """
 
 from __future__ import annotations
@@ -23,31 +23,31 @@ if TYPE_CHECKING:
     from mpq_deploy.models.spec import Array
     from mpq_deploy.recover.trained_weights import LayerTwin, StartingWeight, TwinKit
 
-# Tenths of the activation's range that move to the weight: factors max|W| ** (1 - a) / max|X| ** a.
-# MPQ-DM's is 5; which one a layer takes is measured.
+# The exponents a in tenths, with factors max|W| ** (1 - a) / max|X| ** a: how much of the
+# activation's range moves to the weight. MPQ-DM takes 5; here it is measured which one is best.
 TENTHS = (3, 5, 7, 9)
 
 
 @dataclass(frozen=True)
 class ScaledMatrix:
-    """A body: the weight divided by the ``factors`` float16 [C] by which the input's channels are multiplied."""
+    """A ``body``, the weight divided by the input's channel ``factors`` float16 [C]."""
 
     body: QuantizedMatrix
     factors: Array
 
     def dequantize(self) -> Array:
-        """Return the weight that acts on the input as it was, float32 [O, K]."""
+        """Return the dequantized weight for the unscaled input, float32 [O, K]."""
         taps = self.body.codes.shape[1] // len(self.factors)
         return np.asarray(self.body.dequantize() * by_column(self.factors, taps), np.float32)
 
     def arrays(self) -> dict[str, Array]:
-        """The body's, and the factors."""
+        """Return the body's arrays and the factors."""
         return {"factors": self.factors, **self.body.arrays()}
 
 
 @dataclass(frozen=True)
 class Prescaled(Branch):
-    """``amount`` tenths of the activation's range move to the weight. Nothing is computed beside the body."""
+    """Factors with the exponent ``amount`` / 10. Nothing is computed beside the body."""
 
     kind = "scale"
     meaning = "input channels scaled to even out their ranges"
@@ -80,7 +80,7 @@ class Prescaled(Branch):
         return matrix.factors
 
     def rounds_first(self, scheme: Scheme) -> tuple[Scheme, ...]:
-        """The body as the rescaled input sees it, with all other bodies."""
+        """Return the scheme itself: its body is rounded for the scaled input with all others."""
         return (scheme,)
 
     def rescaling(self, layer: LayerRounding) -> Array:
@@ -100,7 +100,7 @@ class Prescaled(Branch):
         super().write(to, scheme, matrix.body)
 
     def twin(self, start: StartingWeight, kit: TwinKit) -> LayerTwin:
-        """Latent and adapter live on the factors' side of the weight."""
+        """Make the quantizer in torch; latent and adapter are those of the divided weight."""
         matrix: ScaledMatrix = start.matrix
         taps = start.weight.shape[1] // len(matrix.factors)
         divided = start.weight / by_column(matrix.factors, taps)
@@ -115,11 +115,12 @@ class Prescaled(Branch):
 
 
 def exponent_order(weight_amax: Array, amax_by_timestep: Array, factors: Array) -> Array:
-    """Return the rows of ``factors`` [A, C] by the error that rounding leaves in the readers' outputs, int32 [A].
+    """Return the indices of ``factors`` [A, C] in ascending order of expected error, int32 [A].
 
-    The least first: rounding x f in steps of s is noise of s^2 / 12 in each channel, which the
-    weight divided by f makes sum_c (max|W_c| / f_c)^2 times as large; s follows the widest channel
-    of each timestep of ``amax_by_timestep`` [K, C], in the mean over timesteps. Our choice.
+    Rounding x f in steps of s adds noise of variance s^2 / 12 to each channel. The weight divided
+    by f amplifies the noise by sum_c (max|W_c| / f_c)^2. s is proportional to the widest scaled
+    channel at each timestep of ``amax_by_timestep`` [K, C]; the error is the mean over timesteps.
+    Our choice.
     """
     wide = factors.astype(np.float64)
     steps = (amax_by_timestep[:, None] * wide).max(axis=2)
@@ -128,17 +129,17 @@ def exponent_order(weight_amax: Array, amax_by_timestep: Array, factors: Array) 
 
 
 def by_column(factors: Array, taps: int) -> Array:
-    """Return the factors of the input channels for each column of the weight matrix, float32 [C * taps]."""
+    """Return the channel ``factors`` [C] repeated for each weight column, float32 [C * taps]."""
     return np.repeat(factors.astype(np.float32), taps)
 
 
 def scale_factors(weight_amax: Array, input_amax: Array, share: float) -> Array:
-    """Return factors that match each input channel's range to its weights', float16 [C].
+    """Return factors that match each input channel's range to its weights' range, float16 [C].
 
-    With ``share`` a in [0, 1] the factors are max|W_c|^(1-a) / max|X_c|^a, brought to a geometric
-    mean of 1: for a = 0.5 MPQ-DM's delta = sqrt(max|W_c| / max|X_c|) (its published code) but for
-    that mean, which the scales take up. Channels that are zero on either side keep 1. Bounded to
-    2^-10 .. 2^10, so that FP16 holds both the factors and what they make (our choice).
+    With ``share`` a in [0, 1] the factors are max|W_c|^(1-a) / max|X_c|^a, divided by their
+    geometric mean (the scales absorb it). Except for the mean, a = 0.5 is MPQ-DM's delta =
+    sqrt(max|W_c| / max|X_c|) (its published code). Channels with a maximum of 0 have the factor 1.
+    Bounded to 2^-10 .. 2^10, so that FP16 holds factors and products (our choice).
     """
     usable = (weight_amax > 0) & (input_amax > 0)
     logs = np.zeros(len(usable))

@@ -1,6 +1,6 @@
-"""The branch ``rows``: salient output channels leave the INT4 body and are stored in INT8.
+"""The branch ``rows``: salient output channels are stored in INT8, all others in the INT4 body.
 
-MPQ-DM promotes such channels by a bit; the deployable form is ours.
+MPQ-DM gives such channels one bit more; the deployable form is our choice.
 """
 
 from __future__ import annotations
@@ -25,8 +25,7 @@ if TYPE_CHECKING:
 
 Tensor = Any  # torch.Tensor
 
-# MPQ-DM's group search: m = 0, k, 2k, ... of the output channels, k = c_out // 10, up to half of
-# them.
+# Variants, from MPQ-DM's group search: m = 0, k, 2k, ... output channels, up to half, k = O // 10.
 TENTHS = (1, 2, 3, 4, 5)
 
 
@@ -34,8 +33,8 @@ TENTHS = (1, 2, 3, 4, 5)
 class RowsMatrix:
     """An INT4 body and INT8 rows for the output channels ``rows`` (int32 [m], ascending).
 
-    ``every_body`` and ``every_int8`` hold all O channels in either form, and are shared with other
-    schemes: what is deployed is cut out of them when it is asked for.
+    ``every_body`` and ``every_int8`` hold all O channels in INT4 and in INT8, and are shared with
+    other schemes; the properties below take the deployed channels from them.
     """
 
     every_body: QuantizedMatrix
@@ -44,7 +43,7 @@ class RowsMatrix:
 
     @property
     def body(self) -> QuantizedMatrix:
-        """The other channels in their order, [O - m, K]."""
+        """The channels that are not promoted, in ascending order, [O - m, K]."""
         return self.every_body.take(self.others)
 
     @property
@@ -54,7 +53,7 @@ class RowsMatrix:
 
     @property
     def order(self) -> Array:
-        """Where each output channel lies when the promoted ones follow the body, int32 [O]."""
+        """The index of each output channel in the concatenation of body and promoted, int32 [O]."""
         return np.argsort(np.concatenate([self.others, self.rows])).astype(np.int32)
 
     @property
@@ -63,13 +62,13 @@ class RowsMatrix:
         return np.setdiff1d(np.arange(len(self.every_body.codes)), self.rows)
 
     def dequantize(self) -> Array:
-        """Return the deployed weight, float32 [O, K]."""
+        """Return the dequantized weight, float32 [O, K]."""
         whole = self.every_body.dequantize()
         whole[self.rows] = self.promoted.dequantize()
         return whole
 
     def arrays(self) -> dict[str, Array]:
-        """Nothing: two other forms and an order of the channels make it."""
+        """Return nothing: two stored forms and the stored order of channels contain the matrix."""
         return {}
 
 
@@ -77,13 +76,13 @@ class RowsMatrix:
 class Rows(Branch):
     """``amount`` tenths of the output channels have INT8 weights.
 
-    The node keeps the body's output channels; a second node of the same kind computes the promoted
-    ones; Concat joins them and Gather restores the order of the channels (one kernel does both).
+    The node computes the body's output channels, and a second node of the same operator the
+    promoted ones. A Concat joins them and a Gather restores the channels' order (in one kernel).
     """
 
     kind = "rows"
     meaning = "its salient output channels in 8-bit weights"
-    # The second product, and the joining of channels.
+    # The second product, and the kernel that joins the channels.
     kernels = 2
     promotes = True
 
@@ -91,7 +90,7 @@ class Rows(Branch):
         return body.weight.bits == 4 and not body.simulated
 
     def promoted(self, layer: Layer) -> int:
-        """How many output channels are promoted: tenths of them, rounded down (MPQ-DM)."""
+        """Return the number of promoted output channels: ``amount`` (O // 10), as in MPQ-DM."""
         return self.amount * (layer.out_channels // 10)
 
     def refusal(self, layer: Layer) -> str:
@@ -106,7 +105,7 @@ class Rows(Branch):
         return (rest, scheme.body), (part_of(layer, count, "promoted"), int8)
 
     def joining_bytes(self, layer: Layer) -> int:
-        """The order of the channels."""
+        """Return the bytes of the order of the channels."""
         return INT32_BYTES * layer.out_channels
 
     def nominal_bits(self, layer: Layer, body: int) -> float:
@@ -181,5 +180,8 @@ class Rows(Branch):
 
 
 def promote_rows(body: QuantizedMatrix, int8: QuantizedMatrix, rows: Array) -> RowsMatrix:
-    """Take the output channels ``rows`` from ``int8`` and the others from ``body``; both hold the whole weight."""
+    """Return the matrix with output channels ``rows`` from ``int8``, the others from ``body``.
+
+    Both hold all output channels.
+    """
     return RowsMatrix(body, int8, np.sort(np.asarray(rows, np.int32)))

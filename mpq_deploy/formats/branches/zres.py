@@ -1,10 +1,10 @@
-"""The branch ``zres``: channels take binary residuals over a smaller grid where better.
+"""The branch ``zres``: a channel has a smaller grid plus binary residuals where that is better.
 
 MPQ-DMv2 (arXiv 2507.04290; only its abstract is public, everything here is our reading): a grid of
-N - 1 bits and z in {0, 1, 2} binary residuals in place of N - 1, N and N + 1 bits. The grid's clip
-is searched jointly with the residuals' sizes. At equal bits a plain grid is a candidate for each
-channel too, so the residual is taken only where it is better; which channels get how many bits
-minimizes the error of the layer's output.
+N - 1 bits with z in {0, 1, 2} binary residuals replaces N - 1, N and N + 1 bits. The grid's clip is
+searched jointly with the residuals' sizes. A plain grid of the same bits is a candidate for each
+channel, too, so residuals are used only where they are better. The bits of the channels minimize
+the error of the layer's output.
 """
 
 from __future__ import annotations
@@ -24,11 +24,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ZeroResidual(SharedBits):
-    """Binary residuals."""
+    """MPQ-DMv2's binary residuals, in our reading."""
 
     kind = "zres"
     meaning = "each channel with binary residuals over a grid of one bit less, or a plain grid, whichever is better"
-    # Which of five forms a channel has; one of two residuals takes the place of one with none.
+    # Enough for five forms. Residuals: at most one per channel on average, because each channel
+    # with two is balanced by a channel with none.
     form_bits = 3
     residuals = 1
 
@@ -41,15 +42,16 @@ class ZeroResidual(SharedBits):
 
 
 def with_residuals(bits: int, orders: int) -> RowForm:
-    """Return the form of ``orders`` more residuals over the common base of a layer of ``bits`` on average."""
+    """Return the form with a grid of ``bits`` - 1 and ``orders`` more residuals."""
     base = plain(bits - 1)
     return RowForm(base.bits, base.orders + orders)
 
 
 def balanced_steps(fewer: Array, same: Array, more: Array) -> Array:
-    """Return the channels with one bit more (1) and less (-1), int64 [O], that minimize the error.
+    """Return each channel's change in bits, -1, 0 or 1 with sum 0, int64 [O], of minimum error.
 
-    Exact, by dynamic programming over the channels and the balance so far. Our choice.
+    ``fewer``, ``same``, ``more`` [O]: a channel's error with N - 1, N and N + 1 bits. Exact, by
+    dynamic programming over the channels and the sum of changes. Our choice.
     """
     channels = len(same)
     width = 2 * channels + 1
