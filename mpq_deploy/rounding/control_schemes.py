@@ -123,7 +123,7 @@ def tensor_ranks(graph: LayerGraph) -> dict[str, int]:
 
 
 def beyond_scales(layer: Layer, scheme: Scheme, stats: CalibrationStats) -> str:
-    """Return why the layer's input is too large for INT8 codes with an FP16 scale; "" if it is not.
+    """Return why the layer's input is too large for codes with an FP16 scale; "" if it is not.
 
     A range that moves also stores the inverse of its widest range in FP16: its limit is lower.
     """
@@ -131,7 +131,7 @@ def beyond_scales(layer: Layer, scheme: Scheme, stats: CalibrationStats) -> str:
     most = LARGEST_SCALE if scheme.range.moves else LARGEST_ACTIVATION
     if scheme.activation is None or largest <= most:
         return ""
-    return f"its input reaches {largest:.3g}, too large for INT8 codes with an FP16 scale"
+    return f"its input reaches {largest:.3g}, too large for codes with an FP16 scale"
 
 
 def rank_refusal(layer: Layer, scheme: Scheme, ranks: Mapping[str, int]) -> str:

@@ -100,5 +100,7 @@ class _Noise:
 
 def relative_error(made: Sequence[Array], exact: Sequence[Array]) -> float:
     """Return the squared error of the images ``made``, relative to the squares of ``exact``."""
-    error = sum(float(np.sum(np.square(a - b, dtype=np.float64))) for a, b in zip(made, exact))
-    return error / sum(float(np.sum(np.square(b, dtype=np.float64))) for b in exact)
+    pairs = zip(made, exact, strict=True)
+    error = sum(float(np.sum(np.square(a - b, dtype=np.float64))) for a, b in pairs)
+    # Black images have no size that an error could be relative to.
+    return error / (sum(float(np.sum(np.square(b, dtype=np.float64))) for b in exact) or 1.0)
