@@ -41,6 +41,8 @@ class RaiseOpsetPass(GraphPass):
         inputs = len(model.graph.inputs)
         tensors = _take_weights(model.graph)
         proto = ir.to_proto(model)
+        # Before this version every constant is an input, too.
+        proto.ir_version = max(proto.ir_version, 4)
         converted: ir.Model = ir.from_proto(_converted(proto, declared, self.opset))
         stand_ins = {value.name: value for value in converted.graph.inputs}
         del converted.graph.inputs[inputs:]
