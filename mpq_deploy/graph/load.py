@@ -137,6 +137,7 @@ def check_external_data(proto: onnx.ModelProto, path: Path) -> None:
             sizes[location] = file.stat().st_size
         needed = _end(tensor, entries, path)
         if sizes[location] < needed:
+            open_input(file, error=ModelError).close()
             raise ModelError(
                 f"'{location}' beside {path} has {sizes[location]:,} bytes, but '{tensor.name}' "
                 f"ends at {needed:,}.",

@@ -30,6 +30,8 @@ DEPTH = 16
 SMALL_BYTES = 1024
 SMALL_INTEGER_BYTES = 1 << 18
 DATA_TYPES = frozenset(TensorProto.DataType.values())
+# The domain of nodes that ``set_apart_unknown`` has set apart.
+UNKNOWN = "unknown"
 _NODE = re.compile(r"Name: (.*?) OpType: (\S+)")
 
 Nodes = Iterable[onnx.NodeProto]
@@ -120,7 +122,7 @@ def checker_problem(proto: onnx.ModelProto, *, strict: bool) -> tuple[str, str, 
     light = without_weights(proto)
     if not strict:
         light.graph.name = light.graph.name or "graph"
-        _set_apart_unknown(light)
+        set_apart_unknown(light)
         for value in (*light.graph.input, *light.graph.output):
             if value.type.HasField("tensor_type"):
                 value.type.tensor_type.shape.SetInParent()
@@ -139,21 +141,25 @@ def checker_problem(proto: onnx.ModelProto, *, strict: bool) -> tuple[str, str, 
     return None
 
 
-def _set_apart_unknown(proto: onnx.ModelProto) -> None:
-    """Give nodes whose operator ONNX does not have, in this opset, a domain that nobody checks."""
+def set_apart_unknown(proto: onnx.ModelProto) -> None:
+    """Give nodes whose operator ONNX does not have, in this opset, a domain that nobody checks.
+
+    ONNX Runtime's optimizer writes its operators into ONNX's domain (LayerNormalization before 17).
+    """
     versions = {entry.domain: entry.version for entry in proto.opset_import}
     version = versions.get("", versions.get("ai.onnx", 1))
     own = {function.name for function in proto.functions if function.domain in STANDARD_DOMAINS}
     for graph in _graphs(proto.graph.node, "the graph", proto.graph):
         for node in graph.node:
             standard = node.domain in STANDARD_DOMAINS and node.op_type not in own
-            if standard and not _known(node.op_type, version):
-                node.domain = "unknown"
-    if "unknown" not in versions:
-        proto.opset_import.append(onnx.helper.make_opsetid("unknown", 1))
+            if standard and not known_operator(node.op_type, version):
+                node.domain = UNKNOWN
+    if UNKNOWN not in versions:
+        proto.opset_import.append(onnx.helper.make_opsetid(UNKNOWN, 1))
 
 
-def _known(op: str, version: int) -> bool:
+def known_operator(op: str, version: int) -> bool:
+    """Whether ONNX has the operator in this opset."""
     try:
         return not onnx.defs.get_schema(op, version, "").deprecated
     except onnx.defs.SchemaError:

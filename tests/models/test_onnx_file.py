@@ -354,6 +354,24 @@ def test_unusual_files_are_the_same_model(tmp_path: Path, change: Any, noted: st
     np.testing.assert_allclose(runs[0], runs[1], atol=1e-5)
 
 
+def test_an_operator_of_a_later_opset_as_onnx_runtime_writes_it(tmp_path: Path) -> None:
+    """Its optimizers put LayerNormalization (opset 17) into files of older ones, and declare no types."""
+    path = tiny_onnx_with_yaml(tmp_path, 14)
+    model = onnx.load(path)
+    place = next(i for i, node in enumerate(model.graph.node) if node.name == "act")
+    old = model.graph.node[place].output[0]
+    model.graph.node[place].output[0] = "before_norm"
+    gain = numpy_helper.from_array(np.full(5, 1.5, np.float32), "norm.weight")
+    norm = helper.make_node("LayerNormalization", ["before_norm", "norm.weight"], [old], "norm")
+    model.graph.node.insert(place + 1, norm)
+    model.graph.initializer.append(gain)
+    del model.graph.value_info[:]
+    onnx.save(model, path)
+    assert export_denoiser(open_denoiser(path), tmp_path / "export").max_relative_error < 1e-5
+    exported = load_model(tmp_path / "export" / "model.onnx")
+    assert ("", "LayerNormalization") in [(node.domain, node.op_type) for node in exported.graph]
+
+
 def test_an_input_without_a_shape_has_that_of_the_yaml(tmp_path: Path) -> None:
     def change(model: onnx.ModelProto) -> None:
         model.graph.input[1].type.tensor_type.ClearField("shape")
