@@ -28,6 +28,7 @@ from mpq_deploy.graph.passes.group_norm import GroupNormPass
 from mpq_deploy.graph.passes.infer_types import InferTypesPass
 from mpq_deploy.graph.passes.name_nodes import NameNodesPass
 from mpq_deploy.graph.passes.raise_opset import RaiseOpsetPass
+from mpq_deploy.graph.passes.unroll_sequences import UnrollSequencesPass
 from mpq_deploy.graph.passes.widen import WidenPass
 from mpq_deploy.graph.sound import (
     check_bounds,
@@ -217,7 +218,7 @@ def normalise(model: ir.Model, inputs: Sizes | None = None) -> ir.Model:
 
     ``inputs``: sizes of the graph's inputs by name, None for one that varies; they decide branches.
 
-    Then functions are inlined, branches folded, Constant nodes are initializers, types known,
+    Then functions are inlined, branches folded, sequences tensors, Constant nodes are initializers, types known,
     floats FP32, masks finite, norms InstanceNormalization, shape operators folded into weights,
     node names unique, and the opset is 21 or later. Raises ModelError for other control flow, when
     the opset or a norm cannot be converted, or a type cannot be inferred.
@@ -261,6 +262,7 @@ _OPENED: tuple[ir.passes.PassBase, ...] = (
     _LIFT,
 )
 _WIDENED: tuple[ir.passes.PassBase, ...] = (
+    UnrollSequencesPass(),
     common_passes.IdentityEliminationPass(),
     InferTypesPass(),
     WidenPass(),
