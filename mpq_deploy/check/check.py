@@ -30,6 +30,7 @@ RULES = (*GRAPH_RULES, *TYPE_RULES, *WEIGHT_RULES, *ACTIVATION_RULES)
 OPERATOR_RULES = (
     "operator-unknown",
     "operator-unsupported",
+    "operator-form",
     "operator-foreign",
     "operator-plugin",
 )

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import onnx
+from onnx import TensorProto
 
 from mpq_deploy.check.graph_view import Node
 from mpq_deploy.check.rule import (
@@ -44,6 +45,27 @@ TRT_OPERATORS = frozenset({
     "TRT_INT4DequantizeLinear", "TRT_FP4DynamicQuantize", "TRT_MXFP8DynamicQuantize",
     "TRT_MXFP8DequantizeLinear",
 })  # fmt: skip
+# Attributes with the values that the parser takes, the default first, as TensorRT-RTX 1.7.1 says;
+# operators of which it takes the first output alone; those that it has no plugin for.
+PARSED_FORMS: dict[str, dict[str, tuple[int | float | str, ...]]] = {
+    "Attention": {"softcap": (0.0,)},
+    "AveragePool": {"dilations": (1,)},
+    "BatchNormalization": {"training_mode": (0,)},
+    "MaxPool": {"dilations": (1,)},
+    "Resize": {
+        "antialias": (0,),
+        "coordinate_transformation_mode": (
+            *("half_pixel", "pytorch_half_pixel", "asymmetric", "align_corners"),
+            *("tf_half_pixel_for_nn",),
+        ),
+        "keep_aspect_ratio_policy": ("stretch",),
+    },
+    "ScatterElements": {"reduction": ("none",)},
+    "ScatterND": {"reduction": ("none",)},
+}
+ONE_OUTPUT = ("LayerNormalization", "MaxPool")
+NO_CAST = (TensorProto.INT16, TensorProto.UINT16, TensorProto.UINT32, TensorProto.UINT64)
+BY_PLUGIN = ("NonZero", "RoiAlign")
 INSTEAD = {
     "BitShift": "store 4-bit codes as an INT4 constant under a DequantizeLinear",
     "BitwiseAnd": "store 4-bit codes as an INT4 constant under a DequantizeLinear",
@@ -60,6 +82,25 @@ def unsupported_operator(context: Context) -> Iterator[Match]:
     for node in context.view.nodes_of(*context.dialect.unsupported):
         instead = f": {INSTEAD[node.op]}" if node.op in INSTEAD else ""
         yield Match(node, f"the parser has no {node.op}{instead}")
+
+
+def unsupported_form(context: Context) -> Iterator[Match]:
+    """Forms of operators that the parser refuses, although it has the operator."""
+    for node in context.view.nodes_of(*PARSED_FORMS):
+        for name, taken in PARSED_FORMS[node.op].items():
+            given = node.get(name, taken[0])
+            given = given.decode() if isinstance(given, bytes) else given
+            if not set(given if isinstance(given, list) else [given]) <= set(taken):
+                yield Match(node, f"the parser takes no {node.op} with {name} {given}")
+    for node in context.view.nodes_of(*ONE_OUTPUT):
+        if any(node.outputs[1:]):
+            yield Match(node, f"the parser takes no {node.op} with further outputs")
+    for node in context.view.nodes_of("Cast"):
+        if node.get("to") in NO_CAST:
+            kind = TensorProto.DataType.Name(node.get("to"))
+            yield Match(node, f"the parser takes no Cast to {kind}")
+    for node in () if context.dialect.proper else context.view.nodes_of(*BY_PLUGIN):
+        yield Match(node, f"the parser needs a plugin for {node.op}, which this runtime lacks")
 
 
 def doubtful_operator(context: Context) -> Iterator[Match]:
@@ -309,6 +350,9 @@ TYPE_RULES = (
          {**documented("refused"), "onnxruntime": Verdict("refused", "documented")}),
     Rule("operator-unsupported", unsupported_operator,
          "replace it with operators that the parser supports", built_here("refused", "documented")),
+    Rule("operator-form", unsupported_form,
+         "export the model with a form that the parser takes, or compute it outside of the model",
+         built_here("refused")),
     Rule("operator-doubtful", doubtful_operator,
          "export with opset 20, which decomposes it, or try it on the device",
          {**documented("doubtful", "trt-10.13"), "trt-11": Verdict("doubtful", "unproven")}),

@@ -21,7 +21,7 @@ COMPUTE_TYPES = ("correlation", "gemm", "deconv", "runtime_fusion")
 _LAYER = re.compile(
     r"^Name: (?P<name>.*?), LayerType: (?P<type>\w+), Inputs: \[(?P<inputs>.*?)\], "
     r"Constants: \[(?P<constants>.*?)\], Outputs: \[(?P<outputs>.*?)\], TacticName: (?P<tactic>.*?), "
-    r"StreamId: -?\d+,(?: \w+: -?\d+,)* Metadata: (?P<metadata>.*)$"
+    r"StreamId: -?\d+,(?: \w+: [-\w]+,)* Metadata: (?P<metadata>.*)$"
 )
 _TENSOR = re.compile(r"\{ Name: (.*?), Dimensions: \[([-\d,]*)\], .*?Datatype: (\w+), Format: ")
 ONNX_NODE = re.compile(r"\[ONNX Layer: (.*?)\]")

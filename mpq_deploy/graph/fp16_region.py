@@ -172,6 +172,16 @@ def _takes_no_half(node: ir.Node, opset: int) -> bool:
     return False
 
 
+def makes_half(node: ir.Node, index: int, opset: int) -> bool:
+    """Whether output ``index`` of ``node`` may be FP16, as ONNX defines its operator."""
+    if node.domain not in STANDARD_DOMAINS or not onnx.defs.has(node.op_type, opset):
+        return True
+    schema = onnx.defs.get_schema(node.op_type, opset)
+    allowed = {one.type_param_str: one.allowed_type_strs for one in schema.type_constraints}
+    parameter = schema.outputs[min(index, len(schema.outputs) - 1)].type_str
+    return "tensor(float16)" in allowed.get(parameter, [parameter])
+
+
 def _float_sources(model: ir.Model) -> dict[ir.Node, set[str] | None]:
     """Graph inputs that reach each node before any layer or Shape; None behind a layer."""
     reach: dict[ir.Value, set[str] | None]

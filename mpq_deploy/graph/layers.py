@@ -7,6 +7,7 @@ unique). Out: a ``LayerGraph`` with one ``Layer`` per quantizable weight, in gra
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import count
 from math import prod
 from typing import TYPE_CHECKING
 
@@ -155,6 +156,9 @@ def layer_graph(model: ir.Model) -> LayerGraph:
         shape = _shape(model.graph.initializers[weight])
         short = len(weight) <= len(".weight")
         name = (node.name or weight) if short else weight.removesuffix(".weight")
+        taken = {layer.name for layer in layers}
+        if name in taken:
+            name = next(one for i in count(1) if (one := f"{name}_{i}") not in taken)
         places = tuple(use for _, use in uses)
         layers.append(
             Layer(name, node.op_type, weight, shape, _out_axis(node), _group(node), places)
@@ -199,7 +203,8 @@ def refusal(node: ir.Node, index: int, value: ir.Value) -> str:
     if value.dtype not in (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16):
         return f"its type is {value.dtype}, not a float"
     if node.op_type == "MatMul" and len(shape) != 2:
-        return f"a MatMul weight of {len(shape)} dimensions is a batch of matrices"
+        form = "batch of matrices" if len(shape) > 2 else "vector"
+        return f"a MatMul weight of {len(shape)} dimensions is a {form}"
     if node.op_type == "Gemm" and (
         _attribute(node, "transA", 0) or _attribute(node, "alpha", 1.0) != 1.0
     ):

@@ -28,8 +28,15 @@ from mpq_deploy.graph.passes.group_norm import GroupNormPass
 from mpq_deploy.graph.passes.infer_types import InferTypesPass
 from mpq_deploy.graph.passes.name_nodes import NameNodesPass
 from mpq_deploy.graph.passes.raise_opset import RaiseOpsetPass
+from mpq_deploy.graph.passes.unroll_sequences import UnrollSequencesPass
 from mpq_deploy.graph.passes.widen import WidenPass
-from mpq_deploy.graph.sound import check_bounds, refuse_unsound, tensor_bytes
+from mpq_deploy.graph.sound import (
+    check_bounds,
+    plain_domains,
+    refuse_sparse,
+    refuse_unsound,
+    tensor_bytes,
+)
 from mpq_deploy.system.hub_cache import hub_blobs
 from mpq_deploy.system.inputs import open_input
 from mpq_deploy.system.names import printable
@@ -51,13 +58,14 @@ def load_model(path: Path) -> ir.Model:
     missing, too short or outside the model's folder.
     """
     proto = read_proto(path)
+    refuse_sparse(proto, str(path))
     refuse_unsound(proto, str(path))
     try:
         model: ir.Model = ir.from_proto(proto)
     except (ir.serde.SerdeError, ValueError, KeyError, TypeError) as error:
         raise ModelError(
             f"{path} holds a graph that cannot be read: {_root_cause(error)}",
-            "Check it with onnx.checker, and save sparse tensors as dense ones.",
+            "Check it with onnx.checker, and export it again.",
         ) from error
     ir.external_data.set_base_dir(model.graph, path.resolve().parent)
     map_apart(model)
@@ -99,6 +107,7 @@ def parse_proto(content: bytes, name: str) -> onnx.ModelProto:
     if not proto.graph.node or not proto.graph.output or not proto.opset_import:
         raise ModelError(f"{name} ({len(content):,} bytes) holds no ONNX graph.", hint)
     check_bounds(proto, name)
+    plain_domains(proto)
     return proto
 
 
@@ -129,6 +138,7 @@ def check_external_data(proto: onnx.ModelProto, path: Path) -> None:
             sizes[location] = file.stat().st_size
         needed = _end(tensor, entries, path)
         if sizes[location] < needed:
+            open_input(file, error=ModelError).close()
             raise ModelError(
                 f"'{location}' beside {path} has {sizes[location]:,} bytes, but '{tensor.name}' "
                 f"ends at {needed:,}.",
@@ -208,7 +218,7 @@ def normalise(model: ir.Model, inputs: Sizes | None = None) -> ir.Model:
 
     ``inputs``: sizes of the graph's inputs by name, None for one that varies; they decide branches.
 
-    Then functions are inlined, branches folded, Constant nodes are initializers, types known,
+    Then functions are inlined, branches folded, sequences tensors, Constant nodes are initializers, types known,
     floats FP32, masks finite, norms InstanceNormalization, shape operators folded into weights,
     node names unique, and the opset is 21 or later. Raises ModelError for other control flow, when
     the opset or a norm cannot be converted, or a type cannot be inferred.
@@ -217,11 +227,11 @@ def normalise(model: ir.Model, inputs: Sizes | None = None) -> ir.Model:
 
 
 def widened(model: ir.Model, inputs: Sizes | None = None) -> ir.Model:
-    """Return ``model`` in FP32, otherwise unchanged: how ONNX Runtime runs a bfloat16 model.
+    """Return ``model`` in FP32 with a name for each node: how ONNX Runtime runs a bfloat16 model.
 
     Raises ModelError as ``normalise`` does.
     """
-    return _passed(model, (*_OPENED, FoldBranchesPass(inputs), *_WIDENED))
+    return _passed(model, (*_OPENED, FoldBranchesPass(inputs), *_WIDENED, NameNodesPass()))
 
 
 def _passed(model: ir.Model, passes: Iterable[ir.passes.PassBase]) -> ir.Model:
@@ -252,6 +262,7 @@ _OPENED: tuple[ir.passes.PassBase, ...] = (
     _LIFT,
 )
 _WIDENED: tuple[ir.passes.PassBase, ...] = (
+    UnrollSequencesPass(),
     common_passes.IdentityEliminationPass(),
     InferTypesPass(),
     WidenPass(),

@@ -30,6 +30,8 @@ DEPTH = 16
 SMALL_BYTES = 1024
 SMALL_INTEGER_BYTES = 1 << 18
 DATA_TYPES = frozenset(TensorProto.DataType.values())
+# The domain of nodes that ``set_apart_unknown`` has set apart.
+UNKNOWN = "unknown"
 _NODE = re.compile(r"Name: (.*?) OpType: (\S+)")
 
 Nodes = Iterable[onnx.NodeProto]
@@ -71,9 +73,25 @@ def check_bounds(proto: onnx.ModelProto, name: str) -> None:
             _check_tensor(tensor, name)
 
 
+def plain_domains(proto: onnx.ModelProto) -> None:
+    """Give ONNX's own operators the shorter one of the two names of their domain."""
+    for model in (proto, *proto.functions):
+        nodes = proto.graph.node if model is proto else model.node
+        for node in _nodes(nodes, "the graph"):
+            if node.domain in STANDARD_DOMAINS:
+                node.domain = ""
+        for entry in model.opset_import:
+            if entry.domain in STANDARD_DOMAINS:
+                entry.domain = ""
+
+
 def without_weights(proto: onnx.ModelProto) -> onnx.ModelProto:
-    """Return a small copy of ``proto`` in which larger constants are inputs of their type and shape."""
-    light = onnx.ModelProto(ir_version=proto.ir_version, opset_import=proto.opset_import)
+    """Return a small copy of ``proto`` in which larger constants are inputs of their type and shape.
+
+    Before IR version 4 all constants had to be inputs, too; here they are not.
+    """
+    version = max(proto.ir_version, 4)
+    light = onnx.ModelProto(ir_version=version, opset_import=proto.opset_import)
     light.functions.extend(proto.functions)
     light.metadata_props.extend(proto.metadata_props)
     graph, given = light.graph, {tensor.name for tensor in proto.graph.initializer}
@@ -97,15 +115,15 @@ def without_weights(proto: onnx.ModelProto) -> onnx.ModelProto:
 def checker_problem(proto: onnx.ModelProto, *, strict: bool) -> tuple[str, str, str] | None:
     """Return the first thing that onnx.checker finds: node, operator and message; None: nothing.
 
-    ``strict``: infer types and shapes, too; else operators that ONNX does not have and outputs
-    without a shape pass, which runtimes take. Weights are checked one by one, so that none is
+    ``strict``: infer types and shapes, too; else operators that ONNX does not have, and inputs and
+    outputs without a shape pass, which runtimes take. Weights are checked one by one, so that none is
     copied with the whole. ``check_bounds`` must have passed.
     """
     light = without_weights(proto)
     if not strict:
         light.graph.name = light.graph.name or "graph"
-        _set_apart_unknown(light)
-        for value in light.graph.output:
+        set_apart_unknown(light)
+        for value in (*light.graph.input, *light.graph.output):
             if value.type.HasField("tensor_type"):
                 value.type.tensor_type.shape.SetInParent()
     try:
@@ -123,21 +141,25 @@ def checker_problem(proto: onnx.ModelProto, *, strict: bool) -> tuple[str, str, 
     return None
 
 
-def _set_apart_unknown(proto: onnx.ModelProto) -> None:
-    """Give nodes whose operator ONNX does not have, in this opset, a domain that nobody checks."""
+def set_apart_unknown(proto: onnx.ModelProto) -> None:
+    """Give nodes whose operator ONNX does not have, in this opset, a domain that nobody checks.
+
+    ONNX Runtime's optimizer writes its operators into ONNX's domain (LayerNormalization before 17).
+    """
     versions = {entry.domain: entry.version for entry in proto.opset_import}
     version = versions.get("", versions.get("ai.onnx", 1))
     own = {function.name for function in proto.functions if function.domain in STANDARD_DOMAINS}
     for graph in _graphs(proto.graph.node, "the graph", proto.graph):
         for node in graph.node:
             standard = node.domain in STANDARD_DOMAINS and node.op_type not in own
-            if standard and not _known(node.op_type, version):
-                node.domain = "unknown"
-    if "unknown" not in versions:
-        proto.opset_import.append(onnx.helper.make_opsetid("unknown", 1))
+            if standard and not known_operator(node.op_type, version):
+                node.domain = UNKNOWN
+    if UNKNOWN not in versions:
+        proto.opset_import.append(onnx.helper.make_opsetid(UNKNOWN, 1))
 
 
-def _known(op: str, version: int) -> bool:
+def known_operator(op: str, version: int) -> bool:
+    """Whether ONNX has the operator in this opset."""
     try:
         return not onnx.defs.get_schema(op, version, "").deprecated
     except onnx.defs.SchemaError:
@@ -169,6 +191,18 @@ def check_growth(model: ir.Model) -> None:
                 f"Concats: '{node.outputs[0].name}' is one of them.",
                 "Export the model again without nested Concats of constants.",
             )
+
+
+def refuse_sparse(proto: onnx.ModelProto, name: str) -> None:
+    """Raise ModelError for the first sparse tensor, of which ``onnx_ir`` would leave out the initializers."""
+    found = [tensor.values.name for tensor in proto.graph.sparse_initializer]
+    for node in _nodes(proto.graph.node, name):
+        kinds = [one for one in node.attribute if one.HasField("sparse_tensor")]
+        found += [node.output[0] if node.output else one.name for one in kinds]
+    if found:
+        raise ModelError(
+            f"{name} holds the sparse tensor '{printable(found[0])}'.", "Save it as a dense one."
+        )
 
 
 def refuse_unsound(proto: onnx.ModelProto, name: str) -> None:

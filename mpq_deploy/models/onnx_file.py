@@ -31,6 +31,7 @@ from mpq_deploy.calls.script_calls import CALIBRATED, ScriptCalls
 from mpq_deploy.errors import ModelError, UsageError, nearest
 from mpq_deploy.graph.already_quantized import refuse_quantized
 from mpq_deploy.graph.known_values import Sizes
+from mpq_deploy.graph.layers import LAYER_OPS
 from mpq_deploy.graph.load import load_model, normalise, widened
 from mpq_deploy.graph.passes.raise_opset import QUANTIZED_OPSET
 from mpq_deploy.graph.passes.widen import uses_bfloat16, uses_halves
@@ -108,14 +109,14 @@ class OnnxDescription(BaseModel):
 class OnnxNetwork:
     """An ONNX file: normalised for the export, run as it is for the comparison.
 
-    One in bfloat16, which ONNX Runtime does not run on the CPU, is widened to FP32 for that.
+    One that ONNX Runtime does not run on the CPU as it is (``not_run``) is widened to FP32 for that.
     """
 
     def __init__(self, path: Path, output: str, inputs: Sequence[InputSpec]) -> None:
         self.path, self._output, self.inputs = path, output, tuple(inputs)
         self._session: ort.InferenceSession | None = None
         model = load_model(path)
-        self._widened = uses_bfloat16(model)
+        self._widened = bool(not_run(model))
         rounds = uses_halves(model) and not self._widened
         self.tolerance = HALF_TOLERANCE if rounds else TOLERANCE
 
@@ -178,6 +179,18 @@ class OnnxNetwork:
     def release(self) -> None:
         """Close the file; the next call opens it again."""
         self._session = None
+
+
+def not_run(model: ir.Model) -> str:
+    """Say why ONNX Runtime does not run ``model`` on the CPU, although its graph can be; else nothing."""
+    if uses_bfloat16(model):
+        return "is in bfloat16"
+    names = [node.name for node in model.graph if node.name]
+    if len(set(names)) < len(names):
+        return "has several nodes of one name"
+    weights = [node.inputs[1] for node in model.graph if node.op_type in LAYER_OPS]
+    doubles = any(value is not None and value.dtype == ir.DataType.DOUBLE for value in weights)
+    return "has layers in double precision" if doubles else ""
 
 
 def description_path(model: Path, given: Path | None) -> Path:
@@ -407,8 +420,8 @@ def _notes(model: ir.Model, path: Path, talk: Talk) -> tuple[str, ...]:
         notes.append(
             f"{path.name} has opset {opset}; its graph was converted to opset {QUANTIZED_OPSET}."
         )
-    if uses_bfloat16(model):
-        notes.append(f"{path.name} is in bfloat16; it was compared with its graph in FP32.")
+    if reason := not_run(model):
+        notes.append(f"{path.name} {reason}; it was compared with its graph in FP32.")
     for note in notes:
         talk.line(f"  {note}")
     return tuple(notes)
@@ -441,7 +454,8 @@ def _sizes(value: ir.Value, item: NamedInput, path: Path) -> tuple[bool, tuple[i
     if value.shape is None:
         if item.shape is None:
             raise UsageError(
-                f"{path} declares no shape for '{item.name}'.", "Give its shape in the YAML."
+                f"{path} declares no shape for '{item.name}'.",
+                f"Give it in the YAML without the batch axis, such as {{name: {item.name}, shape: []}} of one number.",
             )
         return True, item.shape
     sizes = [size if isinstance(size, int) else None for size in value.shape]
@@ -499,6 +513,11 @@ def _output(model: ir.Model, description: OnnxDescription, yaml_path: Path) -> s
     outputs = [value.name or "" for value in model.graph.outputs]
     if description.output is None and len(outputs) == 1:
         return outputs[0]
+    if description.output is None:
+        raise UsageError(
+            f"The model has {len(outputs)} outputs, and {yaml_path} names none of them.",
+            f"Name what the sampler takes, output: NAME; there are {', '.join(outputs)}.",
+        )
     if description.output not in outputs:
         raise UsageError(
             f"{yaml_path} names the output '{description.output}'.",

@@ -20,7 +20,7 @@ from mpq_deploy.models.weight_kinds import (
     refuse_quantized_config,
     refuse_weights,
 )
-from mpq_deploy.system.inputs import read_json_object
+from mpq_deploy.system.inputs import open_input, read_json_object
 from mpq_deploy.system.names import path_inside, printable
 
 CONFIG, SAFETENSORS, INDEX = "config.json", ".safetensors", ".safetensors.index.json"
@@ -74,6 +74,7 @@ def read_headers(paths: Iterable[Path], hint: str = AGAIN) -> Stored:
     shapes: dict[str, tuple[int, ...]] = {}
     types: dict[str, str] = {}
     for path in paths:
+        open_input(path, error=ModelError, hint=hint).close()
         try:
             with safe_open(path, framework="numpy") as file:
                 for name in file.keys():  # noqa: SIM118 (no mapping)

@@ -43,8 +43,8 @@ def gradient_bytes(
 class UseGradients:
     """What came back to one use of a layer, ``number`` in the order asked for.
 
-    ``x``: the layer's input; ``rows``: the gradients of its output, float32, one per direction;
-    ``through``: those of its input by this use alone, where they were asked for.
+    ``x``: the layer's input, a vector as one row; ``rows``: the gradients of its output, float32,
+    one per direction; ``through``: those of its input by this use alone, where they were asked for.
     """
 
     number: int
@@ -98,7 +98,10 @@ def layer_gradients(
         for place, number in enumerate(numbers):
             own, rows[place] = rows[place], []
             if own:
-                yield UseGradients(number, inputs[place], own, into.pop(number, []))
+                x, back = inputs[place], into.pop(number, [])
+                if x.ndim == 1:
+                    x, own, back = x[None], [row[None] for row in own], [row[None] for row in back]
+                yield UseGradients(number, x, own, back)
     for name, rows_of_feed in (gradients or {}).items():
         yield UseGradients(-1, feeds[name], rows_of_feed, [])
 

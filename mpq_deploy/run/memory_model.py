@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mpq_deploy.engine.engine_memory import BUILDER_BYTES, BUILDER_COPIES, BUILDER_NODE_BYTES
-from mpq_deploy.errors import ModelError
 from mpq_deploy.formats.scheme import BRANCH_KINDS
 from mpq_deploy.graph.attention import plain_attention
 from mpq_deploy.graph.layers import LayerGraph
 from mpq_deploy.graph.shapes import known_shapes
+from mpq_deploy.models.weight_files import read_headers
 from mpq_deploy.onnx_torch.merged_nodes import merged_nodes
 from mpq_deploy.onnx_torch.pass_memory import (
     BOUNDARY_SHARE,
@@ -197,19 +197,8 @@ def source_size(files: Iterable[Path]) -> tuple[int, int]:
 
     Raises ModelError for a file that is none.
     """
-    from safetensors import SafetensorError, safe_open
-
-    shapes: list[list[int]] = []
-    for path in files:
-        try:
-            with safe_open(path, framework="numpy") as file:
-                names = file.keys()
-                shapes += [file.get_slice(name).get_shape() for name in names]
-        except (OSError, SafetensorError) as error:
-            raise ModelError(
-                f"{path} cannot be read: {error}.",
-                "The file is damaged: download or save the model again.",
-            ) from error
+    # File by file: parts of a pipeline have tensors of the same names.
+    shapes = [shape for path in files for shape in read_headers([path]).shapes.values()]
     return FLOAT32_BYTES * sum(map(prod, shapes)), len(shapes)
 
 

@@ -31,19 +31,20 @@ class LocalErrors:
 
     ``relative``: layer -> scheme -> float64 [K], the relative squared error over all uses.
     ``mean_square``: output name -> float64 [K], the mean of Y^2. ``shapes``: output name -> its
-    shape for one call (or one fixed batch). ``shared``: names of values whose shape does not depend
-    on the number of calls.
+    shape for one call (or one fixed batch). ``batch_axes``: the axis that the number of calls
+    lengthens; None where several calls share a value.
     """
 
     relative: Nested
     mean_square: dict[str, Array]
     shapes: dict[str, tuple[int, ...]]
-    shared: frozenset[str]
+    batch_axes: Mapping[str, int | None]
 
     def shape(self, output: str, batches: int) -> tuple[int, ...]:
         """Return the shape of ``output`` in a run of ``batches`` calls (or fixed batches)."""
-        shape = self.shapes[output]
-        return shape if output in self.shared else (shape[0] * batches, *shape[1:])
+        grown = self.batch_axes[output]
+        sizes = enumerate(self.shapes[output])
+        return tuple(size * batches if axis == grown else size for axis, size in sizes)
 
 
 def measure_local_error(subject: Subject) -> SensitivityTable:
@@ -68,7 +69,7 @@ def local_errors(subject: Subject, calls: Calls) -> LocalErrors:
     with tapped_graph(subject.graph, names, subject.talk) as session:
         taps = Taps(session, names)
         shapes = taps.shapes(calls)
-        shared = _shared_values(taps, shapes, calls)
+        batch_axes = _batch_axes(taps, shapes, calls)
         with subject.talk.bar("local errors", steps * calls.count) as advance:
             for step_index, chunk in calls.chunks(subject.batch_size(calls)):
                 feeds = calls.feeds(step_index, chunk)
@@ -86,7 +87,7 @@ def local_errors(subject: Subject, calls: Calls) -> LocalErrors:
         norm = np.sum([power[use.output] for use in layer.uses], axis=0)
         relative[layer.name] = {s: _ratio(total, norm) for s, total in totals[layer.name].items()}
     mean_square = {name: total / counts[name] for name, total in power.items()}
-    return LocalErrors(relative, mean_square, {name: shapes[name] for name in power}, shared)
+    return LocalErrors(relative, mean_square, {name: shapes[name] for name in power}, batch_axes)
 
 
 class LayerErrors:
@@ -152,12 +153,17 @@ def tap_names(layers: tuple[Layer, ...]) -> list[str]:
     )
 
 
-def _shared_values(taps: Taps, shapes: Shapes, calls: Calls) -> frozenset[str]:
-    """Return the names of values that all calls share, such as a scalar timestep's embedding."""
+def _batch_axes(taps: Taps, shapes: Shapes, calls: Calls) -> dict[str, int | None]:
+    """Return the axis that a second call lengthens; None for what calls share (a scalar timestep's embedding)."""
     if not calls.paired:
-        return frozenset()
+        return dict.fromkeys(shapes, 0)
     pair = taps.values(calls.feeds(0, slice(0, 2)))
-    return frozenset(name for name, shape in shapes.items() if pair[name].shape == shape)
+    return {
+        name: next(
+            (i for i, sizes in enumerate(zip(shape, pair[name].shape)) if len({*sizes}) > 1), None
+        )
+        for name, shape in shapes.items()
+    }
 
 
 def _square_sum(values: Array) -> float:

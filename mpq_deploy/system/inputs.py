@@ -25,6 +25,8 @@ TEXT_BYTES = 16 << 20
 # What no file of ours comes near: levels of nesting, values in a text, digits of a number.
 DEPTH, VALUES, DIGITS = 64, 16_000_000, 40
 
+# What a clone without Git LFS leaves in a large file's place begins with.
+LFS = b"version https://git-lfs.github.com/spec/"
 _KINDS = {
     stat.S_IFDIR: "a folder",
     stat.S_IFIFO: "a named pipe",
@@ -58,7 +60,13 @@ def open_input(
             f"{_shown(path)} is {_KINDS.get(kind, 'something else')}, not a file.",
             hint or "Give a regular file.",
         )
-    return os.fdopen(descriptor, "rb")
+    file = os.fdopen(descriptor, "rb")
+    if file.read(len(LFS)) == LFS:
+        file.close()
+        what = f"{_shown(path)} is a Git LFS pointer, not the file that it stands for."
+        raise error(what, "Fetch the files themselves: git lfs pull, in their folder.")
+    file.seek(0)
+    return file
 
 
 def read_bytes(

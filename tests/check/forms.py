@@ -105,6 +105,59 @@ def nbits(d: Draft) -> str:
     )
 
 
+def resized(d: Draft, *sizes: str, **form: Any) -> str:
+    given = sizes or ("", "", d.const(np.array([2, 64, 8, 8])))
+    return d.op("Resize", d.relu(), *given, mode="linear", **form)
+
+
+def reduced(d: Draft, op: str, *places: int, reduction: str) -> str:
+    index = d.const(np.zeros(places, np.int64))
+    return d.op(op, d.relu(), index, d.half(1, 64, 16, 16), reduction=reduction)
+
+
+def with_outputs(d: Draft, op: str, *constants: str, **form: Any) -> str:
+    """The first output, with another one that nothing reads."""
+    out = d.op(op, d.relu(), *constants, **form)
+    d.nodes[-1].output.append("second")
+    return out
+
+
+def cut_out(d: Draft) -> str:
+    region = d.const(np.array([0, 0, 0, 0, 1, 1, 0.9, 0.9], np.float32))
+    scales = d.const(np.ones(4, np.float32))
+    return resized(d, region, scales, coordinate_transformation_mode="tf_crop_and_resize")
+
+
+def counted(d: Draft) -> str:
+    return d.op("Cast", d.op("NonZero", d.relu()), to=TensorProto.FLOAT16)
+
+
+def cast_to(d: Draft, kind: int) -> str:
+    return d.op("Cast", d.op("Cast", d.relu(), to=kind), to=TensorProto.FLOAT16)
+
+
+def trained_norm(d: Draft) -> str:
+    parts = [d.half(64) for _ in range(4)]
+    out = with_outputs(d, "BatchNormalization", *parts, training_mode=1)
+    d.nodes[-1].output.append("third")
+    return out
+
+
+REFUSED_FORMS: tuple[Make, ...] = (
+    lambda d: resized(d, antialias=1),
+    lambda d: resized(d, keep_aspect_ratio_policy="not_larger"),
+    cut_out,
+    lambda d: d.op("MaxPool", d.relu(), kernel_shape=[2, 2], dilations=[2, 2]),
+    lambda d: d.op("AveragePool", d.relu(), kernel_shape=[2, 2], dilations=[2, 2]),
+    lambda d: with_outputs(d, "MaxPool", kernel_shape=[2, 2]),
+    lambda d: with_outputs(d, "LayerNormalization", d.half(16)),
+    trained_norm,
+    lambda d: reduced(d, "ScatterElements", 1, 64, 16, 16, reduction="add"),
+    lambda d: reduced(d, "ScatterND", 1, 1, reduction="max"),
+    counted,
+    lambda d: cast_to(d, TensorProto.INT16),
+    lambda d: cast_to(d, TensorProto.UINT32),
+)
 ZERO = np.int8(0)
 UNARY_REFUSED = ("FastGelu", "QuickGelu")
 
@@ -371,6 +424,7 @@ BAD = [
     Form("shared-input", qkv, ROWS, "jetson-thor"),
     Form("operator-unknown", lambda d: d.op("Rellu", "x"), build=""),
     Form("operator-unsupported", qlinear, build="fails"),
+    *(Form("operator-form", make, build="fails") for make in REFUSED_FORMS),
     Form("operator-doubtful", lambda d: d.op("RMSNormalization", d.relu(), d.half(16)), target="jetson-thor", opset=23),
     Form("operator-unsupported", lambda d: d.op("RMSNormalization", d.relu(), d.half(16)), target="jetson-agx-orin",
          opset=23),

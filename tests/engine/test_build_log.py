@@ -56,6 +56,15 @@ def test_a_log_without_layers_is_an_error() -> None:
         parse_engine_log("[INFO] Total Weights Memory: 3 bytes\n")
 
 
+def test_jumps_of_a_loop_are_read() -> None:
+    """What an LSTM becomes."""
+    jump = SIGNAL.replace("signal", "cjmp").replace(
+        "EventId: 1,", "JumpTargetThen: __mye20454_myl0_61, JumpTargetElse: __mye19541_myl0_167,"
+    )
+    log = parse_engine_log(LOG.replace(SIGNAL, jump))
+    assert [layer.type for layer in log.layers] == ["correlation", "cjmp"]
+
+
 def test_a_layer_of_another_form_is_an_error_not_skipped() -> None:
     with pytest.raises(EngineError, match="cannot be read"):
         parse_engine_log("[VERBOSE] Layers:\nName: a, LayerKind: b\n")

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 from onnx import TensorProto
-from onnx.helper import make_graph, make_model, make_node, make_opsetid, make_tensor_value_info
+from onnx.helper import (
+    make_graph,
+    make_model,
+    make_node,
+    make_opsetid,
+    make_tensor,
+    make_tensor_value_info,
+)
 from onnx.numpy_helper import from_array
 
 from mpq_deploy.graph.fp16_region import fp16_region
@@ -112,6 +120,42 @@ def test_operators_that_take_no_fp16_stay_in_fp32() -> None:
     }
     expected = np.where(x > 0, x, np.exp(np.minimum(x.astype(np.float32), 0)) - 1) * np.arange(4)
     np.testing.assert_allclose(session.run(None, given)[0], expected, rtol=2e-3)
+
+
+def test_what_an_attribute_or_an_operator_makes_fp32_has_one_type() -> None:
+    """EyeLike by its ``dtype``, the mean of a norm by definition; a mask's lowest number stays finite."""
+    fill = make_tensor("value", TensorProto.FLOAT, [1], [float(np.finfo(np.float32).min)])
+    nodes = [
+        make_node("Shape", ["x"], ["s"], name="shape"),
+        make_node("EyeLike", ["x"], ["eye"], name="eye", dtype=TensorProto.FLOAT),
+        make_node("ConstantOfShape", ["s"], ["low"], name="low", value=fill),
+        make_node("Mul", ["low", "zeros"], ["none"], name="none"),
+        make_node("LayerNormalization", ["x", "ones"], ["n", "mean", "scale"], name="norm"),
+        make_node("Sum", ["n", "mean", "eye", "none"], ["y"], name="sum"),
+    ]
+    values = [("low", [4, 4]), ("eye", [4, 4]), ("none", [4, 4]), ("n", [4, 4]), ("mean", [4, 1])]
+    values.append(("scale", [4, 1]))
+    graph = make_graph(
+        nodes,
+        "g",
+        [
+            make_tensor_value_info("x", TensorProto.FLOAT, [4, 4]),
+            make_tensor_value_info("t", TensorProto.FLOAT, [1]),
+        ],
+        [make_tensor_value_info("y", TensorProto.FLOAT, [4, 4])],
+        [from_array(np.zeros(4, np.float32), "zeros"), from_array(np.ones(4, np.float32), "ones")],
+        value_info=[make_tensor_value_info(n, TensorProto.FLOAT, shape) for n, shape in values],
+    )
+    model = ir.from_proto(make_model(graph, opset_imports=[make_opsetid("", 21)], ir_version=10))
+    Fp16ArithmeticPass(fp16_region(model, "t", "x"))(model)
+    proto = ir.to_proto(model)
+    onnx.checker.check_model(proto, full_check=True)
+    session = ort.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
+    x = np.random.default_rng(0).standard_normal((4, 4)).astype(np.float16)
+    given = {i.name: x if i.name == "x" else np.zeros(1, np.float32) for i in session.get_inputs()}
+    mean = x.astype(np.float32).mean(1, keepdims=True)
+    normed = (x - mean) / np.sqrt(np.var(x.astype(np.float32), 1, keepdims=True) + 1e-5)
+    np.testing.assert_allclose(session.run(None, given)[0], normed + mean + np.eye(4), atol=5e-3)
 
 
 def test_positions_that_are_made_of_constants_stay_in_fp32() -> None:

@@ -150,6 +150,22 @@ def test_a_table_that_is_read_as_a_whole_too_is_not_stored_twice() -> None:
     assert not FoldConstantsPass()(model).modified
 
 
+def test_the_size_of_a_weight_is_no_use_of_it() -> None:
+    """EDM2 divides its weights by roots of their sizes: without folded constants the graph asks for these."""
+    g = GraphBuilder()
+    g.input("x", ["N", 8])
+    weight = g.random("linear.weight", 4, 8)
+    turned = g.op("Transpose", [weight], "turned", perm=[1, 0])
+    sizes = g.op("Shape", [weight], "sizes", start=1)
+    width = g.op("Cast", [sizes], "width", to=1)
+    g.op("Div", [g.op("MatMul", ["x", turned], "linear"), width], "divided")
+    g.nodes[-1].output[0] = g.output("y", ["N", 4])
+    model = normalise(ir.from_proto(g.model()))
+    (layer,) = layer_graph(model).layers
+    assert layer.weight == "linear.weight" and layer.weight_shape == (8, 4)
+    assert not [node for node in model.graph if node.op_type in ("Shape", "Transpose", "Cast")]
+
+
 def test_a_fold_that_is_an_output_stays() -> None:
     graph = GraphBuilder()
     graph.input("x", ["n"])

@@ -284,6 +284,135 @@ def test_a_timestep_that_is_no_number_is_refused(tmp_path: Path) -> None:
         open_denoiser(edited(tmp_path, change))
 
 
+def in_double(model: onnx.ModelProto) -> None:
+    for tensor in model.graph.initializer:
+        array = numpy_helper.to_array(tensor)
+        if array.dtype == np.float32:
+            tensor.CopyFrom(numpy_helper.from_array(array.astype(np.float64), tensor.name))
+    del model.graph.value_info[:]
+    for value in (*model.graph.input, *model.graph.output):
+        if value.type.tensor_type.elem_type == TensorProto.FLOAT:
+            value.type.tensor_type.elem_type = TensorProto.DOUBLE
+
+
+def in_ir_version_3(model: onnx.ModelProto) -> None:
+    model.ir_version = 3
+    model.graph.input.extend(
+        helper.make_tensor_value_info(t.name, t.data_type, t.dims) for t in model.graph.initializer
+    )
+
+
+def of_one_name(model: onnx.ModelProto) -> None:
+    for node in model.graph.node:
+        node.name = "node"
+
+
+def by_the_longer_domain(model: onnx.ModelProto) -> None:
+    model.opset_import[0].domain = "ai.onnx"
+    for node in model.graph.node:
+        node.domain = "ai.onnx"
+
+
+def of_one_layer_name(model: onnx.ModelProto) -> None:
+    """The layer ``down`` by its weight's name, and one whose short weight leaves it its node's."""
+    for tensor in model.graph.initializer:
+        tensor.name = "w" if tensor.name == "last.weight" else tensor.name
+    for node in model.graph.node:
+        if node.name == "last":
+            node.name, node.input[1] = "down", "w"
+        elif node.name == "down":
+            node.name = "first"
+
+
+@pytest.mark.parametrize(
+    ("change", "noted"),
+    [
+        (in_double, "layers in double precision"),
+        (of_one_name, "several nodes of one name"),
+        (in_ir_version_3, "converted to opset 21"),
+        (by_the_longer_domain, "has opset 17"),
+        (of_one_layer_name, "has opset 17"),
+    ],
+)
+def test_unusual_files_are_the_same_model(tmp_path: Path, change: Any, noted: str) -> None:
+    old = 13 if change is in_ir_version_3 else 17
+    path = tiny_onnx_with_yaml(tmp_path, old)
+    model = onnx.load(path)
+    change(model)
+    onnx.save(model, path)
+    report = export_denoiser(open_denoiser(path), tmp_path / "export")
+    assert report.max_relative_error < 1e-5
+    assert any(noted in note for note in report.notes)
+    exported = load_exported(tmp_path / "export")
+    names = [layer.name for layer in layer_graph(load_model(exported.model)).layers]
+    assert len(names) == len(set(names)) == 3
+    plain = tiny_onnx_with_yaml(tmp_path / "plain", old)
+    x = np.random.default_rng(0).standard_normal((2, 3, 9, 9), np.float32)
+    runs = [
+        OrtDenoiser(p, exported.spec)(x, 77.0, {"y": np.arange(2)}) for p in (plain, exported.model)
+    ]
+    np.testing.assert_allclose(runs[0], runs[1], atol=1e-5)
+
+
+def test_an_operator_of_a_later_opset_as_onnx_runtime_writes_it(tmp_path: Path) -> None:
+    """Its optimizers put LayerNormalization (opset 17) into files of older ones, and declare no types."""
+    path = tiny_onnx_with_yaml(tmp_path, 14)
+    model = onnx.load(path)
+    place = next(i for i, node in enumerate(model.graph.node) if node.name == "act")
+    old = model.graph.node[place].output[0]
+    model.graph.node[place].output[0] = "before_norm"
+    gain = numpy_helper.from_array(np.full(5, 1.5, np.float32), "norm.weight")
+    norm = helper.make_node("LayerNormalization", ["before_norm", "norm.weight"], [old], "norm")
+    model.graph.node.insert(place + 1, norm)
+    model.graph.initializer.append(gain)
+    del model.graph.value_info[:]
+    onnx.save(model, path)
+    assert export_denoiser(open_denoiser(path), tmp_path / "export").max_relative_error < 1e-5
+    exported = load_model(tmp_path / "export" / "model.onnx")
+    assert ("", "LayerNormalization") in [(node.domain, node.op_type) for node in exported.graph]
+
+
+def test_an_input_without_a_shape_has_that_of_the_yaml(tmp_path: Path) -> None:
+    def change(model: onnx.ModelProto) -> None:
+        model.graph.input[1].type.tensor_type.ClearField("shape")
+
+    with pytest.raises(UsageError, match="no shape for 't'"):
+        open_denoiser(edited(tmp_path, change))
+    path = edited(tmp_path / "given", change, timestep={"name": "t", "shape": []})
+    assert export_denoiser(open_denoiser(path), tmp_path / "export").max_relative_error < 1e-5
+
+
+def test_one_of_several_outputs_is_to_be_named(tmp_path: Path) -> None:
+    def change(model: onnx.ModelProto) -> None:
+        model.graph.output.append(
+            helper.make_tensor_value_info("down_out", TensorProto.FLOAT, None)
+        )
+
+    with pytest.raises(UsageError, match="has 2 outputs") as caught:
+        open_denoiser(edited(tmp_path, change))
+    assert "out, down_out" in caught.value.hint
+
+
+@pytest.mark.parametrize("as_node", [False, True])
+def test_a_sparse_weight_is_refused_by_name(tmp_path: Path, as_node: bool) -> None:
+    def change(model: onnx.ModelProto) -> None:
+        weights = model.graph.initializer
+        tensor = next(one for one in weights if one.name == "last.weight")
+        flat = numpy_helper.to_array(tensor).ravel()
+        places = numpy_helper.from_array(np.arange(len(flat)), "places")
+        values = numpy_helper.from_array(flat, "last.weight")
+        sparse = helper.make_sparse_tensor(values, places, list(tensor.dims))
+        if as_node:
+            node = helper.make_node("Constant", [], ["last.weight"], sparse_value=sparse)
+            model.graph.node.insert(0, node)
+        else:
+            model.graph.sparse_initializer.append(sparse)
+        weights.remove(tensor)
+
+    with pytest.raises(ModelError, match=r"sparse tensor 'last\.weight'"):
+        open_denoiser(edited(tmp_path, change))
+
+
 def test_further_outputs_are_left_out(tmp_path: Path) -> None:
     def change(model: onnx.ModelProto) -> None:
         model.graph.output.insert(

@@ -224,6 +224,24 @@ def test_one_case(tmp_path: Path, body: Callable[[GraphBuilder, str, str], str])
     check(build(recipe_for(path, **{**ALIKE, "measure__samples": 2}), tmp_path / "run"), factor=10)
 
 
+def test_an_embedding_that_is_one_vector(tmp_path: Path) -> None:
+    """A scalar timestep's embedding without a batch axis: products of vectors, with salient rows too."""
+    g = GraphBuilder(seed=3)
+    g.input("sample", ["N", 3, 7, 9])
+    g.input("timestep", [])
+    frequencies = g.weight("time.frequencies", np.geomspace(1, 1e-3, 32, dtype=np.float32))
+    hidden = g.op("Sin", [g.op("Mul", ["timestep", frequencies], "angle")], "sin")
+    hidden = g.op("Relu", [g.matmul(hidden, "time.linear", 32, 32)], "relu")
+    shift = g.matmul(hidden, "proj", 16, 32)
+    shift = g.op("Reshape", [shift, g.weight("image", np.array([1, 16, 1, 1]))], "shift")
+    x = g.op("Relu", [g.op("Add", [g.conv("sample", "conv_in", 16, 3), shift], "add")], "relu_in")
+    g.conv(x, "conv_out", 3, 16)
+    g.nodes[-1].output[0] = g.output("out_sample", ["N", 3, 7, 9])
+    rules = [{"layers": "proj", "schemes": ["w4a16-b32+rows2"]}]
+    recipe = recipe_for(save_denoiser(tmp_path, g), **ALIKE, allocate__protect=rules)
+    check(build(recipe, tmp_path / "run"), factor=10)
+
+
 def with_constants(model: onnx.ModelProto) -> onnx.ModelProto:
     """Weights as Constant nodes, no declared shapes, nodes without names: as older exporters write them."""
     constants = [

@@ -201,6 +201,23 @@ def test_a_scalar_timestep_is_measured_too() -> None:
     assert 0.1 < gained.losses["time"]["w4a16-b32"] / truth.losses["time"]["w4a16-b32"] < 10
 
 
+def test_gain_of_layers_whose_batch_is_not_their_first_axis() -> None:
+    """Tokens first, as torch's transformers have them: noise has the shape of the output for any batch."""
+    g = GraphBuilder(seed=5)
+    g.input("sample", ["N", 6, 8])
+    g.input("timestep", ["N"])
+    x = g.op("Transpose", ["sample"], "tokens_first", perm=[1, 0, 2])
+    x = g.op("Tanh", [g.matmul(x, "first", 8, 8)], "tanh")
+    g.op("Transpose", [g.matmul(x, "last", 8, 8)], "batch_first", perm=[1, 0, 2])
+    g.nodes[-1].output[0] = g.output("out_sample", ["N", 6, 8])
+    case, options = setting(g, (6, 8), calls=4), MeasureSettings(calls=4)
+    subject = Subject(*case, options, Talk())
+    gained, truth = measure_gain(subject), measure_exhaustive(subject, use_torch=False)
+    for layer in ("first", "last"):
+        loss = gained.losses[layer]["w4a16-b32"]
+        assert loss == pytest.approx(truth.losses[layer]["w4a16-b32"], rel=0.5)
+
+
 def test_probe_falls_back_without_torch(mixed: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measure_module.importlib.util, "find_spec", lambda name: None)
     remarks = Remarks()

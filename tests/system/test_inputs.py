@@ -86,6 +86,11 @@ def test_only_regular_files_are_opened(tmp_path: Path) -> None:
     }.items():
         with pytest.raises(InputError, match=message):
             read_bytes(tmp_path / name)
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+    (tmp_path / "pointer").write_text(pointer, encoding="utf-8")
+    with pytest.raises(InputError, match="Git LFS pointer") as caught:
+        read_bytes(tmp_path / "pointer")
+    assert "git lfs pull" in caught.value.hint
     with pytest.raises(InputError, match="a device"):
         read_bytes(Path("/dev/zero"))
     with pytest.raises(InputError, match="more than 4 bytes"):

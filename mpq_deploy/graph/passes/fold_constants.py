@@ -1,4 +1,4 @@
-"""Fold Transpose, Reshape, Unsqueeze, Squeeze, Cast and Slice of weights into the weights."""
+"""Fold Transpose, Reshape, Unsqueeze, Squeeze, Cast, Slice and Shape of weights into the weights."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ class FoldConstantsPass(GraphPass):
     4. Chains fold from the weight on. Operators whose result is a graph output stay.
     5. A Slice folds where nothing else reads the weight, so that what is cut off is no longer
        stored: the table of positions from which Stable Diffusion 3 cuts those of one image size.
+    6. A weight's Shape folds before all else, so that it is no other use of the weight.
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
@@ -91,7 +92,8 @@ def _foldable(graph: ir.Graph, value: ir.Value) -> Iterator[tuple[list[ir.Node],
     foldable = sum(len(nodes) for nodes in groups.values())
     sole = len(groups) == 1 and foldable == len(value.uses())
     sole = sole and not value.is_graph_output() and not value.is_graph_input()
-    for nodes in groups.values():
+    shapes = [nodes for nodes in groups.values() if nodes[0].op_type == "Shape"]
+    for nodes in shapes or groups.values():
         if sole or nodes[0].op_type != "Slice":
             yield nodes, sole
 
@@ -177,6 +179,12 @@ def _cast_like(array: Array, node: ir.Node) -> Array:
     return array.astype(node.inputs[1].dtype.numpy())  # type: ignore[union-attr]
 
 
+def _shape(array: Array, node: ir.Node) -> Array:
+    start, end = (node.attributes.get(name) for name in ("start", "end"))
+    cut = slice(*(None if one is None else one.value for one in (start, end)))
+    return np.array(array.shape[cut], np.int64)
+
+
 def _slice(array: Array, node: ir.Node) -> Array:
     starts, ends = _integers(node, 1, "starts") or [], _integers(node, 2, "ends") or []
     axes = _integers(node, 3, "axes") or list(range(len(starts)))
@@ -196,5 +204,6 @@ _FOLDS: dict[str, tuple[Callable[[Array, ir.Node], Array], str]] = {
     "Squeeze": (_squeeze, "reshaped"),
     "Cast": (_cast, "cast"),
     "CastLike": (_cast_like, "cast"),
+    "Shape": (_shape, "shape"),
     "Slice": (_slice, "part"),
 }

@@ -7,7 +7,13 @@ from collections.abc import Iterator
 import numpy as np
 import onnx_ir as ir
 
-from mpq_deploy.graph.fp16_region import Fp16Region, split_initializers, store_float16
+from mpq_deploy.graph.fp16_region import (
+    LARGEST,
+    Fp16Region,
+    makes_half,
+    split_initializers,
+    store_float16,
+)
 from mpq_deploy.graph.passes.base import GraphPass, cast_node, ensure, require_names
 
 HALF = ir.TensorType(ir.DataType.FLOAT16)
@@ -19,7 +25,8 @@ class Fp16ArithmeticPass(GraphPass):
     1. Float initializers become FP16, unless only nodes of the island read them; one that both read
        is split in two.
     2. Graph inputs and outputs become FP16, the timestep and other positions excepted.
-    3. A Cast or ConstantOfShape that makes FP32 makes FP16.
+    3. A Cast, EyeLike or ConstantOfShape that makes FP32 makes FP16. What is FP32 by ONNX's
+       definition of the operator stays so (a LayerNormalization's mean).
     4. Where FP32 nodes meet the rest, a Cast is inserted; graph outputs are FP16.
     """
 
@@ -32,7 +39,7 @@ class Fp16ArithmeticPass(GraphPass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Go through constants, inputs and nodes; then insert the Casts."""
-        region = self.region
+        region, opset = self.region, model.graph.opset_imports.get("", 0)
         initializers = split_initializers(model, region)
         store_float16(initializers)
         changed = bool(initializers)
@@ -44,8 +51,8 @@ class Fp16ArithmeticPass(GraphPass):
             if node.name in region.nodes32 or node.name in region.wide or _is_to_island(node):
                 continue
             changed |= _halve_attributes(node)
-            for output in node.outputs:
-                if output.dtype == ir.DataType.FLOAT:
+            for index, output in enumerate(node.outputs):
+                if output.dtype == ir.DataType.FLOAT and makes_half(node, index, opset):
                     output.type = HALF
                     changed = True
         changed |= _insert_casts(model, region)
@@ -81,14 +88,16 @@ def _is_to_island(node: ir.Node) -> bool:
 
 
 def _halve_attributes(node: ir.Node) -> bool:
-    if node.op_type == "Cast" and node.attributes["to"].as_int() == ir.DataType.FLOAT:
-        node.attributes["to"] = ir.AttrInt64("to", int(ir.DataType.FLOAT16))
+    kind = {"Cast": "to", "EyeLike": "dtype"}.get(node.op_type, "")
+    if kind in node.attributes and node.attributes[kind].as_int() == ir.DataType.FLOAT:
+        node.attributes[kind] = ir.AttrInt64(kind, int(ir.DataType.FLOAT16))
         return True
     if node.op_type == "ConstantOfShape":
         value = node.attributes["value"].as_tensor() if "value" in node.attributes else None
         if value is None or value.dtype == ir.DataType.FLOAT:
-            array = np.zeros(1, np.float16) if value is None else value.numpy().astype(np.float16)
-            node.attributes["value"] = ir.AttrTensor("value", ir.Tensor(array))
+            # A mask's lowest number must not become infinite: see ``to_float16``.
+            array = np.zeros(1) if value is None else value.numpy().clip(-LARGEST, LARGEST)
+            node.attributes["value"] = ir.AttrTensor("value", ir.Tensor(array.astype(np.float16)))
             return True
     return False
 

@@ -10,7 +10,7 @@ import onnx_ir.passes.common as common_passes
 from mpq_deploy.errors import ModelError
 from mpq_deploy.graph.layers import STANDARD_DOMAINS
 from mpq_deploy.graph.passes.base import GraphPass
-from mpq_deploy.graph.sound import check_growth
+from mpq_deploy.graph.sound import check_growth, known_operator
 
 FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE)
 
@@ -19,9 +19,9 @@ class InferTypesPass(GraphPass):
     """Give every value that some node reads its type, where the file declares none.
 
     1. ONNX's own inference follows the types from the inputs and weights; shapes come with them.
-    2. It stops at GroupNormalization, whose output is like its input, and at operators that are not
-       ONNX's: their outputs take the type of their floats, if that is one (what the operators of
-       ONNX Runtime do). From there it goes on.
+    2. It stops at GroupNormalization, whose output is like its input, and at operators that ONNX
+       does not have in this opset: their outputs take the type of their floats, if that is one (what
+       the operators of ONNX Runtime do). From there it goes on.
     3. A graph whose values all have types is left as it is. What stays unknown is a ModelError that
        names the value.
     4. Constants that multiply, which inference would follow, are refused first.
@@ -61,9 +61,9 @@ def _untyped(model: ir.Model) -> Iterator[ir.Value]:
 
 def _type_others(model: ir.Model) -> bool:
     """Type outputs that ONNX infers nothing of like their inputs; say whether any were."""
-    changed = False
+    changed, opset = False, model.graph.opset_imports.get("", 0)
     for node in model.graph:
-        ours = node.domain in STANDARD_DOMAINS
+        ours = node.domain in STANDARD_DOMAINS and known_operator(node.op_type, opset)
         if all(value.type is not None for value in node.outputs) or (
             ours and node.op_type != "GroupNormalization"
         ):

@@ -8,6 +8,7 @@ from onnx import version_converter
 
 from mpq_deploy.errors import ModelError
 from mpq_deploy.graph.passes.base import GraphPass, ensure
+from mpq_deploy.graph.sound import UNKNOWN, set_apart_unknown
 
 # The first opset with block-wise DequantizeLinear and INT4.
 QUANTIZED_OPSET = 21
@@ -20,9 +21,9 @@ class RaiseOpsetPass(GraphPass):
     """Convert a model to at least ``opset`` by ONNX's own converter.
 
     1. A model at or above the wanted opset is left alone. 2. The weights do not go through the
-    converter: they stand in as graph inputs meanwhile. 3. What the converter cannot convert is a
-    ModelError with its message. The model is not to be used
-       after it.
+    converter: they stand in as graph inputs meanwhile. 3. Operators that ONNX does not have stay as
+    they are. 4. What the converter cannot convert is a ModelError with its message. The model is
+    not to be used after it.
     """
 
     def __init__(self, opset: int = QUANTIZED_OPSET) -> None:
@@ -41,7 +42,13 @@ class RaiseOpsetPass(GraphPass):
         inputs = len(model.graph.inputs)
         tensors = _take_weights(model.graph)
         proto = ir.to_proto(model)
+        # Before this version every constant is an input, too.
+        proto.ir_version = max(proto.ir_version, 4)
+        set_apart_unknown(proto)
         converted: ir.Model = ir.from_proto(_converted(proto, declared, self.opset))
+        converted.graph.opset_imports.pop(UNKNOWN, None)
+        for node in converted.graph:
+            node.domain = "" if node.domain == UNKNOWN else node.domain
         stand_ins = {value.name: value for value in converted.graph.inputs}
         del converted.graph.inputs[inputs:]
         for name, tensor in tensors.items():
