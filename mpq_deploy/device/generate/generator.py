@@ -42,7 +42,7 @@ from mpq_deploy.device.generate.noise_schedule import Array
 from mpq_deploy.device.generate.residency import free_room, residency
 from mpq_deploy.device.generate.schedulers import scheduler_from_config
 from mpq_deploy.device.generate.text_states import Texts, encode_texts
-from mpq_deploy.errors import UsageError
+from mpq_deploy.errors import ModelError, UsageError
 from mpq_deploy.models.lora_option import parse_lora
 from mpq_deploy.system.progress import Talk
 
@@ -287,6 +287,12 @@ class Generator:
                 f"{what}; the {done} before it are kept. {error}".strip(),
                 "Give a smaller --batch, or --one-at-a-time.",
             ) from error
+        for what, values in (("denoiser", latents), ("decoder", images)):
+            if not np.isfinite(values).all():
+                raise ModelError(
+                    f"The {what}'s output is not finite at seed {seeds[0]}: there is no image.",
+                    "FP16 may not hold its values; or give other --steps or --guidance.",
+                )
         for seed, image in zip(seeds, images):
             yield Made(seed, image)
 
