@@ -30,7 +30,6 @@ from pydantic import (
 from mpq_deploy.errors import UsageError, nearest
 from mpq_deploy.formats.ranges import RANGE_KINDS
 from mpq_deploy.formats.scheme import BRANCH_KINDS, NEW_FAMILIES, schemes_named
-from mpq_deploy.models.locate import DEMOS
 from mpq_deploy.models.lora_option import parse_lora
 from mpq_deploy.system.inputs import read_text
 from mpq_deploy.system.names import LONGEST_NAME, printable
@@ -71,6 +70,7 @@ PATHS = (
     *("model", "description", "conditions", "scheduler", "prompts", "call", "calls"),
     "config",
 )
+BUNDLED = ("emoji", "digits")  # models.locate.DEMOS, which imports this module
 START = "# Relative paths start at "
 
 
@@ -729,7 +729,7 @@ def placed(values: dict[str, Any], start: Path) -> dict[str, Any]:
         return there(text) if there(text) != text or not colon else f"{there(file)}:{scale}"
 
     chosen = {key: there(value) for key, value in values.items() if key in PATHS}
-    if values.get("model") in DEMOS:
+    if values.get("model") in BUNDLED:
         chosen["model"] = values["model"]
     if str(values.get("target")).endswith(".yaml"):
         chosen["target"] = there(values["target"])

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from mpq_deploy.cli import app
 from mpq_deploy.errors import UsageError
+from mpq_deploy.models.locate import DEMOS
 from mpq_deploy.recipe import (
     Recipe,
     Section,
@@ -132,11 +133,16 @@ def test_a_run_of_another_folder_is_opened_by_the_paths_it_was_built_with(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     there, here = tmp_path / "there", tmp_path / "here"
-    for name in ("there/model", "there/emoji", "there/a.safetensors", "here/own"):
+    for name in (
+        "there/model",
+        *(f"there/{demo}" for demo in DEMOS),
+        "there/a.safetensors",
+        "here/own",
+    ):
         (tmp_path / name).mkdir(parents=True)
     given: dict[str, Any] = {"model": "model", "prompts": "own", "lora": ("a.safetensors:0.5",)}
     monkeypatch.chdir(there)
-    for name, values in (("one", given), ("two", {"model": "emoji"})):
+    for name, values in (("one", given), *((f"{demo} 1", {"model": demo}) for demo in DEMOS)):
         (there / name).write_text(make_recipe(values).stored(), encoding="utf-8")
         assert load_recipe(there / name) == make_recipe(values)
     monkeypatch.chdir(here)
@@ -145,7 +151,7 @@ def test_a_run_of_another_folder_is_opened_by_the_paths_it_was_built_with(
     # What is not there starts here, as in a folder that was moved as a whole.
     assert read.prompts == "own"
     assert read.lora == (f"{there / 'a.safetensors'}:0.5",)
-    assert load_recipe(there / "two").model == "emoji"
+    assert [load_recipe(there / f"{demo} 1").model for demo in DEMOS] == list(DEMOS)
 
 
 @pytest.mark.parametrize("text", ["- a\n- b\n", "just words", "a: [1"])
