@@ -158,7 +158,7 @@ def refuse_links(folder: Path, error: type[MpqError] = InputError) -> None:
 FULL, FORBIDDEN = (
     (errno.ENOSPC, errno.EDQUOT),
     (
-        *(errno.EROFS, errno.EACCES, errno.EPERM),
+        *(errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG),
         # A file lies where a folder would.
         *(errno.EEXIST, errno.ENOTDIR),
     ),

@@ -154,6 +154,9 @@ def open_generation(folder: Path, files: bool = True) -> Generation:
     if not file.exists() and (folder / "recipe.yaml").is_file():
         what = f"{folder} is the run of one model, not of a whole pipeline."
         raise InputError(what, f"For its images: mpq-deploy sample {folder}")
+    if not file.exists() and (folder / "pipeline.json").is_file():
+        what = f"{folder} is the run of a whole pipeline, which mpq-deploy generate opens."
+        raise InputError(what, f"Give the folder that it writes: {folder / 'generation'}")
     if not file.exists() and (folder / "model_index.json").is_file():
         what = f"{folder} is a pipeline that was not built."
         raise InputError(what, f"Build it first: mpq-deploy build {folder}")

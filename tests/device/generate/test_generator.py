@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -226,6 +227,11 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "no steps": ({"image": Image.new("RGB", (16, 16)), "steps": 2, "strength": 0.2}, "are none"),
     "strength alone": ({"strength": 0.5}, "needs an image"),
     "steps": ({"steps": 0}, "--steps is 0"),
+    "half a step": ({"steps": 2.5}, "--steps is 2.5"),
+    "guidance in words": ({"guidance": "7"}, "--guidance is '7'"),
+    "a size in words": ({"size": "16x16"}, "--size is '16x16'"),
+    "a list of negatives": ({"negative": ["blurry"]}, "The negative is a list"),
+    "bytes that are no text": ({"negative": "\udcff"}, "not valid Unicode"),
 }
 
 
@@ -234,6 +240,11 @@ def test_what_cannot_be_made_is_refused(plain: Path, name: str) -> None:
     wishes, message = WRONG[name]
     with pytest.raises(UsageError, match=message):
         Generator(plain)(PROMPT, **wishes)
+
+
+def test_a_size_may_be_a_list(plain: Path) -> None:
+    made = Generator(plain)(PROMPT, steps=1, size=[16, 16])
+    assert np.array_equal(made[0].array, Generator(plain)(PROMPT, steps=1)[0].array)
 
 
 @pytest.fixture
@@ -265,13 +276,17 @@ def test_an_encoder_is_needed_for_an_image_alone(broken: Path) -> None:
 
 
 def test_a_folder_of_another_kind_is_named_with_what_to_do(tmp_path: Path) -> None:
-    for file, hint in (("recipe.yaml", "sample"), ("model_index.json", "build")):
+    for file, hint in (
+        ("recipe.yaml", "mpq-deploy sample FOLDER"),
+        ("model_index.json", "mpq-deploy build FOLDER"),
+        ("pipeline.json", f"FOLDER{os.sep}generation"),
+    ):
         folder = tmp_path / file
         folder.mkdir()
         (folder / file).write_text("{}", encoding="utf-8")
         with pytest.raises(InputError) as caught:
             Generator(folder)
-        assert f"mpq-deploy {hint} {folder}" in caught.value.hint
+        assert hint.replace("FOLDER", str(folder)) in caught.value.hint
 
 
 def test_a_picture_is_turned_as_its_camera_says(plain: Path, tmp_path: Path) -> None:
