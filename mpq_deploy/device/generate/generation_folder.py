@@ -19,7 +19,10 @@ FORMAT = 1
 FILE, SCHEDULER, COMPONENTS = "generation.json", "scheduler_config.json", "components"
 TOKENIZER = "tokenizer.json"
 AGAIN = "Write the folder again on the build machine."
-PICTURED = "Build the pipeline with --call FILE.yaml that gives it an image."
+PICTURED = (
+    "Build it from a folder of a pipeline that takes images (such as "
+    "StableDiffusionImg2ImgPipeline), with --call FILE.yaml that gives it some."
+)
 SD, SDXL, SD3, FLUX = "sd", "sdxl", "sd3", "flux"
 # What each part is, and whether a kind needs it (T5 of SD3 is optional: then its states are zeros).
 WHAT = {
