@@ -17,12 +17,21 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from mpq_deploy.errors import UsageError, nearest
 from mpq_deploy.formats.ranges import RANGE_KINDS
 from mpq_deploy.formats.scheme import BRANCH_KINDS, NEW_FAMILIES, schemes_named
 from mpq_deploy.models.lora_option import parse_lora
+from mpq_deploy.system.inputs import read_text
 from mpq_deploy.system.names import LONGEST_NAME, printable
 from mpq_deploy.system.quantities import (
     NO_SIZES,
@@ -32,7 +41,8 @@ from mpq_deploy.system.quantities import (
     LatencyEntry,
     SizesEntry,
 )
-from mpq_deploy.system.yaml_file import read_yaml
+from mpq_deploy.system.validated import error_text
+from mpq_deploy.system.yaml_file import YAML_BYTES, parse_yaml
 
 Estimator = Literal["biased", "debiased"]
 Aggregation = Literal["mean", "exponential"]
@@ -55,6 +65,13 @@ LARGEST_SEED, LARGEST_NUMBER = 2**63 - 1, 10**9
 LONGEST_MESSAGE = 500
 # Columns of a recipe that is printed with comments (our choice).
 COLUMNS = 100
+# Settings that are paths, beside LoRAs and tables; what the recipe that a run keeps begins with.
+PATHS = (
+    *("model", "description", "conditions", "scheduler", "prompts", "call", "calls"),
+    "config",
+)
+BUNDLED = ("emoji", "digits")  # models.locate.DEMOS, which imports this module
+START = "# Relative paths start at "
 
 
 AnySection = TypeVar("AnySection", bound="Section")
@@ -64,6 +81,15 @@ class Section(BaseModel):
     """A part of the recipe: unknown keys are errors, values are frozen."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_switch(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse what would count as 1 or 0: YAML reads yes, no, on and off as true and false."""
+        kind = cls.model_fields[str(info.field_name)].annotation
+        if isinstance(value, bool) and kind is not bool and bool not in get_args(kind):
+            raise ValueError("Input should not be true or false (yes, no, on or off)")
+        return value
 
     @model_validator(mode="after")
     def _of_usual_size(self) -> Section:
@@ -530,8 +556,8 @@ class Recipe(Section):
     evaluate: EvaluateSettings = EvaluateSettings()
 
     @field_validator(
-        *("model", "target", "description", "conditions", "scheduler", "prompts", "call", "calls"),
-        "config",
+        "target",
+        *PATHS,
     )
     @classmethod
     def _of_the_user(cls, path: str | None) -> str | None:
@@ -593,6 +619,11 @@ class Recipe(Section):
         """Return the whole recipe, every default written out."""
         return str(yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False))
 
+    def stored(self) -> str:
+        """Return ``to_yaml`` below the folder that relative paths start at, as runs keep it."""
+        start = str(Path.cwd())
+        return (f"{START}{start}\n" if printable(start) == start else "") + self.to_yaml()
+
     def explained(self) -> str:
         """Return the whole recipe as YAML with a comment for every setting."""
         return "\n".join(_explained(self)) + "\n"
@@ -651,10 +682,12 @@ def make_recipe(values: dict[str, Any], source: str = "the recipe") -> Recipe:
         if first["type"] == "extra_forbidden":
             known = _keys_at(tuple(p for p in first["loc"][:-1] if isinstance(p, str)))
             close = difflib.get_close_matches(str(first["loc"][-1]), known, n=1, cutoff=0.5)
+            homes = [key for key in _all_keys(Recipe) if key.split(".")[-1] == first["loc"][-1]]
             hint = f"Did you mean '{close[0]}'? " if close else ""
+            hint = f"It is a key of a section: {', '.join(homes)}. " if homes else hint
             hint += f"Known keys there: {', '.join(known)}."
             raise UsageError(f"Unknown key '{where}' in {source}.", hint) from error
-        message = str(first["msg"]).removeprefix("Value error, ")[:LONGEST_MESSAGE]
+        message = error_text(first)[:LONGEST_MESSAGE]
         # A section's own check names the setting and its value.
         found = "" if isinstance(first["input"], dict) else f" (found {_short(first['input'])})"
         place = f"{where} in {source}" if where else source
@@ -671,11 +704,41 @@ def load_recipe(source: str | Path | None, overrides: dict[str, Any] | None = No
     values: dict[str, Any] = {}
     if source is not None:
         path = recipe_file(source)
-        read = read_yaml(path, error=UsageError)
+        text = read_text(path, limit=YAML_BYTES, error=UsageError)
+        read = parse_yaml(text, str(path), error=UsageError)
         if read is not None and not isinstance(read, dict):
             raise UsageError(f"{path} holds a {type(read).__name__}, not keys and values.")
         values = read or {}
+        first = text.split("\n", 1)[0]
+        if first.startswith(START):
+            values = placed(values, Path(first.removeprefix(START)))
     return recipe_over(values, overrides or {}, "the options" if source is None else path.name)
+
+
+def placed(values: dict[str, Any], start: Path) -> dict[str, Any]:
+    """Return a recipe's values; relative paths that lead somewhere from ``start`` lead there from here."""
+    if start == Path.cwd():
+        return values
+
+    def there(text: Any) -> Any:
+        found = isinstance(text, str) and text and (start / text).exists()
+        return str(start / text) if found else text
+
+    def lora(text: Any) -> Any:
+        file, colon, scale = str(text).rpartition(":")
+        return there(text) if there(text) != text or not colon else f"{there(file)}:{scale}"
+
+    chosen = {key: there(value) for key, value in values.items() if key in PATHS}
+    if values.get("model") in BUNDLED:
+        chosen["model"] = values["model"]
+    if str(values.get("target")).endswith(".yaml"):
+        chosen["target"] = there(values["target"])
+    if isinstance(values.get("lora"), list):
+        chosen["lora"] = [lora(one) for one in values["lora"]]
+    section = values.get("allocate")
+    if isinstance(section, dict) and "latency_table" in section:
+        chosen["allocate"] = {**section, "latency_table": there(section["latency_table"])}
+    return {**values, **chosen}
 
 
 def recipe_over(values: dict[str, Any], overrides: dict[str, Any], source: str) -> Recipe:
@@ -720,6 +783,14 @@ def recipe_heading(path: Path) -> list[str]:
     lines = path.read_text(encoding="utf-8").splitlines()
     heading = itertools.takewhile(lambda line: line.startswith("#"), lines)
     return [line.removeprefix("#").strip() for line in heading]
+
+
+def _all_keys(section: type[Section], place: str = "") -> Iterator[str]:
+    """Yield the dotted name of every key."""
+    for name, field in section.model_fields.items():
+        yield f"{place}{name}"
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            yield from _all_keys(field.annotation, f"{place}{name}.")
 
 
 def _keys_at(path: tuple[str, ...]) -> list[str]:

@@ -13,7 +13,15 @@ from typer.testing import CliRunner
 
 from mpq_deploy.cli import app
 from mpq_deploy.errors import UsageError
-from mpq_deploy.recipe import Recipe, Section, bundled_recipes, load_recipe, recipe_heading
+from mpq_deploy.models.locate import DEMOS
+from mpq_deploy.recipe import (
+    Recipe,
+    Section,
+    bundled_recipes,
+    load_recipe,
+    make_recipe,
+    recipe_heading,
+)
 
 RUNNER = CliRunner(env={"COLUMNS": "80", "NO_COLOR": "1", "TERM": "dumb"})
 RECIPES = bundled_recipes()
@@ -101,6 +109,12 @@ def test_a_recipe_survives_its_own_yaml() -> None:
         ("calibrate.scale", "mean", "found 'mean'"),
         ("calibrate.timesteps", 0, "found 0"),
         ("calibrate.timesteps", "many", "found 'many'"),
+        # What YAML makes of yes and off: Python counts them as 1 and 0.
+        ("calibrate.timesteps", True, "true or false"),
+        ("guidance_scale", False, "true or false"),
+        ("allocate.schemes", "fp16", "should be a list"),
+        ("calibrate", [], "keys with values"),
+        ("objective", "latency", "allocate.objective"),
         ("measure.method", "guess", "probe"),
         ("evaluate.calls", 0, "found 0"),
         ("evaluate.samples", 0, "found 0"),
@@ -113,6 +127,31 @@ def test_a_mistake_is_named_with_what_was_found(key: str, value: object, words: 
     with pytest.raises(UsageError) as caught:
         load_recipe(None, {key: value})
     assert words in str(caught.value)
+
+
+def test_a_run_of_another_folder_is_opened_by_the_paths_it_was_built_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there, here = tmp_path / "there", tmp_path / "here"
+    for name in (
+        "there/model",
+        *(f"there/{demo}" for demo in DEMOS),
+        "there/a.safetensors",
+        "here/own",
+    ):
+        (tmp_path / name).mkdir(parents=True)
+    given: dict[str, Any] = {"model": "model", "prompts": "own", "lora": ("a.safetensors:0.5",)}
+    monkeypatch.chdir(there)
+    for name, values in (("one", given), *((f"{demo} 1", {"model": demo}) for demo in DEMOS)):
+        (there / name).write_text(make_recipe(values).stored(), encoding="utf-8")
+        assert load_recipe(there / name) == make_recipe(values)
+    monkeypatch.chdir(here)
+    read = load_recipe(there / "one")
+    assert read.model == str(there / "model")
+    # What is not there starts here, as in a folder that was moved as a whole.
+    assert read.prompts == "own"
+    assert read.lora == (f"{there / 'a.safetensors'}:0.5",)
+    assert [load_recipe(there / f"{demo} 1").model for demo in DEMOS] == list(DEMOS)
 
 
 @pytest.mark.parametrize("text", ["- a\n- b\n", "just words", "a: [1"])

@@ -534,10 +534,12 @@ def open_array(path: Path) -> torch.Tensor:
 
 def open_picture(path: Path) -> Any:
     """Return a picture, RGB or grey. Raises UsageError for a file that is none."""
-    from PIL import Image
+    from PIL import Image, ImageOps
 
     try:
-        with Image.open(path) as picture:
+        with Image.open(path) as opened:
+            # As diffusers' load_image: turned as its camera says.
+            picture = ImageOps.exif_transpose(opened)
             return picture.convert("L" if picture.mode in ("1", "L") else "RGB")
     except OSError as error:
         raise UsageError(

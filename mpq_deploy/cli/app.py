@@ -120,7 +120,7 @@ def _whole_recipe(run: Path, options: Mapping[str, Any]) -> Recipe | None:
         key: value.value if isinstance(value, Enum) else value for key, value in options.items()
     }
     given = {key: str(v) if isinstance(v, Path) else v for key, v in plain.items()}
-    return recipe_over(PipelineFile.load(run).recipe, given, str(run))
+    return recipe_over(PipelineFile.load(run).given(), given, str(run))
 
 
 def recipe_to_build(out: Path | None, recipe: str | None, options: Mapping[str, Any]) -> Recipe:

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Optional, get_type_hints
 import typer
 
 from mpq_deploy.cli.app import DEVICE, app, make_talk, print_result
-from mpq_deploy.cli.options import LARGEST_SEED, output_file
+from mpq_deploy.cli.options import LARGEST_SEED, output_picture
 from mpq_deploy.errors import UsageError
 
 
@@ -31,7 +31,11 @@ class Options:
     out: Annotated[
         Path,
         typer.Option(
-            "--out", "-o", metavar="PNG", help="With --count: NAME-SEED.png.", callback=output_file
+            "--out",
+            "-o",
+            metavar="PNG",
+            help="With --count: NAME-SEED.png.",
+            callback=output_picture,
         ),
     ] = Path("image.png")
     negative: Annotated[
@@ -96,7 +100,7 @@ def _generate(**given: Any) -> None:
     generator = Generator(folder, one_at_a_time=alone, loras=loras, talk=talk)
     written = []
     for made in generator.generate(wish):
-        name = f"{options.out.stem}-{made.seed}{options.out.suffix or '.png'}"
+        name = f"{options.out.stem}-{made.seed}{options.out.suffix}"
         path = options.out if wish.count == 1 else options.out.with_name(name)
         made.image.save(path)
         written.append({"file": str(path), "seed": made.seed})

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 OF_MODEL = "Model inputs"
 # The largest seed that NumPy's and torch's generators both take.
 LARGEST_SEED = 2**63 - 1
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 
 
 def signing_key(path: Path | None) -> SecretKey | None:
@@ -58,6 +59,16 @@ def output_file(path: Path | None) -> Path | None:
             )
     except (OSError, ValueError) as error:
         raise UsageError(f"{str(path)[:200]} cannot be written: {error}.") from error
+    return path
+
+
+def output_picture(path: Path) -> Path:
+    """Return the picture to write, a PNG where its name has no ending. UsageError as ``output_file``."""
+    path = output_file(path if path.suffix else path.with_name(f"{path.name}.png")) or path
+    if path.suffix.lower() not in PICTURES:
+        raise UsageError(
+            f"{path} has no ending of a picture.", f"Give a name with {', '.join(PICTURES)}."
+        )
     return path
 
 

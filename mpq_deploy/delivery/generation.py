@@ -111,7 +111,8 @@ def generation_of(run: Path, talk: Talk) -> Path:
     with tempfile.TemporaryDirectory(prefix=f".{GENERATION}-", dir=run) as aside:
         sizes = make_recipe(dict(view.recipe)).sizes
         place_aside = Path(aside) / GENERATION
-        write_generation(locate(view.source, talk), files, place_aside, sizes=sizes)
+        source = view.given().get("model", view.source)
+        write_generation(locate(source, talk), files, place_aside, sizes=sizes)
         write_text(Path(aside) / GENERATION / MADE_FROM, made_from)
         shutil.rmtree(place, ignore_errors=True)
         (Path(aside) / GENERATION).replace(place)

@@ -9,6 +9,11 @@ from mpq_deploy.errors import UsageError
 from mpq_deploy.report.gate import GateResult, Limits, Outcome, Status
 from mpq_deploy.run.pipeline_file import PipelineFile
 
+BUILD = "Run: mpq-deploy build -o RUN."
+MEASURE = (
+    "To measure: mpq-deploy install PACKAGE on the device, then here mpq-deploy report RUN "
+    "--device results.json."
+)
 TAKEN = ("max_size", "min_psnr", "max_nmse", "max_latency")
 
 
@@ -28,27 +33,39 @@ def check_pipeline(run: Path, limits: Limits, allow_estimate: bool) -> GateResul
         raise UsageError(f"{what}.", f"Of {run}: {shown}; of a part: {run}/components/NAME.")
     latency = None if limits.max_latency is None else limits.max_latency.milliseconds
     outcomes = [_size(view, limits)] if limits.max_size is not None else []
-    for name, limit, value in (
-        ("PSNR", limits.min_psnr, view.psnr_db),
-        ("error of images", limits.max_nmse, view.measured_image_error),
-        ("latency per image", latency, _image_ms(view, allow_estimate)),
+    for name, limit, value, unit, detail in (
+        ("PSNR", limits.min_psnr, view.psnr_db, " dB", ""),
+        ("error of images", limits.max_nmse, view.measured_image_error, "", ""),
+        ("latency per image", latency, *_image_ms(view, allow_estimate)),
     ):
         if limit is not None:
-            outcomes.append(_held(name, limit, value, name == "PSNR"))
+            outcomes.append(_held(name, limit, value, unit, detail))
     target = str(view.recipe.get("target", ""))
     return GateResult(str(run), view.class_name, target, tuple(outcomes), view.notes)
 
 
-def _image_ms(view: PipelineFile, allow_estimate: bool) -> float | None:
-    """Return what devices measured of an image, the slowest; without any the estimate, where allowed."""
+def _image_ms(view: PipelineFile, allow_estimate: bool) -> tuple[float | None, str, str]:
+    """Return the time of an image, its unit, and a remark on it.
+
+    It is what devices measured, the slowest; without any the estimate, where that is allowed.
+    """
     measured = [one.image_ms for one in view.devices if one.image_ms is not None]
-    return max(measured, default=view.image_ms if allow_estimate else None)
+    if measured:
+        return max(measured), " ms", "Measured on a device."
+    if view.image_ms is None:
+        return None, " ms", MEASURE
+    if allow_estimate:
+        return view.image_ms, " ms", "Estimated from the target's figures; no device measured it."
+    estimate = f"Estimated at {view.image_ms:.4g} ms, which --allow-estimate takes."
+    return None, " ms", f"{estimate} {MEASURE}"
 
 
 def _size(view: PipelineFile, limits: Limits) -> Outcome:
     assert limits.max_size is not None
     if view.size_bytes is None or not view.fp16_size_bytes or view.weights is None:
-        return Outcome("size", f"at most {limits.max_size}", "not planned", "not measured")
+        return Outcome(
+            "size", f"at most {limits.max_size}", "not planned", "not measured", detail=BUILD
+        )
     allowed = limits.max_size.bytes(view.fp16_size_bytes, view.weights)
     measured = f"{view.size_bytes / view.fp16_size_bytes:.4f} of FP16, {view.size_bytes:,} bytes"
     status: Status = "passed" if view.size_bytes <= allowed else "failed"
@@ -56,9 +73,11 @@ def _size(view: PipelineFile, limits: Limits) -> Outcome:
     return Outcome("size", limit, measured, status, view.size_bytes, allowed)
 
 
-def _held(name: str, limit: float, value: float | None, at_least: bool) -> Outcome:
-    required = f"at {'least' if at_least else 'most'} {limit:g}"
+def _held(name: str, limit: float, value: float | None, unit: str, detail: str) -> Outcome:
+    at_least = name == "PSNR"
+    required = f"at {'least' if at_least else 'most'} {limit:g}{unit}"
     if value is None:
-        return Outcome(name, required, "not measured", "not measured", None, limit)
-    kept = value >= limit if at_least else value <= limit
-    return Outcome(name, required, f"{value:.4g}", "passed" if kept else "failed", value, limit)
+        detail = detail or BUILD
+        return Outcome(name, required, "not measured", "not measured", None, limit, detail=detail)
+    status: Status = "passed" if (value >= limit if at_least else value <= limit) else "failed"
+    return Outcome(name, required, f"{value:.4g}{unit}", status, value, limit, detail=detail)

@@ -123,7 +123,7 @@ class Pipeline:
     def _fit(self, coming: list[str]) -> Ahead:
         ahead = look_ahead(self.run, STAGES, coming)
         if ahead.recipe != self.run.recipe:
-            write_text(self.run.path / RECIPE, ahead.recipe.to_yaml())
+            write_text(self.run.path / RECIPE, ahead.recipe.stored())
             self.run = replace(self.run, recipe=ahead.recipe)
         return ahead
 
@@ -268,7 +268,7 @@ def open_pipeline(
     with open_run(run) as folder, compute_on(place), kept_workers():
         stored = run / RECIPE
         before = read_text(stored, error=RunFolderError) if stored.is_file() else None
-        write_text(stored, recipe.to_yaml())
+        write_text(stored, recipe.stored())
         pipeline = Pipeline(folder, recipe, talk, crew)
         pipeline.run = replace(pipeline.run, coming=tuple(coming))
         pipeline.no_device = no_device

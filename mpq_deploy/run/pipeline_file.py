@@ -8,6 +8,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 from mpq_deploy.errors import RunFolderError
+from mpq_deploy.recipe import placed
 from mpq_deploy.system.files import canonical_json, write_text
 from mpq_deploy.system.validated import read_model
 
@@ -62,7 +63,10 @@ class WholeDevice(BaseModel):
 
 
 class PipelineFile(BaseModel):
-    """A run of a whole pipeline: its source, its ``recipe`` as it was given, its parts and the whole."""
+    """A run of a whole pipeline: its source, its ``recipe`` as it was given, its parts and the whole.
+
+    ``directory``: where the recipe's relative paths start.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -71,6 +75,7 @@ class PipelineFile(BaseModel):
     source: str
     denoiser: str
     recipe: dict[str, Any]
+    directory: str = ""
     parts: dict[str, PartFigures]
     budget_bytes: int | None = None
     fp16_size_bytes: int | None = None
@@ -83,6 +88,10 @@ class PipelineFile(BaseModel):
     image_ms: float | None = None
     notes: tuple[str, ...] = ()
     devices: tuple[WholeDevice, ...] = ()
+
+    def given(self) -> dict[str, Any]:
+        """Return the recipe's values, with paths that lead there from here."""
+        return placed(self.recipe, Path(self.directory)) if self.directory else self.recipe
 
     def save(self, run: Path) -> None:
         """Write the file into a run folder."""

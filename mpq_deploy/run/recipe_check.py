@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mpq_deploy.engine.target import RTX, Target, builder_present, load_target
@@ -10,6 +11,7 @@ from mpq_deploy.formats.fp8 import FP8_SCHEME
 from mpq_deploy.graph.layers import Layer
 from mpq_deploy.latency.plan_latency import check_latency
 from mpq_deploy.rounding.candidate_store import wanted_schemes
+from mpq_deploy.run.folder import MARKER
 from mpq_deploy.sensitivity.methods import METHODS
 
 if TYPE_CHECKING:
@@ -17,7 +19,10 @@ if TYPE_CHECKING:
 
 
 def check_recipe(recipe: Recipe) -> None:
-    """Refuse an unknown target and options that contradict each other."""
+    """Refuse a run as model, an unknown target, and options that contradict each other."""
+    if recipe.model and (Path(recipe.model) / MARKER).is_file():
+        hint = f"To go on with it: mpq-deploy build -o {recipe.model}"
+        raise UsageError(f"{recipe.model} is a run folder, not a model.", hint)
     target = load_target(recipe.target)
     if recipe.engine.build and target.builder == RTX and not builder_present(target):
         raise MissingDependencyError(

@@ -151,6 +151,7 @@ class WholeRun:
             source=source,
             denoiser=self.parts.denoiser,
             recipe=self._given,
+            directory=str(Path.cwd()),
             parts=states,
         )
 

@@ -60,7 +60,7 @@ def make(run: Run, folder: Path) -> str:
             if current or not alike(fields, STAGE.fields(run), ASIDE):
                 continue
             check_memory(later, STAGE)
-            begin_target(later.path, later.recipe.to_yaml())
+            begin_target(later.path, later.recipe.stored())
             place = later.folder.writing(STAGE.name, fields, str(computing_on()))
             known = _earlier(later, *((own, where) for own, where, _ in making))
             making.append((later, stack.enter_context(place), known))

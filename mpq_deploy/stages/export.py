@@ -36,7 +36,8 @@ def inputs(run: Run) -> Fields:
     files = source_files(recipe.model, description, recorded=bool(recipe.calls), config=config)
     fields: Fields = {
         "export.format": EXPORT_FORMAT,
-        "recipe.model": recipe.model,
+        # Its files are below: the same model by another path is the same.
+        "recipe.model": Path(recipe.model).name if recipe.model else None,
         "recipe.guidance_scale": recipe.guidance_scale,
         "recipe.component": recipe.component,
         "recipe.component_samples": recipe.component_samples if recipe.component else None,

@@ -155,7 +155,14 @@ def refuse_links(folder: Path, error: type[MpqError] = InputError) -> None:
 
 
 # How the system says that a file cannot grow, and that none can be made.
-FULL, FORBIDDEN = (errno.ENOSPC, errno.EDQUOT), (errno.EROFS, errno.EACCES, errno.EPERM)
+FULL, FORBIDDEN = (
+    (errno.ENOSPC, errno.EDQUOT),
+    (
+        *(errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG),
+        # A file lies where a folder would.
+        *(errno.EEXIST, errno.ENOTDIR),
+    ),
+)
 
 
 def disk_error(error: OSError, path: Path | None) -> MpqError:

@@ -12,6 +12,11 @@ from mpq_deploy.errors import InputError, MpqError
 from mpq_deploy.system.inputs import TEXT_BYTES, read_json
 from mpq_deploy.system.names import printable
 
+WORDS = {
+    "tuple_type": "Input should be a list",
+    "model_type": "Input should be keys with values",
+    "dict_type": "Input should be keys with values",
+}
 M = TypeVar("M", bound=BaseModel)
 
 
@@ -50,11 +55,17 @@ def _adapter(kind: Any) -> TypeAdapter[Any]:
     return TypeAdapter(kind)
 
 
+def error_text(problem: Any) -> str:
+    """Return what pydantic says of a field, in the words of files instead of Python's."""
+    message: str = problem["msg"]
+    return WORDS.get(problem["type"], message).removeprefix("Value error, ")
+
+
 def first_error(error: ValidationError) -> str:
     """Name the first field that is wrong, what is wrong with it and what was found; count the rest."""
     first = error.errors()[0]
     place = ".".join(map(str, first["loc"]))[:200] or "its content"
-    message = first["msg"].removeprefix("Value error, ")
+    message = error_text(first)
     found = "" if first["type"] == "missing" else f" (found {repr(first['input'])[:60]})"
     more = f", and {error.error_count() - 1} more" if error.error_count() > 1 else ""
     return printable(f"{place}: {message}{found}{more}")

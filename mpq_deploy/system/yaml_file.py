@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,18 @@ class _Loader(yaml.SafeLoader):
                     raise yaml.constructor.ConstructorError(None, None, what, key.start_mark)
                 seen.add(name)
         return super().construct_mapping(node, deep)
+
+    def construct_yaml_int(self, node: Any) -> int:
+        """Return a number; ConstructorError for 010 and 1:30, which YAML reads to the base 8 and 60."""
+        if re.fullmatch(r"[-+]?0[0-9_]+|.*:.*", node.value):
+            what = (
+                f"{node.value} would be {super().construct_yaml_int(node)}: quote it if it is text"
+            )
+            raise yaml.constructor.ConstructorError(None, None, what, node.start_mark)
+        return int(super().construct_yaml_int(node))
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
 
 
 def read_yaml(path: Path, *, error: type[MpqError] = InputError, hint: str = "") -> Any:

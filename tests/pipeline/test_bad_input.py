@@ -319,8 +319,14 @@ def test_a_folder_of_something_else(cli: Cli, tmp_path: Path, model: Path) -> No
 
 def test_a_file_instead_of_a_folder(cli: Cli, tmp_path: Path, model: Path) -> None:
     (tmp_path / "file").write_text("a", encoding="utf-8")
-    refused(cli("build", model, "-o", tmp_path / "file"), 1, str(tmp_path / "file"))
-    refused(cli("build", model, "-o", tmp_path / "file" / "run"), 1, str(tmp_path / "file"))
+    for place in (tmp_path / "file", tmp_path / "file" / "run"):
+        refused(cli("build", model, "-o", place), 1, str(place), "cannot be written", "with -o")
+
+
+def test_a_run_instead_of_a_model(cli: Cli, tmp_path: Path, run: Path) -> None:
+    for command in ("build", "audit"):
+        wrong = cli(command, run, "-o", tmp_path / "new")
+        refused(wrong, 2, "is a run folder, not a model", f"build -o {run}")
 
 
 def flip(path: Path) -> None:

@@ -142,4 +142,8 @@ def test_aliases_that_expand_are_counted_each_time(monkeypatch: pytest.MonkeyPat
     lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 8)}]" for i in range(1, 9)]
     with pytest.raises(InputError, match="10,000 values"):
         parse_yaml("\n".join(lines), "bomb")
+    for text in ("a: 010", "a: 1:30"):
+        with pytest.raises(InputError, match="quote it"):
+            parse_yaml(text, "x")
+    assert parse_yaml("[0, -12, 0x1f, 1_000, '010']", "x") == [0, -12, 31, 1000, "010"]
     assert parse_yaml("a: &x {b: 1}\nc: {<<: *x, d: 2}", "x")["c"] == {"b": 1, "d": 2}

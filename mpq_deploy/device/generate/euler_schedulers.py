@@ -65,8 +65,6 @@ class EulerDiscreteScheduler(SigmaScheduler):
         **DIFFUSION,
         **CONVERTED,
         "interpolation_type": "linear",
-        "sigma_min": None,
-        "sigma_max": None,
         "timestep_type": "discrete",
         "final_sigmas_type": "zero",
     }

@@ -19,6 +19,10 @@ FORMAT = 1
 FILE, SCHEDULER, COMPONENTS = "generation.json", "scheduler_config.json", "components"
 TOKENIZER = "tokenizer.json"
 AGAIN = "Write the folder again on the build machine."
+PICTURED = (
+    "Build it from a folder of a pipeline that takes images (such as "
+    "StableDiffusionImg2ImgPipeline), with --call FILE.yaml that gives it some."
+)
 SD, SDXL, SD3, FLUX = "sd", "sdxl", "sd3", "flux"
 # What each part is, and whether a kind needs it (T5 of SD3 is optional: then its states are zeros).
 WHAT = {
@@ -111,7 +115,8 @@ class Generation:
     def part(self, name: str) -> Part:
         """Return a part. InputError says what a missing one would have been."""
         if name not in self.parts:
-            raise InputError(f"{self.folder} has no {name}, {WHAT.get(name, 'a part')}.", AGAIN)
+            hint = PICTURED if name == "vae_encoder" else AGAIN
+            raise InputError(f"{self.folder} has no {name}, {WHAT.get(name, 'a part')}.", hint)
         return self.parts[name]
 
     @property
@@ -148,7 +153,16 @@ def open_generation(folder: Path, files: bool = True) -> Generation:
         raise InputError(
             f"{folder} is a file.", f"Install a package first: mpq-deploy install {folder}"
         )
-    hint = f"Give a folder that holds {FILE}."
+    hint = "Give the run of a whole pipeline, an installed package or a generation folder."
+    if not file.exists() and (folder / "recipe.yaml").is_file():
+        what = f"{folder} is the run of one model, not of a whole pipeline."
+        raise InputError(what, f"For its images: mpq-deploy sample {folder}")
+    if not file.exists() and (folder / "pipeline.json").is_file():
+        what = f"{folder} is the run of a whole pipeline, which mpq-deploy generate opens."
+        raise InputError(what, f"Give the folder that it writes: {folder / 'generation'}")
+    if not file.exists() and (folder / "model_index.json").is_file():
+        what = f"{folder} is a pipeline that was not built."
+        raise InputError(what, f"Build it first: mpq-deploy build {folder}")
     read = read_json_object(file, error=InputError, hint=hint)
     if read.get("format") != FORMAT:
         what = f"{file} is of format {read.get('format')!r}; this version reads {FORMAT}."

@@ -42,7 +42,7 @@ from mpq_deploy.device.generate.noise_schedule import Array
 from mpq_deploy.device.generate.residency import free_room, residency
 from mpq_deploy.device.generate.schedulers import scheduler_from_config
 from mpq_deploy.device.generate.text_states import Texts, encode_texts
-from mpq_deploy.errors import UsageError
+from mpq_deploy.errors import ModelError, UsageError
 from mpq_deploy.models.lora_option import parse_lora
 from mpq_deploy.system.progress import Talk
 
@@ -195,12 +195,14 @@ class Generator:
 
     def _completed(self, wish: Wish) -> Wish:
         """Return the wish with defaults filled in. Raises UsageError for what cannot be made."""
+        _check_types(wish)
         generation, defaults = self.generation, self.generation.defaults
         image = None if wish.image is None else read_picture(wish.image, "image")
         mask = None
         if wish.mask is not None:
             mask = read_picture(wish.mask, "mask", ("L", "RGB", "1"))
-        size = wish.size or (image.size if image is not None else generation.sizes[0])
+        given = None if wish.size is None else (int(wish.size[0]), int(wish.size[1]))
+        size = given or (image.size if image is not None else generation.sizes[0])
         generation.check_size(size)
         steps = wish.steps if wish.steps is not None else defaults["steps"]
         guidance = wish.guidance if wish.guidance is not None else defaults["guidance"]
@@ -287,6 +289,12 @@ class Generator:
                 f"{what}; the {done} before it are kept. {error}".strip(),
                 "Give a smaller --batch, or --one-at-a-time.",
             ) from error
+        for what, values in (("denoiser", latents), ("decoder", images)):
+            if not np.isfinite(values).all():
+                raise ModelError(
+                    f"The {what}'s output is not finite at seed {seeds[0]}: there is no image.",
+                    "FP16 may not hold its values; or give other --steps or --guidance.",
+                )
         for seed, image in zip(seeds, images):
             yield Made(seed, image)
 
@@ -420,6 +428,26 @@ class Generator:
         outputs = run_in_rows(part, self._opened("vae_decoder"), feeds)
         image = np.clip(next(iter(outputs.values())) / 2 + 0.5, 0, 1)
         return image.transpose(0, 2, 3, 1)
+
+
+def _check_types(wish: Wish) -> None:
+    """Raise UsageError for a prompt that is no text, and for numbers of another type."""
+    for name, text in (("prompt", wish.prompt), ("negative", wish.negative or "")):
+        if not isinstance(text, str):
+            raise UsageError(f"The {name} is a {type(text).__name__}.", "Give one text per call.")
+        if any("\ud800" <= letter <= "\udfff" for letter in text):
+            raise UsageError(f"The {name} is not valid Unicode.", "Give it in UTF-8.")
+    for name in ("steps", "seed", "count", "batch"):
+        value = getattr(wish, name)
+        if value is not None and not isinstance(value, (int, np.integer)):
+            raise UsageError(f"--{name} is {value!r}.", "Give a whole number.")
+    for name in ("guidance", "strength"):
+        value = getattr(wish, name)
+        if value is not None and not isinstance(value, (int, float, np.number)):
+            raise UsageError(f"--{name} is {value!r}.", "Give a number.")
+    size = wish.size
+    if size is not None and (isinstance(size, str) or len(size) != 2):
+        raise UsageError(f"--size is {size!r}.", "Give a width and a height, such as (512, 512).")
 
 
 def _packed(latents: Array) -> Array:

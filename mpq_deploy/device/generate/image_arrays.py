@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,12 @@ MODES = ("RGB", "L")
 LARGEST_PIXELS = 1 << 26
 
 
-def pillow() -> Any:
-    """Return ``PIL.Image``. Raises MissingDependencyError."""
+def pillow(module: str = "Image") -> Any:
+    """Return a module of Pillow. Raises MissingDependencyError."""
     try:
-        from PIL import Image
+        return import_module(f"PIL.{module}")
     except ImportError as error:
         raise MissingDependencyError("pillow", "generate", "An image") from error
-    return Image
 
 
 def read_picture(given: Any, what: str, modes: tuple[str, ...] = MODES) -> Any:
@@ -31,7 +31,8 @@ def read_picture(given: Any, what: str, modes: tuple[str, ...] = MODES) -> Any:
         try:
             image = pillow().open(given)
             if image.width * image.height <= LARGEST_PIXELS:
-                image.load()
+                # Cameras store the rotation beside the pixels; diffusers' load_image turns them, too.
+                image = pillow("ImageOps").exif_transpose(image)
         except (OSError, ValueError, SyntaxError) as error:
             raise InputError(f"The {what} {given} cannot be read: {error}.") from error
     if image.width * image.height > LARGEST_PIXELS:

@@ -208,8 +208,6 @@ class UniPCMultistepScheduler(MultistepScheduler):
         "solver_type": "bh2",
         "disable_corrector": [],
         "solver_p": None,
-        "sigma_min": None,
-        "sigma_max": None,
         "shift_terminal": None,
     }
     choices: ClassVar[Mapping[str, tuple[Any, ...]]] = {
@@ -224,6 +222,8 @@ class UniPCMultistepScheduler(MultistepScheduler):
         super().__init__(config)
         if self.config["prediction_type"] == "flow_prediction" and not self.config["predict_x0"]:
             raise InputError("UniPCMultistepScheduler with predict_x0 = False predicts no flow.")
+        if self.config["shift_terminal"] and not self.config["use_flow_sigmas"]:
+            raise InputError("UniPCMultistepScheduler with shift_terminal needs use_flow_sigmas.")
         self._last: Array | None = None
         self._order = 0
 

@@ -32,6 +32,9 @@ CONVERTED: dict[str, Any] = {
     "use_karras_sigmas": False,
     "use_exponential_sigmas": False,
     "use_beta_sigmas": False,
+    # No argument of every class that converts, but read by each from its file.
+    "sigma_min": None,
+    "sigma_max": None,
 }
 THRESHOLD: dict[str, Any] = {
     "thresholding": False,
@@ -78,8 +81,9 @@ def checked_settings(
         if allowed is None and not _fits(value, defaults[key]):
             raise _refused(name, key, value, f"Its type is that of {defaults[key]!r}.")
         settings[key] = value
-    if sum(bool(settings.get(key)) for key in CONVERTED) > 1:
-        raise InputError(f"{name}: only one of {', '.join(CONVERTED)} can be used.")
+    converted = [key for key in CONVERTED if key.startswith("use") and settings.get(key)]
+    if len(converted) > 1:
+        raise InputError(f"{name}: only one of {', '.join(converted)} can be used.")
     if not 1 <= settings["num_train_timesteps"] <= LARGEST_TRAIN:
         key = "num_train_timesteps"
         raise _refused(name, key, settings[key], f"It lies between 1 and {LARGEST_TRAIN:,}.")
@@ -143,6 +147,9 @@ class Scheduler:
                 f"{type(self).__name__} cannot make {steps} steps.", f"Give 1 to {train}."
             )
         self._schedule(steps, sigmas, mu, strength)
+        if not np.isfinite(self.timesteps).all():
+            what = f"The settings of {type(self).__name__} give no timesteps for {steps} steps"
+            raise UsageError(f"{what}.", "Give more.")
         self.begin(0)
 
     def begin(self, index: int) -> None:
@@ -175,6 +182,19 @@ class AlphaScheduler(Scheduler):
         self.alphas = products(betas_of(self.config))
         one = np.float32(1)
         self.final_alpha = one if self.config.get("set_alpha_to_one", True) else self.alphas[0]
+
+    def set_timesteps(  # noqa: D102
+        self,
+        steps: int,
+        sigmas: Array | None = None,
+        mu: float | None = None,
+        strength: float = 1.0,
+    ) -> None:
+        super().set_timesteps(steps, sigmas, mu, strength)
+        low, high, train = int(self.timesteps.min()), int(self.timesteps.max()), len(self.alphas)
+        if low < 0 or high >= train:
+            what = f"{type(self).__name__} would make {steps} steps from timestep {high} to {low}"
+            raise UsageError(f"{what}, and there are 0 to {train - 1}.", "Give other --steps.")
 
     def alpha(self, timestep: int) -> Any:
         """The product at a timestep; the last one's before the first."""

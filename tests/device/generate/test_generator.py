@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -18,10 +19,12 @@ from PIL import Image
 from tokenizers import Tokenizer
 from typer.testing import CliRunner
 
+from mpq_deploy.calls.pipeline_runs import open_picture
 from mpq_deploy.cli import app
 from mpq_deploy.device.generate.generator import Generator, Wish
 from mpq_deploy.device.generate.graph_runner import PartMemoryError
-from mpq_deploy.errors import InputError, UsageError
+from mpq_deploy.device.generate.image_arrays import read_picture
+from mpq_deploy.errors import InputError, ModelError, UsageError
 from mpq_deploy.system.progress import Talk
 from tests.device.generate.folders import SameNoise, same_noise, written
 
@@ -202,6 +205,17 @@ def test_memory_that_runs_out_in_a_batch_keeps_the_images_done(
     assert not generator._open
 
 
+@pytest.mark.parametrize("part", ["_denoised", "_decoded"])
+def test_no_image_is_written_of_values_that_are_not_finite(
+    plain: Path, monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
+    generator = Generator(plain)
+    made = getattr(generator, part)
+    monkeypatch.setattr(generator, part, lambda *given: np.nan * made(*given))
+    with pytest.raises(ModelError, match=f"The {part[1:4]}[a-z]+'s output is not finite at seed 3"):
+        generator(PROMPT, steps=1, seed=3)
+
+
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "a size outside": ({"size": (32, 16)}, "makes no images of 32x16"),
     "a mask alone": ({"mask": Image.new("L", (16, 16))}, "A mask needs an image"),
@@ -213,6 +227,11 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "no steps": ({"image": Image.new("RGB", (16, 16)), "steps": 2, "strength": 0.2}, "are none"),
     "strength alone": ({"strength": 0.5}, "needs an image"),
     "steps": ({"steps": 0}, "--steps is 0"),
+    "half a step": ({"steps": 2.5}, "--steps is 2.5"),
+    "guidance in words": ({"guidance": "7"}, "--guidance is '7'"),
+    "a size in words": ({"size": "16x16"}, "--size is '16x16'"),
+    "a list of negatives": ({"negative": ["blurry"]}, "The negative is a list"),
+    "bytes that are no text": ({"negative": "\udcff"}, "not valid Unicode"),
 }
 
 
@@ -221,6 +240,11 @@ def test_what_cannot_be_made_is_refused(plain: Path, name: str) -> None:
     wishes, message = WRONG[name]
     with pytest.raises(UsageError, match=message):
         Generator(plain)(PROMPT, **wishes)
+
+
+def test_a_size_may_be_a_list(plain: Path) -> None:
+    made = Generator(plain)(PROMPT, steps=1, size=[16, 16])
+    assert np.array_equal(made[0].array, Generator(plain)(PROMPT, steps=1)[0].array)
 
 
 @pytest.fixture
@@ -246,8 +270,38 @@ def test_an_encoder_is_needed_for_an_image_alone(broken: Path) -> None:
     del read["parts"]["vae_encoder"]
     change(broken, parts=read["parts"])
     Generator(broken)(PROMPT, steps=1)
-    with pytest.raises(InputError, match="no vae_encoder, what turns a given image"):
+    with pytest.raises(InputError, match="no vae_encoder, what turns a given image") as caught:
         Generator(broken)(PROMPT, steps=2, image=Image.new("RGB", (16, 16)))
+    assert "--call" in caught.value.hint
+
+
+def test_a_folder_of_another_kind_is_named_with_what_to_do(tmp_path: Path) -> None:
+    for file, hint in (
+        ("recipe.yaml", "mpq-deploy sample FOLDER"),
+        ("model_index.json", "mpq-deploy build FOLDER"),
+        ("pipeline.json", f"FOLDER{os.sep}generation"),
+    ):
+        folder = tmp_path / file
+        folder.mkdir()
+        (folder / file).write_text("{}", encoding="utf-8")
+        with pytest.raises(InputError) as caught:
+            Generator(folder)
+        assert hint.replace("FOLDER", str(folder)) in caught.value.hint
+
+
+def test_a_picture_is_turned_as_its_camera_says(plain: Path, tmp_path: Path) -> None:
+    upright = Image.effect_noise((16, 16), 90).convert("RGB")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera lay on its side: turn it clockwise
+    upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
+    for read in (
+        read_picture(tmp_path / "turned.png", "image"),
+        open_picture(tmp_path / "turned.png"),
+    ):
+        assert np.array_equal(np.asarray(read), np.asarray(upright))
+    # As diffusers reads pictures.
+    theirs = diffusers.utils.load_image(str(tmp_path / "turned.png"))
+    assert np.array_equal(np.asarray(theirs), np.asarray(upright))
 
 
 def test_a_tokenizer_of_another_vocabulary_is_refused(broken: Path) -> None:
@@ -281,6 +335,12 @@ def test_the_command_line_writes_images(plain: Path, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert Image.open(tmp_path / "x-0.png").size == (16, 16)
     assert (tmp_path / "x-1.png").is_file()
+    # A name without an ending is a PNG's; one that no picture has is refused before the work.
+    for name, code in (("plain", 0), ("drawing.psd", 2)):
+        named = [*arguments[:-1], str(tmp_path / name)]
+        refused = CliRunner().invoke(app, named).exception
+        assert (0 if refused is None else getattr(refused, "exit_code", 1)) == code
+    assert Image.open(tmp_path / "plain.png").format == "PNG"
 
 
 def test_no_torch_is_needed(plain: Path, tmp_path: Path) -> None:

@@ -160,6 +160,7 @@ def compare(config: dict[str, Any], steps: int, start: int = 0, seed: int = 0) -
         reference = theirs(config, steps, sigmas, mu)
     except (ValueError, RuntimeError, IndexError, AssertionError):
         assume(False)
+    assume(bool(np.isfinite(reference.timesteps.numpy()).all()))
     assume(config.get("prediction_type") != "flow_prediction" or config.get("predict_x0", True))
     own = scheduler_from_config(config)
     own.set_timesteps(steps, sigmas, mu)
@@ -198,6 +199,14 @@ def test_every_step_is_diffusers_own(name: str, data: st.DataObject) -> None:
     steps = data.draw(st.integers(1, 17), "steps")
     start = data.draw(st.integers(0, 3), "start")
     compare({"_class_name": name, **config}, steps, start, data.draw(st.integers(0, 9), "seed"))
+
+
+@pytest.mark.parametrize("name", CONVERTS)
+@pytest.mark.parametrize("kind", ["karras", "exponential", "beta"])
+def test_ends_of_converted_sigmas_are_read_from_the_file_of_any_class(name: str, kind: str) -> None:
+    ends = {"sigma_min": 0.05, "sigma_max": 0.9}
+    for set_ends in (ends, {"sigma_min": 0.05, "sigma_max": None}):
+        compare({"_class_name": name, f"use_{kind}_sigmas": True, **set_ends}, 5)
 
 
 @pytest.mark.parametrize("name", list(SETTINGS))
@@ -267,5 +276,15 @@ def test_settings_of_other_classes_are_passed_over_as_diffusers_does() -> None:
 def test_more_steps_than_the_model_has_are_refused() -> None:
     with pytest.raises(UsageError, match="cannot make 1001 steps"):
         scheduler_from_config({"_class_name": "DDIMScheduler"}).set_timesteps(1001)
+    # One timestep beyond the last: diffusers ends in an IndexError.
+    beyond = {"_class_name": "PNDMScheduler", "skip_prk_steps": True, "steps_offset": 1}
+    with pytest.raises(UsageError, match="from timestep 1000 to 1, and there are 0 to 999"):
+        scheduler_from_config(beyond).set_timesteps(1000)
+    # Below the first: PyTorch takes the last one's noise there.
+    with pytest.raises(UsageError, match="to -1, and there are 0 to 999"):
+        scheduler_from_config({"_class_name": "DDIMScheduler", "steps_offset": -1}).set_timesteps(5)
+    flow = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift_terminal": 0.02}
+    with pytest.raises(UsageError, match="give no timesteps for 1 steps"):
+        scheduler_from_config(flow).set_timesteps(1)
     with pytest.raises(UsageError, match="LCMScheduler cannot make 30 steps"):
         scheduler_from_config({"_class_name": "LCMScheduler"}).set_timesteps(30, strength=0.5)
