@@ -98,12 +98,15 @@ def layer_gradients(
         for place, number in enumerate(numbers):
             own, rows[place] = rows[place], []
             if own:
-                x, back = inputs[place], into.pop(number, [])
-                if x.ndim == 1:
-                    x, own, back = x[None], [row[None] for row in own], [row[None] for row in back]
-                yield UseGradients(number, x, own, back)
+                yield _of_use(number, inputs[place], own, into.pop(number, []))
     for name, rows_of_feed in (gradients or {}).items():
         yield UseGradients(-1, feeds[name], rows_of_feed, [])
+
+
+def _of_use(number: int, x: Any, rows: list[Any], through: list[Any]) -> UseGradients:
+    if x.ndim == 1:
+        x, rows, through = x[None], [row[None] for row in rows], [row[None] for row in through]
+    return UseGradients(number, x, rows, through)
 
 
 class _Alias:
