@@ -120,6 +120,7 @@ OBJECTIVES: dict[str, Callable[[Measured], SensitivityTable]] = {
     "single outputs 12x4": lambda m: m.default,
     MORE_CALLS: lambda m: m.outputs,
     "trajectories 12x4": lambda m: some(m.products, 12, 4).table(),
+    "12x4, trimmed": lambda m: weighted(some(m.products, 12, 4), "trimmed"),
     "trajectories 48x1": lambda m: some(m.products, 48, 1).table(),
     "48x1, root": lambda m: weighted(some(m.products, 48, 1), "root"),
     "trajectories 48x4": lambda m: m.products.table(),
@@ -300,7 +301,9 @@ def main() -> None:
     page, every = Page("Plans by trajectory probes beside plans by single-output probes"), []
     for model in chosen.models:
         name, _, place = model.partition("=")
+        # Trimmed means are objectives of their own here.
         values = {"model": place or name, "engine.build": False, "allocate.branches": []}
+        values["allocate.trim"] = 0.0
         recipe = bench_recipe(None, chosen.set, values)
         folder = chosen.out / f"bench-trajectory-{name}"
         with open_pipeline(recipe, folder, PlainTalk()) as pipeline:

@@ -270,6 +270,12 @@ class AllocateSettings(Section):
     protect: tuple[ProtectRule, ...] = Field(
         (), description="layers that may only take some schemes"
     )
+    trim: float = Field(
+        0.1,
+        ge=0,
+        le=0.5,
+        description="share of the images, those of the largest errors, that do not count (measure.method: trajectory)",
+    )
     tail: float | None = Field(
         None,
         gt=0,

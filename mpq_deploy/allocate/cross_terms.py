@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -299,6 +300,17 @@ class CrossTerms:
         if self.kept:
             return self.refined_seen if self.refined_held_back is None else self.refined_held_back
         return self.milp_seen if self.milp_held_back is None else self.milp_held_back
+
+    def unweighted(self, weights: Array) -> CrossTerms:
+        """Return what is predicted of trajectories that all count alike, not ``weights`` [N] times."""
+        own = np.array(self.by_call) / weights
+        plan = "refined" if self.kept else "milp"
+        changes: dict[str, Any] = {
+            "by_call": tuple(own.tolist()),
+            "interval": error_interval(own[None], np.arange(len(own))[None]),
+            f"{plan}_{'held_back' if self.folds else 'seen'}": float(own.mean()),
+        }
+        return replace(self, **changes)
 
 
 def allocate_with_cross_terms(

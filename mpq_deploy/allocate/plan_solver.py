@@ -23,7 +23,7 @@ from mpq_deploy.allocate.milp import (
 from mpq_deploy.allocate.plan import BitProgram, LoraSlots, PlannedLayer, PrecisionPlan
 from mpq_deploy.allocate.predicted_images import PredictedImages, predicted_images
 from mpq_deploy.allocate.problem import LayerChoice, Problem, protected_schemes
-from mpq_deploy.allocate.tail import allocate_tail
+from mpq_deploy.allocate.tail import allocate_tail, trimmed_weights
 from mpq_deploy.allocate.ties import tie, tied_layers
 from mpq_deploy.errors import InfeasibleBudgetError
 from mpq_deploy.formats.candidates import Choices
@@ -126,7 +126,10 @@ class PlanSolver:
         self.orm = run.recipe.measure.orm
         self.exported = run.exported
         self.layers = self.exported.graph.layers
-        self.table = table or SensitivityTable.load(run.stage("measure") / control)
+        whole = table or SensitivityTable.load(run.stage("measure") / control)
+        trim = 0.0 if self.section.tail is not None else self.section.trim
+        self.trimmed = trimmed_weights(whole, trim)
+        self.table = whole if self.trimmed is None else whole.weighing(self.trimmed)
         candidates = choices_of(run, self.exported.graph)
         self.refused = {
             name: {**c.refused, **self._ruled_out(name, c)} for name, c in candidates.items()
@@ -325,14 +328,16 @@ class PlanSolver:
         int8 = best_int8(self.layers, self.target, table.losses, True)
         schemes = {name: scheme.name for name, scheme in int8.items()}
         known = all(scheme in table.losses[name] for name, scheme in schemes.items())
-        entries = table.plan_entries(schemes) if known else None
+        controls = table.errors_by_call(table.plan_entries(schemes)) if known else None
+        if controls is not None and self.trimmed is not None:
+            controls = controls / self.trimmed
         errors = np.array(cross_terms.by_call)
         assert table.calls is not None
         return predicted_images(
             errors,
             len(table.calls) // len(errors),
             table.mean_square,
-            None if entries is None else table.errors_by_call(entries),
+            controls,
         )
 
     def _prediction_note(self, cross_terms: CrossTerms | None) -> str:
@@ -401,10 +406,19 @@ class PlanSolver:
     def _tail_note(self) -> str:
         share = self.section.tail
         if share is None:
-            return ""
+            return self._trim_note()
         if not self.table.of_images:
             return f"allocate.tail is {share:g}, but no final images could be measured: the plan is that of the mean"
         return f"the plan is that of the minimum error of the worst {share:.0%} of the images (allocate.tail)"
+
+    def _trim_note(self) -> str:
+        if self.trimmed is None:
+            return ""
+        left_out = int(np.sum(self.trimmed < 1))
+        return (
+            f"{left_out} of {len(self.trimmed)} measured images, those with the largest errors, do not count in the "
+            "plan's objective, but in what is predicted (allocate.trim)"
+        )
 
     def _attention_note(self, schemes: dict[str, str]) -> str:
         if self.section.attention == "fp16":
@@ -421,7 +435,8 @@ class PlanSolver:
             return allocate_with_cross_terms(part, table, self._allocated, self.section.cross_terms)
 
         if self.section.tail is None or not self.table.of_images:
-            return solve(problem, self.table)
+            allocation, crossed = solve(problem, self.table)
+            return allocation, crossed if self.trimmed is None else crossed.unweighted(self.trimmed)
         return allocate_tail(problem, self.table, self.section.tail, solve)
 
     def _allocated(self, problem: Problem, kernel_penalty: float | None = None) -> Allocation:

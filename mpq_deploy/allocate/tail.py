@@ -1,6 +1,6 @@
-"""Plans that minimize the mean error of the worst images (a share of the trajectories).
+"""Which trajectories a plan is for: all but those with the largest errors, or only the worst.
 
-The mean of the n worst trajectories is the maximum of the means over all sets of n trajectories: a
+Worst images: the mean of the n worst trajectories is the maximum of the means over all sets of n trajectories: a
 minimax problem, solved by fictitious play. Each round solves for weighted trajectories and then
 adds weight to the set that is worst for that plan. The best plan of all rounds is returned; the
 first round minimizes the mean over all trajectories. Our choice.
@@ -9,17 +9,44 @@ first round minimizes the mean over all trajectories. Our choice.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import numpy as np
 
 from mpq_deploy.allocate.cross_terms import CrossTerms
 from mpq_deploy.allocate.milp import Allocation
 from mpq_deploy.allocate.problem import Problem
+from mpq_deploy.models.spec import Array
 from mpq_deploy.sensitivity.table import SensitivityTable
 
 ROUNDS = 5
+# How often a trajectory counts that is left out: more than never, so that its error can be divided
+# by this.
+LEFT_OUT = 1e-6
 Solve = Callable[[Problem, SensitivityTable], tuple[Allocation, CrossTerms]]
+
+
+def trimmed_weights(table: SensitivityTable, share: float) -> Array | None:
+    """Return how often each trajectory counts, float64 [N]; None where all count alike.
+
+    The ``share`` of the trajectories with the largest errors hardly counts, the others alike, with
+    a mean of 1. A trajectory's error is judged before any plan is known: the mean over the schemes
+    of each layer alone, summed over layers. A few trajectories through which errors grow a
+    thousand times as much as through others would decide a plan alone, and they are others in
+    each calibration. Our choice (docs/results/trajectory.md).
+    """
+    if not table.of_images or table.projections is None or table.calls is None:
+        return None
+    count = len(np.unique(table.calls))
+    left_out = round(share * count)
+    if not left_out:
+        return None
+    errors = np.zeros(count)
+    for row in table.projections.values():
+        squares = [np.square(vector, dtype=np.float64) for vector in row.values()]
+        errors += table.errors_by_call(np.mean(squares, axis=0))
+    weights = np.full(count, count / (count - left_out))
+    weights[np.argsort(-errors, kind="stable")[:left_out]] = LEFT_OUT
+    return weights
 
 
 def allocate_tail(
@@ -36,11 +63,9 @@ def allocate_tail(
     for number in range(1, ROUNDS + 1):
         part = table.weighing(weights)
         plan, crossed = solve(problem.with_losses(part.losses), part)
-        # Undo the weights: predictions are for unweighted trajectories.
-        own = tuple(float(error) for error in np.array(crossed.by_call) / weights)
         errors = table.errors_by_call(table.plan_entries(problem.spread(plan.schemes)))
         order = np.argsort(-errors, kind="stable")[:worst]
-        found.append((float(errors[order].mean()), plan, replace(crossed, by_call=own)))
+        found.append((float(errors[order].mean()), plan, crossed.unweighted(weights)))
         weights *= number / (number + 1)
         weights[order] += count / worst / (number + 1)
     _, best, crossed = min(found, key=lambda one: one[0])

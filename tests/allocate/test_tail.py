@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
+import pytest
 
 from mpq_deploy.allocate.cross_terms import CrossTerms, allocate_with_cross_terms
 from mpq_deploy.allocate.milp import Allocation, allocate
 from mpq_deploy.allocate.problem import LayerChoice, Problem
-from mpq_deploy.allocate.tail import allocate_tail
+from mpq_deploy.allocate.tail import allocate_tail, trimmed_weights
 from mpq_deploy.sensitivity.table import SensitivityTable, table_from_projections
 from tests.allocate.test_cross_terms import SIZES, fitting
 from tests.allocate.test_milp import EXACT
@@ -59,6 +60,42 @@ def test_the_worst_images_lose_less_than_by_the_plan_of_the_mean() -> None:
         excess.append(tail(table, found.schemes) / best)
         assert len(crossed.by_call) == IMAGES
     assert np.mean(gains) < 0.9 and np.median(excess) < 1.1, (gains, excess)
+
+
+def test_what_is_left_out_does_not_decide_and_is_predicted_all_the_same() -> None:
+    changed = 0
+    for seed in range(8):
+        problem, table = case(seed)
+        weights = trimmed_weights(table, 0.1)
+        assert weights is not None and weights.mean() == pytest.approx(1, rel=1e-5)
+        kept = np.flatnonzero(weights > 0.5)
+        assert len(kept) == IMAGES - 2
+        # As if those two had never been measured.
+        rows = {
+            name: {s: v.reshape(1, PROBES, IMAGES)[..., kept] for s, v in row.items()}
+            for name, row in table.projections.items()
+        }
+        without = table_from_projections(np.zeros(1, np.float32), rows, (), np.arange(18)[None])
+        part = table.weighing(weights)
+        found = allocate(problem.with_losses(part.losses), EXACT, 0.0)
+        assert found.schemes == allocate(problem.with_losses(without.losses), EXACT, 0.0).schemes
+        changed += found.schemes != allocate(problem, EXACT, 0.0).schemes
+        plan, crossed = solved(problem.with_losses(part.losses), part)
+        crossed = crossed.unweighted(weights)
+        errors = np.array(crossed.by_call)
+        assert crossed.predicted_loss == pytest.approx(errors.mean())
+        assert crossed.interval is not None
+        assert crossed.interval[0] < errors.mean() < crossed.interval[1]
+        if not crossed.folds:
+            entries = table.plan_entries(problem.spread(plan.schemes))
+            np.testing.assert_allclose(errors, table.errors_by_call(entries), rtol=1e-3)
+    assert changed
+
+
+def test_only_images_are_left_out_and_no_fewer_than_one() -> None:
+    _, table = case(0)
+    assert trimmed_weights(replace(table, metric="probe"), 0.1) is None
+    assert trimmed_weights(table, 0.02) is None and trimmed_weights(table, 0.0) is None
 
 
 def test_errors_by_call_are_the_mean_squares_of_its_entries() -> None:

@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from mpq_deploy.allocate.plan import PrecisionPlan
+from mpq_deploy.allocate.plan_solver import PlanSolver
 from mpq_deploy.errors import UsageError
 from mpq_deploy.run.recipe_check import check_recipe
+from mpq_deploy.run.view import Run
 from mpq_deploy.sensitivity.table import SensitivityTable
+from mpq_deploy.system.progress import Talk
 from tests.pipeline.runs import build, recipe_for
 
 pytestmark = pytest.mark.torch
@@ -18,9 +22,8 @@ pytestmark = pytest.mark.torch
 
 def test_images_are_predicted_before_anything_is_built(model: Path, run: Path) -> None:
     pytest.importorskip("torch")
-    found = build(
-        recipe_for(model, measure__method="trajectory", measure__calls=4, measure__samples=4), run
-    )
+    changes = {"measure__method": "trajectory", "measure__calls": 4, "measure__samples": 4}
+    found = build(recipe_for(model, **changes, allocate__trim=0.25), run)
     table = SensitivityTable.load(run / "measure")
     assert table.metric == "trajectory" and table.mean_square is not None
     images = PrecisionPlan.load(run / "allocate" / "plan.json").predicted_images
@@ -33,6 +36,17 @@ def test_images_are_predicted_before_anything_is_built(model: Path, run: Path) -
     for page in ("report.html", "report.md"):
         assert f"final images {images.psnr_db:.1f} dB" in (run / page).read_text(encoding="utf-8")
     json.dumps(found.report)
+    # The one that is left out of the objective is predicted as the others are.
+    assert any("1 of 4 measured images" in note for note in found.report["notes"])
+    solver = PlanSolver(Run.opened(run, Talk()))
+    left_out = int(np.argmin(solver.trimmed))
+    plan = PrecisionPlan.load(run / "allocate" / "plan.json")
+    errors = table.errors_by_call(table.plan_entries(plan.schemes))
+    assert solver.trimmed[left_out] < 1e-3 and len(errors) == 4
+    entries = solver.table.plan_entries(plan.schemes)
+    np.testing.assert_allclose(
+        solver.table.errors_by_call(entries) / solver.trimmed, errors, rtol=1e-3
+    )
 
 
 def test_the_worst_images_may_be_asked_for(model: Path, run: Path) -> None:
