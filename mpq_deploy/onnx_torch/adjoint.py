@@ -52,6 +52,13 @@ class UseGradients:
     rows: list[Any]
     through: list[Any]
 
+    @classmethod
+    def of(cls, number: int, x: Any, rows: list[Any], through: list[Any]) -> UseGradients:
+        """Return them with a vector as one row."""
+        if x.ndim > 1:
+            return cls(number, x, rows, through)
+        return cls(number, x[None], [row[None] for row in rows], [row[None] for row in through])
+
 
 def layer_gradients(
     graph: TorchGraph,
@@ -98,10 +105,7 @@ def layer_gradients(
         for place, number in enumerate(numbers):
             own, rows[place] = rows[place], []
             if own:
-                x, back = inputs[place], into.pop(number, [])
-                if x.ndim == 1:
-                    x, own, back = x[None], [row[None] for row in own], [row[None] for row in back]
-                yield UseGradients(number, x, own, back)
+                yield UseGradients.of(number, inputs[place], own, into.pop(number, []))
     for name, rows_of_feed in (gradients or {}).items():
         yield UseGradients(-1, feeds[name], rows_of_feed, [])
 
