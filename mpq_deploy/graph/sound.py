@@ -132,13 +132,22 @@ def checker_problem(proto: onnx.ModelProto, *, strict: bool) -> tuple[str, str, 
         for tensor in proto.graph.initializer:
             if tensor.data_location != TensorProto.EXTERNAL:
                 _check_content(tensor)
-        onnx.checker.check_model(light, full_check=strict)
+        if all(map(_has_shape, (*light.graph.input, *light.graph.output))):
+            onnx.checker.check_model(light, full_check=strict)
+        else:
+            # What the full check does beside that of the structure, which needs all shapes.
+            onnx.shape_inference.infer_shapes(light, check_type=True, strict_mode=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         return _problem(str(error))
     except (ValueError, TypeError, RuntimeError, IndexError) as error:
         # onnx's own code raises these for protobufs that no exporter writes.
         return _problem(str(error))
     return None
+
+
+def _has_shape(value: onnx.ValueInfoProto) -> bool:
+    tensor = value.type.tensor_type
+    return not value.type.HasField("tensor_type") or tensor.HasField("shape")
 
 
 def set_apart_unknown(proto: onnx.ModelProto) -> None:

@@ -17,7 +17,8 @@ import onnx_ir as ir
 
 from mpq_deploy.calls.sampler import make_sampler
 from mpq_deploy.errors import ModelError, MpqError, UsageError
-from mpq_deploy.graph.layers import STANDARD_DOMAINS
+from mpq_deploy.graph.fp16_region import LARGEST
+from mpq_deploy.graph.layers import LAYER_OPS, STANDARD_DOMAINS
 from mpq_deploy.graph.passes.first_token import FirstTokenPass, common_first_token, projections
 from mpq_deploy.models.conditions import Conditions
 from mpq_deploy.models.denoiser import Denoiser, Network
@@ -180,7 +181,11 @@ RANDOM = (
 
 
 def check_finite(model: ir.Model) -> None:
-    """Raise ModelError naming the first weight that holds NaN, or Inf unless compared with."""
+    """Raise ModelError naming the first weight that holds NaN, or Inf unless compared with.
+
+    And the first layer's weight that FP16 does not hold: in an engine it would be infinite or
+    clipped, however few bits it is stored in.
+    """
     for name, value in model.graph.initializers.items():
         tensor = value.const_value
         if tensor is None or not tensor.dtype.is_floating_point():
@@ -192,6 +197,13 @@ def check_finite(model: ir.Model) -> None:
             raise ModelError(
                 f"The weight '{name}' holds {wrong:,} values that are NaN or infinite.",
                 "The file is damaged, or the model diverged in training: use another checkpoint.",
+            )
+        layer = any(node.op_type in LAYER_OPS and index == 1 for node, index in value.uses())
+        largest = max(array.max(initial=0.0), -array.min(initial=0.0)) if layer else 0.0
+        if largest > LARGEST:
+            raise ModelError(
+                f"The weight '{name}' holds {largest:.3g}, which is beyond FP16 (65,504).",
+                "Divide the layer's weight and bias by a factor, and multiply what it gives by it.",
             )
 
 

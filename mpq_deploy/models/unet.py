@@ -89,8 +89,11 @@ def _class_inputs(config: dict[str, Any]) -> list[WantedInput]:
 
 
 def _added_inputs(config: dict[str, Any], time_ids: int) -> list[WantedInput]:
-    kind = config.get("addition_embed_type")
-    if kind in (None, "text"):
+    name, kind = "addition_embed_type", config.get("addition_embed_type")
+    if config.get("encoder_hid_dim_type") not in (None, "text_proj"):
+        name = "encoder_hid_dim_type"
+        kind = config[name]
+    elif kind in (None, "text"):
         return []
     if kind == "text_time":
         text = int(config["projection_class_embeddings_input_dim"]) - time_ids * int(
@@ -98,7 +101,7 @@ def _added_inputs(config: dict[str, Any], time_ids: int) -> list[WantedInput]:
         )
         return [WantedInput("text_embeds", (text,)), WantedInput("time_ids", (time_ids,))]
     raise UsageError(
-        f"The UNet's addition_embed_type is '{kind}', which is not supported.",
+        f"The UNet's {name} is '{kind}', which is not supported.",
         "Export it to ONNX by other means and give the ONNX file with a YAML.",
     )
 

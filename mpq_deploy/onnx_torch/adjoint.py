@@ -52,6 +52,13 @@ class UseGradients:
     rows: list[Any]
     through: list[Any]
 
+    @classmethod
+    def of(cls, number: int, x: Any, rows: list[Any], through: list[Any]) -> UseGradients:
+        """Return them with a vector as one row."""
+        if x.ndim > 1:
+            return cls(number, x, rows, through)
+        return cls(number, x[None], [row[None] for row in rows], [row[None] for row in through])
+
 
 def layer_gradients(
     graph: TorchGraph,
@@ -98,15 +105,9 @@ def layer_gradients(
         for place, number in enumerate(numbers):
             own, rows[place] = rows[place], []
             if own:
-                yield _of_use(number, inputs[place], own, into.pop(number, []))
+                yield UseGradients.of(number, inputs[place], own, into.pop(number, []))
     for name, rows_of_feed in (gradients or {}).items():
         yield UseGradients(-1, feeds[name], rows_of_feed, [])
-
-
-def _of_use(number: int, x: Any, rows: list[Any], through: list[Any]) -> UseGradients:
-    if x.ndim == 1:
-        x, rows, through = x[None], [row[None] for row in rows], [row[None] for row in through]
-    return UseGradients(number, x, rows, through)
 
 
 class _Alias:

@@ -212,3 +212,16 @@ def test_places_in_data_files_are_numbers_that_fit(
         entry = tensor.external_data.add()
         entry.key, entry.value = key, value
     refused(model, tmp_path, "weight|offset")
+
+
+@pytest.mark.parametrize("op", ["Relu", "Gelu"])
+def test_what_lacks_shapes_is_not_refused_for_that(op: str, tmp_path: Path) -> None:
+    """Runtimes and parsers take inputs and outputs of unknown rank; a wrong type is still found."""
+    model = small(helper.make_node(op, ["x"], ["y"]))
+    for value in (*model.graph.input, *model.graph.output):
+        value.type.tensor_type.ClearField("shape")
+    found = check_model(saved(model, tmp_path), RTX).findings
+    assert "onnx-invalid" not in [one.rule for one in found]
+    model.graph.output[0].type.tensor_type.elem_type = TensorProto.INT64
+    found = check_model(saved(model, tmp_path), RTX).findings
+    assert "onnx-invalid" in [one.rule for one in found]

@@ -172,6 +172,19 @@ def test_a_weight_that_is_not_finite_is_named(tmp_path: Path) -> None:
         export_denoiser(open_denoiser(path), tmp_path / "export")
 
 
+def test_a_weight_that_fp16_does_not_hold_is_named(tmp_path: Path) -> None:
+    """Its codes would be dequantized to infinity in the engine, while every figure here stays finite."""
+
+    def change(model: onnx.ModelProto) -> None:
+        tensor = next(t for t in model.graph.initializer if t.name == "down.weight")
+        values = numpy_helper.to_array(tensor).copy()
+        values[0, 0, 0, 0] = -1e6
+        tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
+
+    with pytest.raises(ModelError, match=r"'down\.weight' holds 1e\+06, which is beyond FP16"):
+        export_denoiser(open_denoiser(edited(tmp_path, change)), tmp_path / "export")
+
+
 @pytest.mark.parametrize(
     "location", ["../secret.bin", "/etc/hostname", "sub/../../secret.bin", "link.bin", ""]
 )

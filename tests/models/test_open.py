@@ -316,3 +316,14 @@ def test_source_files_change_with_the_model_only(tmp_path: Path) -> None:
     path = tiny_onnx_with_yaml(tmp_path / "onnx")
     assert [name for name, _ in source_files(path)] == ["tiny.onnx", "tiny.yaml"]
     assert "unet/config.json" in [name for name, _ in source_files(None)]
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("entry", ["addition_embed_type", "encoder_hid_dim_type"])
+def test_a_bare_unet_that_reads_images_is_refused(entry: str) -> None:
+    pytest.importorskip("torch")
+    from mpq_deploy.models.unet import unet_inputs
+
+    config = {"_class_name": "UNet2DConditionModel", "block_out_channels": [8], entry: "image_proj"}
+    with pytest.raises(UsageError, match=f"{entry} is 'image_proj'"):
+        unet_inputs(config)
