@@ -94,7 +94,7 @@ def checked_settings(
     if betas is not None and (
         not isinstance(betas, list) or len(betas) != settings["num_train_timesteps"]
     ):
-        raise _refused(name, "trained_betas", betas, "A list of one per timestep.")
+        raise _refused(name, "trained_betas", repr(betas)[:60], "A list of one per timestep.")
     return settings
 
 
