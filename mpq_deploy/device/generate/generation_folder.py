@@ -7,17 +7,20 @@ defaults of a call; beside it ``scheduler_config.json``, ``tokenizer*/`` and ``c
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from mpq_deploy.errors import InputError, UsageError
 from mpq_deploy.system.inputs import read_json_object
-from mpq_deploy.system.names import path_inside
+from mpq_deploy.system.names import path_inside, printable
+from mpq_deploy.system.typed import typed
 
 FORMAT = 1
 FILE, SCHEDULER, COMPONENTS = "generation.json", "scheduler_config.json", "components"
 TOKENIZER = "tokenizer.json"
+DTYPES = ("float32", "float16", "int64", "int32", "bool")
+LONGEST = 100_000  # tokens of a prompt, pixels of a side
 AGAIN = "Write the folder again on the build machine."
 PICTURED = (
     "Build it from a folder of a pipeline that takes images (such as "
@@ -60,6 +63,32 @@ class Tensor:
 
     dtype: str
     shape: tuple[int | None, ...]
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for a type that no graph has, and for a size below 1."""
+        if self.dtype not in DTYPES or any(one is not None and one < 1 for one in self.shape):
+            raise ValueError(f"a tensor of {self.dtype!r} {self.shape!r}")
+
+
+@dataclass(frozen=True)
+class _Figures:
+    """What ``generation.json`` holds of the VAE and of a call, for a check of its types."""
+
+    scaling_factor: float
+    scale_factor: int
+    latent_channels: int
+    steps: int
+    guidance: float
+    strength: float
+    shift_factor: float | None = None
+    latents_mean: tuple[float, ...] | None = None
+    latents_std: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for what no pipeline has."""
+        counts = (self.scale_factor, self.latent_channels, self.steps)
+        if not self.scaling_factor or min(counts) < 1:
+            raise ValueError(f"{self}")
 
 
 @dataclass(frozen=True)
@@ -170,7 +199,8 @@ def open_generation(folder: Path, files: bool = True) -> Generation:
     try:
         generation = _generation(folder, read)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        what = f"{file} is incomplete: {type(error).__name__} at {error}."
+        missing = isinstance(error, KeyError)
+        what = f"{file} {'lacks' if missing else 'cannot be used:'} {printable(str(error))}."
         raise InputError(what, AGAIN) from error
     _check_parts(generation, files)
     return generation
@@ -184,16 +214,18 @@ def _generation(folder: Path, read: Mapping[str, Any]) -> Generation:
     tokenizers = {
         name: TokenizerUse(
             path_inside(folder, name, "A tokenizer", InputError) / TOKENIZER,
-            *(int(values[key]) for key in ("length", "pad", "vocabulary")),
+            *_words(name, values),
         )
         for name, values in read["tokenizers"].items()
     }
-    sizes = tuple((int(width), int(height)) for width, height in read["sizes"])
+    sizes = typed(tuple[tuple[int, int], ...], read["sizes"], "sizes")
     scheduler = read_json_object(folder / SCHEDULER, infinite=True, error=InputError, hint=AGAIN)
     defaults = {key: read["defaults"][key] for key in ("steps", "guidance", "strength")}
     vae = {key: read["vae"][key] for key in ("scaling_factor", "scale_factor", "latent_channels")}
-    if not sizes or vae["scale_factor"] < 1 or not vae["scaling_factor"]:
-        raise ValueError("sizes or vae")
+    given = {**read["vae"], **defaults}
+    typed(_Figures, {one.name: given[one.name] for one in fields(_Figures) if one.name in given})
+    if not sizes or min(map(min, sizes)) < 1 or max(map(max, sizes)) > LONGEST:
+        raise ValueError(f"the sizes {sizes}")
     return Generation(
         *(folder, kind, parts, tokenizers, scheduler, defaults, sizes),
         {**read["vae"], **vae},
@@ -202,22 +234,38 @@ def _generation(folder: Path, read: Mapping[str, Any]) -> Generation:
     )
 
 
+def _words(name: str, values: Mapping[str, Any]) -> tuple[int, ...]:
+    """Return the length, the padding and the number of words of a tokenizer."""
+    numbers = tuple(typed(int, values[key], key) for key in ("length", "pad", "vocabulary"))
+    if not (2 <= numbers[0] <= LONGEST and 0 <= numbers[1] < numbers[2] + LONGEST):
+        raise ValueError(f"{name} of length, padding and words {numbers}")
+    return numbers
+
+
 def _part(folder: Path, name: str, values: Mapping[str, Any]) -> Part:
     inputs, outputs, slots = (
-        {key: Tensor(str(one["dtype"]), tuple(one["shape"])) for key, one in given.items()}
+        typed(dict[str, Tensor], given, name)
         for given in (values["inputs"], values["outputs"], values.get("slots", {}))
     )
+    if not inputs or not outputs:
+        raise ValueError(f"{name} without inputs or outputs")
     place = path_inside(folder / COMPONENTS, name, "A part", InputError)
     # An engine lies in a folder of its own.
     for piece in str(values["file"]).split("/"):
         place = path_inside(place, piece, "A part's file", InputError)
     more = {key: values.get(key) for key in ("vocabulary", "largest_batch", "memory_bytes")}
-    return Part(name, place, inputs, outputs, **more, slots=slots)
+    numbers = typed(dict[str, int | None], more, name)
+    return Part(name, place, inputs, outputs, **numbers, slots=slots)
 
 
 def _check_parts(generation: Generation, files: bool) -> None:
     for name in NEEDED[generation.kind]:
         generation.part(name)
+    denoiser = generation.denoiser
+    sample = denoiser.inputs.get("sample", denoiser.inputs.get("hidden_states"))
+    if "timestep" not in denoiser.inputs or sample is None or len(sample.shape) < 3:
+        what = f"The {denoiser.name} of {generation.folder} takes no sample and timestep"
+        raise InputError(f"{what}.", AGAIN)
     for part in generation.parts.values():
         if files and not part.file.is_file():
             what = f"{generation.folder} lacks {part.file.name} of {part.name}"

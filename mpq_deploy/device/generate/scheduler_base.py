@@ -87,9 +87,14 @@ def checked_settings(
     if not 1 <= settings["num_train_timesteps"] <= LARGEST_TRAIN:
         key = "num_train_timesteps"
         raise _refused(name, key, settings[key], f"It lies between 1 and {LARGEST_TRAIN:,}.")
+    for key in ("beta_start", "beta_end"):
+        if not 0 <= settings.get(key, 0) <= 1:
+            raise _refused(name, key, settings[key], "It lies between 0 and 1.")
     betas = settings.get("trained_betas")
-    if betas is not None and len(betas) != settings["num_train_timesteps"]:
-        raise _refused(name, "trained_betas", f"{len(betas)} values", "One per train timestep.")
+    if betas is not None and (
+        not isinstance(betas, list) or len(betas) != settings["num_train_timesteps"]
+    ):
+        raise _refused(name, "trained_betas", repr(betas)[:60], "A list of one per timestep.")
     return settings
 
 

@@ -313,6 +313,38 @@ def test_a_tokenizer_of_another_vocabulary_is_refused(broken: Path) -> None:
         Generator(broken)(PROMPT, steps=1)
 
 
+# Where in generation.json a value stands that no folder has.
+ODD: list[tuple[tuple[str | int, ...], Any]] = [
+    (("defaults", "guidance"), None),
+    (("parts", "text_encoder", "inputs"), {}),
+    (("parts", "text_encoder", "inputs", "input_ids", "dtype"), None),
+    (("parts", "text_encoder", "inputs", "input_ids", "shape"), "ab"),
+    (("parts", "text_encoder", "vocabulary"), "x"),
+    (("parts", "unet", "memory_bytes"), "x"),
+    (("parts", "unet", "inputs", "sample", "shape"), []),
+    (("sizes", 0, 0), -1),
+    (("sizes", 0, 1), 10**30),
+    (("tokenizers", "tokenizer", "length"), 0),
+    (("tokenizers", "tokenizer", "pad"), 10**30),
+    (("vae", "latent_channels"), True),
+    (("vae", "scaling_factor"), "x"),
+]
+
+
+@pytest.mark.parametrize(("place", "value"), ODD)
+def test_a_value_that_no_folder_has_is_refused(
+    broken: Path, place: tuple[str | int, ...], value: Any
+) -> None:
+    read = json.loads((broken / "generation.json").read_text(encoding="utf-8"))
+    inner = read
+    for key in place[:-1]:
+        inner = inner[key]
+    inner[place[-1]] = value
+    change(broken, **read)
+    with pytest.raises(InputError):
+        Generator(broken)
+
+
 @pytest.mark.parametrize("wrong", [{"format": 99}, {"kind": "x"}, {"sizes": []}, {"vae": 3}])
 def test_a_description_that_cannot_be_read_is_refused(broken: Path, wrong: dict[str, Any]) -> None:
     change(broken, **wrong)

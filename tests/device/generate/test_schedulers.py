@@ -254,8 +254,10 @@ def test_another_scheduler_is_refused_with_the_nearest() -> None:
         {"prediction_type": "flow"},
         {"clip_sample": "yes"},
         {"beta_end": float("nan")},
+        {"beta_start": -0.1},
         {"num_train_timesteps": 10**9},
         {"trained_betas": [0.1]},
+        {"trained_betas": 3},
         {"zeta": 3},
     ],
 )
