@@ -74,6 +74,9 @@ def large_values(
                 outputs.append(added[-1].outputs[0])
                 outputs[-1].name = f"largest.{len(seen)}"
                 seen.append(node)
+    if not seen:
+        # All of it computes in FP32.
+        return ()
     watched.graph.outputs.clear()
     watched.graph.outputs.extend(outputs)
     largest = np.full(len(seen), -np.inf)

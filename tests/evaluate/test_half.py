@@ -7,6 +7,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from mpq_deploy.calibrate.fp16_range import large_values
 from mpq_deploy.calls.recorded import RecordedCalls
 from mpq_deploy.errors import ModelError
 from mpq_deploy.evaluate.half import ComparedFiles, HalfPrecision, half_precision
@@ -97,6 +98,16 @@ def test_values_beyond_fp16_are_named_before_an_engine_shows_them(tmp_path: Path
         f"up (Conv) {most:.3g}: an engine may give NaN" in found.warning
         and f"up (Conv) {most:.3g}." in found.note
     )
+
+
+def test_a_graph_of_which_nothing_computes_in_fp16_has_nothing_beyond_it(tmp_path: Path) -> None:
+    model = exported(tmp_path / "model.onnx", 2e4)
+    rng = np.random.default_rng(1)
+    drawn = rng.standard_normal((1, 2, 3, 8, 8)).astype(np.float32)
+    calls = RecordedCalls(call_set(drawn, np.array([50.0]), np.zeros(2, np.int64)), SPEC)
+    every = [node.name for node in onnx.load(model).graph.node]
+    assert [one.node for one in large_values(model, calls, Talk())] == ["up"]
+    assert large_values(model, calls, Talk(), every) == ()
 
 
 def test_an_output_that_is_not_finite_in_fp16_ends_the_build(tmp_path: Path) -> None:

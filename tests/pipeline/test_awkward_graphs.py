@@ -216,8 +216,15 @@ def dead_input(g: GraphBuilder, x: str, hidden: str) -> str:
     return g.op("Add", [g.conv(zero, "unused", 16, 16), x], "residual")
 
 
+def our_own_names(g: GraphBuilder, x: str, hidden: str) -> str:
+    """A file that has the names which are given to scales and bodies here, for something else."""
+    twice = g.op("Mul", [x, g.weight("pruned.weight//scale", np.float32(2))], "pruned.weight//body")
+    return g.conv(shifted(g, twice, g.gemm(hidden, "proj", 16, 32), "first"), "pruned", 16, 16)
+
+
 @pytest.mark.parametrize(
-    "body", [different_widths, both_gemms, depthwise, zero_channel, zero_layer, dead_input]
+    "body",
+    [our_own_names, different_widths, both_gemms, depthwise, zero_channel, zero_layer, dead_input],
 )
 def test_one_case(tmp_path: Path, body: Callable[[GraphBuilder, str, str], str]) -> None:
     path = save_denoiser(tmp_path, small(body))

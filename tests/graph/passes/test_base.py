@@ -31,6 +31,7 @@ from mpq_deploy.graph.passes.infer_types import InferTypesPass
 from mpq_deploy.graph.passes.lower_opset import LowerOpsetPass
 from mpq_deploy.graph.passes.name_nodes import NameNodesPass
 from mpq_deploy.graph.passes.raise_opset import RaiseOpsetPass
+from mpq_deploy.graph.passes.unroll_sequences import UnrollSequencesPass
 from mpq_deploy.graph.passes.widen import WidenPass
 from tests.graphs import GraphBuilder
 
@@ -186,6 +187,13 @@ def raise_opset() -> Made:
     return RaiseOpsetPass(), model_of(graph, product, ["n", 40])
 
 
+def unroll_sequences() -> Made:
+    graph = GraphBuilder()
+    split = graph.op("SplitToSequence", [graph.input("x", [2, 4])], "split", axis=1)
+    first = graph.op("SequenceAt", [split, graph.weight("first", np.array(0))], "first")
+    return UnrollSequencesPass(), model_of(graph, first, [2, 1])
+
+
 def widen() -> Made:
     graph = GraphBuilder()
     weight = graph.weight("w", np.ones((4, 4), np.float16))
@@ -213,6 +221,7 @@ EXAMPLES: list[Callable[[], Made]] = [
     lower_opset,
     name_nodes,
     raise_opset,
+    unroll_sequences,
     widen,
 ]
 
