@@ -19,7 +19,7 @@ from mpq_deploy.system.typed import typed
 FORMAT = 1
 FILE, SCHEDULER, COMPONENTS = "generation.json", "scheduler_config.json", "components"
 TOKENIZER = "tokenizer.json"
-DTYPES = ("float32", "float16", "int64", "int32", "bool")
+DTYPES = ("float32", "float16", "int64", "int32", "uint8", "bool")
 LONGEST = 100_000  # tokens of a prompt, pixels of a side
 AGAIN = "Write the folder again on the build machine."
 PICTURED = (
