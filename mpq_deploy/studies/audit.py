@@ -23,6 +23,7 @@ from mpq_deploy.studies.compared_plans import PlanQuality, Solved, plan_points, 
 from mpq_deploy.system.yaml_file import parse_yaml
 
 if TYPE_CHECKING:
+    from mpq_deploy.models.spec import DenoiserSpec
     from mpq_deploy.run.view import Run
     from mpq_deploy.sensitivity.table import SensitivityTable
 
@@ -103,12 +104,23 @@ def check_audit(recipe: Recipe) -> None:
     check_timesteps(recipe)
 
 
+def check_images(spec: DenoiserSpec) -> None:
+    """Raise UsageError for a model whose final images nobody can make: only calls of it are known."""
+    if spec.recorded:
+        raise UsageError(
+            f"--images compares final images, but of {spec.name} only recorded calls are known.",
+            "Leave --images out.",
+        )
+
+
 def run_audit(run: Run, options: AuditOptions, command: str = "") -> AuditResult:
     """Measure everything that is not yet current in the run folder, and return what came out.
 
     ``command``: the command line, for the report. A metric that refuses its settings (orm with too
     few calls) and a budget that no plan of a metric fits are part of the result, not errors.
     """
+    if options.images:
+        check_images(run.exported.spec)
     losses = Losses(
         run, options.samples or min(run.recipe.measure.calls, run.recipe.measure.samples)
     )

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from mpq_deploy.allocate.plan_solver import PlanSolver
+from mpq_deploy.errors import UsageError
 from mpq_deploy.evaluate.evaluate import Variant, evaluate
 from mpq_deploy.graph.writers.deployed_graphs import SIMULATED
 from mpq_deploy.graph.writers.plan_graphs import write_plan
@@ -21,7 +22,7 @@ from mpq_deploy.run.pipeline import open_pipeline
 from mpq_deploy.sensitivity.exhaustive import measure_exhaustive
 from mpq_deploy.sensitivity.subject import Subject
 from mpq_deploy.studies import compared_losses as losses_module
-from mpq_deploy.studies.audit import AUDITED, AuditOptions, run_audit
+from mpq_deploy.studies.audit import AUDITED, AuditOptions, check_images, run_audit
 from mpq_deploy.studies.audit_result import AuditResult
 from mpq_deploy.studies.compared_losses import Losses
 from mpq_deploy.studies.compared_plans import PlanQuality
@@ -247,6 +248,14 @@ def test_trajectory_probes_predict_what_single_layers_do_to_final_images(
     assert "error of final images" in audit_table(result)
     assert max(map(len, audit_table(result).splitlines())) <= 80
     assert found.image_seconds is None and "final images" not in audit_table(found)
+
+
+def test_images_of_a_model_that_nobody_samples_are_refused(model: Path, place: Path) -> None:
+    with open_pipeline(recipe_for(model, **CHANGES), place, Notes()) as pipeline:
+        spec = pipeline.current("export").exported.spec
+    check_images(spec)
+    with pytest.raises(UsageError, match="only recorded calls are known"):
+        check_images(spec.model_copy(update={"recorded": True}))
 
 
 def test_few_calls_are_said_in_the_result(model: Path, tmp_path: Path) -> None:

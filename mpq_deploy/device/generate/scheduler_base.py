@@ -152,10 +152,14 @@ class Scheduler:
                 f"{type(self).__name__} cannot make {steps} steps.", f"Give 1 to {train}."
             )
         self._schedule(steps, sigmas, mu, strength)
+        self._check_timesteps(steps)
+        self.begin(0)
+
+    def _check_timesteps(self, steps: int) -> None:
+        """Raise UsageError where the settings give no timestep that the model was trained at."""
         if not np.isfinite(self.timesteps).all():
             what = f"The settings of {type(self).__name__} give no timesteps for {steps} steps"
             raise UsageError(f"{what}.", "Give more.")
-        self.begin(0)
 
     def begin(self, index: int) -> None:
         """Start at the step ``index``, with nothing remembered."""
@@ -188,14 +192,8 @@ class AlphaScheduler(Scheduler):
         one = np.float32(1)
         self.final_alpha = one if self.config.get("set_alpha_to_one", True) else self.alphas[0]
 
-    def set_timesteps(  # noqa: D102
-        self,
-        steps: int,
-        sigmas: Array | None = None,
-        mu: float | None = None,
-        strength: float = 1.0,
-    ) -> None:
-        super().set_timesteps(steps, sigmas, mu, strength)
+    def _check_timesteps(self, steps: int) -> None:
+        super()._check_timesteps(steps)
         low, high, train = int(self.timesteps.min()), int(self.timesteps.max()), len(self.alphas)
         if low < 0 or high >= train:
             what = f"{type(self).__name__} would make {steps} steps from timestep {high} to {low}"
