@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mpq_deploy.system.progress import PlainTalk, Talk
+from mpq_deploy.system.progress import PlainTalk, WarningTalk
 
 if TYPE_CHECKING:
     from mpq_deploy.runtime.drop_in import RuntimeUNet
@@ -84,7 +84,7 @@ def build(
     chosen = load_recipe(recipe, given)
     run = Path(out) if out else default_run(chosen)
     crew = crew_for(workers, ray, threads)
-    talk = Talk() if quiet else PlainTalk()
+    talk = WarningTalk() if quiet else PlainTalk()
     parts = None if (run / "recipe.yaml").is_file() else whole_parts(chosen)
     if parts is not None:
         from mpq_deploy.report.parts_page import write_pipeline

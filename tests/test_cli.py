@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 import mpq_deploy
 from mpq_deploy import cli
 from mpq_deploy.cli import app
+from mpq_deploy.cli.app import State, make_talk
 from mpq_deploy.errors import MpqError
 from mpq_deploy.system.progress import PlainTalk
 
@@ -116,6 +117,18 @@ def _reported(monkeypatch: pytest.MonkeyPatch, error: Exception) -> tuple[int, s
         cli.main()
     assert isinstance(ended.value.code, int)
     return ended.value.code, said.getvalue()
+
+
+def test_quiet_leaves_warnings_alone(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(State, "quiet", True)
+    talk = make_talk()
+    talk.line("A stage is made.")
+    with talk.bar("measure", 3) as advance:
+        advance(3)
+    talk.warn("The plan is slow.")
+    assert capsys.readouterr().err == "warning: The plan is slow.\n"
 
 
 @pytest.mark.parametrize(

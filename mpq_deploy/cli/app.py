@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from contextlib import nullcontext
 from enum import Enum
@@ -14,7 +13,7 @@ import typer
 from mpq_deploy.errors import UsageError
 from mpq_deploy.system.libraries import quiet_libraries, show_libraries
 from mpq_deploy.system.names import printable
-from mpq_deploy.system.progress import LINE_ENDS, QUIET
+from mpq_deploy.system.progress import LINE_ENDS
 from mpq_deploy.system.release import __version__
 
 if TYPE_CHECKING:
@@ -60,7 +59,7 @@ def _version(requested: bool) -> None:
 @app.callback()
 def _main(
     quiet: Annotated[
-        bool, typer.Option("--quiet", "-q", help="Show no progress on stderr.")
+        bool, typer.Option("--quiet", "-q", help="Show warnings alone on stderr, no progress.")
     ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print results on stdout as JSON.")] = False,
     debug: Annotated[
@@ -74,7 +73,6 @@ def _main(
     ] = False,
 ) -> None:
     State.quiet, State.json, State.debug = quiet, json, debug
-    os.environ[QUIET] = "1" if quiet else "0"
     if debug:
         show_libraries()
     else:
@@ -301,11 +299,11 @@ def print_summary(summary: Summary) -> None:
 
 
 def make_talk() -> Talk:
-    """Return where progress goes: nowhere, to a terminal, or into plain lines."""
-    from mpq_deploy.system.progress import PlainTalk, RichTalk, Talk
+    """Return where progress goes: nowhere (warnings alone), to a terminal, or into plain lines."""
+    from mpq_deploy.system.progress import PlainTalk, RichTalk, WarningTalk
 
     if State.quiet:
-        return Talk()
+        return WarningTalk()
     return RichTalk() if sys.stderr.isatty() else PlainTalk()
 
 

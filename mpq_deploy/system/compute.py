@@ -26,7 +26,7 @@ import onnxruntime as ort
 from mpq_deploy.device.cuda import count_gpus
 from mpq_deploy.errors import EngineError, UsageError, nearest
 from mpq_deploy.system.libraries import libraries_shown, silenced
-from mpq_deploy.system.progress import QUIET, PlainTalk
+from mpq_deploy.system.progress import PlainTalk
 
 # Set for worker processes: the device of the process that started them.
 VARIABLE = "MPQ_DEPLOY_DEVICE"
@@ -274,12 +274,8 @@ def free_cached_memory() -> None:
 
 @cache
 def say_once(text: str) -> None:
-    """Warn on stderr, once per process, that computing moves to another device than requested.
-
-    Not under ``--quiet``.
-    """
-    if os.environ.get(QUIET) != "1":
-        PlainTalk().warn(text)
+    """Warn on stderr, once per process, that computing moves to another device than requested."""
+    PlainTalk().warn(text)
 
 
 @cache

@@ -12,8 +12,6 @@ from mpq_deploy.system.names import printable
 
 Advance = Callable[[int], None]
 
-# Set to 1 by --quiet, for what is said where no talk is at hand, workers included.
-QUIET = "MPQ_DEPLOY_QUIET"
 # Control characters that texts of ours hold; those of names are shown as escapes.
 LINE_ENDS = "\n\t"
 
@@ -64,6 +62,22 @@ class PlainTalk(Talk):
         yield lambda steps: None
         taken = f"  {what}: {total} in {time.monotonic() - started:.1f} s"
         self.line(", ".join(filter(None, (taken, self.left()))))
+
+
+class WarningTalk(PlainTalk):
+    """Warnings alone: who wants no progress still learns what to look at."""
+
+    def line(self, text: str) -> None:
+        """Say nothing."""
+
+    def warn(self, text: str) -> None:
+        """Write the line, marked."""
+        super().line(f"warning: {text}")
+
+    @contextmanager
+    def bar(self, what: str, total: int) -> Iterator[Advance]:
+        """Show nothing."""
+        yield lambda steps: None
 
 
 class RichTalk(Talk):

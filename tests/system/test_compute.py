@@ -238,16 +238,6 @@ def run_with_iobinding(self: SmallGpu, binding: FakeBinding) -> None:
 SmallGpu.run_with_iobinding = run_with_iobinding  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize(("quiet", "said"), [("1", ""), ("0", "warning: It moves.\n")])
-def test_quiet_holds_for_what_sessions_say(
-    quiet: str, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    compute.say_once.cache_clear()
-    monkeypatch.setenv("MPQ_DEPLOY_QUIET", quiet)
-    compute.say_once("It moves.")
-    assert capsys.readouterr().err == said
-
-
 @pytest.mark.parametrize(
     ("most", "batches"), [(9, [7]), (2, [7, 3, 1, 1, 1, 1, 1, 1, 1]), (0, [7, 3, 1])]
 )
@@ -255,11 +245,8 @@ def test_too_large_batches_are_halved_then_the_cpu_goes_on(
     most: int,
     batches: list[int],
     exported: ExportedModel,
-    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    # A command with --quiet says so to its children, and may have run in this process before.
-    monkeypatch.delenv("MPQ_DEPLOY_QUIET", raising=False)
     compute.say_once.cache_clear()
     denoiser, feeds = OrtDenoiser(exported.model, exported.spec, 1), feeds_of(exported, 7)
     expected = denoiser.run(feeds)
