@@ -11,6 +11,7 @@ from mpq_deploy.device.generate.noise_schedule import (
     Array,
     converted_sigmas,
     products_of,
+    rounded,
     shifted,
     sigma_to_timestep,
     sigmas_of,
@@ -66,7 +67,7 @@ class MultistepScheduler(Scheduler):
             alpha = np.float32(1) / np.sqrt(sigma**2 + np.float32(1))
             own = sigma * alpha
         with np.errstate(divide="ignore"):
-            return alpha, own, np.log(alpha) - np.log(own)
+            return alpha, own, rounded(np.log, alpha) - rounded(np.log, own)
 
     def clean(self, output: Array, sample: Array) -> Array:
         """Return the predicted clean sample, thresholded where the settings say so."""
@@ -165,8 +166,9 @@ class DPMSolverMultistepScheduler(MultistepScheduler):
         stochastic = self.config["algorithm_type"].startswith("sde")
         # The SDE's integrals are the ODE's at twice the step.
         H = np.float32(2) * h if stochastic else h
-        fall = one - np.exp(-H)
-        scale = sigma / own * np.exp(-h) if stochastic else sigma / own
+        decay = rounded(np.exp, -H)
+        fall = one - decay
+        scale = sigma / own * rounded(np.exp, -h) if stochastic else sigma / own
         result: Array = scale * sample + (alpha * fall) * self.outputs[-1]
         if order > 1:
             first, second = self._differences(h, now, order)
@@ -174,9 +176,9 @@ class DPMSolverMultistepScheduler(MultistepScheduler):
             slope = alpha * (one - fall / H) if order == 3 or self._heun else half * alpha * fall
             result = result + slope * first
             if second is not None:
-                curve = (np.exp(-H) - one + H) / H**2 - half
+                curve = (decay - one + H) / H**2 - half
                 if stochastic:
-                    curve = -((one - np.exp(-H) - H) / H**2 - half)
+                    curve = -((one - decay - H) / H**2 - half)
                 result = result - (alpha * curve) * second
         if stochastic:
             result = result + sigma * np.sqrt(fall) * draw()
@@ -298,7 +300,7 @@ class UniPCMultistepScheduler(MultistepScheduler):
         alpha0, sigma0, now = self.parts(place)
         h, newest, clean = after - now, self.outputs[-1], self.config["predict_x0"]
         signed = -h if clean else h
-        grown = np.expm1(signed)
+        grown = rounded(np.expm1, signed)
         width = signed if self.config["solver_type"] == "bh1" else grown
         ratios, differences = [], []
         for i in range(1, order):

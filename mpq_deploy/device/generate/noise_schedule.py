@@ -30,6 +30,11 @@ def even_float32(start: float, end: float, count: int) -> Array:
     return np.where(index < count // 2, rising, falling).astype(np.float32)
 
 
+def rounded(function: Callable[[Any], Any], x: Any) -> Any:
+    """Return ``function(x)`` in float32, rounded to nearest: NumPy's own last bit depends on the processor."""
+    return np.float32(function(np.float64(x)))
+
+
 def betas_of(config: Mapping[str, Any]) -> Array:
     """Return the betas [num_train_timesteps] float32 of a configuration."""
     count, start, end = config["num_train_timesteps"], config["beta_start"], config["beta_end"]
