@@ -119,6 +119,17 @@ def machine_timed_once() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True, scope="session")
+def forked_workers() -> Iterator[None]:
+    """Fork workers from a server that has their imports; tests/system starts each as users do."""
+    from mpq_deploy.system.parallel import processes
+    from tests.forked import start_worker
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(processes, "start_process", start_worker)
+        yield
+
+
 def _register_operators_once(patch: pytest.MonkeyPatch) -> None:
     """The exporter parses its 500 operators anew for each export: a second, however small the module is."""
     try:

@@ -14,6 +14,7 @@ import pytest
 
 from mpq_deploy.system.parallel import processes
 from mpq_deploy.system.parallel.processes import Processes
+from tests.forked import living_workers
 from tests.pipeline.runs import Built, children_of, stage_bytes
 from tests.pipeline.test_workers import PLAIN, over, plain, remade
 
@@ -71,5 +72,5 @@ def test_a_worker_killed_while_it_measures_changes_nothing(
 
 
 def workers_of(parent: int) -> list[int]:
-    """The worker processes that ``parent`` started."""
-    return children_of(parent, "mpq_deploy.system.parallel.child")
+    """The worker processes that ``parent`` started, or had forked for it."""
+    return children_of(parent, "mpq_deploy.system.parallel.child") + living_workers()

@@ -94,6 +94,17 @@ class Processes:
         return {**child_environment(), **threads}
 
 
+def start_process(environment: dict[str, str]) -> subprocess.Popen[bytes]:
+    """Start a worker's process with that environment; orders and answers go through its pipes."""
+    return subprocess.Popen(
+        child_command("mpq_deploy.system.parallel.child"),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=environment,
+        **apart(),
+    )
+
+
 @dataclass(eq=False)
 class _Process:
     """A worker: its process, where its answers go with itself (None: it is gone), and the shard that it computes."""
@@ -108,14 +119,7 @@ class _Process:
     def start(
         cls, environment: dict[str, str], answers: SimpleQueue[tuple[_Process, bytes]]
     ) -> _Process:
-        process = subprocess.Popen(
-            child_command("mpq_deploy.system.parallel.child"),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env=environment,
-            **apart(),
-        )
-        worker = cls(process, answers, environment)
+        worker = cls(start_process(environment), answers, environment)
         threading.Thread(target=worker._listen, daemon=True).start()
         return worker
 
