@@ -120,6 +120,14 @@ def machine_timed_once() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True, scope="session")
+def unsynced() -> Iterator[None]:
+    """Do not wait for disks: no test cuts the power."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
 def forked_workers() -> Iterator[None]:
     """Fork workers from a server that has their imports; tests/system starts each as users do."""
     from mpq_deploy.system.parallel import processes

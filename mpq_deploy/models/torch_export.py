@@ -38,6 +38,8 @@ EXPORT_OPSET = 20
 # Batch of the traced example: 0 and 1 would be taken for constants.
 EXAMPLE_BATCH = 2
 TOLERANCE = 1e-3
+# Parameters that may stay in memory until Python looks for cycles by itself (our choice).
+FEW_BYTES = 64 << 20
 SCOPES = "pkg.torch.onnx.name_scopes"
 PREFIX = "network."
 # What the exporter writes for nodes outside any module.
@@ -101,9 +103,11 @@ class TorchNetwork:
 
     def release(self) -> None:
         """Take the parameters out of memory; the module keeps their shapes."""
+        held = sum(one.numel() * one.element_size() for one in self.module.parameters())
         self.module.to("meta")
-        # The exporter leaves cycles behind that hold them.
-        gc.collect()
+        # The exporter leaves cycles behind that hold them. Looking for those takes a second.
+        if held > FEW_BYTES:
+            gc.collect()
 
     def _exported(self) -> ir.Model:
         example = tuple(self._example(item) for item in self.inputs)

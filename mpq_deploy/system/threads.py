@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import psutil
@@ -77,18 +78,19 @@ def physical_cores() -> int:
     """Return the physical cores among those that this process may use; all it may use where the system hides them."""
     if not hasattr(os, "sched_getaffinity"):
         return psutil.cpu_count(logical=False) or available_cores()
-    places = set()
-    for cpu in os.sched_getaffinity(0):
-        topology = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology")
-        try:
-            names = ("physical_package_id", "core_id")
-            places.add(
-                tuple((topology / name).read_text(encoding="utf-8").strip() for name in names)
-            )
-        except OSError:
-            # A container may hide it.
-            return available_cores()
-    return len(places)
+    try:
+        return len({_core_of(cpu) for cpu in os.sched_getaffinity(0)})
+    except OSError:
+        # A container may hide it.
+        return available_cores()
+
+
+@cache
+def _core_of(cpu: int) -> tuple[str, ...]:
+    """Return package and number of the core that a logical CPU belongs to."""
+    topology = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology")
+    names = ("physical_package_id", "core_id")
+    return tuple((topology / name).read_text(encoding="utf-8").strip() for name in names)
 
 
 def _number(environment: Mapping[str, str], name: str) -> int:
