@@ -19,8 +19,10 @@ from mpq_deploy.system.release import __version__
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from mpq_deploy.models.pipeline_parts import Parts
     from mpq_deploy.recipe import Recipe
     from mpq_deploy.report.collect import Summary
+    from mpq_deploy.run.forecast import Ahead
     from mpq_deploy.system.parallel.work import Crew
     from mpq_deploy.system.progress import Talk
 
@@ -181,8 +183,6 @@ def run_until(stage: str, settings: Recipe, out: Path | None, crew: Crew | None 
     from mpq_deploy.run.several_targets import runs_of
 
     run = out or default_run(settings)
-    if _run_whole(stage, settings, run, crew):
-        return
     runs = runs_of(settings, run)
     if runs == [(settings, run)]:
         print_summary(_run_one(stage, settings, run, crew))
@@ -199,9 +199,6 @@ def run_on(
     """Run all stages up to ``stage`` on a run folder, or for each of its targets."""
     from mpq_deploy.run.folder import several_in
 
-    if (run / "pipeline.json").is_file():
-        run_until(stage, recipe_of(run, recipe, options), run, crew)
-        return
     several = several_in(run)
     if several:
         runs = [(_going_on(recipe_of(one, recipe, options), options), one) for one in several]
@@ -210,21 +207,31 @@ def run_on(
         print_summary(_run_one(stage, recipe_of(run, recipe, options), run, crew))
 
 
-def _run_whole(stage: str, settings: Recipe, run: Path, crew: Crew | None) -> bool:
-    """Run the stages of all parts of a whole pipeline and print what came of it; False for other models."""
+def _parts_of(settings: Recipe, run: Path) -> Parts | None:
+    """Return the parts of a whole pipeline; None where one model is built."""
     from mpq_deploy.models.pipeline_parts import whole_parts
 
-    parts = None if (run / "recipe.yaml").is_file() else whole_parts(settings)
-    if parts is None:
-        return False
+    return None if (run / "recipe.yaml").is_file() else whole_parts(settings)
+
+
+def _run_whole(
+    stage: str,
+    settings: Recipe,
+    run: Path,
+    crew: Crew | None,
+    parts: Parts,
+    coming: Sequence[tuple[Recipe, Path]],
+) -> Summary:
+    """Run the stages of all parts of a whole pipeline."""
+    from mpq_deploy.report.collect import Summary
     from mpq_deploy.report.parts_page import pipeline_text, write_pipeline
     from mpq_deploy.run.several_parts import build_whole
 
-    view = build_whole(settings, run, parts, stage, make_talk(), crew)
+    view = build_whole(settings, run, parts, stage, make_talk(), crew, coming)
     if stage == "report":
         write_pipeline(run, view)
-    print_result(view.model_dump(mode="json", exclude={"recipe"}), pipeline_text(view, run))
-    return True
+    values = view.model_dump(mode="json", exclude={"recipe"})
+    return Summary(pipeline_text(view, run), values)
 
 
 def _run_one(
@@ -236,6 +243,8 @@ def _run_one(
 ) -> Summary:
     from mpq_deploy.run.pipeline import open_pipeline
 
+    if parts := _parts_of(settings, run):
+        return _run_whole(stage, settings, run, crew, parts, coming)
     opened = open_pipeline(settings, run, make_talk(), crew, computes=False, coming=coming)
     with opened as pipeline:
         return pipeline.run_until(stage)
@@ -251,7 +260,9 @@ def _run_all(stage: str, runs: list[tuple[Recipe, Path]], crew: Crew | None) -> 
     for number, (settings, run) in enumerate(runs, 1):
         make_talk().line(f"target {run.name}")
         # Counts are fitted once, for the first target: what targets share needs the same counts.
-        settings = with_counts_of(settings, load_recipe(first)) if made else settings
+        # Parts of a whole pipeline see to that themselves.
+        if made and first.is_file():
+            settings = with_counts_of(settings, load_recipe(first))
         made[run.name] = _run_one(stage, settings, run, crew, runs[number:])
     if stage == "report":
         from mpq_deploy.report.targets_page import write_targets
@@ -260,37 +271,28 @@ def _run_all(stage: str, runs: list[tuple[Recipe, Path]], crew: Crew | None) -> 
     print_each({name: (summary.values, summary.text) for name, summary in made.items()})
 
 
-def _forecast_whole(settings: Recipe, run: Path, crew: Crew | None) -> bool:
-    """Print what the run of each part of a whole pipeline would take; False for other models."""
-    from mpq_deploy.models.pipeline_parts import whole_parts
-
-    parts = None if (run / "recipe.yaml").is_file() else whole_parts(settings)
-    if parts is None:
-        return False
-    from mpq_deploy.run.several_parts import forecast_whole
-
-    ahead = forecast_whole(settings, run, parts, make_talk(), crew)
-    text = "\n\n".join("\n".join([f"part {name}", *one.lines]) for name, one in ahead.items())
-    print_result({"parts": {name: one.values() for name, one in ahead.items()}}, text)
-    return True
-
-
 def print_forecast(settings: Recipe, out: Path | None, crew: Crew | None) -> None:
     """Export the model, and print the forecast of a whole build, of several targets for the first."""
     from mpq_deploy.run.folder import open_targets
     from mpq_deploy.run.pipeline import default_run, open_pipeline
+    from mpq_deploy.run.several_parts import forecast_whole
     from mpq_deploy.run.several_targets import runs_of
 
     run = out or default_run(settings)
-    if _forecast_whole(settings, run, crew):
-        return
     own, folder = runs_of(settings, run)[0]
-    with (
-        open_targets(run) if folder != run else nullcontext(),
-        open_pipeline(own, folder, make_talk(), crew) as pipeline,
-    ):
-        ahead = pipeline.dry_run()
+    with open_targets(run) if folder != run else nullcontext():
+        if parts := _parts_of(own, folder):
+            _print_forecasts(forecast_whole(own, folder, parts, make_talk(), crew))
+            return
+        with open_pipeline(own, folder, make_talk(), crew) as pipeline:
+            ahead = pipeline.dry_run()
     print_result(ahead.values(), "\n".join(ahead.lines))
+
+
+def _print_forecasts(ahead: Mapping[str, Ahead]) -> None:
+    """Print what the run of each part of a whole pipeline would take."""
+    text = "\n\n".join("\n".join([f"part {name}", *one.lines]) for name, one in ahead.items())
+    print_result({"parts": {name: one.values() for name, one in ahead.items()}}, text)
 
 
 def print_summary(summary: Summary) -> None:

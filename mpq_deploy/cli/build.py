@@ -288,15 +288,12 @@ def report(
     sign: SignOption = None,
 ) -> None:
     """Write report.html, report.md and report.json; for several targets also an overview page."""
-    from mpq_deploy.run.folder import runs_at
+    from mpq_deploy.run.folder import PIPELINE, runs_at
     from mpq_deploy.run.pipeline import open_pipeline
 
-    if (run / "pipeline.json").is_file() and not (as_is or target or sign):
-        from mpq_deploy.delivery.whole_results import take_in_whole
-
-        for path in device or []:
-            take_in_whole(run, path, make_talk())
-        run_on("report", run, recipe, {})
+    wholes = [one for one in runs_at(run, target).values() if (one / PIPELINE).is_file()]
+    if wholes and not (as_is or sign):
+        _report_wholes(run, wholes, device or [], recipe)
         return
     key, chosen, made = signing_key(sign), runs_at(run, target), {}
     if device:
@@ -320,6 +317,17 @@ def report(
 
         make_talk().line(f"all targets: {write_targets(run)}")
     print_each(made)
+
+
+def _report_wholes(run: Path, wholes: list[Path], device: list[Path], recipe: str | None) -> None:
+    """Take results of devices into whole pipelines' runs, and write their reports."""
+    from mpq_deploy.delivery.whole_results import take_in_whole
+
+    if device:
+        check_one_file(device[0], {one.name: one for one in wholes})
+    for path in device:
+        take_in_whole(wholes[0], path, make_talk())
+    run_on("report", run if len(wholes) > 1 else wholes[0], recipe, {})
 
 
 def losses_of(given: list[str] | None) -> dict[str, float] | None:

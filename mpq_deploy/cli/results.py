@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
@@ -73,7 +73,7 @@ from mpq_deploy.errors import MpqError, UsageError
 from mpq_deploy.system.files import write_text
 
 if TYPE_CHECKING:
-    from mpq_deploy.report.gate import GateResult, Limits
+    from mpq_deploy.report.gate import GateResult
 
 
 @app.command(
@@ -111,13 +111,13 @@ def sweep(
     from mpq_deploy.studies.sweep import parse_budgets, run_sweep, sweep_table
 
     chosen = parse_budgets(budgets)
-    if (run / "pipeline.json").is_file() and target is None:
-        _sweep_whole(run, chosen, evaluate or points is not None)
-        return
     crew = compute.crew()
     command = shlex.join(["mpq-deploy", *sys.argv[1:]])
     made = {}
     for name, one in runs_at(run, target).items():
+        if (one / "pipeline.json").is_file():
+            made[name] = _sweep_whole(one, chosen, evaluate or points is not None)
+            continue
         settings = recipe_of(one, recipe, {"compute.device": compute.device})
         with open_pipeline(settings, one, make_talk(), crew) as pipeline:
             current = pipeline.current(
@@ -129,8 +129,11 @@ def sweep(
     print_each(made)
 
 
-def _sweep_whole(run: Path, budgets: list[float], measured: bool) -> None:
-    """Solve a whole pipeline's run for ``budgets``. Raises UsageError where they are to be measured."""
+def _sweep_whole(run: Path, budgets: list[float], measured: bool) -> tuple[dict[str, Any], str]:
+    """Solve a whole pipeline's run for ``budgets``; return what was found as values and as text.
+
+    Raises UsageError where they are to be measured.
+    """
     from mpq_deploy.studies.whole_sweep import sweep_whole, whole_sweep_table
 
     if measured:
@@ -139,7 +142,7 @@ def _sweep_whole(run: Path, budgets: list[float], measured: bool) -> None:
             f"Leave --evaluate and --points out; or measure one part: {run}/components/NAME.",
         )
     result = sweep_whole(recipe_of(run, None), run, budgets, make_talk())
-    print_result(result, f"{whole_sweep_table(result)}\n\ncurve: {run / 'sweep.svg'}")
+    return result, f"{whole_sweep_table(result)}\n\ncurve: {run / 'sweep.svg'}"
 
 
 @app.command(
@@ -256,14 +259,14 @@ def compare(
     from mpq_deploy.run.folder import runs_at
 
     first, *others = runs
-    if any((one / "pipeline.json").is_file() for one in runs) and target is None:
-        _compare_wholes(runs, markdown, html, json)
-        return
     chosen = runs_at(first, target)
     check_one_file(html, chosen)
     made = {}
     for name, one in chosen.items():
         paths = [one, *(_of_target(other, name) for other in others)]
+        if any((path / "pipeline.json").is_file() for path in paths):
+            made[name] = _compare_wholes(paths, markdown, html)
+            continue
         comparison = compare_reports([read_report(path) for path in paths])
         if html is not None:
             write_text(html, comparison_page(comparison))
@@ -272,14 +275,16 @@ def compare(
     print_each(made, json)
 
 
-def _compare_wholes(runs: list[Path], markdown: bool, html: Path | None, json: bool) -> None:
+def _compare_wholes(
+    runs: list[Path], markdown: bool, html: Path | None
+) -> tuple[dict[str, Any], str]:
+    """Compare runs of whole pipelines; return what was found as values and as text."""
     from mpq_deploy.report.parts_compare import compare_pipelines
 
     compared = compare_pipelines(runs)
     if html is not None:
         write_text(html, compared.page())
-    text = compared.markdown() if markdown else compared.text()
-    print_result(compared.as_json(), text, json)
+    return compared.as_json(), compared.markdown() if markdown else compared.text()
 
 
 def _of_target(path: Path, name: str) -> Path:
@@ -372,6 +377,7 @@ def gate(
     met; 1: one is not; 2: bad input.
     """
     from mpq_deploy.report.gate import Limits, check_gate, gate_junit, gate_markdown
+    from mpq_deploy.report.parts_gate import check_pipeline
     from mpq_deploy.report.read import read_report
     from mpq_deploy.run.folder import runs_at
     from mpq_deploy.system.quantities import Budget, Latency
@@ -387,8 +393,11 @@ def gate(
         max_lpips,
         max_clip_drop,
     )
-    results = _gate_of_whole(run, limits, allow_estimate)
-    for name, one in {} if results else runs_at(run, target).items():
+    results = {}
+    for name, one in runs_at(run, target).items():
+        if (one / "pipeline.json").is_file():
+            results[name] = check_pipeline(one, limits, allow_estimate)
+            continue
         former = None if baseline is None else _of_target(baseline, name)
         _check_trust(trust, one, former)
         held_against = None if former is None else read_report(former)
@@ -397,15 +406,6 @@ def gate(
         if path is not None:
             write_text(path, text_of(*results.values()))
     _print_gate(results, json)
-
-
-def _gate_of_whole(run: Path, limits: Limits, allow_estimate: bool) -> dict[str, GateResult]:
-    """Return the outcome of a whole pipeline's run, by no name; empty for other runs."""
-    if not (run / "pipeline.json").is_file():
-        return {}
-    from mpq_deploy.report.parts_gate import check_pipeline
-
-    return {"": check_pipeline(run, limits, allow_estimate)}
 
 
 def _check_trust(trust: str | None, *reports: Path | None) -> None:

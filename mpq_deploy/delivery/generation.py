@@ -47,9 +47,10 @@ from mpq_deploy.models.locate import locate
 from mpq_deploy.models.pipeline_graphs import pipeline_length
 from mpq_deploy.models.sample_sizes import pipeline_multiple, size_fields
 from mpq_deploy.recipe import make_recipe
-from mpq_deploy.run.pipeline_file import COMPONENTS as RUNS
-from mpq_deploy.run.pipeline_file import PIPELINE, PipelineFile
-from mpq_deploy.run.view import RECIPE, Run
+from mpq_deploy.run.folder import COMPONENTS as RUNS
+from mpq_deploy.run.folder import PIPELINE, RECIPE
+from mpq_deploy.run.pipeline_file import PipelineFile
+from mpq_deploy.run.view import Run
 from mpq_deploy.runtime.ort import SESSION_COPIES
 from mpq_deploy.system.files import write_text
 from mpq_deploy.system.progress import Talk

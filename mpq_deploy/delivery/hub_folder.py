@@ -28,10 +28,10 @@ from mpq_deploy.report.data import ReportData
 from mpq_deploy.report.markdown import markdown_report, plain, table
 from mpq_deploy.report.parts_page import COLUMNS, part_rows, pipeline_facts
 from mpq_deploy.report.read import read_report
-from mpq_deploy.run.folder import check_one_run, refuse_altered
-from mpq_deploy.run.pipeline_file import COMPONENTS as RUNS
-from mpq_deploy.run.pipeline_file import PIPELINE, PipelineFile
-from mpq_deploy.run.view import RECIPE, Run
+from mpq_deploy.run.folder import COMPONENTS as RUNS
+from mpq_deploy.run.folder import PIPELINE, RECIPE, check_one_run, refuse_altered
+from mpq_deploy.run.pipeline_file import PipelineFile
+from mpq_deploy.run.view import Run
 from mpq_deploy.system.files import canonical_json, new_folder, write_text
 from mpq_deploy.system.inputs import read_json_object, read_text
 from mpq_deploy.system.progress import Talk

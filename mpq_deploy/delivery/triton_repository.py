@@ -35,9 +35,9 @@ from mpq_deploy.engine.target import RTX
 from mpq_deploy.errors import UsageError
 from mpq_deploy.graph.load import external_files, read_proto
 from mpq_deploy.graph.writers.deployed_graphs import DEPLOYED, SIMULATED
-from mpq_deploy.run.folder import refuse_altered
-from mpq_deploy.run.pipeline_file import COMPONENTS as RUNS
-from mpq_deploy.run.pipeline_file import PIPELINE, PipelineFile
+from mpq_deploy.run.folder import COMPONENTS as RUNS
+from mpq_deploy.run.folder import PIPELINE, refuse_altered
+from mpq_deploy.run.pipeline_file import PipelineFile
 from mpq_deploy.run.view import Run
 from mpq_deploy.system.files import canonical_json, new_folder, write_text
 from mpq_deploy.system.inputs import read_json_object

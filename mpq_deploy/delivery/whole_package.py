@@ -32,9 +32,10 @@ from mpq_deploy.engine.builder import ENGINE
 from mpq_deploy.engine.target import Target
 from mpq_deploy.errors import MpqError, UsageError
 from mpq_deploy.recipe import load_recipe
+from mpq_deploy.run.folder import RECIPE
 from mpq_deploy.run.pipeline import open_pipeline
 from mpq_deploy.run.pipeline_file import PipelineFile
-from mpq_deploy.run.view import RECIPE, Run
+from mpq_deploy.run.view import Run
 from mpq_deploy.system.inputs import read_json_object
 from mpq_deploy.system.memory import Room
 from mpq_deploy.system.progress import Talk

@@ -26,7 +26,8 @@ from mpq_deploy.delivery.device_results import (
 )
 from mpq_deploy.device.manifest import RESULTS_FORMAT
 from mpq_deploy.errors import UsageError
-from mpq_deploy.run.pipeline_file import COMPONENTS, PipelineFile, WholeDevice
+from mpq_deploy.run.folder import COMPONENTS
+from mpq_deploy.run.pipeline_file import PipelineFile, WholeDevice
 from mpq_deploy.run.view import Run
 from mpq_deploy.system.files import write_text
 from mpq_deploy.system.inputs import read_json_object

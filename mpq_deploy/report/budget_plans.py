@@ -21,7 +21,8 @@ from mpq_deploy.errors import InputError
 from mpq_deploy.formats.scheme import FP16
 from mpq_deploy.latency.plan_latency import SHOWN, shown_products
 from mpq_deploy.report.data import BudgetPlan, BudgetPlans, LayerOption, PlanTimes
-from mpq_deploy.run.view import RECIPE, Exported
+from mpq_deploy.run.folder import RECIPE
+from mpq_deploy.run.view import Exported
 from mpq_deploy.system.files import canonical_json, read_sealed, sealed_json, write_text
 
 if TYPE_CHECKING:

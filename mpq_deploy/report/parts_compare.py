@@ -15,7 +15,8 @@ from mpq_deploy.report.comparison import more
 from mpq_deploy.report.markdown import plain, table
 from mpq_deploy.report.page import rendered
 from mpq_deploy.report.parts_page import COLUMNS, aligned, part_rows
-from mpq_deploy.run.pipeline_file import COMPONENTS, PIPELINE, PipelineFile
+from mpq_deploy.run.folder import COMPONENTS, PIPELINE
+from mpq_deploy.run.pipeline_file import PipelineFile
 
 PLAN = Path("allocate") / "plan.json"
 HEADER = ("Part", "Run", *COLUMNS[1:])

@@ -10,7 +10,8 @@ from markupsafe import Markup
 
 from mpq_deploy.evaluate.cache import write_aside
 from mpq_deploy.report.page import rendered
-from mpq_deploy.run.pipeline_file import COMPONENTS, PartFigures, PipelineFile, WholeDevice
+from mpq_deploy.run.folder import COMPONENTS
+from mpq_deploy.run.pipeline_file import PartFigures, PipelineFile, WholeDevice
 
 PAGE = "report.html"
 COLUMNS = (

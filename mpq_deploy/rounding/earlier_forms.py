@@ -20,7 +20,7 @@ from mpq_deploy.system.array_file import read_arrays
 
 @dataclass(frozen=True)
 class EarlierForms:
-    """Other targets' ``folders``: path below the run -> names of its Convs written as MatMul."""
+    """Other targets' ``folders``: path below the run of all targets -> names of its Convs written as MatMul."""
 
     folders: tuple[tuple[str, frozenset[str]], ...] = ()
 

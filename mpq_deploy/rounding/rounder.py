@@ -89,7 +89,7 @@ class Rounder:
     numbers: Mapping[str, int]
     blas: ThreadpoolController
     talk: Talk
-    base: Path = Path()
+    root: Path = Path()
     earlier: EarlierForms = field(default_factory=EarlierForms)
 
     @classmethod
@@ -101,7 +101,7 @@ class Rounder:
         stats = run.calibration.stats
         blas = ThreadpoolController()
         read = run.exported, run.recipe, run.target, stats
-        return cls(*read, numbers, blas, run.talk, run.base, earlier)
+        return cls(*read, numbers, blas, run.talk, run.root, earlier)
 
     def unknown(self) -> tuple[Layer, ...]:
         """Return the layers with a form that no other target has rounded."""
@@ -111,7 +111,7 @@ class Rounder:
         return tuple(
             layer
             for layer in layers
-            if not known(self.base, layer, self.numbers[layer.name], self._choices(layer).forms)
+            if not known(self.root, layer, self.numbers[layer.name], self._choices(layer).forms)
         )
 
     def _choices(self, layer: Layer) -> Choices:
@@ -168,7 +168,7 @@ class Rounder:
                 amax=_column_amax(layer, self.stats) if layer.group == 1 else None,
             ),
             how,
-            self.earlier.of(self.base, layer, number, weight, choices.forms),
+            self.earlier.of(self.root, layer, number, weight, choices.forms),
         )
 
     def diagonal(self, layer: Layer) -> Hessian:

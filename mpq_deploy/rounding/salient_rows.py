@@ -20,8 +20,9 @@ from mpq_deploy.graph.layers import LayerGraph
 from mpq_deploy.models.spec import Array
 from mpq_deploy.rounding.candidate_store import StoredCandidates, with_rows
 from mpq_deploy.rounding.earlier_forms import EarlierForms
+from mpq_deploy.run.folder import RECIPE
 from mpq_deploy.run.stage_memory import salience_worker_bytes
-from mpq_deploy.run.view import RECIPE, Run
+from mpq_deploy.run.view import Run
 from mpq_deploy.system.parallel.work import Alone, Job, Result, Shard, Work, run_shards
 from mpq_deploy.system.progress import Talk
 
@@ -34,7 +35,7 @@ def salient_first(run: Run, folder: Path, earlier: EarlierForms) -> tuple[dict[s
     chosen = with_rows(folder, run.exported.graph)
     if not chosen:
         return {}, ""
-    known = earlier.orders(run.base, folder, run.exported.graph)
+    known = earlier.orders(run.root, folder, run.exported.graph)
     if known is not None:
         return known, ", salient rows as another target has them"
     stats = run.calibration.stats

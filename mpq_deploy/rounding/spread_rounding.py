@@ -22,8 +22,9 @@ from mpq_deploy.rounding.arrays import fetched
 from mpq_deploy.rounding.earlier_forms import EarlierForms
 from mpq_deploy.rounding.hessian import Gathering, Hessian, HessianPlan
 from mpq_deploy.rounding.rounder import Rounder, rounding_calls
+from mpq_deploy.run.folder import RECIPE
 from mpq_deploy.run.stage_memory import rounding_worker_bytes
-from mpq_deploy.run.view import RECIPE, Run
+from mpq_deploy.run.view import Run
 from mpq_deploy.system.array_file import read_array
 from mpq_deploy.system.files import disk_error
 from mpq_deploy.system.parallel.work import Job, Pool, Result, Shard, Within, Work, run_shards

@@ -36,10 +36,12 @@ from mpq_deploy.system.typed import typed
 FORMAT = 1
 RECORD = "stage.json"
 TIMINGS = "timings.json"
-# What makes a folder a run.
-MARKER = "run.json"
+# What makes a folder a run, and the recipe that it was made by.
+MARKER, RECIPE = "run.json", "recipe.yaml"
 # In a run of several targets: a run folder for each, which shares these stages with the others.
 TARGETS, SHARED = "targets", ("export", "calibrate")
+# Of a whole pipeline: its joint view, and below COMPONENTS a run folder for each part.
+PIPELINE, COMPONENTS = "pipeline.json", "components"
 
 
 @dataclass(frozen=True)
@@ -173,26 +175,71 @@ def _timings(path: Path) -> dict[str, dict[str, float]]:
         return {}
 
 
+@dataclass(frozen=True)
+class TargetPlace:
+    """Where a run lies that is a target's of several: ``root`` / targets / ``name`` / ``part``.
+
+    ``part``: components/NAME of a part of a whole pipeline, which shares its stages with that part
+    of the other targets; else nothing.
+    """
+
+    root: Path
+    name: str
+    part: Path
+
+    @property
+    def base(self) -> Path:
+        """The folder of the stages that targets share."""
+        return self.root / self.part
+
+    @property
+    def below(self) -> Path:
+        """The run, from ``root``."""
+        return Path(TARGETS, self.name) / self.part
+
+
+def target_place(path: Path) -> TargetPlace | None:
+    """Return where ``path`` lies in a run of several targets; None for any other run."""
+    for own in (path, path.absolute()):
+        part = Path(COMPONENTS, own.name) if own.parent.name == COMPONENTS else Path()
+        target = own.parent.parent if part.parts else own
+        if target.parent.name == TARGETS:
+            place = TargetPlace(target.parent.parent, target.name, part)
+            # A worker's copy has the stages and no marker.
+            known = (place.root / MARKER, *(place.base / name for name in SHARED))
+            return place if any(one.exists() for one in known) else None
+    return None
+
+
 def base_of(path: Path) -> Path:
-    """Return the run of several targets that ``path`` is a target's folder of; else ``path`` itself."""
-    own = path if path.parent.name == TARGETS else path.absolute()
-    base = own.parent.parent
-    # A worker's copy has the stages and no marker.
-    shares = own.parent.name == TARGETS and any((base / n).exists() for n in (MARKER, *SHARED))
-    return base if shares else path
+    """Return the folder of the stages that ``path`` shares with other targets; else ``path`` itself."""
+    place = target_place(path)
+    return path if place is None else place.base
 
 
 def targets_in(path: Path) -> list[Path]:
     """Return the folders of a run of several targets, in the order in which they were added."""
-    found = [one.parent for one in (path / TARGETS).glob("*/recipe.yaml")]
+    found = {
+        one.parent for file in (RECIPE, PIPELINE) for one in (path / TARGETS).glob(f"*/{file}")
+    }
     return sorted(
         found, key=lambda one: (read_json_object(one / MARKER).get("number", 0), one.name)
     )
 
 
+def sharing_with(path: Path) -> list[Path]:
+    """Return the runs that share stages with ``path``, in the order in which their targets were added."""
+    place = target_place(path)
+    if place is None:
+        return []
+    runs = (target / place.part for target in targets_in(place.root))
+    return [one for one in runs if (one / RECIPE).exists() and one.absolute() != path.absolute()]
+
+
 def several_in(path: Path) -> list[Path]:
     """Return the folders of a run of several targets; none where ``path`` is a run itself."""
-    return [] if (path / "recipe.yaml").exists() else targets_in(path)
+    is_run = any((path / file).exists() for file in (RECIPE, PIPELINE))
+    return [] if is_run else targets_in(path)
 
 
 def runs_at(path: Path, target: str | None = None) -> dict[str, Path]:
@@ -212,8 +259,8 @@ def runs_at(path: Path, target: str | None = None) -> dict[str, Path]:
 
 def check_one_run(path: Path) -> None:
     """Raise UsageError for a run of several targets, and for a target that such a run lacks."""
-    if (path / "pipeline.json").is_file():
-        names = ", ".join(map(str, sorted((path / "components").glob("*"))))
+    if (path / PIPELINE).is_file():
+        names = ", ".join(map(str, sorted((path / COMPONENTS).glob("*"))))
         raise UsageError(f"{path} holds the parts of a pipeline.", f"Give one of them: {names}.")
     several = several_in(path)
     if several:
@@ -232,12 +279,17 @@ def refuse_target(run: Path, name: str) -> NoReturn:
     )
 
 
+def begin_run(path: Path) -> None:
+    """Make a run folder for a further target, unless it is there; its run's lock is held."""
+    path.mkdir(parents=True, exist_ok=True)
+    _check_format(path)
+
+
 def begin_target(path: Path, recipe: str) -> None:
     """Make the folder of a further target, with its recipe, unless it is there; its run's lock is held."""
-    path.mkdir(exist_ok=True)
-    _check_format(path)
-    if not (path / "recipe.yaml").is_file():
-        write_text(path / "recipe.yaml", recipe)
+    begin_run(path)
+    if not (path / RECIPE).is_file():
+        write_text(path / RECIPE, recipe)
 
 
 @contextmanager
@@ -288,6 +340,7 @@ def open_run(path: Path) -> Iterator[RunFolder]:
         try:
             path.mkdir(parents=True, exist_ok=True)
             for place in dict.fromkeys((base_of(path), path)):
+                place.mkdir(parents=True, exist_ok=True)
                 refuse_links(place, RunFolderError)
                 stack.enter_context(hold_folder(place))
                 _check_format(place)
@@ -316,7 +369,7 @@ def _remove_unused(path: Path, made: list[Path]) -> None:
 def _check_format(path: Path) -> None:
     marker = path / MARKER
     if not marker.exists():
-        others = [p.name for p in path.iterdir() if p.name[0] != "." and p.name != "recipe.yaml"]
+        others = [p.name for p in path.iterdir() if p.name[0] != "." and p.name != RECIPE]
         if others:
             raise RunFolderError(
                 f"{path} is not a run folder: it holds {others[0]} and no run.json.",

@@ -199,7 +199,7 @@ def _time_rounding(
     alone.graph = replace(exported.graph, layers=(layer,))
     stats, blas = CalibrationStats(_made_up_stats(layer)), ThreadpoolController()
     read = alone, run.recipe, run.target, stats, {layer.name: 0}, blas
-    rounder = Rounder(*read, run.talk, run.base, EarlierForms())
+    rounder = Rounder(*read, run.talk, run.root, EarlierForms())
     moments = rounder.diagonal(layer)
     if run.recipe.quantize.rounding != "nearest":
         moments = _made_up_moments(layer)

@@ -11,12 +11,12 @@ from mpq_deploy.errors import MpqError, RunFolderError, UsageError
 from mpq_deploy.recipe import Recipe
 from mpq_deploy.report.collect import Summary, summarise
 from mpq_deploy.run.effort import open_counts
-from mpq_deploy.run.folder import RunFolder, check_one_run, open_run
+from mpq_deploy.run.folder import RECIPE, RunFolder, check_one_run, open_run
 from mpq_deploy.run.forecast import LONG, Ahead, Outlook, look_ahead, to_make
 from mpq_deploy.run.recipe_check import check_recipe
 from mpq_deploy.run.stage import Stage, stages_in_order
 from mpq_deploy.run.stage_memory import saying_memory_ran_out
-from mpq_deploy.run.view import RECIPE, Run, StageResult
+from mpq_deploy.run.view import Run, StageResult
 from mpq_deploy.stages import (
     allocate,
     calibrate,

@@ -9,10 +9,9 @@ from pydantic import BaseModel, ConfigDict
 
 from mpq_deploy.errors import RunFolderError
 from mpq_deploy.recipe import placed
+from mpq_deploy.run.folder import COMPONENTS, PIPELINE
 from mpq_deploy.system.files import canonical_json, write_text
 from mpq_deploy.system.validated import read_model
-
-PIPELINE, COMPONENTS = "pipeline.json", "components"
 
 
 class PartFigures(BaseModel):

@@ -20,12 +20,20 @@ from mpq_deploy.models.pipeline_parts import TEXT, Parts
 from mpq_deploy.models.spec import DenoiserSpec
 from mpq_deploy.recipe import Recipe, load_recipe, make_recipe
 from mpq_deploy.run.effort import with_counts_of
-from mpq_deploy.run.folder import RunFolder, open_run
+from mpq_deploy.run.folder import (
+    COMPONENTS,
+    PIPELINE,
+    RECIPE,
+    RunFolder,
+    begin_run,
+    open_run,
+    sharing_with,
+)
 from mpq_deploy.run.forecast import Ahead
 from mpq_deploy.run.pipeline import open_pipeline
-from mpq_deploy.run.pipeline_file import COMPONENTS, PIPELINE, PartFigures, PipelineFile
+from mpq_deploy.run.pipeline_file import PartFigures, PipelineFile
 from mpq_deploy.run.stage import version_of
-from mpq_deploy.run.view import RECIPE, Run
+from mpq_deploy.run.view import Run
 from mpq_deploy.system.files import Fields, canonical_json
 from mpq_deploy.system.inputs import read_json_object
 from mpq_deploy.system.parallel.processes import kept_workers
@@ -38,6 +46,7 @@ GAINS_FORMAT = IMAGES_FORMAT = 1
 GAINS, IMAGES = "gains", "images"
 # Images of the pipeline that are compared at most: each is run once per part and twice more.
 MOST_IMAGES = 8
+Coming = Sequence[tuple[Recipe, Path]]
 # Stages of a whole pipeline's run: parts are measured, planned, or finished.
 STAGES = ("export", "measure", "allocate", "report")
 
@@ -55,12 +64,22 @@ class _Measured:
 
 
 class WholeRun:
-    """The runs of a pipeline's parts below one open folder."""
+    """The runs of a pipeline's parts below one open folder.
+
+    ``coming``: recipes and folders of the targets that are built after this one in the same call.
+    """
 
     def __init__(
-        self, recipe: Recipe, folder: RunFolder, parts: Parts, talk: Talk, crew: Crew | None
+        self,
+        recipe: Recipe,
+        folder: RunFolder,
+        parts: Parts,
+        talk: Talk,
+        crew: Crew | None,
+        coming: Coming = (),
     ) -> None:
         self.recipe, self.folder, self.parts = recipe, folder, parts
+        self._coming = [WholeRun(own, RunFolder(run), parts, talk, crew) for own, run in coming]
         self._talk, self._crew = talk, crew
         self._given = recipe.model_dump(mode="json", exclude_unset=True)
         self._pipeline: Any = None
@@ -69,6 +88,10 @@ class WholeRun:
         """Make the runs of all parts up to the stage ``last`` current; return the joint view."""
         view = self.view()
         self.mark()
+        for later in self._coming:
+            # What is measured for it lies in its folder before its turn.
+            begin_run(later.folder.path)
+            later.mark()
         if last in ("export", "measure"):
             for name in self.parts.names:
                 self._in_part(name, self.own_recipe(name), last, lambda run: None)
@@ -174,11 +197,13 @@ class WholeRun:
             if share.latency_ns:
                 section["max_latency"] = f"{share.latency_ns / 1000:.3f}us"
         made = make_recipe({**given, "allocate": section})
-        stored = self._path(name) / RECIPE
-        former = load_recipe(stored) if stored.is_file() else None
-        if former is None or (former.effort, former.time) != (made.effort, made.time):
-            return made
-        return with_counts_of(made, former)
+        own = self._path(name)
+        for run in (own, *sharing_with(own)):
+            # Targets share calls, so a part has the counts that were fitted for the first of them.
+            former = load_recipe(run / RECIPE) if (run / RECIPE).is_file() else None
+            if former is not None and (former.effort, former.time) == (made.effort, made.time):
+                return with_counts_of(made, former)
+        return made
 
     def _path(self, name: str) -> Path:
         return self.folder.path / COMPONENTS / name
@@ -186,8 +211,9 @@ class WholeRun:
     def _in_part(self, name: str, recipe: Recipe, last: str, then: Callable[[Run], Any]) -> Any:
         """Make a part's run current up to ``last``; return what ``then`` makes of it."""
         self._talk.line(f"part {name}")
+        coming = [(later.own_recipe(name), later._path(name)) for later in self._coming]
         with open_pipeline(
-            recipe, self._path(name), self._talk, self._crew, computes=False
+            recipe, self._path(name), self._talk, self._crew, computes=False, coming=coming
         ) as pipeline:
             if last == "report":
                 pipeline.run_until(last)
@@ -403,13 +429,22 @@ def forecast_whole(
 
 
 def build_whole(
-    recipe: Recipe, run: Path, parts: Parts, last: str, talk: Talk, crew: Crew | None = None
+    recipe: Recipe,
+    run: Path,
+    parts: Parts,
+    last: str,
+    talk: Talk,
+    crew: Crew | None = None,
+    coming: Coming = (),
 ) -> PipelineFile:
-    """Make the runs of a pipeline's parts current up to the stage ``last`` (one of ``STAGES``)."""
+    """Make the runs of a pipeline's parts current up to the stage ``last`` (one of ``STAGES``).
+
+    ``coming``: recipes and folders of the targets that follow: they share what is measured now.
+    """
     if "," in recipe.target:
         raise UsageError(
-            f"A whole pipeline is built for one target at a time, not for '{recipe.target}'.",
-            "Build once per target, each into a folder of its own; or one part: --only NAME.",
+            f"One call builds a whole pipeline for one target, not for '{recipe.target}'.",
+            "Give one target; the command line builds several in turn.",
         )
     with open_run(run) as folder, kept_workers():
-        return WholeRun(recipe, folder, parts, talk, crew).run_until(last)
+        return WholeRun(recipe, folder, parts, talk, crew, coming).run_until(last)

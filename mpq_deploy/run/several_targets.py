@@ -10,10 +10,10 @@ from typing import Any
 
 from mpq_deploy.engine.target import load_target
 from mpq_deploy.errors import UsageError
-from mpq_deploy.recipe import Recipe, load_recipe, make_recipe
+from mpq_deploy.recipe import Recipe, load_recipe, make_recipe, recipe_over
 from mpq_deploy.run.effort import with_counts_of
-from mpq_deploy.run.folder import TARGETS, base_of, several_in
-from mpq_deploy.run.view import RECIPE
+from mpq_deploy.run.folder import PIPELINE, RECIPE, TARGETS, base_of, several_in
+from mpq_deploy.run.pipeline_file import PipelineFile
 
 # Sections of a recipe that are a target's own, but for what ``_shared`` adds.
 OWN = {
@@ -36,10 +36,11 @@ def runs_of(recipe: Recipe, run: Path) -> list[tuple[Recipe, Path]]:
     Raises UsageError for an unknown or empty name, and one that is given twice.
     """
     present = several_in(run)
-    if present:
+    if present and not (present[0] / PIPELINE).is_file():
+        # Parts of a whole pipeline each have counts of their own.
         recipe = with_counts_of(recipe, load_recipe(present[0] / RECIPE))
     if present and "target" not in recipe.model_fields_set:
-        chosen = [load_recipe(folder / RECIPE).target for folder in present]
+        chosen = [stored_recipe(folder).target for folder in present]
     else:
         chosen = recipe.target.split(",")
     if len(chosen) == 1 and not present:
@@ -68,9 +69,16 @@ def runs_of(recipe: Recipe, run: Path) -> list[tuple[Recipe, Path]]:
     return list(found.values())
 
 
+def stored_recipe(run: Path) -> Recipe:
+    """Return the recipe of a run: one of a whole pipeline as it was given, with paths from here."""
+    if (run / PIPELINE).is_file():
+        return recipe_over(PipelineFile.load(run).given(), {}, str(run))
+    return load_recipe(run / RECIPE)
+
+
 def _check_shared(recipe: Recipe, folder: Path) -> None:
     """Raise UsageError where ``recipe`` would make again what the target in ``folder`` was built on."""
-    now, stored = _shared(recipe), _shared(load_recipe(folder / RECIPE))
+    now, stored = _shared(recipe), _shared(stored_recipe(folder))
     changed = next((key for key in now if now[key] != stored[key]), None)
     if changed is not None:
         raise UsageError(

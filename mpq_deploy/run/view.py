@@ -37,8 +37,7 @@ from mpq_deploy.models.locate import locate
 from mpq_deploy.models.open import model_folder
 from mpq_deploy.models.spec import Array, FloatModel
 from mpq_deploy.run.effort import with_counts_of
-from mpq_deploy.run.folder import SHARED, TARGETS, RunFolder, targets_in
-from mpq_deploy.run.pipeline_file import COMPONENTS
+from mpq_deploy.run.folder import COMPONENTS, RECIPE, SHARED, RunFolder, sharing_with, target_place
 from mpq_deploy.system.files import Fields
 from mpq_deploy.system.inputs import read_json_object
 from mpq_deploy.system.parallel.work import Alone, Crew
@@ -52,7 +51,7 @@ if TYPE_CHECKING:
 Opened = TypeVar("Opened")
 # In the run folder: the recipe that its stages are made by, the finished shards of unfinished
 # stages, and sampled images by what they were made from.
-RECIPE, SHARDS, SAMPLES = "recipe.yaml", ".shards", ".samples"
+SHARDS, SAMPLES = ".shards", ".samples"
 # And the folder that a checkpoint in one file is written as.
 CHECKPOINT = ".checkpoint"
 # In the folder of the stage calibrate: the recorded calls.
@@ -156,6 +155,12 @@ class Run:
         return self.folder.path
 
     @property
+    def root(self) -> Path:
+        """The run of all targets, in which each of them lies: the run folder unless it is a target's."""
+        place = target_place(self.path)
+        return self.path if place is None else place.root
+
+    @property
     def base(self) -> Path:
         """The folder of what several targets share: the run folder unless it is a target's."""
         return self.folder.base
@@ -164,13 +169,14 @@ class Run:
         self, opener: Callable[[Path, Talk], Opened], *files: str
     ) -> tuple[Callable[[Path, Talk], Opened], Path, tuple[str, ...]]:
         """Return opener, root and files of a job that reads ``files`` of the run (see ``Job``)."""
-        if self.base == self.path:
+        place = target_place(self.path)
+        if place is None:
             return opener, self.path, files
-        place = Path(TARGETS, self.path.absolute().name)
         within = (
-            name if name in (*SHARED, SAMPLES) else (place / name).as_posix() for name in files
+            ((place.part if name in (*SHARED, SAMPLES) else place.below) / name).as_posix()
+            for name in files
         )
-        return partial(_open_below, place, opener), self.base, tuple(within)
+        return partial(_open_below, place.below, opener), place.root, tuple(within)
 
     def others(self, stage: str, now: Fields, aside: Set[str]) -> list[tuple[Path, Fields]]:
         """Return the folders of ``stage`` of the base's other targets, and what they were made from.
@@ -179,10 +185,9 @@ class Run:
         order in which the targets were added. What they hold need not be made again.
         """
         found = []
-        for path in (self.base, *targets_in(self.base)) if self.base != self.path else ():
+        for path in (self.base, *sharing_with(self.path)) if self.base != self.path else ():
             folder = RunFolder(path)
-            same_run = path.absolute() == self.path.absolute()
-            record = None if same_run else folder.made_before(stage, now, aside)
+            record = folder.made_before(stage, now, aside)
             if record is not None:
                 found.append((folder.stage(stage), record.inputs))
         return found

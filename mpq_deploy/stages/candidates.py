@@ -94,7 +94,7 @@ def _earlier(run: Run, *making: tuple[Run, Path]) -> EarlierForms:
         *((folder, STAGE.fields(other)[PRODUCTS]) for other, folder in making),
     ]
     return EarlierForms(
-        tuple((f.relative_to(run.base).as_posix(), frozenset(names)) for f, names in found)
+        tuple((f.relative_to(run.root).as_posix(), frozenset(names)) for f, names in found)
     )
 
 

@@ -15,10 +15,10 @@ from mpq_deploy.graph.attention import separate_operands
 from mpq_deploy.models.spec import Array
 from mpq_deploy.recipe import MeasureSettings
 from mpq_deploy.rounding.candidate_store import StoredCandidates, candidates_of
-from mpq_deploy.run.folder import RunFolder, alike
+from mpq_deploy.run.folder import RECIPE, RunFolder, alike
 from mpq_deploy.run.stage import Stage, settings, version_of
 from mpq_deploy.run.stage_memory import check_memory
-from mpq_deploy.run.view import RECIPE, Run
+from mpq_deploy.run.view import Run
 from mpq_deploy.sensitivity.earlier_pairs import (
     Candidates,
     Names,

@@ -22,8 +22,9 @@ from mpq_deploy.formats.candidates import LayerCandidates
 from mpq_deploy.formats.scheme import SCHEMES
 from mpq_deploy.models.spec import Array
 from mpq_deploy.rounding.candidate_store import candidates_of
+from mpq_deploy.run.folder import RECIPE
 from mpq_deploy.run.stage import version_of
-from mpq_deploy.run.view import RECIPE, Run
+from mpq_deploy.run.view import Run
 from mpq_deploy.sensitivity.exhaustive import evaluates_in_torch, measure_exhaustive
 from mpq_deploy.sensitivity.layer_weights import float_matrix
 from mpq_deploy.sensitivity.measure import measure

@@ -24,8 +24,9 @@ from mpq_deploy.evaluate.evaluation_result import VariantResult
 from mpq_deploy.evaluate.fresh import FreshCalls, standard_error
 from mpq_deploy.graph.writers.deployed_graphs import SIMULATED
 from mpq_deploy.graph.writers.plan_graphs import write_plan
+from mpq_deploy.run.folder import RECIPE
 from mpq_deploy.run.stage import version_of
-from mpq_deploy.run.view import RECIPE, SAMPLES, Run
+from mpq_deploy.run.view import SAMPLES, Run
 from mpq_deploy.studies.audit_result import PlanPoint
 from mpq_deploy.system.files import canonical_json, write_text
 from mpq_deploy.system.inputs import read_json

@@ -20,7 +20,8 @@ import numpy as np
 
 from mpq_deploy.allocate.front import least_so_far
 from mpq_deploy.errors import InfeasibleBudgetError, InfeasibleLatencyError, UsageError
-from mpq_deploy.run.view import RECIPE, SAMPLES, Run
+from mpq_deploy.run.folder import RECIPE
+from mpq_deploy.run.view import SAMPLES, Run
 from mpq_deploy.system.files import sealed_json, write_text
 from mpq_deploy.system.progress import Talk
 

@@ -13,8 +13,8 @@ from mpq_deploy.errors import UsageError
 from mpq_deploy.graph.layers import LayerGraph
 from mpq_deploy.recipe import Recipe
 from mpq_deploy.run import view
-from mpq_deploy.run.folder import RunFolder
-from mpq_deploy.run.view import RECIPE, SHARDS, Run
+from mpq_deploy.run.folder import RECIPE, RunFolder
+from mpq_deploy.run.view import SHARDS, Run
 from mpq_deploy.system.progress import Talk
 
 
