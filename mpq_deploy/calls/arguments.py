@@ -41,8 +41,8 @@ class Arguments:
     @classmethod
     def of(cls, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
         """Take a call of ``function`` apart. Raises ModelError where two tensors have one name."""
-        given = inspect.signature(function).bind(*args, **kwargs).arguments
-        parameters = inspect.signature(function).parameters
+        signature = inspect.signature(wrapped(function))
+        given, parameters = signature.bind(*args, **kwargs).arguments, signature.parameters
         flat: dict[str, Any] = {}
         for name, value in given.items():
             # What a function takes by **name is there by its own names.
@@ -67,6 +67,24 @@ class Arguments:
         for name, value in self.form.items():
             _collect(name, value, found)
         return found
+
+
+def wrapped(function: Any) -> Any:
+    """Return the function that ``function`` wraps without telling so, bound alike; else itself.
+
+    diffusers' ``apply_forward_hook`` around a VAE's ``decode`` names it from release 0.42 on.
+    """
+    bound = getattr(function, "__self__", None)
+    inner = getattr(function, "__func__", function)
+    if hasattr(inner, "__wrapped__") or not inspect.isfunction(inner):
+        return function
+    kinds = {one.kind for one in inspect.signature(inner).parameters.values()}
+    cells = [cell.cell_contents for cell in inner.__closure__ or ()]
+    held = [one for one in cells if inspect.isfunction(one)]
+    takes_any = {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD} <= kinds
+    if not takes_any or len(held) != 1:
+        return function
+    return held[0] if bound is None else held[0].__get__(bound)
 
 
 def first_tensor(output: Any) -> torch.Tensor | None:
