@@ -20,6 +20,7 @@ pytest.importorskip("transformers")
 import diffusers
 import onnxruntime as ort
 import torch
+from PIL import Image
 from typer.testing import CliRunner
 
 import mpq_deploy
@@ -31,16 +32,20 @@ from mpq_deploy.models.pipeline_parts import Parts, whole_parts
 from mpq_deploy.recipe import Recipe, load_recipe
 from mpq_deploy.report.parts_compare import compare_pipelines
 from mpq_deploy.report.parts_page import pipeline_text, write_pipeline
+from mpq_deploy.run.folder import open_run
 from mpq_deploy.run.pipeline import open_pipeline
 from mpq_deploy.run.pipeline_file import PipelineFile
 from mpq_deploy.run.several_parts import WholeRun, build_whole
 from mpq_deploy.system.progress import Talk
 from tests.device.generate.folders import SameNoise, same_noise, tiny_folder
 from tests.lora_files import RANK, diffusers_file, factors, layers_of
+from tests.oracle.unets import _control_net
 from tests.pipeline.runs import FEW_SCHEMES, Notes, recipe_for
 from tests.shared import made_once
 from tests.tiny_models import (
     ONE_LEVEL,
+    TEXT_WIDTH,
+    TOKENS,
     tiny_text_pipeline_folder,
     tiny_unet_folder,
 )
@@ -433,13 +438,9 @@ def test_python_builds_and_loads_the_whole(
 
 
 def test_pictures_make_the_encoder_a_part(folder: Path, tmp_path: Path) -> None:
-    from PIL import Image
-
-    image_to_image = Path(shutil.copytree(folder, tmp_path / "tiny"))
-    index = image_to_image / "model_index.json"
-    text = index.read_text(encoding="utf-8")
-    named = text.replace('"StableDiffusionPipeline"', '"StableDiffusionImg2ImgPipeline"')
-    index.write_text(named, encoding="utf-8")
+    image_to_image = with_index(
+        folder, tmp_path / "tiny", _class_name="StableDiffusionImg2ImgPipeline"
+    )
     calls = []
     for number in range(6):
         pixels = np.random.default_rng(number).integers(0, 255, (16, 16, 3), np.uint8)
@@ -452,6 +453,61 @@ def test_pictures_make_the_encoder_a_part(folder: Path, tmp_path: Path) -> None:
     encoder = view.parts["vae_encoder"]
     assert (encoder.gain or 0) > 0 and (encoder.measured_image_error or 0) > 0
     assert (view.size_bytes or 0) <= (view.budget_bytes or 0)
+
+
+def with_index(folder: Path, place: Path, **entries: Any) -> Path:
+    """A copy of the pipeline whose index has other entries."""
+    copied = Path(shutil.copytree(folder, place))
+    index = json.loads((copied / "model_index.json").read_text(encoding="utf-8"))
+    (copied / "model_index.json").write_text(json.dumps({**index, **entries}), encoding="utf-8")
+    return copied
+
+
+def test_parts_that_the_calls_never_reach_are_left_out(folder: Path, tmp_path: Path) -> None:
+    """A ControlNet takes its picture as it is, and embeddings take the place of texts."""
+    Image.fromarray(np.zeros((16, 16, 3), np.uint8)).save(tmp_path / "a.png")
+    np.save(tmp_path / "e.npy", np.zeros((1, TOKENS, TEXT_WIDTH), np.float32))
+    controlled = with_index(
+        *(folder, tmp_path / "controlled"),
+        _class_name="StableDiffusionControlNetPipeline",
+        controlnet=["diffusers", "ControlNetModel"],
+    )
+    _control_net().save_pretrained(controlled / "controlnet")
+    pictured = {"prompt": "abc", "image": "a.png", "height": 16, "width": 16}
+    embedded = {"prompt_embeds": "e.npy", "negative_prompt_embeds": "e.npy"}
+    for model, call, left in (
+        (controlled, pictured, PARTS),
+        (folder, embedded, ("unet", "vae_decoder")),
+    ):
+        (tmp_path / "call.yaml").write_text(json.dumps(call), encoding="utf-8")
+        settings = recipe(model, call=str(tmp_path / "call.yaml"), prompts=None)
+        parts, notes = whole_parts(settings), Notes()
+        assert parts is not None and parts.names == (*PARTS, "vae_encoder")
+        for _ in range(2):
+            with open_run(tmp_path / f"run-{model.name}") as run:
+                whole = WholeRun(settings, run, parts, notes, None)
+                whole.leave_out_uncalled()
+            assert whole.parts.names == left
+        assert (
+            f"part vae_encoder: left out, {parts.class_name} does not call it here" in notes.lines
+        )
+    named = whole_parts(settings.model_copy(update={"component": "unet,vae_encoder"}))
+    assert named is not None and not named.where_called
+
+
+def test_a_part_that_cannot_be_exported_is_known_before_another_is_measured(
+    folder: Path, tmp_path: Path
+) -> None:
+    call = {"prompt": "abc", "negative_prompt": "abc", "height": 16, "width": 16}
+    (tmp_path / "call.yaml").write_text(json.dumps(call), encoding="utf-8")
+    settings = recipe(folder, call=str(tmp_path / "call.yaml"), prompts=None)
+    with pytest.raises(
+        UsageError, match="its text_encoder the same input in every call"
+    ) as refusal:
+        built(settings, tmp_path / "run")
+    assert "at least two prompts. Or leave the text_encoder as it is" in refusal.value.hint
+    assert refusal.value.hint.endswith("--only unet,vae_decoder.")
+    assert not (tmp_path / "run" / "components" / "unet" / "measure").exists()
 
 
 def test_sizes_are_for_the_parts_that_see_images(tmp_path: Path) -> None:
