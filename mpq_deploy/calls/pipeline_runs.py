@@ -173,13 +173,18 @@ def _variants(
 
 
 def _absent(found: Any, index: Mapping[str, Any]) -> dict[str, None]:
-    """Return the parts that the index does not name, and what judges images."""
-    return {
-        name: None
-        for name, parameter in inspect.signature(found.__init__).parameters.items()
-        if name in LEFT_OUT
-        or (parameter.default is inspect.Parameter.empty and name not in (*index, "self"))
-    }
+    """Return the parts that the index does not name or says are left out, and what judges images.
+
+    diffusers itself writes ``[null, null]`` for a part without which a pipeline was saved (SD3's T5),
+    and loads such a folder only where it is told so again.
+    """
+    absent: dict[str, None] = {}
+    for name, parameter in inspect.signature(found.__init__).parameters.items():
+        unnamed = name not in index and parameter.default is inspect.Parameter.empty
+        without = index.get(name) in ([None, None], (None, None))
+        if name in LEFT_OUT or without or (unnamed and name != "self"):
+            absent[name] = None
+    return absent
 
 
 def load_part(folder: Path, entry: Sequence[str], variant: str | None = None) -> Any:

@@ -22,7 +22,9 @@ from mpq_deploy.calls.pipeline_runs import (
     pipeline_class,
 )
 from mpq_deploy.errors import UsageError
+from mpq_deploy.models.additions import pipeline_index
 from mpq_deploy.models.call_file import FILE
+from tests.tiny_models import tiny_text_transformer_folder
 
 pytestmark = pytest.mark.torch
 CHECKER = ["stable_diffusion", "StableDiffusionSafetyChecker"]
@@ -59,6 +61,13 @@ def test_a_part_that_names_code_beside_it_is_refused(name: str, tmp_path: Path) 
     with pytest.raises(UsageError, match=f"{name} has an auto_map"):
         load_pipeline(tmp_path, index)
     assert not mark.exists()
+
+
+def test_a_pipeline_that_was_saved_without_a_part_is_loaded(tmp_path: Path) -> None:
+    """Stable Diffusion 3 without its T5, for which diffusers writes [null, null] into the index."""
+    folder = tiny_text_transformer_folder(tmp_path, "SD3Transformer2DModel", t5=False)
+    pipeline = load_pipeline(folder, pipeline_index(folder))
+    assert pipeline.text_encoder_3 is None and pipeline.text_encoder_2 is not None
 
 
 def test_memory_that_runs_out_is_no_fault_of_the_call() -> None:
