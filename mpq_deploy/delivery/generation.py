@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import tempfile
 from collections.abc import Mapping
 from math import prod
 from pathlib import Path
@@ -52,6 +51,7 @@ from mpq_deploy.run.pipeline_file import PIPELINE, PipelineFile
 from mpq_deploy.run.view import RECIPE, Run
 from mpq_deploy.runtime.ort import SESSION_COPIES
 from mpq_deploy.system.files import write_text
+from mpq_deploy.system.locks import alone_with, scratch_folder
 from mpq_deploy.system.progress import Talk
 from mpq_deploy.system.quantities import NO_SIZES, ImageSizes
 from mpq_deploy.system.release import __version__
@@ -104,19 +104,27 @@ def generation_of(run: Path, talk: Talk) -> Path:
         if not files[name].is_file():
             raise UsageError(f"{run} has no graph of its {name}.", f"mpq-deploy build -o {run}")
         digest.update(name.encode() + (deployed / "stage.json").read_bytes())
-    place, made_from = run / GENERATION, digest.hexdigest()
-    if (place / MADE_FROM).is_file() and (place / MADE_FROM).read_text("utf-8") == made_from:
-        return place
-    talk.line(f"  writing {place}")
-    with tempfile.TemporaryDirectory(prefix=f".{GENERATION}-", dir=run) as aside:
-        sizes = make_recipe(dict(view.recipe)).sizes
-        place_aside = Path(aside) / GENERATION
-        source = view.given().get("model", view.source)
-        write_generation(locate(source, talk), files, place_aside, sizes=sizes)
-        write_text(Path(aside) / GENERATION / MADE_FROM, made_from)
-        shutil.rmtree(place, ignore_errors=True)
-        (Path(aside) / GENERATION).replace(place)
+    place = run / GENERATION
+    # Calls that run side by side, as a script's first ones, write it once.
+    with alone_with(place):
+        _write_anew(view, files, place, digest.hexdigest(), talk)
     return place
+
+
+def _write_anew(
+    view: PipelineFile, files: Mapping[str, Path], place: Path, made_from: str, talk: Talk
+) -> None:
+    """Write ``place``, unless it was made from the same; what a killed process left beside it goes."""
+    if (place / MADE_FROM).is_file() and (place / MADE_FROM).read_text("utf-8") == made_from:
+        return
+    talk.line(f"  writing {place}")
+    with scratch_folder(f".{GENERATION}", place.parent) as aside:
+        sizes = make_recipe(dict(view.recipe)).sizes
+        source = view.given().get("model", view.source)
+        write_generation(locate(source, talk), files, aside / GENERATION, sizes=sizes)
+        write_text(aside / GENERATION / MADE_FROM, made_from)
+        shutil.rmtree(place, ignore_errors=True)
+        (aside / GENERATION).replace(place)
 
 
 def write_generation(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,6 +27,7 @@ from typer.testing import CliRunner
 
 import mpq_deploy
 from mpq_deploy.cli import app
+from mpq_deploy.delivery import generation
 from mpq_deploy.delivery.generation import generation_of
 from mpq_deploy.device.generate.generator import Generator
 from mpq_deploy.errors import UsageError
@@ -177,6 +180,30 @@ def test_images_are_generated_from_the_run(
     (made_in / "made_from.txt").write_text("other plans", encoding="utf-8")
     generation_of(run, Notes())
     assert (made_in / "generation.json").stat().st_mtime_ns != before
+
+
+def test_calls_side_by_side_write_the_generation_folder_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And what a process that was killed in the middle of it left goes."""
+    run, written = tmp_path / "run", []
+    left = run / ".generation-killed"
+    left.mkdir(parents=True)
+    named: Any = {"class_name": "StableDiffusionPipeline", "source": str(tmp_path)}
+    PipelineFile(**named, denoiser="unet", recipe={"model": str(tmp_path)}, parts={}).save(run)
+    left.with_name(f"{left.name}.lock").touch()
+
+    def write(source: Path, files: Any, out: Path, sizes: Any) -> None:
+        out.mkdir()
+        written.append(out)
+        time.sleep(0.2)
+
+    monkeypatch.setattr(generation, "write_generation", write)
+    with ThreadPoolExecutor(2) as pool:
+        places = list(pool.map(lambda _: generation_of(run, Notes()), range(2)))
+    assert places == [run / "generation"] * 2 and len(written) == 1
+    assert (run / "generation" / "made_from.txt").is_file()
+    assert not list(run.glob(".generation-*"))
 
 
 def test_loras_are_given_to_a_run_with_slots(
