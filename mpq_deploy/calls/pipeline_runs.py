@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from mpq_deploy.calls.arguments import Arguments
-from mpq_deploy.calls.stand_in import Compute, stand_in
+from mpq_deploy.calls.stand_in import Compute, refuse_switched, stand_in, switches
 from mpq_deploy.errors import ModelError, MpqError, UsageError, nearest
 from mpq_deploy.models.additions import INDEX, LEFT_OUT, pipeline_index
 from mpq_deploy.models.call_file import ARRAY, FILE
@@ -332,10 +332,10 @@ def first_call(pipeline: Any, component: str, arguments: Mapping[str, Any]) -> A
     """Return what the pipeline gives its denoiser in its first call, and stop there.
 
     Raises UsageError as ``call_pipeline``, for a pipeline that never calls it, and for one that
-    changes how it computes attention on the way.
+    changes how it computes attention, or switches layers on or off, on the way.
     """
     module = getattr(pipeline, component)
-    processors = dict(getattr(module, "attn_processors", {}))
+    processors, before = dict(getattr(module, "attn_processors", {})), switches(module)
 
     def reached(called: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         raise _Reached(Arguments.of(called.forward, args, kwargs))
@@ -345,6 +345,7 @@ def first_call(pipeline: Any, component: str, arguments: Mapping[str, Any]) -> A
         call_pipeline(pipeline, arguments, seed=0)
     except _Reached as stop:
         _refuse_changed(pipeline, component, processors)
+        refuse_switched(type(pipeline).__name__, before, module)
         return stop.given
     finally:
         handle.remove()

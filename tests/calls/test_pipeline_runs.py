@@ -21,10 +21,15 @@ from mpq_deploy.calls.pipeline_runs import (
     opened_call,
     pipeline_class,
 )
+from mpq_deploy.calls.stand_in import refuse_switched, switches
 from mpq_deploy.errors import UsageError
 from mpq_deploy.models.additions import pipeline_index
 from mpq_deploy.models.call_file import FILE
-from tests.tiny_models import tiny_text_transformer_folder
+from tests.tiny_models import (
+    ONE_LEVEL,
+    tiny_conditional_unet,
+    tiny_text_transformer_folder,
+)
 
 pytestmark = pytest.mark.torch
 CHECKER = ["stable_diffusion", "StableDiffusionSafetyChecker"]
@@ -136,3 +141,14 @@ def test_a_missing_package_is_named() -> None:
 def test_changed_attention_is_refused() -> None:
     with pytest.raises(UsageError, match="compute attention by SimpleNamespace"):
         first_call(_Pipeline(), "unet", {})
+
+
+def test_layers_that_are_switched_on_the_way_are_refused() -> None:
+    """GLIGEN's pipeline grounds the first part of the steps alone."""
+    unet = tiny_conditional_unet(**ONE_LEVEL, attention_type="gated")
+    before = switches(unet)
+    refuse_switched("GLIGEN", before, unet)
+    fuser = next(name for name, _ in unet.named_modules() if name.endswith("fuser"))
+    unet.get_submodule(fuser).enabled = False
+    with pytest.raises(UsageError, match=f"GLIGEN makes '{fuser}.enabled' of its denoiser False"):
+        refuse_switched("GLIGEN", before, unet)
