@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -221,6 +221,17 @@ def _size(parts: Mapping[str, Any], kind: str, pipeline: Any) -> list[int]:
     return [int(given[3]) * factor, int(given[2]) * factor]
 
 
+def _refuse_more_inputs(name: str, inputs: Sequence[str]) -> None:
+    """Raise ModelError for a part beside the denoiser that is given more than what generation gives it."""
+    if name in ("unet", "transformer") or len(inputs) < 2:
+        return
+    what = "a mask of its padding" if name.startswith("text_encoder") else "more than one input"
+    raise ModelError(
+        f"The {name} takes {', '.join(inputs)}: {what} is not supported here.",
+        "Make images with diffusers, and mpq_deploy.load in its denoiser's place.",
+    )
+
+
 def _write_part(
     name: str, file: Path, out: Path, pipeline: Any, largest: tuple[int, int]
 ) -> dict[str, Any]:
@@ -244,11 +255,8 @@ def _write_part(
     slots = {one.name: _tensor(one) for one in proto.graph.input if is_slot(one.name)}
     if slots:
         described["slots"] = slots
+    _refuse_more_inputs(name, list(described["inputs"]))
     if name.startswith("text_encoder"):
-        if len(described["inputs"]) > 1:
-            raise ModelError(
-                f"The {name} takes {', '.join(described['inputs'])}: a mask of its padding is not supported."
-            )
         # What joins them for comparison is nothing that a pipeline takes.
         taken = TEXT_OUTPUTS[KINDS[type(pipeline).__name__]][name]
         outputs = described["outputs"]

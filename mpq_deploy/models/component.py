@@ -99,7 +99,11 @@ def open_component(folder: Path, source: str, additions: Additions, talk: Talk) 
     sizes, decodes = len(inputs[0].sizes) or 1, method == DECODE
     places = _used(recorded) if method == FORWARD else {}
     factor = _pooled_factor(part, recorded, places) if len(places) > 1 else None
-    outputs = ((JOINED,) if factor else ()) + (tuple(places) or (OUTPUTS[method],))
+    taken = {item.name for item in inputs}
+    alone = OUTPUTS.get(method, "")
+    # A decoder may be given the picture that it repaints, under that name.
+    alone = f"decoded_{alone}" if alone in taken else alone
+    outputs = ((JOINED,) if factor else ()) + (tuple(places) or (alone,))
     spec = DenoiserSpec(
         name=f"{folder.resolve().name} {component}",
         source=source,
