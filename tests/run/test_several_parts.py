@@ -30,7 +30,7 @@ from mpq_deploy.cli import app
 from mpq_deploy.delivery import generation
 from mpq_deploy.delivery.generation import generation_of
 from mpq_deploy.device.generate.generator import Generator
-from mpq_deploy.errors import UsageError
+from mpq_deploy.errors import ModelError, UsageError
 from mpq_deploy.models.pipeline_parts import Parts, whole_parts
 from mpq_deploy.recipe import Recipe, load_recipe
 from mpq_deploy.report.parts_compare import compare_pipelines
@@ -41,6 +41,7 @@ from mpq_deploy.run.pipeline_file import PipelineFile
 from mpq_deploy.run.several_parts import WholeRun, build_whole
 from mpq_deploy.system.progress import Talk
 from tests.device.generate.folders import SameNoise, same_noise, tiny_folder
+from tests.graphs import GraphBuilder
 from tests.lora_files import RANK, diffusers_file, factors, layers_of
 from tests.oracle.unets import _control_net
 from tests.pipeline.runs import FEW_SCHEMES, Notes, recipe_for
@@ -204,6 +205,17 @@ def test_calls_side_by_side_write_the_generation_folder_once(
     assert places == [run / "generation"] * 2 and len(written) == 1
     assert (run / "generation" / "made_from.txt").is_file()
     assert not list(run.glob(".generation-*"))
+
+
+def test_a_part_that_takes_more_than_generation_gives_it_is_refused(
+    folder: Path, tmp_path: Path
+) -> None:
+    graph = GraphBuilder()
+    taken = [graph.input(name, [1, 4, 8, 8]) for name in ("z", "mask")]
+    graph.output(graph.op("Add", taken, "y"), [1, 4, 8, 8])
+    parts = dict.fromkeys(("vae_decoder", "text_encoder", "unet"), graph.save(tmp_path / "m.onnx"))
+    with pytest.raises(ModelError, match="vae_decoder takes z, mask: more than one input"):
+        generation.write_generation(folder, parts, tmp_path / "out")
 
 
 def test_loras_are_given_to_a_run_with_slots(
