@@ -79,7 +79,11 @@ def pipeline_kind(folder: Path) -> str:
     """Return the kind of the pipeline in ``folder``. UsageError for a class that is not supported."""
     name = str(pipeline_index(folder).get("_class_name"))
     if name not in KINDS:
-        raise UsageError(f"{folder} is a {name}.", f"Supported: {', '.join(KINDS)}.")
+        raise UsageError(
+            f"{folder} is a {name}, of which no images are made without PyTorch.",
+            f"That is for {', '.join(KINDS)}. Of others use the parts: package RUN/components/NAME each, or "
+            "mpq_deploy.load(RUN) in the pipeline's denoiser's place.",
+        )
     return KINDS[name]
 
 

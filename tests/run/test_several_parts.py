@@ -530,6 +530,8 @@ def test_parts_that_the_calls_never_reach_are_left_out(folder: Path, tmp_path: P
         assert (
             f"part vae_encoder: left out, {parts.class_name} does not call it here" in notes.lines
         )
+    with pytest.raises(UsageError, match="ControlNetPipeline, of which no images are made without"):
+        generation.pipeline_kind(controlled)
     named = whole_parts(settings.model_copy(update={"component": "unet,vae_encoder"}))
     assert named is not None and not named.where_called
 
