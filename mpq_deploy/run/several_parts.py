@@ -14,8 +14,10 @@ from typing import Any
 from mpq_deploy.allocate.joint import PartProblem, Share, solve_jointly
 from mpq_deploy.allocate.plan import PrecisionPlan
 from mpq_deploy.allocate.plan_solver import PlanSolver
+from mpq_deploy.engine.target import load_target
 from mpq_deploy.errors import InfeasibleBudgetError, InfeasibleLatencyError, ModelError, UsageError
 from mpq_deploy.graph.writers.deployed_graphs import SIMULATED
+from mpq_deploy.latency.plan_latency import check_latency, needs_latency
 from mpq_deploy.models.open import additions_of
 from mpq_deploy.models.pipeline_parts import TEXT, Parts
 from mpq_deploy.models.spec import DenoiserSpec
@@ -318,6 +320,12 @@ class WholeRun:
         weights = sum(part.weights for part in measured.values())
         budget = wanted.bytes(fp16, weights)
         timed = all(part.timed for part in measured.values())
+        untimed = [name for name, part in measured.items() if not part.timed]
+        if untimed and needs_latency(self.recipe):
+            raise UsageError(
+                f"No latency is known of {', '.join(untimed)}, and a limit or objective is of all parts' calls.",
+                "Leave --max-latency and --objective latency out; or build the other parts alone: --only.",
+            )
         problems = {name: part.problem for name, part in measured.items()}
         return solve_jointly(problems, budget, self.recipe.allocate, timed), budget
 
@@ -438,6 +446,7 @@ def forecast_whole(
 ) -> dict[str, Ahead]:
     """Export each part; return what its own run would take. Runs for the final images come on top."""
     found = {}
+    check_latency(recipe, load_target(recipe.target))
     with open_run(run) as folder:
         whole = WholeRun(recipe, folder, parts, talk, crew)
         whole.leave_out_uncalled()
@@ -458,5 +467,6 @@ def build_whole(
             f"A whole pipeline is built for one target at a time, not for '{recipe.target}'.",
             "Build once per target, each into a folder of its own; or one part: --only NAME.",
         )
+    check_latency(recipe, load_target(recipe.target))
     with open_run(run) as folder, kept_workers():
         return WholeRun(recipe, folder, parts, talk, crew).run_until(last)

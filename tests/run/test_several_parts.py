@@ -462,6 +462,19 @@ def test_what_cannot_be_built_is_refused(folder: Path, tmp_path: Path) -> None:
         )
 
 
+def test_a_limit_on_time_that_no_target_knows_is_refused(folder: Path, tmp_path: Path) -> None:
+    settings = recipe(folder, allocate__max_latency="5ms")
+    with pytest.raises(UsageError, match="speed of the target onnxruntime-cpu is unknown"):
+        built(settings, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    parts = whole_parts(settings)
+    assert parts is not None
+    whole = WholeRun(settings, SimpleNamespace(path=tmp_path), parts, Talk(), None)  # type: ignore[arg-type]
+    unknown: Any = SimpleNamespace(fp16_bytes=10, weights=5, timed=False, problem=None)
+    with pytest.raises(UsageError, match="No latency is known of unet, and a limit"):
+        whole._shares({"unet": unknown}, settings.budget)
+
+
 def test_python_builds_and_loads_the_whole(
     finished: tuple[Path, PipelineFile], folder: Path, tmp_path: Path
 ) -> None:
