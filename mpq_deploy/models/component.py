@@ -230,7 +230,8 @@ def _record(
             for number in range(count):
                 call, size = calls[number % len(calls)], number % sizes
                 label = call_label(call, number)
-                arguments = with_steps(pipeline, opened_call(call), FIRST_STEPS)
+                steps = additions.component_steps if name == DECODE else FIRST_STEPS
+                arguments = with_steps(pipeline, opened_call(call), steps)
                 if name == DECODE or not denoiser:
                     call_pipeline(pipeline, arguments, image_seed(SEED, number))
                 else:

@@ -162,6 +162,7 @@ def additions_of(recipe: Recipe, unpacked: Path | None = None) -> Additions:
         guidance_scale=recipe.guidance_scale,
         component=recipe.component,
         component_samples=recipe.component_samples,
+        component_steps=recipe.calibrate.steps,
         sizes=recipe.sizes,
         loras=tuple(map(parse_lora, recipe.lora)),
         unpacked=unpacked,

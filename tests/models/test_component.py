@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +21,8 @@ from mpq_deploy.models.additions import Additions  # noqa: E402
 from mpq_deploy.models.component import parted  # noqa: E402
 from mpq_deploy.models.export import export_denoiser  # noqa: E402
 from mpq_deploy.models.open import open_denoiser  # noqa: E402
+from mpq_deploy.recipe import Recipe  # noqa: E402
+from mpq_deploy.stages.export import inputs as export_inputs  # noqa: E402
 from tests.tiny_models import tiny_text_pipeline_folder  # noqa: E402
 
 pytestmark = pytest.mark.torch
@@ -46,6 +51,24 @@ def test_a_decoder_gets_what_the_pipeline_decodes(text: Path, tmp_path: Path) ->
     with torch.no_grad():
         expected = vae.network.module.decode(torch.from_numpy(rows[:2])).sample.numpy()  # type: ignore[attr-defined]
     np.testing.assert_allclose(vae.network.reference({"z": rows[:2]}), expected, atol=1e-6)
+
+
+def test_a_decoder_gets_latents_of_the_recipes_steps(text: Path, tmp_path: Path) -> None:
+    """A model of few steps ends in other latents than twenty steps of it."""
+    rows = []
+    for steps, call in ((2, {}), (20, {"num_inference_steps": 2})):
+        content = [{"prompt": prompt, **call} for prompt in ("abc", "def")]
+        (tmp_path / "calls.yaml").write_text(json.dumps(content))
+        wanted = Additions(component="vae", component_samples=2, call=tmp_path / "calls.yaml")
+        vae = open_denoiser(text, replace(wanted, component_steps=steps))
+        rows.append(vae.conditions.arrays["z"])
+    np.testing.assert_array_equal(rows[0], rows[1])
+    settings = Recipe(model=str(text), component="vae")
+    stage: Any = SimpleNamespace(recipe=settings)
+    usual = export_inputs(stage)
+    few = settings.calibrate.model_copy(update={"steps": 2})
+    stage.recipe = settings.model_copy(update={"calibrate": few})
+    assert {**usual, "recipe.calibrate.steps": 2} == export_inputs(stage)
 
 
 def test_a_decoder_that_is_given_the_picture_it_repaints_has_an_output_of_its_own(
