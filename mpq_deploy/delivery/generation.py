@@ -98,21 +98,41 @@ def generation_of(run: Path, talk: Talk) -> Path:
         return run
     view = PipelineFile.load(run)
     files, digest = {}, hashlib.sha256(WRITTEN.encode())
+    check_parts(run, view)
     for name in view.parts:
-        if not (run / RUNS / name / RECIPE).is_file():
-            what = f"{run} has no run of its {name}, {WHAT.get(name, 'a part')}."
-            raise UsageError(what, f"mpq-deploy build -o {run}")
         part = Run.opened(run / RUNS / name, talk)
         deployed = part.deployed
         files[name] = deployed / (SLOTTED_SIMULATED if part.recipe.lora_slots else SIMULATED)
         if not files[name].is_file():
             raise UsageError(f"{run} has no graph of its {name}.", f"mpq-deploy build -o {run}")
+        if not _of_plan(part, view.parts[name].size_bytes):
+            what = f"{run} was planned anew since its {name} was quantized, or a build did not end."
+            raise UsageError(what, f"Finish it: mpq-deploy build -o {run}")
         digest.update(name.encode() + (deployed / "stage.json").read_bytes())
     place = run / GENERATION
     # Calls that run side by side, as a script's first ones, write it once.
     with alone_with(place):
         _write_anew(view, files, place, digest.hexdigest(), talk)
     return place
+
+
+def check_parts(run: Path, view: PipelineFile) -> None:
+    """Raise UsageError where a part's run is missing."""
+    for name in view.parts:
+        if not (run / RUNS / name / RECIPE).is_file():
+            what = f"{run} has no run of its {name}, {WHAT.get(name, 'a part')}."
+            raise UsageError(what, f"mpq-deploy build -o {run}")
+
+
+def _of_plan(part: Run, size_bytes: int | None) -> bool:
+    """Whether the graphs that are deployed are of the part's present plan, and that of the joint view."""
+    for stage in ("quantize", part.deployed_stage):
+        made = part.folder.record(stage)
+        for name, digest in made.inputs.items() if made else ():
+            before = part.folder.record(name)
+            if before is not None and before.digest != digest:
+                return False
+    return part.plan.size_bytes == size_bytes
 
 
 def _write_anew(

@@ -151,6 +151,9 @@ def test_another_budget_redoes_the_allocation_alone(
         made = [n for n in notes.lines if n.startswith(f"{stage} ") and "up to date" not in n]
         assert not made
     assert not any("gains:" in line for line in notes.lines)
+    # Its graphs are still the former plan's.
+    with pytest.raises(UsageError, match="planned anew since its text_encoder was quantized"):
+        generation_of(run, Notes())
 
 
 def test_a_pinned_part_stays_in_fp16(
