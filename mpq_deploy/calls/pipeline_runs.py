@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from mpq_deploy.calls.arguments import Arguments
-from mpq_deploy.calls.stand_in import Compute, stand_in
+from mpq_deploy.calls.stand_in import Compute, refuse_switched, stand_in, switches
 from mpq_deploy.errors import ModelError, MpqError, UsageError, nearest
 from mpq_deploy.models.additions import INDEX, LEFT_OUT, pipeline_index
 from mpq_deploy.models.call_file import ARRAY, FILE
@@ -173,13 +173,18 @@ def _variants(
 
 
 def _absent(found: Any, index: Mapping[str, Any]) -> dict[str, None]:
-    """Return the parts that the index does not name, and what judges images."""
-    return {
-        name: None
-        for name, parameter in inspect.signature(found.__init__).parameters.items()
-        if name in LEFT_OUT
-        or (parameter.default is inspect.Parameter.empty and name not in (*index, "self"))
-    }
+    """Return the parts that the index does not name or says are left out, and what judges images.
+
+    diffusers itself writes ``[null, null]`` for a part without which a pipeline was saved (SD3's T5),
+    and loads such a folder only where it is told so again.
+    """
+    absent: dict[str, None] = {}
+    for name, parameter in inspect.signature(found.__init__).parameters.items():
+        unnamed = name not in index and parameter.default is inspect.Parameter.empty
+        without = index.get(name) in ([None, None], (None, None))
+        if name in LEFT_OUT or without or (unnamed and name != "self"):
+            absent[name] = None
+    return absent
 
 
 def load_part(folder: Path, entry: Sequence[str], variant: str | None = None) -> Any:
@@ -327,10 +332,10 @@ def first_call(pipeline: Any, component: str, arguments: Mapping[str, Any]) -> A
     """Return what the pipeline gives its denoiser in its first call, and stop there.
 
     Raises UsageError as ``call_pipeline``, for a pipeline that never calls it, and for one that
-    changes how it computes attention on the way.
+    changes how it computes attention, or switches layers on or off, on the way.
     """
     module = getattr(pipeline, component)
-    processors = dict(getattr(module, "attn_processors", {}))
+    processors, before = dict(getattr(module, "attn_processors", {})), switches(module)
 
     def reached(called: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         raise _Reached(Arguments.of(called.forward, args, kwargs))
@@ -340,6 +345,7 @@ def first_call(pipeline: Any, component: str, arguments: Mapping[str, Any]) -> A
         call_pipeline(pipeline, arguments, seed=0)
     except _Reached as stop:
         _refuse_changed(pipeline, component, processors)
+        refuse_switched(type(pipeline).__name__, before, module)
         return stop.given
     finally:
         handle.remove()

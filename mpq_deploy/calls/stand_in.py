@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from mpq_deploy.calls.arguments import Arguments, rows_for
-from mpq_deploy.errors import ModelError
+from mpq_deploy.errors import ModelError, UsageError
 from mpq_deploy.graph.passes.first_token import SAME_TOKEN, token_distance
 from mpq_deploy.models.spec import Array, DenoiserSpec
 
@@ -55,7 +55,9 @@ def stand_in(
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         return caller(self, args, kwargs)
 
-    return shell(module_class, config, own, forward)
+    module = shell(module_class, config, own, forward)
+    caller.switches = switches(module)
+    return module
 
 
 def shell(
@@ -105,6 +107,28 @@ def answer_of(module_class: Any) -> tuple[Any, str]:
     return kind, dataclasses.fields(kind)[0].name
 
 
+def switches(module: torch.nn.Module) -> dict[str, bool]:
+    """Return what of a module's layers is on or off, by name: GLIGEN's pipeline uses such switches."""
+    return {
+        f"{name}.{key}": value
+        for name, layer in module.named_modules()
+        for key, value in vars(layer).items()
+        if isinstance(value, bool) and key != "training" and not key.startswith("_")
+    }
+
+
+def refuse_switched(pipeline: str, before: Mapping[str, bool], module: torch.nn.Module) -> None:
+    """Raise UsageError where a layer of ``module`` is switched otherwise than ``before``."""
+    now = switches(module)
+    changed = next((name for name in now if before.get(name, now[name]) != now[name]), None)
+    if changed is not None:
+        raise UsageError(
+            f"{pipeline} makes '{changed}' of its denoiser {now[changed]} while it runs, which no exported graph can "
+            "follow.",
+            "Choose call arguments that leave it as it is (GLIGEN: gligen_scheduled_sampling_beta: 1).",
+        )
+
+
 class Caller:
     """Takes a call of the module apart, computes it, and answers as the class does."""
 
@@ -114,9 +138,15 @@ class Caller:
         self._answer = answer_of(module_class)
         # Tensors that were compared with the graph's constants, which pipelines hand over each time.
         self._same: dict[str, torch.Tensor] = {}
+        # As its layers are when it is made; None until then.
+        self.switches: dict[str, bool] | None = None
 
     def __call__(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Return what the class would, computed."""
+        """Return what the class would, computed.
+
+        Raises ModelError as ``feeds``, UsageError where the pipeline has switched a layer on or off.
+        """
+        self._check_switches(module)
         bound = functools.partial(self._class.forward, module)
         given = Arguments.of(bound, args, kwargs)
         feeds = self.feeds(given)
@@ -169,6 +199,11 @@ class Caller:
                     f"The first token of '{name}' differs between calls by {apart:.2g} of its largest value.",
                     "Build with first_token: quantized.",
                 )
+
+    def _check_switches(self, module: torch.nn.Module) -> None:
+        """Refuse a module of which the pipeline has switched layers on or off."""
+        if self.switches is not None and self._spec.pipeline is not None:
+            refuse_switched(self._spec.pipeline.class_name, self.switches, module)
 
     def _check(self, name: str, value: Any) -> None:
         """Refuse an argument that is not what the graph has as a constant."""

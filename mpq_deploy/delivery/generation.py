@@ -9,8 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -53,6 +52,7 @@ from mpq_deploy.run.pipeline_file import PipelineFile
 from mpq_deploy.run.view import Run
 from mpq_deploy.runtime.ort import SESSION_COPIES
 from mpq_deploy.system.files import write_text
+from mpq_deploy.system.locks import alone_with, scratch_folder
 from mpq_deploy.system.progress import Talk
 from mpq_deploy.system.quantities import NO_SIZES, ImageSizes
 from mpq_deploy.system.release import __version__
@@ -80,7 +80,11 @@ def pipeline_kind(folder: Path) -> str:
     """Return the kind of the pipeline in ``folder``. UsageError for a class that is not supported."""
     name = str(pipeline_index(folder).get("_class_name"))
     if name not in KINDS:
-        raise UsageError(f"{folder} is a {name}.", f"Supported: {', '.join(KINDS)}.")
+        raise UsageError(
+            f"{folder} is a {name}, of which no images are made without PyTorch.",
+            f"That is for {', '.join(KINDS)}. Of others use the parts: package RUN/components/NAME each, or "
+            "mpq_deploy.load(RUN) in the pipeline's denoiser's place.",
+        )
     return KINDS[name]
 
 
@@ -95,29 +99,57 @@ def generation_of(run: Path, talk: Talk) -> Path:
         return run
     view = PipelineFile.load(run)
     files, digest = {}, hashlib.sha256(WRITTEN.encode())
+    check_parts(run, view)
     for name in view.parts:
-        if not (run / RUNS / name / RECIPE).is_file():
-            what = f"{run} has no run of its {name}, {WHAT.get(name, 'a part')}."
-            raise UsageError(what, f"mpq-deploy build -o {run}")
         part = Run.opened(run / RUNS / name, talk)
         deployed = part.deployed
         files[name] = deployed / (SLOTTED_SIMULATED if part.recipe.lora_slots else SIMULATED)
         if not files[name].is_file():
             raise UsageError(f"{run} has no graph of its {name}.", f"mpq-deploy build -o {run}")
+        if not _of_plan(part, view.parts[name].size_bytes):
+            what = f"{run} was planned anew since its {name} was quantized, or a build did not end."
+            raise UsageError(what, f"Finish it: mpq-deploy build -o {run}")
         digest.update(name.encode() + (deployed / "stage.json").read_bytes())
-    place, made_from = run / GENERATION, digest.hexdigest()
-    if (place / MADE_FROM).is_file() and (place / MADE_FROM).read_text("utf-8") == made_from:
-        return place
-    talk.line(f"  writing {place}")
-    with tempfile.TemporaryDirectory(prefix=f".{GENERATION}-", dir=run) as aside:
-        sizes = make_recipe(dict(view.recipe)).sizes
-        place_aside = Path(aside) / GENERATION
-        source = view.given().get("model", view.source)
-        write_generation(locate(source, talk), files, place_aside, sizes=sizes)
-        write_text(Path(aside) / GENERATION / MADE_FROM, made_from)
-        shutil.rmtree(place, ignore_errors=True)
-        (Path(aside) / GENERATION).replace(place)
+    place = run / GENERATION
+    # Calls that run side by side, as a script's first ones, write it once.
+    with alone_with(place):
+        _write_anew(view, files, place, digest.hexdigest(), talk)
     return place
+
+
+def check_parts(run: Path, view: PipelineFile) -> None:
+    """Raise UsageError where a part's run is missing."""
+    for name in view.parts:
+        if not (run / RUNS / name / RECIPE).is_file():
+            what = f"{run} has no run of its {name}, {WHAT.get(name, 'a part')}."
+            raise UsageError(what, f"mpq-deploy build -o {run}")
+
+
+def _of_plan(part: Run, size_bytes: int | None) -> bool:
+    """Whether the graphs that are deployed are of the part's present plan, and that of the joint view."""
+    for stage in ("quantize", part.deployed_stage):
+        made = part.folder.record(stage)
+        for name, digest in made.inputs.items() if made else ():
+            before = part.folder.record(name)
+            if before is not None and before.digest != digest:
+                return False
+    return part.plan.size_bytes == size_bytes
+
+
+def _write_anew(
+    view: PipelineFile, files: Mapping[str, Path], place: Path, made_from: str, talk: Talk
+) -> None:
+    """Write ``place``, unless it was made from the same; what a killed process left beside it goes."""
+    if (place / MADE_FROM).is_file() and (place / MADE_FROM).read_text("utf-8") == made_from:
+        return
+    talk.line(f"  writing {place}")
+    with scratch_folder(f".{GENERATION}", place.parent) as aside:
+        sizes = make_recipe(dict(view.recipe)).sizes
+        source = view.given().get("model", view.source)
+        write_generation(locate(source, talk), files, aside / GENERATION, sizes=sizes)
+        write_text(aside / GENERATION / MADE_FROM, made_from)
+        shutil.rmtree(place, ignore_errors=True)
+        (aside / GENERATION).replace(place)
 
 
 def write_generation(
@@ -214,6 +246,17 @@ def _size(parts: Mapping[str, Any], kind: str, pipeline: Any) -> list[int]:
     return [int(given[3]) * factor, int(given[2]) * factor]
 
 
+def _refuse_more_inputs(name: str, inputs: Sequence[str]) -> None:
+    """Raise ModelError for a part beside the denoiser that is given more than what generation gives it."""
+    if name in ("unet", "transformer") or len(inputs) < 2:
+        return
+    what = "a mask of its padding" if name.startswith("text_encoder") else "more than one input"
+    raise ModelError(
+        f"The {name} takes {', '.join(inputs)}: {what} is not supported here.",
+        "Make images with diffusers, and mpq_deploy.load in its denoiser's place.",
+    )
+
+
 def _write_part(
     name: str, file: Path, out: Path, pipeline: Any, largest: tuple[int, int]
 ) -> dict[str, Any]:
@@ -237,11 +280,8 @@ def _write_part(
     slots = {one.name: _tensor(one) for one in proto.graph.input if is_slot(one.name)}
     if slots:
         described["slots"] = slots
+    _refuse_more_inputs(name, list(described["inputs"]))
     if name.startswith("text_encoder"):
-        if len(described["inputs"]) > 1:
-            raise ModelError(
-                f"The {name} takes {', '.join(described['inputs'])}: a mask of its padding is not supported."
-            )
         # What joins them for comparison is nothing that a pipeline takes.
         taken = TEXT_OUTPUTS[KINDS[type(pipeline).__name__]][name]
         outputs = described["outputs"]

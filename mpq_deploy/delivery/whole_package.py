@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mpq_deploy.delivery.generation import MADE_FROM, generation_of
+from mpq_deploy.delivery.generation import MADE_FROM, check_parts, generation_of
 from mpq_deploy.delivery.package import (
     INSTALLER,
     SCRIPT,
@@ -32,7 +32,7 @@ from mpq_deploy.engine.builder import ENGINE
 from mpq_deploy.engine.target import Target
 from mpq_deploy.errors import MpqError, UsageError
 from mpq_deploy.recipe import load_recipe
-from mpq_deploy.run.folder import RECIPE
+from mpq_deploy.run.folder import RECIPE, open_run
 from mpq_deploy.run.pipeline import open_pipeline
 from mpq_deploy.run.pipeline_file import PipelineFile
 from mpq_deploy.run.view import Run
@@ -59,10 +59,18 @@ exec python3 install.pyz --unpacked . "$@"
 def make_whole_package(run: Path, target: Target, out: Path, talk: Talk) -> dict[str, Any]:
     """Write the package of the whole pipeline's run at ``run``; return what was written.
 
-    Its parts' graphs must be current. Raises UsageError as ``generation_of`` and, where the target
-    builds engines, as ``make_package`` do.
+    Its parts' graphs are made current for their plans. Raises RunFolderError for a run that is in
+    use, UsageError as ``generation_of`` and, where the target builds engines, as ``make_package`` do.
     """
-    view, place = PipelineFile.load(run), generation_of(run, talk)
+    with open_run(run):
+        return _written(run, target, out, talk)
+
+
+def _written(run: Path, target: Target, out: Path, talk: Talk) -> dict[str, Any]:
+    view = PipelineFile.load(run)
+    check_parts(run, view)
+    deployed = {name: _deployed(run / COMPONENTS / name, target, talk) for name in view.parts}
+    place = generation_of(run, talk)
     described = read_json_object(place / FILE)
     engines = target.builder != "none"
     parts: dict[str, Source] = {
@@ -74,14 +82,11 @@ def make_whole_package(run: Path, target: Target, out: Path, talk: Talk) -> dict
         parts = {name: one for name, one in parts.items() if not name.startswith(COMPONENTS)}
     digests: dict[str, dict[str, str]] = {}
     prompts: list[str] = []
-    for name in view.parts:
-        own = run / COMPONENTS / name
-        with open_pipeline(load_recipe(own / RECIPE), own, talk, computes=False) as pipeline:
-            part = pipeline.deployed(corrected=engines)
-            digests[name] = {"quantize": part.digest(part.deployed_stage)}
-            prompts += _prompts(part)
-            if engines:
-                described["parts"][name] |= _engine_parts(part, target, name, parts)
+    for name, part in deployed.items():
+        digests[name] = {"quantize": part.digest(part.deployed_stage)}
+        prompts += _prompts(part)
+        if engines:
+            described["parts"][name] |= _engine_parts(part, target, name, parts)
     sizes = {name: int(one["memory_bytes"]) for name, one in described["parts"].items()}
     images, drawn = _reference_images(place, prompts or [PROMPT])
     parts |= drawn | {FILE: (json.dumps(described, indent=1, sort_keys=True) + "\n").encode()}
@@ -103,6 +108,12 @@ def make_whole_package(run: Path, target: Target, out: Path, talk: Talk) -> dict
     parts[MANIFEST] = manifest.to_json().encode()
     digest = write_archive(out, parts)
     return {"file": str(out), "sha256": digest, "bytes": out.stat().st_size, "parts": sorted(parts)}
+
+
+def _deployed(own: Path, target: Target, talk: Talk) -> Run:
+    """Make the graphs of a part's run at ``own`` current; return it."""
+    with open_pipeline(load_recipe(own / RECIPE), own, talk, computes=False) as pipeline:
+        return pipeline.deployed(corrected=target.builder != "none")
 
 
 def _engine_parts(run: Run, target: Target, name: str, parts: dict[str, Source]) -> dict[str, Any]:

@@ -181,6 +181,7 @@ def check_growth(model: ir.Model) -> None:
     Sixty that each double their input make 2^60. ONNX's shape inference follows the numbers of
     one-dimensional constants, and ONNX Runtime folds them, both without a bound. Of the operators
     that are followed only Concat makes more numbers than it is given; a shape has at most eight.
+    What depends on the values of an input of the graph is followed by neither.
     """
     counts: dict[ir.Value, int] = {}
     for value in model.graph.initializers.values():
@@ -188,11 +189,16 @@ def check_growth(model: ir.Model) -> None:
         counts[value] = prod(sizes) if len(sizes) < 2 else 0
     total = 0
     for node in model.graph:
-        given = [counts.get(value, 0) for value in node.inputs if value is not None]
-        made = 8 if node.op_type == "Shape" else max(given, default=0)
-        if node.op_type == "Concat":
-            made = sum(given)
-            total += made
+        if node.op_type == "Shape":
+            made = 8
+        elif any(value is not None and value not in counts for value in node.inputs):
+            continue
+        else:
+            given = [counts[value] for value in node.inputs if value is not None]
+            made = max(given, default=0)
+            if node.op_type == "Concat":
+                made = sum(given)
+                total += made
         counts.update(dict.fromkeys(node.outputs, made))
         if total > LARGEST_CONSTANTS:
             raise ModelError(

@@ -20,6 +20,8 @@ SCHEDULER_FILE = "scheduler_config.json"
 # A part of pipelines that judges images and makes none.
 LEFT_OUT = ("safety_checker",)
 INDEX, CONFIG = "model_index.json", "config.json"
+# Sampler steps behind the latents that a decoder is measured on, where the recipe does not say.
+COMPONENT_STEPS = 20
 # Methods by which parts are called. The VAE's are two parts: its encoder where there are pictures.
 FORWARD, DECODE, ENCODE = "forward", "decode", "encode"
 VAE, VAE_PARTS = "vae", {"vae_decoder": DECODE, "vae_encoder": ENCODE}
@@ -31,8 +33,9 @@ class Additions:
     """What the user gives beside the model; None: the model's own is used.
 
     ``description``: the YAML of an ONNX file that does not lie beside it. ``component``: which part
-    of a pipeline folder, such as ``vae``, which gets ``component_samples`` inputs; None is the one
-    that denoises. ``config``: the folder with the configurations of a checkpoint in one file, which
+    of a pipeline folder, such as ``vae``, which gets ``component_samples`` inputs, latents of
+    ``component_steps`` steps where the calls do not say how many; None is the one that denoises.
+    ``config``: the folder with the configurations of a checkpoint in one file, which
     is written as a folder into ``unpacked`` (None: into one of this process). ``sizes``: empty for
     the model's own one.
     """
@@ -44,6 +47,7 @@ class Additions:
     description: Path | None = None
     component: str | None = None
     component_samples: int = 64
+    component_steps: int = COMPONENT_STEPS
     call: Path | None = None
     calls: Path | None = None
     loras: tuple[LoraOption, ...] = ()

@@ -7,7 +7,7 @@ others. Of a text encoder that gives states and a pooled vector both are compare
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,8 @@ from mpq_deploy.models.weight_files import own_tensors
 from mpq_deploy.system.progress import Talk
 
 OUTPUTS = {DECODE: "image", ENCODE: "moments"}
+# What differs between the inputs of parts that are called so.
+_GIVEN = {FORWARD: "prompts", ENCODE: "pictures", DECODE: "images to decode"}
 # The output of a text encoder whose states and pooled vector are taken: both in one row.
 JOINED = "states_and_pooled"
 # Calls that say how large both are.
@@ -93,11 +95,15 @@ def open_component(folder: Path, source: str, additions: Additions, talk: Talk) 
     pipeline, part, uses = _part(folder, component, additions)
     method = place_of(component)[1]
     recorded = _record(pipeline, component, part, additions, talk)
-    inputs, arrays, labels = _rows(recorded)
+    inputs, arrays, labels = _rows(component, recorded)
     sizes, decodes = len(inputs[0].sizes) or 1, method == DECODE
     places = _used(recorded) if method == FORWARD else {}
     factor = _pooled_factor(part, recorded, places) if len(places) > 1 else None
-    outputs = ((JOINED,) if factor else ()) + (tuple(places) or (OUTPUTS[method],))
+    taken = {item.name for item in inputs}
+    alone = OUTPUTS.get(method, "")
+    # A decoder may be given the picture that it repaints, under that name.
+    alone = f"decoded_{alone}" if alone in taken else alone
+    outputs = ((JOINED,) if factor else ()) + (tuple(places) or (alone,))
     spec = DenoiserSpec(
         name=f"{folder.resolve().name} {component}",
         source=source,
@@ -119,6 +125,34 @@ def open_component(folder: Path, source: str, additions: Additions, talk: Talk) 
     what = "samples of the float denoiser" if decodes else "texts that its pipeline gives it"
     notes = (f"The {component}'s inputs are {len(labels)} {what}", *told(uses, talk))
     return Denoiser(spec, Conditions(arrays, len(labels), None, labels), network, None, notes)
+
+
+def called_parts(folder: Path, components: Sequence[str], additions: Additions) -> list[str]:
+    """Return those of ``components`` that the pipeline calls before its denoiser, in any of its calls.
+
+    Raises as ``open_component``.
+    """
+    pipeline = _part(folder, components[0], additions)[0]
+    denoiser = next(name for name in DENOISERS if getattr(pipeline, name, None) is not None)
+    seen: set[str] = set()
+
+    def watch(component: str) -> None:
+        name, method = place_of(component)
+        original = getattr(getattr(pipeline, name), method)
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            seen.add(component)
+            return original(*args, **kwargs)
+
+        setattr(getattr(pipeline, name), method, watched)
+
+    for component in components:
+        watch(component)
+    for call in calls_of(pipeline, additions):
+        first_call(pipeline, denoiser, with_steps(pipeline, opened_call(call), FIRST_STEPS))
+        if len(seen) == len(components):
+            break
+    return [component for component in components if component in seen]
 
 
 def _part(
@@ -196,7 +230,8 @@ def _record(
             for number in range(count):
                 call, size = calls[number % len(calls)], number % sizes
                 label = call_label(call, number)
-                arguments = with_steps(pipeline, opened_call(call), FIRST_STEPS)
+                steps = additions.component_steps if name == DECODE else FIRST_STEPS
+                arguments = with_steps(pipeline, opened_call(call), steps)
                 if name == DECODE or not denoiser:
                     call_pipeline(pipeline, arguments, image_seed(SEED, number))
                 else:
@@ -212,7 +247,9 @@ def _record(
     return recorded
 
 
-def _rows(recorded: _Recorded) -> tuple[list[InputSpec], dict[str, Array], tuple[str, ...]]:
+def _rows(
+    component: str, recorded: _Recorded
+) -> tuple[list[InputSpec], dict[str, Array], tuple[str, ...]]:
     """Return the inputs, the rows of all calls, each once and shuffled, and what they are of.
 
     Rows are shuffled, so that both parts have long and short ones; of several sizes each has the
@@ -235,11 +272,7 @@ def _rows(recorded: _Recorded) -> tuple[list[InputSpec], dict[str, Array], tuple
             )
     for rows in found:
         shapes = {tuple(value.shape for value in row.values()) for _, row in rows.values()}
-        if len(shapes) > 1 or len(rows) < 2:
-            raise UsageError(
-                f"The pipeline gives the part {len(rows)} inputs of {len(shapes)} shapes.",
-                "Give at least two prompts, and one size for all calls (or --sizes).",
-            )
+        _refuse_few(component, rows, shapes)
     each = min(map(len, found))
     random = np.random.default_rng(SEED)
     shuffled = [[list(rows.values())[at] for at in random.permutation(len(rows))] for rows in found]
@@ -255,6 +288,20 @@ def _rows(recorded: _Recorded) -> tuple[list[InputSpec], dict[str, Array], tuple
         for item in inputs
     }
     return inputs, stacked, tuple(label for label, _ in listed)
+
+
+def _refuse_few(component: str, rows: Collection[Any], shapes: Collection[Any]) -> None:
+    """Raise UsageError for inputs of several shapes, and for one input alone."""
+    if len(shapes) > 1:
+        raise UsageError(
+            f"The pipeline gives its {component} inputs of {len(shapes)} shapes.",
+            "Use one size for all calls (or --sizes), and texts of one number of tokens.",
+        )
+    if len(rows) < 2:
+        raise UsageError(
+            f"The pipeline gives its {component} the same input in every call; some calibrate, others are compared.",
+            f"Give calls with at least two {_GIVEN[place_of(component)[1]]}.",
+        )
 
 
 def _forward(

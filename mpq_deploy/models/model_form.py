@@ -47,6 +47,19 @@ OPTIONAL: dict[str, tuple[str, ...]] = {
 }
 
 
+# Classes that diffusers has split up since: by the kind of norm, as its own loader tells them apart.
+RENAMED = {
+    ("Transformer2DModel", "ada_norm_zero"): "DiTTransformer2DModel",
+    ("Transformer2DModel", "ada_norm_single"): PIXART,
+}
+
+
+def named_now(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a configuration with the class that diffusers loads it as today."""
+    old = (config.get("_class_name"), config.get("norm_type"))
+    return {**config, "_class_name": RENAMED[old]} if old in RENAMED else config
+
+
 @dataclass(frozen=True)
 class ModelForm:
     """``wanted``: the conditions."""

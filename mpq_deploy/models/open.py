@@ -152,14 +152,19 @@ def _denoises(part: Path) -> bool:
 
 def source_denoiser(recipe: Recipe, talk: Talk, unpacked: Path | None = None) -> Denoiser:
     """Open the model that ``recipe`` names; ``unpacked``: where a checkpoint is written as a folder."""
+    return open_denoiser(recipe.model, additions_of(recipe, unpacked), talk)
+
+
+def additions_of(recipe: Recipe, unpacked: Path | None = None) -> Additions:
+    """Return what ``recipe`` gives beside its model."""
     files = ("conditions", "scheduler", "prompts", "description", "call", "calls", "config")
-    additions = Additions(
+    return Additions(
         guidance_scale=recipe.guidance_scale,
         component=recipe.component,
         component_samples=recipe.component_samples,
+        component_steps=recipe.calibrate.steps,
         sizes=recipe.sizes,
         loras=tuple(map(parse_lora, recipe.lora)),
         unpacked=unpacked,
         **{name: Path(value) for name in files if (value := getattr(recipe, name))},
     )
-    return open_denoiser(recipe.model, additions, talk)

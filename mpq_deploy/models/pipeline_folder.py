@@ -26,7 +26,14 @@ from mpq_deploy.models.conditions import Conditions, WantedInput, check_conditio
 from mpq_deploy.models.decoder import decoder_network
 from mpq_deploy.models.denoiser import Denoiser
 from mpq_deploy.models.lora import Loras, told
-from mpq_deploy.models.model_form import OUTPUT, ModelForm, model_class, model_form, network
+from mpq_deploy.models.model_form import (
+    OUTPUT,
+    ModelForm,
+    model_class,
+    model_form,
+    named_now,
+    network,
+)
 from mpq_deploy.models.pipeline_part import open_pipeline_part
 from mpq_deploy.models.sample_sizes import DIT
 from mpq_deploy.models.spec import DenoiserSpec, InputSpec
@@ -70,7 +77,7 @@ def _open_sampled(
     talk: Talk,
 ) -> Denoiser:
     """Open the denoiser in ``part`` for our own sampler. Raises as ``open_folder`` does."""
-    config = read_json(part / CONFIG)
+    config = named_now(read_json(part / CONFIG))
     given = Conditions.load(additions.conditions) if additions.conditions is not None else None
     with whole(part / CONFIG, ModelError, "Correct it, or download the model again."):
         refines = bool(pipeline.get("requires_aesthetics_score"))

@@ -29,19 +29,23 @@ from mpq_deploy.models.locate import locate
 if TYPE_CHECKING:
     from mpq_deploy.recipe import Recipe
 
-TEXT = "text_encoder"
+TEXT, ENCODER = "text_encoder", "vae_encoder"
 CARD = "demo.json"
 
 
 @dataclass(frozen=True)
 class Parts:
-    """The parts of the pipeline in ``folder`` that are built, ``pinned`` ones in FP16."""
+    """The parts of the pipeline in ``folder`` that are built, ``pinned`` ones in FP16.
+
+    ``where_called``: parts that nobody named, built where the pipeline calls them at all.
+    """
 
     folder: Path
     class_name: str
     denoiser: str
     names: tuple[str, ...]
     pinned: frozenset[str]
+    where_called: frozenset[str] = frozenset()
 
 
 def whole_parts(recipe: Recipe) -> Parts | None:
@@ -84,7 +88,14 @@ def _chosen(
     names = _expanded(listed, here, folder) or here
     pinned = _expanded(recipe.pinned, names, folder)
     order = tuple(name for name in here if name in names)
-    return Parts(folder, str(index["_class_name"]), denoiser.name, order, frozenset(pinned))
+    # A ControlNet takes its pictures as they are, and embeddings take the place of texts.
+    given = {*texts, ENCODER} & set(order) if pictures else set()
+    unnamed = given - {*listed, *recipe.pinned}
+    return Parts(
+        *(folder, str(index["_class_name"]), denoiser.name, order),
+        frozenset(pinned),
+        frozenset(unnamed),
+    )
 
 
 def _entry(index: Mapping[str, Any], name: str) -> bool:

@@ -189,6 +189,18 @@ def _gather_elements(call: Call, x: Inputs) -> Outputs:
     return torch.gather(x[0], axis, torch.where(index < 0, index + x[0].shape[axis], index))
 
 
+def _gather_nd(call: Call, x: Inputs) -> Outputs:
+    """Entries of x[0] at the places in the last axis of x[1], in each of the ``batch_dims`` first axes' rows."""
+    index, batch = x[1].to(torch.int64), call.get("batch_dims", 0)
+    rows = [
+        torch.arange(size, device=index.device).reshape(-1, *(1,) * (index.ndim - 2 - axis))
+        for axis, size in enumerate(x[0].shape[:batch])
+    ]
+    sizes = x[0].shape[batch : batch + index.shape[-1]]
+    places = [torch.where(one < 0, one + size, one) for one, size in zip(index.unbind(-1), sizes)]
+    return x[0][tuple(rows + places)]
+
+
 def _one_hot(call: Call, x: Inputs) -> Outputs:
     depth, (off, on) = int(x[1].item()), x[2].unbind()
     axis = call.get("axis", -1)
@@ -393,6 +405,7 @@ BASIC: dict[str, Operator] = {
     "Floor": _unary(torch.floor),
     "Gather": _gather,
     "GatherElements": _gather_elements,
+    "GatherND": _gather_nd,
     "Gelu": lambda call, x: functional.gelu(x[0], approximate=call.get("approximate", "none")),
     "Gemm": _linear_map,
     "Greater": _binary(torch.gt),

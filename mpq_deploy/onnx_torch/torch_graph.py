@@ -36,7 +36,7 @@ class UnsupportedOperator(ModelError):  # noqa: N818 - what callers name it
         what = f" with {form}" if form else ""
         super().__init__(
             f"The torch evaluator has no operator {op}{what} (node '{node}').",
-            "Measure with the gain metric, which runs the graph in ONNX Runtime.",
+            "Measure with the gain metric, which runs the graph in ONNX Runtime; it cannot be trained (recover).",
         )
         self.op = op
         self.node = node

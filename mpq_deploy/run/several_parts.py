@@ -7,15 +7,18 @@ parts are measured first; one program then gives each its bytes, within which it
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from mpq_deploy.allocate.joint import PartProblem, Share, solve_jointly
 from mpq_deploy.allocate.plan import PrecisionPlan
 from mpq_deploy.allocate.plan_solver import PlanSolver
-from mpq_deploy.errors import InfeasibleBudgetError, InfeasibleLatencyError, UsageError
+from mpq_deploy.engine.target import load_target
+from mpq_deploy.errors import InfeasibleBudgetError, InfeasibleLatencyError, ModelError, UsageError
 from mpq_deploy.graph.writers.deployed_graphs import SIMULATED
+from mpq_deploy.latency.plan_latency import check_latency, needs_latency
+from mpq_deploy.models.open import additions_of
 from mpq_deploy.models.pipeline_parts import TEXT, Parts
 from mpq_deploy.models.spec import DenoiserSpec
 from mpq_deploy.recipe import Recipe, load_recipe, make_recipe
@@ -34,7 +37,7 @@ from mpq_deploy.run.pipeline import open_pipeline
 from mpq_deploy.run.pipeline_file import PartFigures, PipelineFile
 from mpq_deploy.run.stage import version_of
 from mpq_deploy.run.view import Run
-from mpq_deploy.system.files import Fields, canonical_json
+from mpq_deploy.system.files import Fields, canonical_json, file_digest
 from mpq_deploy.system.inputs import read_json_object
 from mpq_deploy.system.parallel.processes import kept_workers
 from mpq_deploy.system.parallel.work import Crew
@@ -42,8 +45,8 @@ from mpq_deploy.system.progress import Talk
 from mpq_deploy.system.quantities import Budget
 from mpq_deploy.system.validated import model_of
 
-GAINS_FORMAT = IMAGES_FORMAT = 1
-GAINS, IMAGES = "gains", "images"
+GAINS_FORMAT = IMAGES_FORMAT = CALLED_FORMAT = 1
+GAINS, IMAGES, CALLED = "gains", "images", "called"
 # Images of the pipeline that are compared at most: each is run once per part and twice more.
 MOST_IMAGES = 8
 Coming = Sequence[tuple[Recipe, Path]]
@@ -86,16 +89,19 @@ class WholeRun:
 
     def run_until(self, last: str) -> PipelineFile:
         """Make the runs of all parts up to the stage ``last`` current; return the joint view."""
+        self.leave_out_uncalled()
         view = self.view()
         self.mark()
         for later in self._coming:
             # What is measured for it lies in its folder before its turn.
             begin_run(later.folder.path)
+            later.parts = self.parts
             later.mark()
         if last in ("export", "measure"):
             for name in self.parts.names:
                 self._in_part(name, self.own_recipe(name), last, lambda run: None)
             return view
+        self._export_all()
         measured = {
             name: self._in_part(name, self.own_recipe(name), "measure", self._measured)
             for name in self.parts.names
@@ -123,6 +129,49 @@ class WholeRun:
             view = view.model_copy(update={"devices": devices})
         view.save(self.folder.path)
         return view
+
+    def _export_all(self) -> None:
+        """Export the parts that were not yet: one that cannot be is known before another is measured."""
+        for name in self.parts.names:
+            if RunFolder(self._path(name)).stage("export").is_dir():
+                continue
+            try:
+                self._in_part(name, self.own_recipe(name), "export", lambda run: None)
+            except (ModelError, UsageError) as error:
+                others = [other for other in self.parts.names if other != name]
+                if name != self.parts.denoiser:
+                    error.hint += f" Or leave the {name} as it is: --only {','.join(others)}."
+                raise
+
+    def leave_out_uncalled(self) -> None:
+        """Leave out the parts that nobody named and that the pipeline never calls.
+
+        It is run up to its denoiser to find out, once for the same calls: the answer is kept.
+        """
+        unnamed = sorted(self.parts.where_called)
+        if not unnamed:
+            return
+        call = str(self.recipe.call)
+        inputs: Fields = {
+            "format": CALLED_FORMAT,
+            "parts": unnamed,
+            "call": file_digest(Path(call)),
+        }
+        inputs |= {"pipeline": self.parts.class_name, **version_of("diffusers")}
+
+        def make(folder: Path) -> None:
+            from mpq_deploy.models.component import called_parts
+
+            additions = additions_of(self.own_recipe(unnamed[0]))
+            made = called_parts(self.parts.folder, unnamed, additions)
+            (folder / "called.json").write_text(canonical_json({"parts": made}), encoding="utf-8")
+
+        found = read_json_object(self._current(CALLED, inputs, make) / "called.json")
+        absent = [name for name in unnamed if name not in found["parts"]]
+        for name in absent:
+            self._talk.line(f"part {name}: left out, {self.parts.class_name} does not call it here")
+        names = tuple(name for name in self.parts.names if name not in absent)
+        self.parts = replace(self.parts, names=names)
 
     def sweep(
         self, budgets: Sequence[Budget]
@@ -298,6 +347,12 @@ class WholeRun:
         weights = sum(part.weights for part in measured.values())
         budget = wanted.bytes(fp16, weights)
         timed = all(part.timed for part in measured.values())
+        untimed = [name for name, part in measured.items() if not part.timed]
+        if untimed and needs_latency(self.recipe):
+            raise UsageError(
+                f"No latency is known of {', '.join(untimed)}, and a limit or objective is of all parts' calls.",
+                "Leave --max-latency and --objective latency out; or build the other parts alone: --only.",
+            )
         problems = {name: part.problem for name, part in measured.items()}
         return solve_jointly(problems, budget, self.recipe.allocate, timed), budget
 
@@ -418,10 +473,12 @@ def forecast_whole(
 ) -> dict[str, Ahead]:
     """Export each part; return what its own run would take. Runs for the final images come on top."""
     found = {}
+    check_latency(recipe, load_target(recipe.target))
     with open_run(run) as folder:
         whole = WholeRun(recipe, folder, parts, talk, crew)
+        whole.leave_out_uncalled()
         whole.mark()
-        for name in parts.names:
+        for name in whole.parts.names:
             own, path = whole.own_recipe(name), run / COMPONENTS / name
             with open_pipeline(own, path, talk, crew) as pipeline:
                 found[name] = pipeline.dry_run()
@@ -446,5 +503,6 @@ def build_whole(
             f"One call builds a whole pipeline for one target, not for '{recipe.target}'.",
             "Give one target; the command line builds several in turn.",
         )
+    check_latency(recipe, load_target(recipe.target))
     with open_run(run) as folder, kept_workers():
         return WholeRun(recipe, folder, parts, talk, crew, coming).run_until(last)

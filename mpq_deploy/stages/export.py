@@ -11,6 +11,7 @@ from mpq_deploy.graph.layers import layer_graph
 from mpq_deploy.graph.load import load_model
 from mpq_deploy.graph.writers.deployed_graphs import fp16_bytes
 from mpq_deploy.graph.writers.lora_slots import require_slots
+from mpq_deploy.models.additions import COMPONENT_STEPS, DECODE, place_of
 from mpq_deploy.models.call_file import pictures_of
 from mpq_deploy.models.export import export_denoiser
 from mpq_deploy.models.locate import source_files
@@ -45,6 +46,9 @@ def inputs(run: Run) -> Fields:
     }
     if recipe.first_token != "quantized":
         fields["recipe.first_token"] = recipe.first_token
+    decodes = recipe.component is not None and place_of(recipe.component)[1] == DECODE
+    if decodes and recipe.calibrate.steps != COMPONENT_STEPS:
+        fields["recipe.calibrate.steps"] = recipe.calibrate.steps
     if recipe.sizes:
         fields["recipe.sizes"] = list(recipe.sizes.text)
     for name in ("conditions", "scheduler", "prompts", "description", "call", "calls"):

@@ -21,8 +21,15 @@ from mpq_deploy.calls.pipeline_runs import (
     opened_call,
     pipeline_class,
 )
+from mpq_deploy.calls.stand_in import refuse_switched, switches
 from mpq_deploy.errors import UsageError
+from mpq_deploy.models.additions import pipeline_index
 from mpq_deploy.models.call_file import FILE
+from tests.tiny_models import (
+    ONE_LEVEL,
+    tiny_conditional_unet,
+    tiny_text_transformer_folder,
+)
 
 pytestmark = pytest.mark.torch
 CHECKER = ["stable_diffusion", "StableDiffusionSafetyChecker"]
@@ -59,6 +66,13 @@ def test_a_part_that_names_code_beside_it_is_refused(name: str, tmp_path: Path) 
     with pytest.raises(UsageError, match=f"{name} has an auto_map"):
         load_pipeline(tmp_path, index)
     assert not mark.exists()
+
+
+def test_a_pipeline_that_was_saved_without_a_part_is_loaded(tmp_path: Path) -> None:
+    """Stable Diffusion 3 without its T5, for which diffusers writes [null, null] into the index."""
+    folder = tiny_text_transformer_folder(tmp_path, "SD3Transformer2DModel", t5=False)
+    pipeline = load_pipeline(folder, pipeline_index(folder))
+    assert pipeline.text_encoder_3 is None and pipeline.text_encoder_2 is not None
 
 
 def test_memory_that_runs_out_is_no_fault_of_the_call() -> None:
@@ -127,3 +141,14 @@ def test_a_missing_package_is_named() -> None:
 def test_changed_attention_is_refused() -> None:
     with pytest.raises(UsageError, match="compute attention by SimpleNamespace"):
         first_call(_Pipeline(), "unet", {})
+
+
+def test_layers_that_are_switched_on_the_way_are_refused() -> None:
+    """GLIGEN's pipeline grounds the first part of the steps alone."""
+    unet = tiny_conditional_unet(**ONE_LEVEL, attention_type="gated")
+    before = switches(unet)
+    refuse_switched("GLIGEN", before, unet)
+    fuser = next(name for name, _ in unet.named_modules() if name.endswith("fuser"))
+    unet.get_submodule(fuser).enabled = False
+    with pytest.raises(UsageError, match=f"GLIGEN makes '{fuser}.enabled' of its denoiser False"):
+        refuse_switched("GLIGEN", before, unet)

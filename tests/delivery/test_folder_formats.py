@@ -35,6 +35,7 @@ from mpq_deploy.delivery.triton_repository import (
     write_pipeline_models,
     write_repository,
 )
+from mpq_deploy.delivery.whole_package import TOLERANCE
 from mpq_deploy.device.generate.generation_folder import Part, Tensor, open_generation
 from mpq_deploy.device.generate.generator import Generator
 from mpq_deploy.device.generate.triton_model import ServedPart
@@ -86,8 +87,9 @@ def test_the_ensemble_makes_the_image_of_generate(run: Path, repository: Path) -
     made = server.infer("generate", {**given, "SEED": np.array([7])})["IMAGE"]
     generator = Generator(generation_of(run, Talk()), threads=1)
     [own] = generator("abc", negative="def", steps=3, guidance=3.0, seed=7)
-    apart = np.abs(made.astype(int) - np.asarray(own.image).astype(int))
-    assert apart.max() <= 1 and np.mean(apart > 0) < 0.01
+    # In another order of sums an INT8 activation may round the other way.
+    expected = np.asarray(own.image).astype(float)
+    assert np.square(made - expected).mean() < TOLERANCE * expected.var()
     assert {"text_encoder", "unet", "denoise", "vae_decoder", "picture"} == {*server.calls[1:]}
     # Without what is optional, the folder's own defaults; longer prompts are cut with a warning.
     server.infer("generate", {"PROMPT": named("abc"), "STEPS": asked["STEPS"]})

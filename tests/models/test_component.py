@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("diffusers")
@@ -16,6 +21,8 @@ from mpq_deploy.models.additions import Additions  # noqa: E402
 from mpq_deploy.models.component import parted  # noqa: E402
 from mpq_deploy.models.export import export_denoiser  # noqa: E402
 from mpq_deploy.models.open import open_denoiser  # noqa: E402
+from mpq_deploy.recipe import Recipe  # noqa: E402
+from mpq_deploy.stages.export import inputs as export_inputs  # noqa: E402
 from tests.tiny_models import tiny_text_pipeline_folder  # noqa: E402
 
 pytestmark = pytest.mark.torch
@@ -44,6 +51,51 @@ def test_a_decoder_gets_what_the_pipeline_decodes(text: Path, tmp_path: Path) ->
     with torch.no_grad():
         expected = vae.network.module.decode(torch.from_numpy(rows[:2])).sample.numpy()  # type: ignore[attr-defined]
     np.testing.assert_allclose(vae.network.reference({"z": rows[:2]}), expected, atol=1e-6)
+
+
+def test_a_decoder_gets_latents_of_the_recipes_steps(text: Path, tmp_path: Path) -> None:
+    """A model of few steps ends in other latents than twenty steps of it."""
+    rows = []
+    for steps, call in ((2, {}), (20, {"num_inference_steps": 2})):
+        content = [{"prompt": prompt, **call} for prompt in ("abc", "def")]
+        (tmp_path / "calls.yaml").write_text(json.dumps(content))
+        wanted = Additions(component="vae", component_samples=2, call=tmp_path / "calls.yaml")
+        vae = open_denoiser(text, replace(wanted, component_steps=steps))
+        rows.append(vae.conditions.arrays["z"])
+    np.testing.assert_array_equal(rows[0], rows[1])
+    settings = Recipe(model=str(text), component="vae")
+    stage: Any = SimpleNamespace(recipe=settings)
+    usual = export_inputs(stage)
+    few = settings.calibrate.model_copy(update={"steps": 2})
+    stage.recipe = settings.model_copy(update={"calibrate": few})
+    assert {**usual, "recipe.calibrate.steps": 2} == export_inputs(stage)
+
+
+def test_a_decoder_that_is_given_the_picture_it_repaints_has_an_output_of_its_own(
+    text: Path, tmp_path: Path
+) -> None:
+    """Its inputs are called image and mask, as its output otherwise is."""
+    import diffusers
+
+    torch.manual_seed(0)
+    blocks = {"down_block_out_channels": (8, 8), "up_block_out_channels": (8, 8)}
+    kinds = {
+        f"{one}_block_types": (f"{one.title()}{of}coderBlock2D",) * 2
+        for one, of in (("down", "En"), ("up", "De"))
+    }
+    vae = diffusers.AsymmetricAutoencoderKL(**blocks, **kinds, norm_num_groups=4)
+    parts = {**diffusers.StableDiffusionPipeline.from_pretrained(text).components, "vae": vae}
+    pipeline = diffusers.StableDiffusionInpaintPipeline(**parts, requires_safety_checker=False)
+    pipeline.save_pretrained(tmp_path / "pipeline", safe_serialization=True)
+    Image.fromarray(np.arange(768, dtype=np.uint8).reshape(16, 16, 3)).save(tmp_path / "a.png")
+    Image.fromarray(np.eye(16, dtype=np.uint8) * 255).save(tmp_path / "b.png")
+    call = {"prompt": "abc", "image": "a.png", "mask_image": "b.png", "num_inference_steps": 2}
+    (tmp_path / "call.yaml").write_text(json.dumps({**call, "height": 16, "width": 16}))
+    wanted = Additions(component="vae", component_samples=2, call=tmp_path / "call.yaml")
+    decoder = open_denoiser(tmp_path / "pipeline", wanted)
+    assert [one.name for one in decoder.spec.inputs] == ["z", "image", "mask"]
+    assert decoder.spec.output == "decoded_image"
+    assert export_denoiser(decoder, tmp_path / "export").max_relative_error < 1e-4
 
 
 def test_states_and_the_pooled_vector_are_one_output_and_two_more(tmp_path: Path) -> None:

@@ -78,6 +78,17 @@ def test_a_dit_has_one_row_per_class_and_one_for_none(tmp_path: Path) -> None:
     assert len(denoiser.spec.labels) == CLASSES + 1 and denoiser.spec.guidance_scale == 1
 
 
+def test_a_class_that_diffusers_has_renamed_is_the_present_one(tmp_path: Path) -> None:
+    """Published DiT and PixArt are saved as a Transformer2DModel."""
+    part = tiny_transformer_folder(tmp_path, "DiTTransformer2DModel") / "transformer"
+    config = json.loads((part / "config.json").read_text(encoding="utf-8"))
+    old = {**config, "_class_name": "Transformer2DModel", "norm_type": "ada_norm_zero"}
+    (part / "config.json").write_text(json.dumps(old), encoding="utf-8")
+    denoiser = open_denoiser(part, Additions(scheduler=part.parent / "scheduler"))
+    assert denoiser.spec.config["_class_name"] == "DiTTransformer2DModel"
+    assert list(denoiser.conditions.arrays) == ["class_labels"]
+
+
 def test_a_class_whose_pipeline_may_scale_timesteps_is_refused_beside_it(tmp_path: Path) -> None:
     folder = tiny_transformer_folder(tmp_path, "SD3Transformer2DModel")
     arrays = tiny_transformer_conditions(tmp_path / "c.npz", "SD3Transformer2DModel")

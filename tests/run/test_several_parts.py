@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,27 +22,34 @@ pytest.importorskip("transformers")
 import diffusers
 import onnxruntime as ort
 import torch
+from PIL import Image
 from typer.testing import CliRunner
 
 import mpq_deploy
 from mpq_deploy.cli import app
+from mpq_deploy.delivery import generation
 from mpq_deploy.delivery.generation import generation_of
 from mpq_deploy.device.generate.generator import Generator
-from mpq_deploy.errors import UsageError
+from mpq_deploy.errors import ModelError, UsageError
 from mpq_deploy.models.pipeline_parts import Parts, whole_parts
 from mpq_deploy.recipe import Recipe, load_recipe
 from mpq_deploy.report.parts_compare import compare_pipelines
 from mpq_deploy.report.parts_page import pipeline_text, write_pipeline
+from mpq_deploy.run.folder import open_run
 from mpq_deploy.run.pipeline import open_pipeline
 from mpq_deploy.run.pipeline_file import PipelineFile
 from mpq_deploy.run.several_parts import WholeRun, build_whole
 from mpq_deploy.system.progress import Talk
 from tests.device.generate.folders import SameNoise, same_noise, tiny_folder
+from tests.graphs import GraphBuilder
 from tests.lora_files import RANK, diffusers_file, factors, layers_of
+from tests.oracle.unets import _control_net
 from tests.pipeline.runs import FEW_SCHEMES, Notes, recipe_for
 from tests.shared import made_once
 from tests.tiny_models import (
     ONE_LEVEL,
+    TEXT_WIDTH,
+    TOKENS,
     tiny_text_pipeline_folder,
     tiny_unet_folder,
 )
@@ -142,6 +151,9 @@ def test_another_budget_redoes_the_allocation_alone(
         made = [n for n in notes.lines if n.startswith(f"{stage} ") and "up to date" not in n]
         assert not made
     assert not any("gains:" in line for line in notes.lines)
+    # Its graphs are still the former plan's.
+    with pytest.raises(UsageError, match="planned anew since its text_encoder was quantized"):
+        generation_of(run, Notes())
 
 
 def test_a_pinned_part_stays_in_fp16(
@@ -172,6 +184,41 @@ def test_images_are_generated_from_the_run(
     (made_in / "made_from.txt").write_text("other plans", encoding="utf-8")
     generation_of(run, Notes())
     assert (made_in / "generation.json").stat().st_mtime_ns != before
+
+
+def test_calls_side_by_side_write_the_generation_folder_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And what a process that was killed in the middle of it left goes."""
+    run, written = tmp_path / "run", []
+    left = run / ".generation-killed"
+    left.mkdir(parents=True)
+    named: Any = {"class_name": "StableDiffusionPipeline", "source": str(tmp_path)}
+    PipelineFile(**named, denoiser="unet", recipe={"model": str(tmp_path)}, parts={}).save(run)
+    left.with_name(f"{left.name}.lock").touch()
+
+    def write(source: Path, files: Any, out: Path, sizes: Any) -> None:
+        out.mkdir()
+        written.append(out)
+        time.sleep(0.2)
+
+    monkeypatch.setattr(generation, "write_generation", write)
+    with ThreadPoolExecutor(2) as pool:
+        places = list(pool.map(lambda _: generation_of(run, Notes()), range(2)))
+    assert places == [run / "generation"] * 2 and len(written) == 1
+    assert (run / "generation" / "made_from.txt").is_file()
+    assert not list(run.glob(".generation-*"))
+
+
+def test_a_part_that_takes_more_than_generation_gives_it_is_refused(
+    folder: Path, tmp_path: Path
+) -> None:
+    graph = GraphBuilder()
+    taken = [graph.input(name, [1, 4, 8, 8]) for name in ("z", "mask")]
+    graph.output(graph.op("Add", taken, "y"), [1, 4, 8, 8])
+    parts = dict.fromkeys(("vae_decoder", "text_encoder", "unet"), graph.save(tmp_path / "m.onnx"))
+    with pytest.raises(ModelError, match="vae_decoder takes z, mask: more than one input"):
+        generation.write_generation(folder, parts, tmp_path / "out")
 
 
 def test_loras_are_given_to_a_run_with_slots(
@@ -418,6 +465,19 @@ def test_what_cannot_be_built_is_refused(folder: Path, tmp_path: Path) -> None:
         )
 
 
+def test_a_limit_on_time_that_no_target_knows_is_refused(folder: Path, tmp_path: Path) -> None:
+    settings = recipe(folder, allocate__max_latency="5ms")
+    with pytest.raises(UsageError, match="speed of the target onnxruntime-cpu is unknown"):
+        built(settings, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    parts = whole_parts(settings)
+    assert parts is not None
+    whole = WholeRun(settings, SimpleNamespace(path=tmp_path), parts, Talk(), None)  # type: ignore[arg-type]
+    unknown: Any = SimpleNamespace(fp16_bytes=10, weights=5, timed=False, problem=None)
+    with pytest.raises(UsageError, match="No latency is known of unet, and a limit"):
+        whole._shares({"unet": unknown}, settings.budget)
+
+
 def test_python_builds_and_loads_the_whole(
     finished: tuple[Path, PipelineFile], folder: Path, tmp_path: Path
 ) -> None:
@@ -433,13 +493,9 @@ def test_python_builds_and_loads_the_whole(
 
 
 def test_pictures_make_the_encoder_a_part(folder: Path, tmp_path: Path) -> None:
-    from PIL import Image
-
-    image_to_image = Path(shutil.copytree(folder, tmp_path / "tiny"))
-    index = image_to_image / "model_index.json"
-    text = index.read_text(encoding="utf-8")
-    named = text.replace('"StableDiffusionPipeline"', '"StableDiffusionImg2ImgPipeline"')
-    index.write_text(named, encoding="utf-8")
+    image_to_image = with_index(
+        folder, tmp_path / "tiny", _class_name="StableDiffusionImg2ImgPipeline"
+    )
     calls = []
     for number in range(6):
         pixels = np.random.default_rng(number).integers(0, 255, (16, 16, 3), np.uint8)
@@ -452,6 +508,63 @@ def test_pictures_make_the_encoder_a_part(folder: Path, tmp_path: Path) -> None:
     encoder = view.parts["vae_encoder"]
     assert (encoder.gain or 0) > 0 and (encoder.measured_image_error or 0) > 0
     assert (view.size_bytes or 0) <= (view.budget_bytes or 0)
+
+
+def with_index(folder: Path, place: Path, **entries: Any) -> Path:
+    """A copy of the pipeline whose index has other entries."""
+    copied = Path(shutil.copytree(folder, place))
+    index = json.loads((copied / "model_index.json").read_text(encoding="utf-8"))
+    (copied / "model_index.json").write_text(json.dumps({**index, **entries}), encoding="utf-8")
+    return copied
+
+
+def test_parts_that_the_calls_never_reach_are_left_out(folder: Path, tmp_path: Path) -> None:
+    """A ControlNet takes its picture as it is, and embeddings take the place of texts."""
+    Image.fromarray(np.zeros((16, 16, 3), np.uint8)).save(tmp_path / "a.png")
+    np.save(tmp_path / "e.npy", np.zeros((1, TOKENS, TEXT_WIDTH), np.float32))
+    controlled = with_index(
+        *(folder, tmp_path / "controlled"),
+        _class_name="StableDiffusionControlNetPipeline",
+        controlnet=["diffusers", "ControlNetModel"],
+    )
+    _control_net().save_pretrained(controlled / "controlnet")
+    pictured = {"prompt": "abc", "image": "a.png", "height": 16, "width": 16}
+    embedded = {"prompt_embeds": "e.npy", "negative_prompt_embeds": "e.npy"}
+    for model, call, left in (
+        (controlled, pictured, PARTS),
+        (folder, embedded, ("unet", "vae_decoder")),
+    ):
+        (tmp_path / "call.yaml").write_text(json.dumps(call), encoding="utf-8")
+        settings = recipe(model, call=str(tmp_path / "call.yaml"), prompts=None)
+        parts, notes = whole_parts(settings), Notes()
+        assert parts is not None and parts.names == (*PARTS, "vae_encoder")
+        for _ in range(2):
+            with open_run(tmp_path / f"run-{model.name}") as run:
+                whole = WholeRun(settings, run, parts, notes, None)
+                whole.leave_out_uncalled()
+            assert whole.parts.names == left
+        assert (
+            f"part vae_encoder: left out, {parts.class_name} does not call it here" in notes.lines
+        )
+    with pytest.raises(UsageError, match="ControlNetPipeline, of which no images are made without"):
+        generation.pipeline_kind(controlled)
+    named = whole_parts(settings.model_copy(update={"component": "unet,vae_encoder"}))
+    assert named is not None and not named.where_called
+
+
+def test_a_part_that_cannot_be_exported_is_known_before_another_is_measured(
+    folder: Path, tmp_path: Path
+) -> None:
+    call = {"prompt": "abc", "negative_prompt": "abc", "height": 16, "width": 16}
+    (tmp_path / "call.yaml").write_text(json.dumps(call), encoding="utf-8")
+    settings = recipe(folder, call=str(tmp_path / "call.yaml"), prompts=None)
+    with pytest.raises(
+        UsageError, match="its text_encoder the same input in every call"
+    ) as refusal:
+        built(settings, tmp_path / "run")
+    assert "at least two prompts. Or leave the text_encoder as it is" in refusal.value.hint
+    assert refusal.value.hint.endswith("--only unet,vae_decoder.")
+    assert not (tmp_path / "run" / "components" / "unet" / "measure").exists()
 
 
 def test_sizes_are_for_the_parts_that_see_images(tmp_path: Path) -> None:

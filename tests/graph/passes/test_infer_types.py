@@ -11,6 +11,7 @@ from onnx import TensorProto, helper
 
 from mpq_deploy.errors import ModelError
 from mpq_deploy.graph.load import load_model, normalise
+from tests.graphs import GraphBuilder
 
 
 def joined(times: int, path: Path, *, as_node: bool = False, kind: int = TensorProto.INT64) -> Path:
@@ -47,3 +48,17 @@ def test_concats_that_double_a_constant_are_refused(
 def test_a_few_concats_of_constants_are_taken(tmp_path: Path) -> None:
     model = normalise(load_model(joined(8, tmp_path / "m.onnx")))
     assert any(node.op_type == "Concat" for node in model.graph)
+
+
+def test_concats_of_what_is_computed_at_run_time_are_taken(tmp_path: Path) -> None:
+    """Causal convolutions, as of videos: each puts two further frames before its input."""
+    graph = GraphBuilder()
+    last = graph.input("x", ["n", 4, 3, 4])
+    places = [graph.weight(name, [value]) for name, value in (("zero", 0), ("one", 1), ("two", 2))]
+    for number in range(20):
+        first = graph.op("Slice", [last, *places], f"s{number}")
+        longer = graph.op("Concat", [first, first, last], f"v{number}", axis=2)
+        last = graph.conv(longer, f"c{number}", 4, 4, pads=[0, 1, 0, 1])
+    graph.output(last, ["n", 4, "rows", 4])
+    model = normalise(load_model(graph.save(tmp_path / "m.onnx")))
+    assert sum(node.op_type == "Concat" for node in model.graph) == 20
