@@ -21,7 +21,7 @@ from mpq_deploy.allocate.milp import (
     penalty_per_kernel,
 )
 from mpq_deploy.allocate.plan import BitProgram, LoraSlots, PlannedLayer, PrecisionPlan
-from mpq_deploy.allocate.predicted_images import PredictedImages, predicted_images
+from mpq_deploy.allocate.predicted_images import PredictedImages, predicted_images, psnr_of
 from mpq_deploy.allocate.problem import LayerChoice, Problem, protected_schemes
 from mpq_deploy.allocate.tail import allocate_tail, trimmed_weights
 from mpq_deploy.allocate.ties import tie, tied_layers
@@ -37,6 +37,7 @@ from mpq_deploy.graph.writers.lora_slots import require_slots, slot_bytes
 from mpq_deploy.graph.writers.prescale import foldable_inputs
 from mpq_deploy.latency.costs import LatencyCosts, PlanLatency, int8_warning
 from mpq_deploy.latency.plan_latency import latency_costs, plan_latency_info
+from mpq_deploy.models.spec import Array
 from mpq_deploy.rounding.candidate_store import choices_of
 from mpq_deploy.sensitivity.table import SensitivityTable
 from mpq_deploy.system.quantities import Budget
@@ -56,20 +57,29 @@ LayerBits = tuple[float | None, float | None]
 class PredictedPlan:
     """A plan with its exact bytes, its predicted error and the milliseconds of one call.
 
-    ``predicted_loss``: with cross terms; None where the metric does not predict the output's NMSE.
-    ``latency_ms``: None where the target's speed is unknown.
+    ``predicted_loss``: with cross terms, of the output or of the final images that count
+    (``tail.trimmed_weights``); None where the metric predicts none. ``psnr_db``: predicted mean over
+    the images; None where they are not predicted. ``latency_ms``: None where the target's speed is
+    unknown.
     """
 
     schemes: dict[str, str]
     size_bytes: int
     predicted_loss: float | None
     latency_ms: float | None = None
+    psnr_db: float | None = None
+
+    @property
+    def error(self) -> float | None:
+        """What plans are ordered by: of images the squared error of their mean PSNR, else the loss."""
+        return self.predicted_loss if self.psnr_db is None else float(10 ** (-self.psnr_db / 10))
 
     @classmethod
     def of(cls, plan: PrecisionPlan) -> PredictedPlan:
         """Make it from a solved ``plan``."""
         time = plan.latency.ours_ms if plan.latency else None
-        return cls(plan.schemes, plan.size_bytes, plan.predicted_loss, time)
+        psnr = plan.predicted_images.psnr_db if plan.predicted_images else None
+        return cls(plan.schemes, plan.size_bytes, plan.predicted_loss, time, psnr)
 
 
 def layer_choices(
@@ -251,12 +261,13 @@ class PlanSolver:
         for plan in front(problem, most):
             schemes = problem.spread(plan.schemes)
             time = plan.latency_ns / 1e6 if self.costs else None
-            predicted = self._predicted(schemes, None)
-            points.append(PredictedPlan(schemes, plan.size_bytes, predicted, time))
-        if not self.table.predicts_nmse:
+            predicted = self.table.plan_loss(schemes) if self.table.predicts else None
+            found = PredictedPlan(schemes, plan.size_bytes, predicted, time, self._psnr(schemes))
+            points.append(found)
+        if not self.table.predicts:
             return points
         # With cross terms the predicted errors change, and some plans leave the front.
-        values = [(p.size_bytes, p.predicted_loss or 0.0, p.latency_ms or 0.0) for p in points]
+        values = [(p.size_bytes, p.error or 0.0, p.latency_ms or 0.0) for p in points]
         order = sorted(range(len(values)), key=values.__getitem__)
         return [points[order[i]] for i in undominated([values[number] for number in order])]
 
@@ -328,17 +339,27 @@ class PlanSolver:
         int8 = best_int8(self.layers, self.target, table.losses, True)
         schemes = {name: scheme.name for name, scheme in int8.items()}
         known = all(scheme in table.losses[name] for name, scheme in schemes.items())
-        controls = table.errors_by_call(table.plan_entries(schemes)) if known else None
-        if controls is not None and self.trimmed is not None:
-            controls = controls / self.trimmed
+        controls = self._image_errors(schemes) if known else None
         errors = np.array(cross_terms.by_call)
-        assert table.calls is not None
-        return predicted_images(
-            errors,
-            len(table.calls) // len(errors),
-            table.mean_square,
-            controls,
-        )
+        return predicted_images(errors, self._probes(len(errors)), table.mean_square, controls)
+
+    def _psnr(self, schemes: dict[str, str]) -> float | None:
+        """Predict the mean PSNR of the images of any plan; None where images are not predicted."""
+        square = self.table.mean_square
+        if not self.table.of_images or self.table.calls is None or square is None:
+            return None
+        errors = self._image_errors(schemes)
+        return float(psnr_of(errors, self._probes(len(errors)), square).mean())
+
+    def _image_errors(self, schemes: dict[str, str]) -> Array:
+        """Return the squared error of a plan on each measured image, whether it counts or not, float64 [N]."""
+        errors = self.table.errors_by_call(self.table.plan_entries(schemes))
+        return errors if self.trimmed is None else errors / self.trimmed
+
+    def _probes(self, images: int) -> int:
+        """Return the probes of each of the measured ``images``."""
+        assert self.table.calls is not None
+        return len(self.table.calls) // images
 
     def _prediction_note(self, cross_terms: CrossTerms | None) -> str:
         if not self.table.predicts:
@@ -516,7 +537,7 @@ class PlanSolver:
             fp16_bytes=FP16_BYTES * layer.weights,
             weights=layer.weights,
             weight_shape=layer.weight_shape,
-            predicted_loss=choice.loss[scheme] if self.table.predicts_nmse else None,
+            predicted_loss=choice.loss[scheme] if self.table.predicts else None,
             latency_ms=choice.latency_ns[scheme] / 1e6 if choice.latency_ns else None,
             refused=self.refused[layer.name],
             importance=importance,

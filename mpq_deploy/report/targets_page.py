@@ -47,7 +47,9 @@ def targets_page(reports: dict[str, ReadReport]) -> str:
 
 def _row(name: str, report: ReadReport) -> list[str]:
     link = Markup('<a href="{}">{}</a>').format(f"{TARGETS}/{quote(name)}/{PAGE}", name)
-    predicted = words.NOT_PREDICTED
+    predicted, images = words.NOT_PREDICTED, report.predicted_images
+    if images is not None:
+        predicted = f"{words.decibels(images.psnr_db)} (PSNR)"
     if report.predicted_nmse is not None:
         predicted = words.ranged_error(report.predicted_nmse, report.predicted_interval)
     speed, expected = words.latency(report)[0], report.expected_latency

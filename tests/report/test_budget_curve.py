@@ -11,6 +11,7 @@ from mpq_deploy.report.budget_curve import Stop, budget_view, options, view
 from mpq_deploy.report.data import CurvePoint
 from mpq_deploy.report.network import byte_price, why
 from mpq_deploy.report.page import html_page
+from mpq_deploy.report.shown_errors import ShownErrors
 from mpq_deploy.studies.sweep import _predicted, points_on_curve, spread_over
 from mpq_deploy.system.quantities import Budget, Latency
 from tests.report.sample_report import make_budgets, make_report, timed_report
@@ -208,7 +209,10 @@ def test_reasons_count_bytes_and_errors():
 def test_the_drawn_line_of_a_sweep_is_the_least_of_all_plans_not_of_those_in_view():
     losses = (1e-2, 1e-4, 1e-9, 1e-5)
     plans = [{"size_ratio": 0.2 + 0.1 * i, "predicted_nmse": loss} for i, loss in enumerate(losses)]
-    drawn, line = _predicted(plans, [{"measured_nmse": 1e-4}])
+    drawn, line = _predicted(plans, [{"measured_nmse": 1e-4}], ShownErrors(False))
     assert [loss for _, loss in drawn] == [1e-2, 1e-4, 1e-5]
     assert [loss for _, loss in line] == [1e-2, 1e-4]
-    assert _predicted([{"size_ratio": 0.3, "predicted_nmse": None}], []) == ([], [])
+    assert _predicted([{"size_ratio": 0.3, "predicted_nmse": None}], [], ShownErrors(False)) == (
+        [],
+        [],
+    )
