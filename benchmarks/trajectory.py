@@ -303,7 +303,7 @@ def main() -> None:
         name, _, place = model.partition("=")
         # Trimmed means are objectives of their own here.
         values = {"model": place or name, "engine.build": False, "allocate.branches": []}
-        values["allocate.trim"] = 0.0
+        values |= {"allocate.trim": 0.0, "measure.method": "probe"}
         recipe = bench_recipe(None, chosen.set, values)
         folder = chosen.out / f"bench-trajectory-{name}"
         with open_pipeline(recipe, folder, PlainTalk()) as pipeline:

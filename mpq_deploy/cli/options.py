@@ -75,6 +75,7 @@ def output_picture(path: Path) -> Path:
 class Sensitivity(str, Enum):
     """Values of --sensitivity."""
 
+    auto = "auto"
     probe = "probe"
     trajectory = "trajectory"
     gain = "gain"

@@ -125,6 +125,8 @@ def report_data(run: Run) -> ReportData:
         versions=_versions(),
         reproduce=_command(run),
         notes=(
+            # What could not be measured so is a note of the table, among the plan's.
+            *([run.method.text] if run.method.text and table.metric == run.method.name else ()),
             *plan.notes,
             *evaluated.notes,
             *exported.facts["notes"],

@@ -1,0 +1,99 @@
+"""Which metric measures a run: the one that the recipe names, or what its ``auto`` stands for.
+
+In: the recipe, the model's specification, and what shares the measurement. Out: the metric, its
+probes, and why. Trajectories gave better plans than single outputs in as many backward passes
+(docs/results/trajectory.md), where whole trajectories were measured. So ``auto`` takes them where
+they are possible for the time that single outputs take.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from mpq_deploy.calls.loop import guided
+from mpq_deploy.calls.sampler import takes_built_in
+
+if TYPE_CHECKING:
+    from mpq_deploy.models.spec import DenoiserSpec
+    from mpq_deploy.recipe import Recipe
+
+AUTO = "auto"
+OUTPUTS, IMAGES = "probe", "trajectory"
+# The figures are of twelve trajectories; of fewer than these a single one decides too much of a plan
+# (our choice), and none is left out by the default of allocate.trim below six.
+LEAST_TRAJECTORIES = 8
+
+
+@dataclass(frozen=True)
+class ChosenMethod:
+    """A metric of ``METHODS``, its random directions per call, and why ``auto`` took it.
+
+    ``reason``: empty where the recipe names the metric.
+    """
+
+    name: str
+    probes: int
+    reason: str = ""
+
+    @property
+    def text(self) -> str:
+        """What is said of it beside the measurement; empty where the recipe names the metric."""
+        return f"measure.method auto is {self.name}: {self.reason}" if self.reason else ""
+
+
+def chosen_method(recipe: Recipe, spec: DenoiserSpec, shared_by: str = "") -> ChosenMethod:
+    """Return the metric of a run.
+
+    ``shared_by``: who shares the measurement, in words, such as "several targets"; empty for a run
+    of one target and one part. What only torch can tell, when it evaluates the graph or takes a
+    sampler's step, is found out by ``measure``, which then measures what is possible and says so.
+    """
+    section = recipe.measure
+    if section.method != AUTO:
+        return ChosenMethod(section.method, section.probes)
+    against = _against_trajectories(recipe, spec, shared_by)
+    if against:
+        return ChosenMethod(OUTPUTS, section.probes, against)
+    calls, steps = trajectories(recipe), recipe.calibrate.steps
+    probes, halved = section.probes, ""
+    if guided(spec):
+        # Each trajectory has two calls at every step.
+        probes = max(1, probes // 2)
+        halved = f" by {probes} instead of {section.probes} probes, as guidance doubles the calls"
+    return ChosenMethod(IMAGES, probes, f"{calls} whole trajectories of {steps} steps{halved}")
+
+
+def trajectories(recipe: Recipe) -> int:
+    """Return how many trajectories are measured: as many as calls at a timestep."""
+    return min(recipe.measure.calls, recipe.measure.samples, recipe.calibrate.samples)
+
+
+def _against_trajectories(recipe: Recipe, spec: DenoiserSpec, shared_by: str) -> str:
+    """Return why single outputs are measured; empty where trajectories are."""
+    section, steps = recipe.measure, recipe.calibrate.steps
+    timesteps = min(section.timesteps, recipe.calibrate.timesteps)
+    if shared_by:
+        return f"{shared_by} share the measurement"
+    if spec.timestep is None:
+        return "the part is called once"
+    if not spec.sampled:
+        who = "a script" if spec.recorded else "a diffusers pipeline"
+        return f"the calls are those of {who}, not of our sampler"
+    if spec.decoder is not None:
+        return "a decoder makes the images, and only those of a model of pixels are predicted"
+    if spec.sizes:
+        return "trajectories are measured at one size, and the model has several"
+    if section.sampling != "uniform":
+        return "measure.sampling is adaptive"
+    built_in = takes_built_in(spec.scheduler, recipe.evaluate.sampler)
+    if built_in and spec.scheduler.get("thresholding"):
+        return "the thresholding of the built-in DDIM cannot be differentiated"
+    if timesteps < steps:
+        return f"{timesteps} timesteps are measured of the {steps} that a whole trajectory has"
+    if trajectories(recipe) < LEAST_TRAJECTORIES:
+        return f"{trajectories(recipe)} calls are measured, and it takes {LEAST_TRAJECTORIES} trajectories"
+    if importlib.util.find_spec("torch") is None:
+        return "torch is not installed"
+    return ""
