@@ -256,9 +256,8 @@ def _candidates(recipe: Recipe, model: ModelWork) -> Work:
 
 def _measure(recipe: Recipe, model: ModelWork) -> Work:
     section, (_, held_out) = recipe.measure, split_calls(recipe, model)
-    calls = min(section.calls, section.samples, held_out)
     chosen = chosen_method(recipe, model.spec, model.shared_by)
-    method = METHODS[chosen.name]
+    calls, method = min(chosen.calls, section.samples, held_out), METHODS[chosen.name]
     count = max(min(section.timesteps, timesteps(recipe, model)) - model.probed, 0) * calls
     batch = min(section.batch_size, calls)
     if method.images:
@@ -266,7 +265,7 @@ def _measure(recipe: Recipe, model: ModelWork) -> Work:
         count = model.steps(recipe, recipe.calibrate.steps) * model.guided * left
     if method.probes:
         floats = count if method.images else 0
-        return Work(floats=floats, adjoints=count, directions=chosen.probes, batch=batch)
+        return Work(floats=floats, adjoints=count, directions=section.probes, batch=batch)
     if section.method == "exhaustive":
         return Work(floats=count * (1 + model.pairs), batch=batch, sessions=1)
     if section.method == "gain":

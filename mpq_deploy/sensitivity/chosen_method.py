@@ -1,7 +1,7 @@
 """Which metric measures a run: the one that the recipe names, or what its ``auto`` stands for.
 
 In: the recipe, the model's specification, and what shares the measurement. Out: the metric, its
-probes, and why. Trajectories gave better plans than single outputs in as many backward passes
+calls, and why. Trajectories gave better plans than single outputs in as many backward passes
 (docs/results/trajectory.md), where whole trajectories were measured. So ``auto`` takes them where
 they are possible for the time that single outputs take.
 """
@@ -28,13 +28,13 @@ LEAST_TRAJECTORIES = 8
 
 @dataclass(frozen=True)
 class ChosenMethod:
-    """A metric of ``METHODS``, its random directions per call, and why ``auto`` took it.
+    """A metric of ``METHODS``, its calls at each timestep or its trajectories, and why ``auto`` took it.
 
     ``reason``: empty where the recipe names the metric.
     """
 
     name: str
-    probes: int
+    calls: int
     reason: str = ""
 
     @property
@@ -52,22 +52,19 @@ def chosen_method(recipe: Recipe, spec: DenoiserSpec, shared_by: str = "") -> Ch
     """
     section = recipe.measure
     if section.method != AUTO:
-        return ChosenMethod(section.method, section.probes)
+        return ChosenMethod(section.method, section.calls)
     against = _against_trajectories(recipe, spec, shared_by)
     if against:
-        return ChosenMethod(OUTPUTS, section.probes, against)
-    calls, steps = trajectories(recipe), recipe.calibrate.steps
-    probes, halved = section.probes, ""
-    if guided(spec):
-        # Each trajectory has two calls at every step.
-        probes = max(1, probes // 2)
-        halved = f" by {probes} instead of {section.probes} probes, as guidance doubles the calls"
-    return ChosenMethod(IMAGES, probes, f"{calls} whole trajectories of {steps} steps{halved}")
+        return ChosenMethod(OUTPUTS, section.calls, against)
+    count, steps = trajectories(recipe, spec), recipe.calibrate.steps
+    return ChosenMethod(IMAGES, count, f"{count} whole trajectories of {steps} steps")
 
 
-def trajectories(recipe: Recipe) -> int:
-    """Return how many trajectories are measured: as many as calls at a timestep."""
-    return min(recipe.measure.calls, recipe.measure.samples, recipe.calibrate.samples)
+def trajectories(recipe: Recipe, spec: DenoiserSpec) -> int:
+    """Return how many trajectories have as many calls at a step as single outputs at a timestep."""
+    calls = min(recipe.measure.calls, recipe.measure.samples, recipe.calibrate.samples)
+    # With guidance each has two.
+    return calls // 2 if guided(spec) else calls
 
 
 def _against_trajectories(recipe: Recipe, spec: DenoiserSpec, shared_by: str) -> str:
@@ -92,8 +89,10 @@ def _against_trajectories(recipe: Recipe, spec: DenoiserSpec, shared_by: str) ->
         return "the thresholding of the built-in DDIM cannot be differentiated"
     if timesteps < steps:
         return f"{timesteps} timesteps are measured of the {steps} that a whole trajectory has"
-    if trajectories(recipe) < LEAST_TRAJECTORIES:
-        return f"{trajectories(recipe)} calls are measured, and it takes {LEAST_TRAJECTORIES} trajectories"
+    count = trajectories(recipe, spec)
+    if count < LEAST_TRAJECTORIES:
+        of = ", of two calls each," if guided(spec) else ""
+        return f"{count} trajectories{of} fit in {section.calls} calls, and it takes {LEAST_TRAJECTORIES}"
     if importlib.util.find_spec("torch") is None:
         return "torch is not installed"
     return ""

@@ -42,7 +42,7 @@ def inputs(run: Run) -> Fields:
     section, chosen = run.recipe.measure, run.method
     fields = settings(section, "measure")
     # What auto stands for counts as if it had been named.
-    fields |= {"recipe.measure.method": chosen.name, "recipe.measure.probes": chosen.probes}
+    fields |= {"recipe.measure.method": chosen.name, "recipe.measure.calls": chosen.calls}
     adaptive = section.sampling == "adaptive"
     if not adaptive:
         del fields["recipe.measure.coarse_timesteps"]
@@ -198,10 +198,9 @@ def _opened_subject(
 
 
 def _settings(run: Run) -> MeasureSettings:
-    """Return the run's settings with the metric's probes, and no more calls than there are samples."""
-    section = run.recipe.measure
-    calls, chosen = min(section.calls, section.samples), run.method
-    return section.replace(calls=calls, method=chosen.name, probes=chosen.probes)
+    """Return the run's settings with the metric's calls, no more than there are samples."""
+    section, chosen = run.recipe.measure, run.method
+    return section.replace(method=chosen.name, calls=min(chosen.calls, section.samples))
 
 
 def _measured_steps(run: Run) -> tuple[Array, tuple[float, ...] | None, tuple[str, ...]]:

@@ -46,7 +46,7 @@ def with_torch(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_defaults_measure_whole_trajectories() -> None:
     assert Recipe().measure.method == "auto"
     found = chosen_method(Recipe(), spec())
-    assert (found.name, found.probes) == ("trajectory", 4)
+    assert (found.name, found.calls) == ("trajectory", 12)
     assert found.text == "measure.method auto is trajectory: 12 whole trajectories of 20 steps"
 
 
@@ -55,7 +55,7 @@ def test_a_named_method_stays_as_it_is() -> None:
         found = chosen_method(
             recipe(measure={"method": name, "calls": 1}), spec(), "several targets"
         )
-        assert (found.name, found.probes, found.text) == (name, 4, "")
+        assert (found.name, found.calls, found.text) == (name, 1, "")
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,7 @@ def test_a_named_method_stays_as_it_is() -> None:
         ({"measure": {"sampling": "adaptive"}}, {}, "", "adaptive"),
         ({"measure": {"timesteps": 19}}, {}, "", "19 timesteps are measured of the 20"),
         ({"calibrate": {"steps": 50}}, {}, "", "20 timesteps are measured of the 50"),
-        ({"measure": {"calls": 7}}, {}, "", "7 calls are measured, and it takes 8"),
+        ({"measure": {"calls": 7}}, {}, "", "7 trajectories fit in 7 calls, and it takes 8"),
         ({}, {"scheduler": {**tiny_scheduler(), "thresholding": True}}, "", "thresholding"),
     ],
 )
@@ -76,7 +76,7 @@ def test_single_outputs_are_measured_where_trajectories_cannot(
     sections: dict[str, Any], changes: dict[str, Any], shared_by: str, why: str
 ) -> None:
     found = chosen_method(recipe(**sections), spec(**changes), shared_by)
-    assert (found.name, found.probes) == ("probe", 4) and why in found.reason
+    assert found.name == "probe" and why in found.reason
 
 
 def test_without_torch_single_outputs_are_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,13 +84,15 @@ def test_without_torch_single_outputs_are_chosen(monkeypatch: pytest.MonkeyPatch
     assert chosen_method(Recipe(), spec()).reason == "torch is not installed"
 
 
-def test_guidance_takes_half_the_probes() -> None:
+def test_guidance_takes_half_as_many_trajectories() -> None:
+    """Each has two calls at every step."""
     guided = spec(guidance_scale=3.0, uncond_row=0)
-    found = chosen_method(Recipe(), guided)
-    assert (found.name, found.probes) == ("trajectory", 2)
-    assert "by 2 instead of 4 probes, as guidance doubles the calls" in found.reason
+    found = chosen_method(recipe(measure={"calls": 24}), guided)
+    assert (found.name, found.calls) == ("trajectory", 12)
+    found = chosen_method(recipe(measure={"calls": 10}), guided)
+    assert (found.name, found.calls) == ("probe", 10) and "of two calls each" in found.reason
     named = chosen_method(recipe(measure={"method": "trajectory"}), guided)
-    assert named.probes == 4
+    assert named.calls == 12
 
 
 def test_fewer_steps_may_be_whole() -> None:
