@@ -277,6 +277,10 @@ class AllocateSettings(Section):
         le=0.5,
         description="share of the images, those of the largest errors, that do not count (measure.method: trajectory)",
     )
+    images_count: Literal["inverse", "equal"] = Field(
+        "inverse",
+        description="measured images count by the inverse of their own error, or equally (measure.method: trajectory)",
+    )
     tail: float | None = Field(
         None,
         gt=0,

@@ -23,7 +23,7 @@ from mpq_deploy.allocate.milp import (
 from mpq_deploy.allocate.plan import BitProgram, LoraSlots, PlannedLayer, PrecisionPlan
 from mpq_deploy.allocate.predicted_images import PredictedImages, predicted_images, psnr_of
 from mpq_deploy.allocate.problem import LayerChoice, Problem, protected_schemes
-from mpq_deploy.allocate.tail import allocate_tail, trimmed_weights
+from mpq_deploy.allocate.tail import allocate_tail, image_weights
 from mpq_deploy.allocate.ties import tie, tied_layers
 from mpq_deploy.errors import InfeasibleBudgetError
 from mpq_deploy.formats.candidates import Choices
@@ -57,8 +57,8 @@ LayerBits = tuple[float | None, float | None]
 class PredictedPlan:
     """A plan with its exact bytes, its predicted error and the milliseconds of one call.
 
-    ``predicted_loss``: with cross terms, of the output or of the final images that count
-    (``tail.trimmed_weights``); None where the metric predicts none. ``psnr_db``: predicted mean over
+    ``predicted_loss``: with cross terms, of the output, or of the final images as they count
+    (``tail.image_weights``); None where the metric predicts none. ``psnr_db``: predicted mean over
     the images; None where they are not predicted. ``latency_ms``: None where the target's speed is
     unknown.
     """
@@ -137,9 +137,10 @@ class PlanSolver:
         self.exported = run.exported
         self.layers = self.exported.graph.layers
         whole = table or SensitivityTable.load(run.stage("measure") / control)
-        trim = 0.0 if self.section.tail is not None else self.section.trim
-        self.trimmed = trimmed_weights(whole, trim)
-        self.table = whole if self.trimmed is None else whole.weighing(self.trimmed)
+        trim, inverse = self.section.trim, self.section.images_count == "inverse"
+        equal = self.section.tail is not None
+        self.counted = None if equal else image_weights(whole, trim, inverse)
+        self.table = whole if self.counted is None else whole.weighing(self.counted)
         candidates = choices_of(run, self.exported.graph)
         self.refused = {
             name: {**c.refused, **self._ruled_out(name, c)} for name, c in candidates.items()
@@ -353,13 +354,13 @@ class PlanSolver:
 
     def _image_errors(self, schemes: dict[str, str]) -> Array:
         """Return the squared error of a plan on each measured image, whether it counts or not, float64 [N]."""
-        errors = self.table.errors_by_call(self.table.plan_entries(schemes))
-        return errors if self.trimmed is None else errors / self.trimmed
+        errors = self.table.image_errors(self.table.plan_entries(schemes))
+        return errors if self.counted is None else errors / self.counted
 
     def _probes(self, images: int) -> int:
         """Return the probes of each of the measured ``images``."""
         assert self.table.calls is not None
-        return len(self.table.calls) // images
+        return self.table.image_probes or len(self.table.calls) // images
 
     def _prediction_note(self, cross_terms: CrossTerms | None) -> str:
         if not self.table.predicts:
@@ -433,11 +434,11 @@ class PlanSolver:
         return f"the plan is that of the minimum error of the worst {share:.0%} of the images (allocate.tail)"
 
     def _trim_note(self) -> str:
-        if self.trimmed is None:
+        left_out = 0 if self.counted is None else round(self.section.trim * len(self.counted))
+        if self.counted is None or not left_out:
             return ""
-        left_out = int(np.sum(self.trimmed < 1))
         return (
-            f"{left_out} of {len(self.trimmed)} measured images, those with the largest errors, do not count in the "
+            f"{left_out} of {len(self.counted)} measured images, those with the largest errors, do not count in the "
             "plan's objective, but in what is predicted (allocate.trim)"
         )
 
@@ -457,7 +458,7 @@ class PlanSolver:
 
         if self.section.tail is None or not self.table.of_images:
             allocation, crossed = solve(problem, self.table)
-            return allocation, crossed if self.trimmed is None else crossed.unweighted(self.trimmed)
+            return allocation, crossed if self.counted is None else crossed.unweighted(self.counted)
         return allocate_tail(problem, self.table, self.section.tail, solve)
 
     def _allocated(self, problem: Problem, kernel_penalty: float | None = None) -> Allocation:

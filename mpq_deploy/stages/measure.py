@@ -36,6 +36,9 @@ from mpq_deploy.sensitivity.table import SensitivityTable
 from mpq_deploy.system.files import Fields, canonical_json
 from mpq_deploy.system.progress import Talk
 
+# Raised with every change of what the table of a metric of final images holds.
+IMAGES_FORMAT = 2
+
 
 def inputs(run: Run) -> Fields:
     """Return the settings and versions that the stage depends on, beside the stages it reads."""
@@ -46,6 +49,8 @@ def inputs(run: Run) -> Fields:
     adaptive = section.sampling == "adaptive"
     if not adaptive:
         del fields["recipe.measure.coarse_timesteps"]
+    if METHODS[chosen.name].images:
+        fields["images.format"] = IMAGES_FORMAT
     # Settings of orm change no other method.
     orm = fields.pop("recipe.measure.orm")
     if adaptive or METHODS[chosen.name].weighs_bits:

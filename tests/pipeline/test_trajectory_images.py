@@ -22,10 +22,9 @@ pytestmark = pytest.mark.torch
 
 
 def predicted_psnr(table: SensitivityTable, schemes: dict[str, str]) -> float:
-    assert table.mean_square is not None and table.calls is not None
-    errors = table.errors_by_call(table.plan_entries(schemes))
-    probes = len(table.calls) // len(errors)
-    return predicted_images(errors, probes, table.mean_square).psnr_db
+    assert table.mean_square is not None and table.image_probes == 2
+    errors = table.image_errors(table.plan_entries(schemes))
+    return predicted_images(errors, table.image_probes, table.mean_square).psnr_db
 
 
 def test_images_are_predicted_before_anything_is_built(model: Path, run: Path) -> None:
@@ -53,13 +52,13 @@ def test_images_are_predicted_before_anything_is_built(model: Path, run: Path) -
     # The one that is left out of the objective is predicted as the others are.
     assert any("1 of 8 measured images" in note for note in found.report["notes"])
     solver = PlanSolver(Run.opened(run, Talk()))
-    left_out = int(np.argmin(solver.trimmed))
+    left_out = int(np.argmin(solver.counted))
     plan = PrecisionPlan.load(run / "allocate" / "plan.json")
-    errors = table.errors_by_call(table.plan_entries(plan.schemes))
-    assert solver.trimmed[left_out] < 1e-3 and len(errors) == 8
+    errors = table.image_errors(table.plan_entries(plan.schemes))
+    assert solver.counted[left_out] < 1e-3 and len(errors) == 8
     entries = solver.table.plan_entries(plan.schemes)
     np.testing.assert_allclose(
-        solver.table.errors_by_call(entries) / solver.trimmed, errors, rtol=1e-3
+        solver.table.image_errors(entries) / solver.counted, errors, rtol=1e-3
     )
     # Other plans are predicted in the images' PSNR too, each in all of them.
     front = solver.front(20)
