@@ -1,9 +1,11 @@
 """Which metric measures a run: the one that the recipe names, or what its ``auto`` stands for.
 
 In: the recipe, the model's specification, and what shares the measurement. Out: the metric, its
-calls, and why. Trajectories gave better plans than single outputs in as many backward passes
-(docs/results/trajectory.md), where whole trajectories were measured. So ``auto`` takes them where
-they are possible for the time that single outputs take.
+calls, and why. In as many backward passes trajectories gave better plans than single outputs where
+all that is quantized computes in low precision: rounded activations hardly add up over steps, weights
+do (docs/results/trajectory.md). So ``auto`` takes them there, where whole trajectories are possible
+for the time that single outputs take. Where weights alone may be quantized, plans were as good or
+better by single outputs.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from mpq_deploy.calls.loop import guided
 from mpq_deploy.calls.sampler import takes_built_in
+from mpq_deploy.formats.scheme import schemes_named
 
 if TYPE_CHECKING:
     from mpq_deploy.models.spec import DenoiserSpec
@@ -82,6 +85,8 @@ def _against_trajectories(recipe: Recipe, spec: DenoiserSpec, shared_by: str) ->
         return "a decoder makes the images, and only those of a model of pixels are predicted"
     if spec.sizes:
         return "trajectories are measured at one size, and the model has several"
+    if any(s.quantized and s.activation is None for s in schemes_named(recipe.allocate.schemes)):
+        return "weights alone may be quantized, which single outputs plan as well or better"
     if section.sampling != "uniform":
         return "measure.sampling is adaptive"
     built_in = takes_built_in(spec.scheduler, recipe.evaluate.sampler)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,8 +30,9 @@ def predicted_psnr(table: SensitivityTable, schemes: dict[str, str]) -> float:
 
 def test_images_are_predicted_before_anything_is_built(model: Path, run: Path) -> None:
     pytest.importorskip("torch")
-    # All four steps are calibrated, and eight calls measured: by default the final images are then.
-    changes: dict[str, int] = {"calibrate__timesteps": 4, "calibrate__samples": 10}
+    # All compute in INT8, all four steps are calibrated, eight calls measured: images by default.
+    changes: dict[str, Any] = {"allocate__schemes": ["fp16", "w8a8", "w4a8-b32"]}
+    changes |= {"calibrate__timesteps": 4, "calibrate__samples": 10}
     changes |= {"measure__calls": 8, "measure__samples": 8}
     found = build(recipe_for(model, **changes, allocate__trim=0.125), run)
     assert [line for line in found.said if "trajectory (8 whole trajectories of 4 steps)" in line]

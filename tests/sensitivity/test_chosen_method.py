@@ -34,7 +34,8 @@ def spec(**changes: Any) -> DenoiserSpec:
 
 
 def recipe(**sections: Any) -> Recipe:
-    return make_recipe(sections)
+    """Of compute in INT8, unless ``sections`` say otherwise."""
+    return make_recipe({"allocate": {"schemes": ["fp16", "w8a8", "w4a8"]}, **sections})
 
 
 @pytest.fixture(autouse=True)
@@ -43,9 +44,9 @@ def with_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
 
 
-def test_defaults_measure_whole_trajectories() -> None:
+def test_compute_in_low_precision_measures_whole_trajectories() -> None:
     assert Recipe().measure.method == "auto"
-    found = chosen_method(Recipe(), spec())
+    found = chosen_method(recipe(), spec())
     assert (found.name, found.calls) == ("trajectory", 12)
     assert found.text == "measure.method auto is trajectory: 12 whole trajectories of 20 steps"
 
@@ -61,6 +62,7 @@ def test_a_named_method_stays_as_it_is() -> None:
 @pytest.mark.parametrize(
     ("sections", "changes", "shared_by", "why"),
     [
+        ({"allocate": {}}, {}, "", "weights alone may be quantized"),
         ({}, {}, "several targets", "several targets share the measurement"),
         ({}, {"timestep": None}, "", "called once"),
         ({}, {"recorded": True}, "", "a script"),
@@ -81,7 +83,7 @@ def test_single_outputs_are_measured_where_trajectories_cannot(
 
 def test_without_torch_single_outputs_are_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert chosen_method(Recipe(), spec()).reason == "torch is not installed"
+    assert chosen_method(recipe(), spec()).reason == "torch is not installed"
 
 
 def test_guidance_takes_half_as_many_trajectories() -> None:
