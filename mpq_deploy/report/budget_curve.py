@@ -163,16 +163,7 @@ def view(
 ) -> BudgetView:
     """Return the view of ``plans``. The sliders start at ``own``, else in the middle, no time limit."""
     shown = shown_errors(plans)
-    front = [
-        Stop(
-            p.size_bytes,
-            p.size_bytes / fp16_size,
-            shown.predicted(p.predicted_nmse, p.predicted_psnr_db),
-            p.schemes,
-            p.latency_ms,
-        )
-        for p in plans.plans
-    ]
+    front = _front(plans, fp16_size, shown)
     # The run's own plan may be one of the front: shown once.
     others = [stop for stop in front if own is None or stop.schemes != own.schemes]
     stops = sorted([*others, *([own] if own else [])], key=lambda stop: (stop.size_bytes, stop.own))
@@ -209,6 +200,19 @@ def view(
         times=times,
         shown=shown,
     )
+
+
+def _front(plans: BudgetPlans, fp16_size: int, shown: ShownErrors) -> list[Stop]:
+    return [
+        Stop(
+            p.size_bytes,
+            p.size_bytes / fp16_size,
+            shown.predicted(p.predicted_nmse, p.predicted_psnr_db),
+            p.schemes,
+            p.latency_ms,
+        )
+        for p in plans.plans
+    ]
 
 
 def _plan_values(plans: BudgetPlans) -> dict[str, object]:
