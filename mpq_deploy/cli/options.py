@@ -307,8 +307,8 @@ SensitivityOption = Annotated[
     Optional[Sensitivity],
     typer.Option(
         "--sensitivity",
-        help="Sensitivity metric that predicts each layer's loss.",
-        show_default="probe",
+        help="Sensitivity metric that predicts each layer's loss; auto: trajectory or probe.",
+        show_default="auto",
     ),
 ]
 MaxLatencyOption = Annotated[
