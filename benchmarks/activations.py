@@ -213,7 +213,9 @@ def main() -> int:
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--no-plans", action="store_true", help="the first table alone")
     options = parser.parse_args()
+    # Losses are set beside errors of the output.
     base: dict[str, object] = {"model": options.model, "engine.build": False}
+    base["measure.method"] = "probe"
     page = Page(f"Ranges of INT8 activations: {options.model}")
     kinds = tuple(kind.kind for kind in RANGES)
     with tempfile.TemporaryDirectory() as folder:

@@ -216,7 +216,9 @@ def main() -> None:
         "-o", "--out", type=Path, help="run folder (default: runs/bench-budgets-NAME)"
     )
     chosen = parser.parse_args()
-    recipe = bench_recipe(chosen.recipe, chosen.set, {"model": chosen.model, "engine.build": False})
+    # The output's error is predicted, so it is measured.
+    values = {"model": chosen.model, "engine.build": False, "measure.method": "probe"}
+    recipe = bench_recipe(chosen.recipe, chosen.set, values)
     name = Path(recipe.model).stem if recipe.model else "demo"
     with open_pipeline(
         recipe, chosen.out or Path("runs") / f"bench-budgets-{name}", PlainTalk()

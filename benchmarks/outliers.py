@@ -220,6 +220,7 @@ def main() -> int:
     parser.add_argument("--samples", type=int, default=32)
     options = parser.parse_args()
     branches = {"allocate.branches": ["rows", "cols", "lowrank", "scale"], "engine.build": False}
+    branches["measure.method"] = "probe"
     page = Page(f"Outlier branches: {options.model} and its rescaled twin")
     talk = PlainTalk()
     with open_pipeline(

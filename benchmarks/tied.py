@@ -62,7 +62,7 @@ def main() -> None:
     rows = []
     for model in chosen.models:
         file = recipe_file(chosen.recipe) if chosen.recipe else None
-        recipe = bench_recipe(file, chosen.set, {"model": model})
+        recipe = bench_recipe(file, chosen.set, {"model": model, "measure.method": "probe"})
         with open_pipeline(recipe, chosen.out / f"bench-tied-{model}", PlainTalk()) as pipeline:
             pipeline.run_until("measure")
             rows += rows_of(pipeline.run, model, chosen.budgets.split(","))

@@ -48,7 +48,10 @@ from mpq_deploy.studies.sweep import parse_budgets
 from mpq_deploy.system.progress import PlainTalk
 
 SEED = 20261
+# As a build chooses: by steps together and apart, each trajectory by its own error, one left out.
+DEFAULT = "12x4, default"
 TAIL, MORE_CALLS = "48x4, tail", "single outputs 48x4"
+OWN_SETTINGS = {TAIL: {"tail": 0.1}, DEFAULT: {"trim": 0.1, "images_count": "inverse"}}
 KINDS = {
     "weights only": lambda scheme: scheme.activation is None,
     "INT8 compute": lambda scheme: scheme.activation is not None or not scheme.quantized,
@@ -100,7 +103,7 @@ def weighted(products: StepProducts, kind: str) -> SensitivityTable:
         layer: {scheme: rows * roots for scheme, rows in row.items()}
         for layer, row in products.values.items()
     }
-    return replace(products, values=values).table()
+    return replace(products, values=values).table(apart=False)
 
 
 def mixed(products: StepProducts, coherence: float) -> SensitivityTable:
@@ -119,17 +122,18 @@ def mixed(products: StepProducts, coherence: float) -> SensitivityTable:
 OBJECTIVES: dict[str, Callable[[Measured], SensitivityTable]] = {
     "single outputs 12x4": lambda m: m.default,
     MORE_CALLS: lambda m: m.outputs,
-    "trajectories 12x4": lambda m: some(m.products, 12, 4).table(),
+    "trajectories 12x4": lambda m: some(m.products, 12, 4).table(apart=False),
     "12x4, trimmed": lambda m: weighted(some(m.products, 12, 4), "trimmed"),
-    "trajectories 48x1": lambda m: some(m.products, 48, 1).table(),
+    "trajectories 48x1": lambda m: some(m.products, 48, 1).table(apart=False),
     "48x1, root": lambda m: weighted(some(m.products, 48, 1), "root"),
-    "trajectories 48x4": lambda m: m.products.table(),
+    "trajectories 48x4": lambda m: m.products.table(apart=False),
+    DEFAULT: lambda m: some(m.products, 12, 4).table(),
     "48x4, each": lambda m: weighted(m.products, "each"),
     "48x4, root": lambda m: weighted(m.products, "root"),
     "48x4, trimmed": lambda m: weighted(m.products, "trimmed"),
     "48x4, half": lambda m: mixed(m.products, 0.5),
     "48x4, steps apart": lambda m: mixed(m.products, 0.0),
-    TAIL: lambda m: m.products.table(),
+    TAIL: lambda m: m.products.table(apart=False),
 }
 
 
@@ -217,12 +221,12 @@ def figures(each: Array) -> tuple[float, float, float, float]:
 
 
 def solved(
-    run: Run, table: SensitivityTable, budget: float, kind: str, tail: bool
+    run: Run, table: SensitivityTable, budget: float, kind: str, name: str
 ) -> PrecisionPlan | None:
     """Return the plan of an objective; None where none fits."""
-    solver = PlanSolver(run, table=narrowed(table, KINDS[kind]))
-    if tail:
-        solver.section = solver.section.replace(tail=0.1)
+    section = run.recipe.allocate.replace(**OWN_SETTINGS.get(name, {}))
+    recipe = run.recipe.model_copy(update={"allocate": section})
+    solver = PlanSolver(replace(run, recipe=recipe), table=narrowed(table, KINDS[kind]))
     try:
         return solver.solve(str(budget))
     except InfeasibleBudgetError:
@@ -252,7 +256,7 @@ def of_model(
         for budget in budgets:
             lines = []
             for name, table in tables.items():
-                plan = solved(run, table, budget, kind, name == TAIL)
+                plan = solved(run, table, budget, kind, name)
                 if plan is None:
                     continue
                 found = figures(seen.of(plan.schemes))
@@ -303,7 +307,8 @@ def main() -> None:
         name, _, place = model.partition("=")
         # Trimmed means are objectives of their own here.
         values = {"model": place or name, "engine.build": False, "allocate.branches": []}
-        values["allocate.trim"] = 0.0
+        values |= {"allocate.trim": 0.0, "allocate.images_count": "equal"}
+        values["measure.method"] = "probe"
         recipe = bench_recipe(None, chosen.set, values)
         folder = chosen.out / f"bench-trajectory-{name}"
         with open_pipeline(recipe, folder, PlainTalk()) as pipeline:

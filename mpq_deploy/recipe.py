@@ -176,6 +176,7 @@ class MeasureSettings(Section):
     """How the loss of every (layer, scheme) is predicted."""
 
     method: Literal[
+        "auto",
         "probe",
         "trajectory",
         "gain",
@@ -186,8 +187,8 @@ class MeasureSettings(Section):
         "size-only",
         "random",
     ] = Field(
-        "probe",
-        description="sensitivity metric: of single outputs, or (trajectory) of the final images",
+        "auto",
+        description="sensitivity metric; auto: trajectory (final images) where whole ones fit, else probe (outputs)",
     )
     probes: int = Field(4, ge=1, description="random adjoint directions per call")
     timesteps: int = Field(20, ge=1, description="calibrated timesteps that are measured")
@@ -275,6 +276,10 @@ class AllocateSettings(Section):
         ge=0,
         le=0.5,
         description="share of the images, those of the largest errors, that do not count (measure.method: trajectory)",
+    )
+    images_count: Literal["inverse", "equal"] = Field(
+        "inverse",
+        description="measured images count by the inverse of their own error, or equally (measure.method: trajectory)",
     )
     tail: float | None = Field(
         None,

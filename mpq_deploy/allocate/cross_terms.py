@@ -365,7 +365,7 @@ def _by_call(entries: list[Array], table: SensitivityTable) -> tuple[float, ...]
     if not table.of_images:
         return ()
     rows = np.sum(entries, axis=0) / len(entries)
-    return tuple(float(error) for error in table.errors_by_call(rows))
+    return tuple(float(error) for error in table.image_errors(rows))
 
 
 def _interval(entries: list[Array], table: SensitivityTable) -> tuple[float, float] | None:

@@ -21,9 +21,9 @@ from mpq_deploy.allocate.milp import (
     penalty_per_kernel,
 )
 from mpq_deploy.allocate.plan import BitProgram, LoraSlots, PlannedLayer, PrecisionPlan
-from mpq_deploy.allocate.predicted_images import PredictedImages, predicted_images
+from mpq_deploy.allocate.predicted_images import PredictedImages, predicted_images, psnr_of
 from mpq_deploy.allocate.problem import LayerChoice, Problem, protected_schemes
-from mpq_deploy.allocate.tail import allocate_tail, trimmed_weights
+from mpq_deploy.allocate.tail import allocate_tail, image_weights
 from mpq_deploy.allocate.ties import tie, tied_layers
 from mpq_deploy.errors import InfeasibleBudgetError
 from mpq_deploy.formats.candidates import Choices
@@ -37,6 +37,7 @@ from mpq_deploy.graph.writers.lora_slots import require_slots, slot_bytes
 from mpq_deploy.graph.writers.prescale import foldable_inputs
 from mpq_deploy.latency.costs import LatencyCosts, PlanLatency, int8_warning
 from mpq_deploy.latency.plan_latency import latency_costs, plan_latency_info
+from mpq_deploy.models.spec import Array
 from mpq_deploy.rounding.candidate_store import choices_of
 from mpq_deploy.sensitivity.table import SensitivityTable
 from mpq_deploy.system.quantities import Budget
@@ -56,20 +57,29 @@ LayerBits = tuple[float | None, float | None]
 class PredictedPlan:
     """A plan with its exact bytes, its predicted error and the milliseconds of one call.
 
-    ``predicted_loss``: with cross terms; None where the metric does not predict the output's NMSE.
-    ``latency_ms``: None where the target's speed is unknown.
+    ``predicted_loss``: with cross terms, of the output, or of the final images as they count
+    (``tail.image_weights``); None where the metric predicts none. ``psnr_db``: predicted mean over
+    the images; None where they are not predicted. ``latency_ms``: None where the target's speed is
+    unknown.
     """
 
     schemes: dict[str, str]
     size_bytes: int
     predicted_loss: float | None
     latency_ms: float | None = None
+    psnr_db: float | None = None
+
+    @property
+    def error(self) -> float | None:
+        """What plans are ordered by: of images the squared error of their mean PSNR, else the loss."""
+        return self.predicted_loss if self.psnr_db is None else float(10 ** (-self.psnr_db / 10))
 
     @classmethod
     def of(cls, plan: PrecisionPlan) -> PredictedPlan:
         """Make it from a solved ``plan``."""
         time = plan.latency.ours_ms if plan.latency else None
-        return cls(plan.schemes, plan.size_bytes, plan.predicted_loss, time)
+        psnr = plan.predicted_images.psnr_db if plan.predicted_images else None
+        return cls(plan.schemes, plan.size_bytes, plan.predicted_loss, time, psnr)
 
 
 def layer_choices(
@@ -127,9 +137,10 @@ class PlanSolver:
         self.exported = run.exported
         self.layers = self.exported.graph.layers
         whole = table or SensitivityTable.load(run.stage("measure") / control)
-        trim = 0.0 if self.section.tail is not None else self.section.trim
-        self.trimmed = trimmed_weights(whole, trim)
-        self.table = whole if self.trimmed is None else whole.weighing(self.trimmed)
+        trim, inverse = self.section.trim, self.section.images_count == "inverse"
+        equal = self.section.tail is not None
+        self.counted = None if equal else image_weights(whole, trim, inverse)
+        self.table = whole if self.counted is None else whole.weighing(self.counted)
         candidates = choices_of(run, self.exported.graph)
         self.refused = {
             name: {**c.refused, **self._ruled_out(name, c)} for name, c in candidates.items()
@@ -251,12 +262,13 @@ class PlanSolver:
         for plan in front(problem, most):
             schemes = problem.spread(plan.schemes)
             time = plan.latency_ns / 1e6 if self.costs else None
-            predicted = self._predicted(schemes, None)
-            points.append(PredictedPlan(schemes, plan.size_bytes, predicted, time))
-        if not self.table.predicts_nmse:
+            predicted = self.table.plan_loss(schemes) if self.table.predicts else None
+            found = PredictedPlan(schemes, plan.size_bytes, predicted, time, self._psnr(schemes))
+            points.append(found)
+        if not self.table.predicts:
             return points
         # With cross terms the predicted errors change, and some plans leave the front.
-        values = [(p.size_bytes, p.predicted_loss or 0.0, p.latency_ms or 0.0) for p in points]
+        values = [(p.size_bytes, p.error or 0.0, p.latency_ms or 0.0) for p in points]
         order = sorted(range(len(values)), key=values.__getitem__)
         return [points[order[i]] for i in undominated([values[number] for number in order])]
 
@@ -328,17 +340,27 @@ class PlanSolver:
         int8 = best_int8(self.layers, self.target, table.losses, True)
         schemes = {name: scheme.name for name, scheme in int8.items()}
         known = all(scheme in table.losses[name] for name, scheme in schemes.items())
-        controls = table.errors_by_call(table.plan_entries(schemes)) if known else None
-        if controls is not None and self.trimmed is not None:
-            controls = controls / self.trimmed
+        controls = self._image_errors(schemes) if known else None
         errors = np.array(cross_terms.by_call)
-        assert table.calls is not None
-        return predicted_images(
-            errors,
-            len(table.calls) // len(errors),
-            table.mean_square,
-            controls,
-        )
+        return predicted_images(errors, self._probes(len(errors)), table.mean_square, controls)
+
+    def _psnr(self, schemes: dict[str, str]) -> float | None:
+        """Predict the mean PSNR of the images of any plan; None where images are not predicted."""
+        square = self.table.mean_square
+        if not self.table.of_images or self.table.calls is None or square is None:
+            return None
+        errors = self._image_errors(schemes)
+        return float(psnr_of(errors, self._probes(len(errors)), square).mean())
+
+    def _image_errors(self, schemes: dict[str, str]) -> Array:
+        """Return the squared error of a plan on each measured image, whether it counts or not, float64 [N]."""
+        errors = self.table.image_errors(self.table.plan_entries(schemes))
+        return errors if self.counted is None else errors / self.counted
+
+    def _probes(self, images: int) -> int:
+        """Return the probes of each of the measured ``images``."""
+        assert self.table.calls is not None
+        return self.table.image_probes or len(self.table.calls) // images
 
     def _prediction_note(self, cross_terms: CrossTerms | None) -> str:
         if not self.table.predicts:
@@ -412,11 +434,11 @@ class PlanSolver:
         return f"the plan is that of the minimum error of the worst {share:.0%} of the images (allocate.tail)"
 
     def _trim_note(self) -> str:
-        if self.trimmed is None:
+        left_out = 0 if self.counted is None else round(self.section.trim * len(self.counted))
+        if self.counted is None or not left_out:
             return ""
-        left_out = int(np.sum(self.trimmed < 1))
         return (
-            f"{left_out} of {len(self.trimmed)} measured images, those with the largest errors, do not count in the "
+            f"{left_out} of {len(self.counted)} measured images, those with the largest errors, do not count in the "
             "plan's objective, but in what is predicted (allocate.trim)"
         )
 
@@ -436,7 +458,7 @@ class PlanSolver:
 
         if self.section.tail is None or not self.table.of_images:
             allocation, crossed = solve(problem, self.table)
-            return allocation, crossed if self.trimmed is None else crossed.unweighted(self.trimmed)
+            return allocation, crossed if self.counted is None else crossed.unweighted(self.counted)
         return allocate_tail(problem, self.table, self.section.tail, solve)
 
     def _allocated(self, problem: Problem, kernel_penalty: float | None = None) -> Allocation:
@@ -516,7 +538,7 @@ class PlanSolver:
             fp16_bytes=FP16_BYTES * layer.weights,
             weights=layer.weights,
             weight_shape=layer.weight_shape,
-            predicted_loss=choice.loss[scheme] if self.table.predicts_nmse else None,
+            predicted_loss=choice.loss[scheme] if self.table.predicts else None,
             latency_ms=choice.latency_ns[scheme] / 1e6 if choice.latency_ns else None,
             refused=self.refused[layer.name],
             importance=importance,

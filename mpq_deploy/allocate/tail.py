@@ -1,4 +1,4 @@
-"""Which trajectories a plan is for: all but those with the largest errors, or only the worst.
+"""How often each trajectory counts in what a plan is for, or a plan for the worst of them.
 
 Worst images: the mean of the n worst trajectories is the maximum of the means over all sets of n trajectories: a
 minimax problem, solved by fictitious play. Each round solves for weighted trajectories and then
@@ -22,31 +22,33 @@ ROUNDS = 5
 # How often a trajectory counts that is left out: more than never, so that its error can be divided
 # by this.
 LEFT_OUT = 1e-6
+# The smallest error that a trajectory counts by the inverse of, relative to the mean one.
+SMALLEST = 1e-6
 Solve = Callable[[Problem, SensitivityTable], tuple[Allocation, CrossTerms]]
 
 
-def trimmed_weights(table: SensitivityTable, share: float) -> Array | None:
-    """Return how often each trajectory counts, float64 [N]; None where all count alike.
+def image_weights(table: SensitivityTable, share: float, inverse: bool) -> Array | None:
+    """Return how often each trajectory counts, float64 [N] of mean 1; None where all count alike.
 
-    The ``share`` of the trajectories with the largest errors hardly counts, the others alike, with
-    a mean of 1. A trajectory's error is judged before any plan is known: the mean over the schemes
-    of each layer alone, summed over layers. A few trajectories through which errors grow a
-    thousand times as much as through others would decide a plan alone, and they are others in
-    each calibration. Our choice (docs/results/trajectory.md).
+    ``inverse``: each counts by the inverse of its own error, so that the objective is about the mean
+    PSNR: a few trajectories through which errors grow a thousand times as much as through others
+    would decide a plan alone, and they are others in each calibration. The ``share`` of those with
+    the largest errors hardly counts. A trajectory's own error is judged before any plan is known: the mean over
+    the schemes of each layer alone, summed over layers. Our choice.
     """
     if not table.of_images or table.projections is None or table.calls is None:
         return None
     count = len(np.unique(table.calls))
-    left_out = round(share * count)
-    if not left_out:
-        return None
     errors = np.zeros(count)
     for row in table.projections.values():
         squares = [np.square(vector, dtype=np.float64) for vector in row.values()]
         errors += table.errors_by_call(np.mean(squares, axis=0))
-    weights = np.full(count, count / (count - left_out))
-    weights[np.argsort(-errors, kind="stable")[:left_out]] = LEFT_OUT
-    return weights
+    left_out = round(share * count)
+    if not errors.any() or not (inverse or left_out):
+        return None
+    weights = 1 / np.maximum(errors, SMALLEST * errors.mean()) if inverse else np.ones(count)
+    weights[np.argsort(-errors, kind="stable")[:left_out]] *= LEFT_OUT
+    return np.asarray(weights * (count / weights.sum()))
 
 
 def allocate_tail(

@@ -75,11 +75,16 @@ def make_sampler(
         )
     if class_name == ONE_CALL:
         return OneCallSampler()
-    if kind == "ddim" or (kind == "auto" and class_name in BUILT_IN_CLASSES):
+    if takes_built_in(scheduler, kind):
         return _built_in(scheduler, steps)
     from mpq_deploy.calls.diffusers_sampler import DiffusersSampler
 
     return DiffusersSampler(scheduler, steps, seed)
+
+
+def takes_built_in(scheduler: dict[str, Any], kind: SamplerKind) -> bool:
+    """Whether the built-in DDIM samples by this configuration, rather than a class of diffusers."""
+    return kind == "ddim" or (kind == "auto" and scheduler.get("_class_name") in BUILT_IN_CLASSES)
 
 
 def keeps_samples_apart(sampler: Sampler) -> bool:

@@ -75,6 +75,7 @@ def output_picture(path: Path) -> Path:
 class Sensitivity(str, Enum):
     """Values of --sensitivity."""
 
+    auto = "auto"
     probe = "probe"
     trajectory = "trajectory"
     gain = "gain"
@@ -306,8 +307,8 @@ SensitivityOption = Annotated[
     Optional[Sensitivity],
     typer.Option(
         "--sensitivity",
-        help="Sensitivity metric that predicts each layer's loss.",
-        show_default="probe",
+        help="Sensitivity metric that predicts each layer's loss; auto: trajectory or probe.",
+        show_default="auto",
     ),
 ]
 MaxLatencyOption = Annotated[

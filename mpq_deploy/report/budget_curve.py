@@ -17,6 +17,7 @@ from markupsafe import Markup
 from mpq_deploy.allocate.front import least_so_far
 from mpq_deploy.report.data import BudgetPlans, PlanTimes, ReportData
 from mpq_deploy.report.network import family, in_order
+from mpq_deploy.report.shown_errors import ShownErrors
 from mpq_deploy.report.svg import (
     BOTTOM,
     HEIGHT,
@@ -37,7 +38,7 @@ from mpq_deploy.report.svg import (
     x_axis,
     y_axis,
 )
-from mpq_deploy.report.words import NOT_PREDICTED, count, digits, error, percent, size, title_of
+from mpq_deploy.report.words import NOT_PREDICTED, count, digits, percent, size, title_of
 
 # Room for the names of points at the right end.
 LABEL_ROOM = 150
@@ -102,6 +103,7 @@ class BudgetView:
     simulated: bool
     families: list[str]
     times: PlanTimes | None
+    shown: ShownErrors
 
     @property
     def has_own(self) -> bool:
@@ -129,18 +131,27 @@ def budget_view(data: ReportData) -> BudgetView | None:
     if data.budgets is None or not data.budgets.plans:
         return None
     plans, own = _with_own(data.budgets, data)
-    marks = [
-        Mark(
-            "ours", title_of("ours", data), data.size_ratio, data.measured_nmse, data.predicted_nmse
-        )
-    ]
-    marks += [Mark(key, c.title, c.size_ratio, c.measured_nmse) for key, c in data.compared.items()]
+    shown = shown_errors(plans)
+    title, measured = title_of("ours", data), shown.measured
+    marks = [Mark("ours", title, data.size_ratio, measured(data), own.predicted)]
+    marks += [Mark(key, c.title, c.size_ratio, measured(c)) for key, c in data.compared.items()]
     marks += [
-        Mark("swept", "", p.size_ratio, p.measured_nmse, p.predicted_nmse)
+        Mark(
+            "swept",
+            "",
+            p.size_ratio,
+            measured(p),
+            shown.predicted(p.predicted_nmse, p.predicted_psnr_db),
+        )
         for p in data.curve
-        if p.measured_nmse
+        if measured(p)
     ]
     return view(plans, data.fp16_size_bytes, marks, own, data.simulated)
+
+
+def shown_errors(plans: BudgetPlans) -> ShownErrors:
+    """Return the errors that plans are predicted in."""
+    return ShownErrors.of(plan.predicted_psnr_db for plan in plans.plans)
 
 
 def view(
@@ -151,33 +162,32 @@ def view(
     simulated: bool = False,
 ) -> BudgetView:
     """Return the view of ``plans``. The sliders start at ``own``, else in the middle, no time limit."""
-    front = [
-        Stop(p.size_bytes, p.size_bytes / fp16_size, p.predicted_nmse, p.schemes, p.latency_ms)
-        for p in plans.plans
-    ]
+    shown = shown_errors(plans)
+    front = _front(plans, fp16_size, shown)
     # The run's own plan may be one of the front: shown once.
     others = [stop for stop in front if own is None or stop.schemes != own.schemes]
     stops = sorted([*others, *([own] if own else [])], key=lambda stop: (stop.size_bytes, stop.own))
     times = plans.times if all(stop.latency_ms is not None for stop in stops) else None
     line = [front[number] for number in least_so_far([stop.predicted for stop in front])]
     dots = _dots(front) if times else ()
-    drawn, places = curve_chart(line, dots, stops, marks, simulated)
+    drawn, places = curve_chart(line, dots, stops, marks, shown, simulated)
     families = in_order({family(scheme) for scheme in plans.schemes})
     shares = [_shares(stop, plans, families) for stop in stops]
     sizes = _size_limits(line, own)
     limits = _time_limits(stops, own, times) if times else []
     values = _plan_values(plans)
     values["stops"] = [
-        {**_stop_values(stop, own, fp16_size), "at": at, "shares": share}
+        {**_stop_values(stop, own, fp16_size, shown), "at": at, "shares": share}
         for stop, at, share in zip(stops, places, shares, strict=True)
     ]
     values["budgets"] = [[value, percent(value / fp16_size)] for value in sizes]
+    values["predicted"] = shown.name
     values["times"] = [[value, milliseconds(value)] for value in limits]
     return BudgetView(
         chart=drawn,
         dots=dots,
-        columns=["Of FP16", "Size", "Predicted error", *(["Time"] if times else []), *families],
-        rows=[_row(stop, share, times) for stop, share in zip(stops, shares, strict=True)],
+        columns=["Of FP16", "Size", shown.name, *(["Time"] if times else []), *families],
+        rows=[_row(stop, share, times, shown) for stop, share in zip(stops, shares, strict=True)],
         stops=tuple(stops),
         start=sizes.index(own.size_bytes) if own else len(sizes) // 2,
         start_time=limits.index(own.latency_ms)
@@ -188,7 +198,21 @@ def view(
         simulated=simulated,
         families=families,
         times=times,
+        shown=shown,
     )
+
+
+def _front(plans: BudgetPlans, fp16_size: int, shown: ShownErrors) -> list[Stop]:
+    return [
+        Stop(
+            p.size_bytes,
+            p.size_bytes / fp16_size,
+            shown.predicted(p.predicted_nmse, p.predicted_psnr_db),
+            p.schemes,
+            p.latency_ms,
+        )
+        for p in plans.plans
+    ]
 
 
 def _plan_values(plans: BudgetPlans) -> dict[str, object]:
@@ -200,11 +224,13 @@ def _plan_values(plans: BudgetPlans) -> dict[str, object]:
     }
 
 
-def _row(stop: Stop, share: list[list[object]], times: PlanTimes | None) -> list[str]:
+def _row(
+    stop: Stop, share: list[list[object]], times: PlanTimes | None, shown: ShownErrors
+) -> list[str]:
     return [
         f"{percent(stop.size_ratio)}{' (this run)' if stop.own else ''}",
         size(stop.size_bytes),
-        NOT_PREDICTED if stop.predicted is None else error(stop.predicted),
+        NOT_PREDICTED if stop.predicted is None else shown.text(stop.predicted),
         *([milliseconds(stop.latency_ms)] if times else []),
         *(str(layers) for layers, _ in share),
     ]
@@ -230,7 +256,9 @@ def _time_limits(stops: Sequence[Stop], own: Stop | None, times: PlanTimes) -> l
     return sorted(limits)
 
 
-def _stop_values(stop: Stop, own: Stop | None, fp16_size: int) -> dict[str, object]:
+def _stop_values(
+    stop: Stop, own: Stop | None, fp16_size: int, shown: ShownErrors
+) -> dict[str, object]:
     """Return what the script chooses and shows a plan by.
 
     ``plan``: a character per layer, A for the first scheme.
@@ -241,7 +269,7 @@ def _stop_values(stop: Stop, own: Stop | None, fp16_size: int) -> dict[str, obje
         "ms": stop.latency_ms,
         "ratio": percent(stop.size_ratio),
         "size": size(stop.size_bytes),
-        "loss": error(stop.predicted) if stop.predicted is not None else "",
+        "loss": shown.text(stop.predicted) if stop.predicted is not None else "",
         "time": "" if stop.latency_ms is None else milliseconds(stop.latency_ms),
         "options": options(stop, fp16_size),
         "own": stop.own,
@@ -286,6 +314,7 @@ def curve_chart(
     dots: Sequence[Dots],
     stops: Sequence[Stop],
     marks: Sequence[Mark],
+    shown: ShownErrors,
     simulated: bool = False,
 ) -> tuple[Markup | None, list[Place | None]]:
     """Draw the predicted error over size: a line, dots, ``marks``; also return the stops' places.
@@ -307,7 +336,7 @@ def curve_chart(
     x = Axis(ticks[0], ticks[-1], LEFT, WIDTH - RIGHT)
     y = Axis(decades[0], decades[-1], HEIGHT - BOTTOM, TOP, log=True)
     nominal = f"{'nominal bytes (simulated)' if simulated else 'size'}, relative to FP16"
-    title = "relative squared error of the output: lower is better"
+    title = f"{shown.axis}: lower is better"
     parts = [
         y_axis(x, y, [(d, power_label(d)) for d in decades], title),
         x_axis(x, y, [(t, f"{100 * t:.3g} %") for t in ticks], nominal),
@@ -315,8 +344,8 @@ def curve_chart(
     parts += [_drawn(one, x, y) for one in dots]
     if len(joined) > 1:
         parts.append(polyline(x, y, Series("curve", "", tuple(joined))))
-    parts += [*_marks(x, y, known), _cursor(y)]
-    described = _description(joined, dots, known)
+    parts += [*_marks(x, y, known, shown), _cursor(y)]
+    described = _description(joined, dots, known, shown)
     drawn = chart("curve", "Predicted and measured error over size", described, parts)
     return drawn, [_place(stop, x, y) for stop in stops]
 
@@ -347,7 +376,7 @@ def _drawn(dots: Dots, x: Axis, y: Axis) -> Markup:
     )
 
 
-def _marks(x: Axis, y: Axis, marks: Sequence[Mark]) -> list[Markup]:
+def _marks(x: Axis, y: Axis, marks: Sequence[Mark], shown: ShownErrors) -> list[Markup]:
     """Draw predicted points hollow and measured ones filled, then their names, moved apart."""
     parts, named = [], []
     for mark in marks:
@@ -361,7 +390,7 @@ def _marks(x: Axis, y: Axis, marks: Sequence[Mark]) -> list[Markup]:
                 marker(
                     mark.key,
                     at,
-                    f"{title}, {what}: {error(value)}",
+                    f"{title}, {what}: {shown.text(value)}",
                     radius,
                     hollow=what == "predicted",
                 )
@@ -379,14 +408,18 @@ def _marks(x: Axis, y: Axis, marks: Sequence[Mark]) -> list[Markup]:
 
 
 def _description(
-    line: Sequence[tuple[float, float]], dots: Sequence[Dots], marks: Sequence[Mark]
+    line: Sequence[tuple[float, float]],
+    dots: Sequence[Dots],
+    marks: Sequence[Mark],
+    shown: ShownErrors,
 ) -> str:
     ends = [
-        f"predicted {error(loss)} at {percent(ratio)}" for ratio, loss in [*line[:1], *line[-1:]]
+        f"predicted {shown.text(loss)} at {percent(ratio)}"
+        for ratio, loss in [*line[:1], *line[-1:]]
     ]
     times = [f"{count(len(part.stops), 'plan')} that take {part.said}" for part in dots]
     points = [
-        f"{mark.title or 'a swept budget'} {percent(mark.size_ratio)}: measured {error(mark.measured)}"
+        f"{mark.title or 'a swept budget'} {percent(mark.size_ratio)}: measured {shown.text(mark.measured)}"
         for mark in marks
         if mark.measured
     ]
@@ -425,5 +458,8 @@ def _with_own(plans: BudgetPlans, data: ReportData) -> tuple[BudgetPlans, Stop]:
     )
     own = tuple(number[layer.scheme] for layer in chosen)
     expected = data.expected_latency.ours_ms if data.expected_latency else None
-    stop = Stop(data.size_bytes, data.size_ratio, data.predicted_nmse, own, expected, own=True)
+    images = data.predicted_images
+    psnr = images.psnr_db if images is not None else None
+    predicted = shown_errors(plans).predicted(data.predicted_nmse, psnr)
+    stop = Stop(data.size_bytes, data.size_ratio, predicted, own, expected, own=True)
     return plans.model_copy(update={"schemes": schemes, "layer_bytes": sizes}), stop

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 CACHE = "page.json"
 # Changes when the file's form or the way to its values does.
-CACHE_FORMAT = 2
+CACHE_FORMAT = 3
 # So many plans, and so many characters for their layers, at most: they take about a quarter of a
 # megabyte of the page, whatever the model (our choice).
 MOST_PLANS, MOST_CHARACTERS = 200, 100_000
@@ -53,7 +53,7 @@ def budget_plans(run: Run, plan: PrecisionPlan, solver: PlanSolver) -> BudgetPla
         plans = front_plans(solver)
         _keep(run, "budgets", {"from": made_from, "plans": plans.model_dump(mode="json")})
     smaller, larger = zip(
-        *(_options(choice, plan, solver.table.predicts_nmse) for choice in solver.choices)
+        *(_options(choice, plan, solver.table.predicts) for choice in solver.choices)
     )
     return plans.model_copy(
         update={
@@ -112,8 +112,8 @@ def packed(solver: PlanSolver, plans: Iterable[PredictedPlan]) -> BudgetPlans:
     None with a prediction that is not finite.
     """
     kept = sorted(
-        (one for one in plans if one.predicted_loss is None or math.isfinite(one.predicted_loss)),
-        key=lambda one: (one.size_bytes, one.predicted_loss or 0.0, one.latency_ms or 0.0),
+        (one for one in plans if one.error is None or math.isfinite(one.error)),
+        key=lambda one: (one.size_bytes, one.error or 0.0, one.latency_ms or 0.0),
     )
     used = sorted({scheme for one in kept for scheme in one.schemes.values()})
     number = {scheme: i for i, scheme in enumerate(used)}
@@ -128,6 +128,7 @@ def packed(solver: PlanSolver, plans: Iterable[PredictedPlan]) -> BudgetPlans:
             BudgetPlan(
                 size_bytes=one.size_bytes,
                 predicted_nmse=one.predicted_loss,
+                predicted_psnr_db=one.psnr_db,
                 latency_ms=one.latency_ms,
                 schemes=tuple(number[one.schemes[choice.name]] for choice in solver.choices),
             )

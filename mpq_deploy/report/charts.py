@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from markupsafe import Markup
 
 from mpq_deploy.report.data import ReportData
+from mpq_deploy.report.shown_errors import ShownErrors
 from mpq_deploy.report.svg import (
     BOTTOM,
     HEIGHT,
@@ -112,14 +113,16 @@ def timestep_chart(data: ReportData) -> Markup | None:
 
 def prediction_chart(data: ReportData) -> Markup | None:
     """Predicted and measured error of the plan and the controls, on one logarithmic axis."""
-    if not data.measured_nmse or not data.predicted_nmse:
+    images = data.predicted_images
+    shown = ShownErrors(images is not None)
+    measured, psnr = shown.measured(data), None if images is None else images.psnr_db
+    predicted = shown.predicted(data.predicted_nmse, psnr)
+    if not measured or not predicted:
         return None
-    rows = [("ours", [("predicted", data.predicted_nmse), ("measured", data.measured_nmse)])]
-    rows += [
-        (key, [("measured", c.measured_nmse)])
-        for key, c in data.compared.items()
-        if c.measured_nmse
-    ]
+    rows = [("ours", [("predicted", predicted), ("measured", measured)])]
+    for key, compared in data.compared.items():
+        value = shown.measured(compared)
+        rows += [(key, [("measured", value)])] if value else []
     decades = log_ticks([value for _, values in rows for _, value in values])
     height = TOP + 44 * len(rows) + BOTTOM
     x = Axis(decades[0], decades[-1], LABEL_WIDTH, WIDTH - RIGHT, log=True)
@@ -129,7 +132,7 @@ def prediction_chart(data: ReportData) -> Markup | None:
             x,
             y,
             [(d, power_label(d)) for d in decades],
-            "relative squared error of the output",
+            shown.axis,
             grid=True,
         )
     ]
@@ -139,11 +142,11 @@ def prediction_chart(data: ReportData) -> Markup | None:
         if len(values) == 2:
             parts.append(segment(key, x(values[0][1]), x(values[1][1]), level))
         for what, value in values:
-            text = f"{title_of(key, data)}, {what}: {error(value)}"
+            text = f"{title_of(key, data)}, {what}: {shown.text(value)}"
             parts.append(marker(key, (x(value), level), text, 7, hollow=what == "predicted"))
-        parts.append(_beside(x, values, level))
+        parts.append(_beside(x, values, level, shown))
     text = "; ".join(
-        f"{title_of(key, data)}, {what} {error(value)}"
+        f"{title_of(key, data)}, {what} {shown.text(value)}"
         for key, values in rows
         for what, value in values
     )
@@ -179,9 +182,11 @@ def recovery_chart(data: ReportData) -> Markup | None:
     return chart("recovery", "Error while training", text, parts)
 
 
-def _beside(x: Axis, values: Sequence[tuple[str, float]], level: float) -> Markup:
+def _beside(
+    x: Axis, values: Sequence[tuple[str, float]], level: float, shown: ShownErrors
+) -> Markup:
     """Write a row's values on the side of its markers where there is more room."""
-    text = ", ".join(f"{what} {error(value)}" for what, value in values)
+    text = ", ".join(f"{what} {shown.text(value)}" for what, value in values)
     places = [x(value) for _, value in values]
     if x.end - max(places) > min(places) - x.start:
         return label(max(places) + 14, level + 4, text, "start")

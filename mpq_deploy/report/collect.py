@@ -125,7 +125,7 @@ def report_data(run: Run) -> ReportData:
         versions=_versions(),
         reproduce=_command(run),
         notes=(
-            *plan.notes,
+            *_plan_notes(run, table, plan),
             *evaluated.notes,
             *exported.facts["notes"],
             *(metrics.notes if metrics else ()),
@@ -139,6 +139,13 @@ def report_data(run: Run) -> ReportData:
         frechet_controls=metrics.controls if metrics else {},
         scores=metrics.scores if metrics else (),
     )
+
+
+def _plan_notes(run: Run, table: SensitivityTable, plan: PrecisionPlan) -> list[str]:
+    """Return why the metric was chosen, then the plan's notes, among them what could not be measured so."""
+    chosen = run.method
+    why = [chosen.text] if chosen.text and table.metric == chosen.name else []
+    return [*why, *plan.notes]
 
 
 def _timed_by_engine(run: Run, solver: PlanSolver) -> PrecisionPlan:

@@ -128,6 +128,7 @@ class CurvePoint(Part):
 
     size_ratio: float = Field(ge=0)
     predicted_nmse: float | None = Field(ge=0)
+    predicted_psnr_db: float | None = None
     measured_nmse: float | None = Field(None, ge=0)
     psnr_db: float | None = None
 
@@ -511,11 +512,13 @@ class LayerOption(Part):
 class BudgetPlan(Part):
     """One plan. ``schemes``: each layer's index into ``BudgetPlans.schemes``.
 
-    ``latency_ms``: of one call; None where nothing is known of the target's speed.
+    ``predicted_nmse``: of the output, or of the final images where ``predicted_psnr_db``, their
+    mean PSNR, is known. ``latency_ms``: of one call; None where nothing is known of the target's speed.
     """
 
     size_bytes: int = Field(ge=0)
     predicted_nmse: float | None = Field(ge=0)
+    predicted_psnr_db: float | None = None
     latency_ms: float | None = Field(None, ge=0)
     schemes: tuple[int, ...]
 

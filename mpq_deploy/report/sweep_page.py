@@ -11,6 +11,7 @@ from mpq_deploy.report import words
 from mpq_deploy.report.budget_curve import Mark, milliseconds, view
 from mpq_deploy.report.data import BudgetPlans
 from mpq_deploy.report.page import asset, rendered
+from mpq_deploy.report.shown_errors import ShownErrors
 
 COLUMNS = ("Budget", "Of FP16", "Size", "Predicted error", "Measured error", "PSNR")
 
@@ -19,12 +20,13 @@ def sweep_page(result: dict[str, Any], plans: BudgetPlans, about: dict[str, str]
     """Return the page. ``about``: model, target, synthetic and command; all is escaped."""
     points = [point for point in result["points"] if "size_bytes" in point]
     fp16_size = round(points[0]["size_bytes"] / points[0]["size_ratio"]) if points else 1
+    shown = _shown(points)
     marks = [
-        Mark("swept", "", point["size_ratio"], point.get("measured_nmse"), point["predicted_nmse"])
+        Mark("swept", "", point["size_ratio"], shown.measured(point), _predicted(point, shown))
         for point in points
     ]
     marks += [
-        Mark(name, control["title"], control["size_ratio"], control["measured_nmse"])
+        Mark(name, control["title"], control["size_ratio"], shown.measured(control))
         for name, control in result["controls"].items()
     ]
     simulated = bool(result.get("simulated"))
@@ -35,7 +37,7 @@ def sweep_page(result: dict[str, Any], plans: BudgetPlans, about: dict[str, str]
         curve_note=" ".join([_note(result), *_fusion(points)]),
         columns=[*COLUMNS, f"Time, {plans.times.source}"] if plans.times else COLUMNS,
         rows=[
-            *([*_row(point), *_time(point, plans)] for point in points),
+            *([*_row(point, shown), *_time(point, plans)] for point in points),
             *([*_control(c), *_time(c, plans)] for c in result["controls"].values()),
         ],
         refused=[_refused(point) for point in result["points"] if "size_bytes" not in point],
@@ -50,15 +52,22 @@ def _lead(points: list[dict[str, Any]], simulated: bool) -> str:
     nominal = "Simulated, with nominal bytes: " if simulated else ""
     if not measured:
         return f"{nominal}{words.count(len(points), 'budget')}, predicted; --evaluate or --points measures them."
-    compared = [
-        p["predicted_nmse"] / p["measured_nmse"]
-        for p in measured
-        if p["predicted_nmse"] and p["measured_nmse"]
-    ]
+    shown = _shown(points)
+    pairs = [(_predicted(point, shown), shown.measured(point)) for point in measured]
+    compared = [predicted / found for predicted, found in pairs if predicted and found]
     text = f"{nominal}{words.count(len(measured), 'budget')} measured"
     if not compared:
         return f"{text}."
-    return f"{text}: the prediction lies between {min(compared):.2f} and {max(compared):.2f} times what was measured."
+    what = "predicted squared error of the images" if shown.of_images else "prediction"
+    return f"{text}: the {what} lies between {min(compared):.2f} and {max(compared):.2f} times what was measured."
+
+
+def _shown(points: list[dict[str, Any]]) -> ShownErrors:
+    return ShownErrors.of(point.get("predicted_psnr_db") for point in points)
+
+
+def _predicted(point: dict[str, Any], shown: ShownErrors) -> float | None:
+    return shown.predicted(point["predicted_nmse"], point.get("predicted_psnr_db"))
 
 
 def _fusion(points: list[dict[str, Any]]) -> list[str]:
@@ -82,14 +91,14 @@ def _note(result: dict[str, Any]) -> str:
     )
 
 
-def _row(point: dict[str, Any]) -> list[str]:
-    predicted = point["predicted_nmse"]
+def _row(point: dict[str, Any], shown: ShownErrors) -> list[str]:
+    predicted = _predicted(point, shown)
     psnr = words.decibels(point.get("psnr_db"), point.get("measured_nmse") == 0)
     return [
         f"{point['budget']:.4f}",
         words.percent(point["size_ratio"]),
         words.size(point["size_bytes"]),
-        words.NOT_PREDICTED if predicted is None else words.error(predicted),
+        words.NOT_PREDICTED if predicted is None else shown.text(predicted),
         words.error(point.get("measured_nmse")),
         psnr,
     ]

@@ -94,7 +94,9 @@ def _row_of_whole(name: str, view: PipelineFile) -> list[str]:
 
 
 def _row(name: str, report: ReadReport) -> list[str]:
-    predicted = words.NOT_PREDICTED
+    predicted, images = words.NOT_PREDICTED, report.predicted_images
+    if images is not None:
+        predicted = f"{words.decibels(images.psnr_db)} (PSNR)"
     if report.predicted_nmse is not None:
         predicted = words.ranged_error(report.predicted_nmse, report.predicted_interval)
     speed, expected = words.latency(report)[0], report.expected_latency

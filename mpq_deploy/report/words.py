@@ -411,7 +411,8 @@ def against_control(data: ReportData) -> str:
 def prediction(data: ReportData) -> str:
     """Compare the predicted error with the measured one, or say that none is predicted."""
     if data.predicted_images is not None:
-        return f"predicted {psnr_text(data.predicted_images)}"
+        of = "" if data.psnr_db is None else f"; measured {decibels(data.psnr_db)} (mean)"
+        return f"predicted {psnr_text(data.predicted_images)}{of}"
     if data.predicted_nmse is None:
         return f"not predicted by the metric {data.sensitivity}".rstrip()
     ratio = data.prediction_ratio
@@ -423,7 +424,7 @@ def prediction(data: ReportData) -> str:
 
 def curve_note(data: ReportData) -> str:
     """Say what the predictions of other plans are, and how this run's own plan lies to them."""
-    if data.predicted_nmse is None:
+    if data.predicted_nmse is None and data.predicted_images is None:
         return f"The metric {data.sensitivity} does not predict errors.".replace("  ", " ")
     objective = data.expected_latency.objective if data.expected_latency else "quality"
     note = ""

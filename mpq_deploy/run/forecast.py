@@ -31,7 +31,7 @@ from mpq_deploy.run.stage_work import (
 from mpq_deploy.run.view import SAMPLES
 from mpq_deploy.sensitivity.measured_calls import HELD_SHARE, STACK_BYTES
 from mpq_deploy.stages.calibrate import kept_counts
-from mpq_deploy.stages.measure import kept_steps
+from mpq_deploy.stages.measure import kept_parts
 from mpq_deploy.system import memory
 from mpq_deploy.system.compute import computing_on
 from mpq_deploy.system.parallel.processes import Processes
@@ -225,7 +225,8 @@ def _measure(recipe: Recipe, model: ModelWork, speed: Speed) -> float:
     ranges = sum(layer.ranges for layer in model.layers)
     rounded = sum(layer.ranges * layer.inputs for layer in model.layers)
     products = sum(_projected_products(layer, work.directions) for layer in model.layers)
-    found = _adjoints(work, model, speed) + pace * TORCH
+    # Trajectories are sampled in torch before anything goes back through them.
+    found = _adjoints(work, model, speed) + work.floats * speed.forward + pace * TORCH
     found += pace * batches * (PROJECTED_BATCH * len(model.layers) + ROUNDED_BATCH * ranges)
     found += pace * STACKED * _stacked(model, batches)
     return found + work.adjoints * (products * speed.product + pace * ROUNDED_VALUE * rounded)
@@ -306,7 +307,7 @@ def forecast(run: Run, model: ModelWork, speed: Speed, stages: Iterable[str]) ->
     if "calibrate" in stages:
         model = replace(model, kept=kept_counts(run))
     elif "measure" in stages and "candidates" not in stages:
-        model = replace(model, probed=kept_steps(run))
+        model = replace(model, probed=kept_parts(run))
     if "evaluate" in stages and (run.base / SAMPLES).is_dir():
         model = replace(model, sampled=kept_images(run, "controls" not in stages))
     seconds = stage_seconds(run.recipe, model, speed, rounders)

@@ -32,6 +32,7 @@ from mpq_deploy.rounding.hessian import Hessian
 from mpq_deploy.rounding.rounder import Rounder
 from mpq_deploy.run.stage_work import LayerWork, ModelWork, has_torch
 from mpq_deploy.runtime.ort import OrtDenoiser, make_session
+from mpq_deploy.sensitivity.chosen_method import AUTO
 from mpq_deploy.sensitivity.measured_calls import MEMORY_BYTES
 from mpq_deploy.sensitivity.methods import METHODS
 from mpq_deploy.system.compute import CPU, computing_on
@@ -101,7 +102,8 @@ def speed_of(run: Run, model: ModelWork, rounding: Callable[[LayerWork], float])
 
 
 def _wants_torch(recipe: Recipe) -> bool:
-    probed = METHODS[recipe.measure.method].probes or recipe.quantize.salience == "probe"
+    method = recipe.measure.method
+    probed = method == AUTO or METHODS[method].probes or recipe.quantize.salience == "probe"
     return has_torch() and probed
 
 

@@ -12,6 +12,7 @@ from mpq_deploy.graph.layers import Layer
 from mpq_deploy.latency.plan_latency import check_latency
 from mpq_deploy.rounding.candidate_store import wanted_schemes
 from mpq_deploy.run.folder import MARKER
+from mpq_deploy.sensitivity.chosen_method import AUTO
 from mpq_deploy.sensitivity.methods import METHODS
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ def _check_attention(recipe: Recipe, target: Target) -> None:
             f"allocate.attention is fp8, and the target {target.name} has no FP8 products.",
             "Choose a target of GPUs that have them (rtx-ada, rtx-blackwell, jetson-thor), or leave attention at fp16.",
         )
-    probed = METHODS[recipe.measure.method].probes
+    probed = recipe.measure.method == AUTO or METHODS[recipe.measure.method].probes
     if not probed or recipe.recover.steps:
         what = (
             f"measure.method is {recipe.measure.method}"
@@ -107,9 +108,13 @@ def _check_sizes(recipe: Recipe) -> None:
 def _check_tail(recipe: Recipe) -> None:
     """Refuse a share of the worst images where no images are measured."""
     method = recipe.measure.method
-    if recipe.allocate.tail is not None and not METHODS[method].images:
+    if recipe.allocate.tail is None:
+        return
+    if method == AUTO or not METHODS[method].images:
+        # What auto stands for may change with a count, and with it what the plan is for.
+        known = "final images may not be" if method == AUTO else "no final images are"
         raise UsageError(
-            f"allocate.tail is {recipe.allocate.tail:g}, but measure.method is {method}: no final images are measured.",
+            f"allocate.tail is {recipe.allocate.tail:g}, but measure.method is {method}: {known} measured.",
             "Set measure.method to trajectory, or leave allocate.tail out.",
         )
 

@@ -35,6 +35,7 @@ from mpq_deploy.rounding.hessian import BATCH_SIZE as HESSIAN_BATCH
 from mpq_deploy.rounding.rounder import LARGE_VARIANTS, LARGE_WEIGHTS
 from mpq_deploy.rounding.salient_rows import SALIENCE_SAMPLES, SALIENCE_TIMESTEPS
 from mpq_deploy.run.memory_model import ModelSize, hessian_groups
+from mpq_deploy.sensitivity.chosen_method import chosen_method
 from mpq_deploy.sensitivity.gain import GAIN_SAMPLES
 from mpq_deploy.sensitivity.methods import METHODS, ORM_CONTROLS
 from mpq_deploy.stages.correction import CORRECTION_CALLS
@@ -101,8 +102,9 @@ class ModelWork:
     ``guided``: rows of the model per sample and step; ``available``: calls to calibrate on and to
     compare on, where somebody recorded them or a component has inputs of its own; None: any number.
     ``builds``: whether the target's engine can be built here; ``kept``: trajectories that were run before,
-    and calls of each timestep that were observed before; ``probed``: timesteps; ``sampled``: images of
-    the float model, and controls, that were sampled before (``forecast`` sets them).
+    and calls of each timestep that were observed before; ``probed``: timesteps, or trajectories; ``sampled``: images of
+    the float model, and controls, that were sampled before (``forecast`` sets them); ``shared_by``: as in
+    ``chosen_method``.
     """
 
     spec: DenoiserSpec
@@ -116,6 +118,7 @@ class ModelWork:
     probed: int = 0
     sampled: tuple[int, int] = (0, 0)
     own_pairs: int = 0
+    shared_by: str = ""
     _steps: dict[tuple[int, str], int] = field(default_factory=dict, compare=False)
 
     @classmethod
@@ -149,6 +152,7 @@ class ModelWork:
             _available(run),
             run.target.builder != "none" and builder_present(run.target),
             own_pairs=sum(1 + len(schemes) for schemes in own),
+            shared_by=run.shared_by,
         )
 
     @cached_property
@@ -252,13 +256,15 @@ def _candidates(recipe: Recipe, model: ModelWork) -> Work:
 
 def _measure(recipe: Recipe, model: ModelWork) -> Work:
     section, (_, held_out) = recipe.measure, split_calls(recipe, model)
-    calls = min(section.calls, section.samples, held_out)
+    chosen = chosen_method(recipe, model.spec, model.shared_by)
+    calls, method = min(chosen.calls, section.samples, held_out), METHODS[chosen.name]
     count = max(min(section.timesteps, timesteps(recipe, model)) - model.probed, 0) * calls
     batch = min(section.batch_size, calls)
-    if METHODS[section.method].images:
-        count = model.steps(recipe, recipe.calibrate.steps) * model.guided * calls
-    if METHODS[section.method].probes:
-        floats = count if METHODS[section.method].images else 0
+    if method.images:
+        left = max(calls - model.probed, 0)
+        count = model.steps(recipe, recipe.calibrate.steps) * model.guided * left
+    if method.probes:
+        floats = count if method.images else 0
         return Work(floats=floats, adjoints=count, directions=section.probes, batch=batch)
     if section.method == "exhaustive":
         return Work(floats=count * (1 + model.pairs), batch=batch, sessions=1)

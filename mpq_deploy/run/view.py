@@ -38,6 +38,7 @@ from mpq_deploy.models.open import model_folder
 from mpq_deploy.models.spec import Array, FloatModel
 from mpq_deploy.run.effort import with_counts_of
 from mpq_deploy.run.folder import COMPONENTS, RECIPE, SHARED, RunFolder, sharing_with, target_place
+from mpq_deploy.sensitivity.chosen_method import ChosenMethod, chosen_method
 from mpq_deploy.system.files import Fields
 from mpq_deploy.system.inputs import read_json_object
 from mpq_deploy.system.parallel.work import Alone, Crew
@@ -214,6 +215,18 @@ class Run:
                 f"The stage '{name}' is missing in {self.path}.", "Run 'mpq-deploy build' first."
             )
         return record.digest
+
+    @property
+    def shared_by(self) -> str:
+        """Who shares the measurement with this run, in words; empty for one target and one part."""
+        if self.path.absolute().parent.name == COMPONENTS:
+            return "the parts of a pipeline"
+        return "several targets" if self.base != self.path else ""
+
+    @property
+    def method(self) -> ChosenMethod:
+        """The metric that the recipe asks for, or that its ``auto`` stands for."""
+        return chosen_method(self.recipe, self.exported.spec, self.shared_by)
 
     def scratch(self) -> Path:
         """A folder for files of a stage that is being made."""

@@ -17,6 +17,9 @@ from mpq_deploy.system.inputs import read_json_object, whole
 from mpq_deploy.system.validated import model_of
 
 IMPORTANCE = "orm.npz"
+# The share of a trajectory's loss that is what its steps' errors do to the image together; the rest
+# is the sum of what each does alone, which fewer trajectories tell (our choice).
+COHERENT = 0.5
 # Largest table.json read: ten times the size of 1,000 layers with 100 schemes (our choice).
 TABLE_BYTES = 128 << 20
 T = TypeVar("T")
@@ -83,7 +86,9 @@ class SensitivityTable:
     that ``folds`` set to 0; None where unknown.
 
     ``mean_square``: mean square of final images with peak 1, where losses are relative to it; None
-    for other metrics or where unknown. ``importance``: for metrics that weigh bits; their tables
+    for other metrics or where unknown. ``image_probes``: of trajectories, how many of each call's
+    entries are the coherent sums over steps that final images are predicted by, a half of the loss;
+    the others are the steps apart. 0: all entries. ``importance``: for metrics that weigh bits; their tables
     lack the schemes that the fixed activation bits rule out.
     """
 
@@ -96,6 +101,7 @@ class SensitivityTable:
     importance: Importance | None = None
     calls: Array | None = None
     mean_square: float | None = None
+    image_probes: int = 0
 
     @property
     def predicts(self) -> bool:
@@ -144,13 +150,34 @@ class SensitivityTable:
         count = len(np.unique(self.calls))
         return np.asarray(entries[order].reshape(count, -1).sum(axis=1) * count)
 
+    def image_errors(self, entries: Array) -> Array:
+        """Return the squared error of each trajectory's image for a plan's ``entries`` [P], float64 [N]."""
+        if not self.image_probes:
+            return self.errors_by_call(entries)
+        assert self.calls is not None
+        count = len(np.unique(self.calls))
+        rows = entries.reshape(-1, count)[: self.image_probes].sum(axis=0)
+        return np.asarray(rows * (count / COHERENT))
+
+    def image_losses(self) -> dict[str, dict[str, float]]:
+        """Return the expected squared error of the images for each scheme alone."""
+        if self.projections is None or not self.image_probes:
+            return self.losses
+        return _each(
+            self.projections,
+            lambda vector: float(self.image_errors(np.square(vector, dtype=np.float64)).mean()),
+        )
+
     def weighing(self, weights: Array) -> SensitivityTable:
         """Return the table in which call n counts ``weights[n]`` times, float64 [N]."""
         assert self.projections is not None and self.calls is not None
         roots = np.sqrt(weights[self.calls]).astype(np.float32)
         vectors = _each(self.projections, lambda vector: vector * roots)
         table = _from_vectors(self.metric, self.timesteps, vectors, self.notes)
-        return replace(table, calls=self.calls, mean_square=self.mean_square)
+        return replace(table, calls=self.calls, **self._of_images())
+
+    def _of_images(self) -> dict[str, Any]:
+        return {"mean_square": self.mean_square, "image_probes": self.image_probes}
 
     def folds(self, count: int) -> list[tuple[SensitivityTable, SensitivityTable]]:
         """Split the calls into ``count`` folds; return (table without the fold, table of the fold).
@@ -174,7 +201,7 @@ class SensitivityTable:
         vectors = _each(self.projections, lambda vector: vector * roots)
         table = _from_vectors(self.metric, self.timesteps, vectors, self.notes)
         calls = np.where(part, self.calls, -1).astype(np.int32)
-        return replace(table, calls=calls, mean_square=self.mean_square)
+        return replace(table, calls=calls, **self._of_images())
 
     def save(self, folder: Path) -> None:
         """Write ``table.json`` and ``projections.npz`` into ``folder``."""
@@ -198,6 +225,7 @@ class SensitivityTable:
             "pairs": pairs,
             "notes": list(self.notes),
             "mean_square": self.mean_square,
+            "image_probes": self.image_probes,
         }
         (folder / "table.json").write_text(json.dumps(text, indent=1) + "\n", encoding="utf-8")
 
@@ -220,6 +248,7 @@ class SensitivityTable:
                 Importance.load(stored) if stored.exists() else None,
                 data.get("calls"),
                 text.get("mean_square"),
+                int(text.get("image_probes", 0)),
             )
 
 

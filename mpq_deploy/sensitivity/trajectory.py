@@ -38,7 +38,12 @@ from mpq_deploy.sensitivity.probe import (
     smaller_pieces,
 )
 from mpq_deploy.sensitivity.subject import Sampling, Subject
-from mpq_deploy.sensitivity.table import Nested, SensitivityTable, table_from_projections
+from mpq_deploy.sensitivity.table import (
+    COHERENT,
+    Nested,
+    SensitivityTable,
+    table_from_projections,
+)
 from mpq_deploy.system.gpu_memory import Shrinking
 from mpq_deploy.system.parallel.work import Result, Work, run_shards
 from mpq_deploy.system.progress import Talk
@@ -69,17 +74,34 @@ class StepProducts:
     mean_square: float | None
     notes: tuple[str, ...] = ()
 
-    def table(self) -> SensitivityTable:
-        """Return the table whose projections are sums over steps, one per probe and trajectory."""
+    def table(self, apart: bool = True) -> SensitivityTable:
+        """Return the table of the products.
+
+        ``apart``: the loss is half the square of the sum over steps, half the sum of the steps'
+        squares. The sum alone is the image's error, but of a dozen trajectories a plan is chosen
+        better by both: there are as many more squares as steps. Without it, sums alone.
+        """
         norm = np.float32(np.sqrt(self.power.mean()) or 1.0)
-        sums = {
-            layer: {scheme: steps.sum(0, keepdims=True) / norm for scheme, steps in row.items()}
+
+        def entries(steps: Array) -> Array:
+            coherent: Array = steps.sum(0, keepdims=True) / norm
+            if not apart:
+                return coherent
+            alone = steps * ((1 - COHERENT) ** 0.5 / norm)
+            rows = np.concatenate([coherent * COHERENT**0.5, alone])
+            # A loss is a mean over the entries of a trajectory, whose probes alone are to count.
+            return np.asarray(rows.reshape(1, -1, steps.shape[-1]) * len(rows) ** 0.5, np.float32)
+
+        rows = {
+            layer: {scheme: entries(steps) for scheme, steps in row.items()}
             for layer, row in self.values.items()
         }
         calls = np.arange(len(self.power))[None]
         # The final image has no timestep: the table has one, 0.
-        table = table_from_projections(np.zeros(1, np.float32), sums, self.notes, calls)
-        return replace(table, metric="trajectory", mean_square=self.mean_square)
+        table = table_from_projections(np.zeros(1, np.float32), rows, self.notes, calls)
+        probes = next((z.shape[1] for row in self.values.values() for z in row.values()), 0)
+        of_images = replace(table, metric="trajectory", mean_square=self.mean_square)
+        return replace(of_images, image_probes=probes if apart else 0)
 
 
 def measured_products(subject: Subject) -> StepProducts:

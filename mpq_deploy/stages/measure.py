@@ -36,17 +36,24 @@ from mpq_deploy.sensitivity.table import SensitivityTable
 from mpq_deploy.system.files import Fields, canonical_json
 from mpq_deploy.system.progress import Talk
 
+# Raised with every change of what the table of a metric of final images holds.
+IMAGES_FORMAT = 2
+
 
 def inputs(run: Run) -> Fields:
     """Return the settings and versions that the stage depends on, beside the stages it reads."""
-    section = run.recipe.measure
+    section, chosen = run.recipe.measure, run.method
     fields = settings(section, "measure")
+    # What auto stands for counts as if it had been named.
+    fields |= {"recipe.measure.method": chosen.name, "recipe.measure.calls": chosen.calls}
     adaptive = section.sampling == "adaptive"
     if not adaptive:
         del fields["recipe.measure.coarse_timesteps"]
+    if METHODS[chosen.name].images:
+        fields["images.format"] = IMAGES_FORMAT
     # Settings of orm change no other method.
     orm = fields.pop("recipe.measure.orm")
-    if adaptive or METHODS[section.method].weighs_bits:
+    if adaptive or METHODS[chosen.name].weighs_bits:
         fields.update({f"recipe.measure.orm.{key}": value for key, value in orm.items()})
     return {**fields, **version_of("torch", "onnxruntime", "numpy", "highspy")}
 
@@ -54,24 +61,25 @@ def inputs(run: Run) -> Fields:
 def make(run: Run, folder: Path) -> str:
     """Make the stage in ``folder``; return a few words for the log."""
     check_memory(run, STAGE)
-    section = run.recipe.measure
+    chosen = run.method
     subject, notes = stage_subject(run)
     table = _measured(run, subject)
-    own = section.method in ORM_CONTROLS or METHODS[table.metric].images
+    own = chosen.name in ORM_CONTROLS or METHODS[table.metric].images
     if _held_out(run) is run.calibration.inputs and not own:
         optimistic = "losses are measured on the samples that the weights were rounded on"
         notes = (*notes, f"{optimistic}, so they are optimistic")
     replace(table, notes=tuple(dict.fromkeys((*table.notes, *notes)))).save(folder)
-    for control in ORM_CONTROLS if section.method == "orm" else ():
+    for control in ORM_CONTROLS if chosen.name == "orm" else ():
         (folder / control).mkdir()
         measure(control, subject).save(folder / control)
     run.remove_shards("measure")
-    return f"{table.metric}, {sum(map(len, table.losses.values()))} layer-scheme pairs"
+    why = f" ({chosen.reason})" if chosen.reason and table.metric == chosen.name else ""
+    return f"{table.metric}{why}, {sum(map(len, table.losses.values()))} layer-scheme pairs"
 
 
 def _measured(run: Run, subject: Subject) -> SensitivityTable:
     """Measure, but for what was measured by probes for another target of the same run."""
-    method, every = run.recipe.measure.method, candidates_of(run, run.exported.graph)
+    method, every = run.method.name, candidates_of(run, run.exported.graph)
     if method != "probe" or subject.shares is not None:
         return measure(method, subject)
     known, later = known_pairs(every, _tables(run)), _later(run, every)
@@ -112,11 +120,14 @@ def _later(run: Run, mine: Candidates) -> tuple[Subject, ...]:
     return tuple(found)
 
 
-def kept_steps(run: Run) -> int:
-    """Return the timesteps whose probes an interrupted call, or another target's passes, have left."""
+def kept_parts(run: Run) -> int:
+    """Return the timesteps, or trajectories, that an interrupted call or another target's passes have left."""
     fields = json.loads(canonical_json(STAGE.fields(run)))
     keys = run.shard_cache(STAGE.name).keys()
-    return sum(key.get("part") == "probes" and fields.items() <= key.items() for key in keys)
+    kept = [key for key in keys if fields.items() <= key.items()]
+    ends = [key["trajectories"] for key in kept if key.get("part") == "trajectories"]
+    steps = sum(1 for key in kept if key.get("part") == "probes")
+    return steps + sum(int(end) - int(start) for start, end in ends)
 
 
 def _left_of(subject: Subject, run: Run, every: Candidates, left: Names) -> Subject:
@@ -144,8 +155,16 @@ def stage_subject(run: Run) -> tuple[Subject, tuple[str, ...]]:
     return replace(subject, spread=_spread(run, chosen), shares=shares), notes
 
 
-def measured_subject(chosen: tuple[int, ...], run: Run, left: Names | None = None) -> Subject:
-    """Return the run's candidates at positions ``chosen`` of the calibrated timesteps; None: all pairs."""
+def measured_subject(
+    chosen: tuple[int, ...],
+    run: Run,
+    left: Names | None = None,
+    section: MeasureSettings | None = None,
+) -> Subject:
+    """Return the run's candidates at positions ``chosen`` of the calibrated timesteps.
+
+    ``left``: the pairs to measure, None: all of them; ``section``: the settings, None: the run's.
+    """
     exported = run.exported
     calls = _held_out(run).at(np.array(chosen)), exported.spec
     every: Candidates = candidates_of(run, exported.graph)
@@ -153,7 +172,8 @@ def measured_subject(chosen: tuple[int, ...], run: Run, left: Names | None = Non
     of = (exported.graph, every, run.calibration.stats)
     attention = run.recipe.allocate.attention != "fp16"
     attentions = separate_operands(exported.graph.model) if attention else ()
-    subject = Subject(*of, *calls, _settings(run), run.talk, rotate=True, attentions=attentions)
+    section = section or _settings(run)
+    subject = Subject(*of, *calls, section, run.talk, rotate=True, attentions=attentions)
     return replace(subject, sampling=sampling_of(run))
 
 
@@ -169,20 +189,23 @@ def _held_out(run: Run) -> CallSet:
 
 
 def _spread(run: Run, chosen: tuple[int, ...], left: Names | None = None) -> Spread:
-    opener = partial(_opened_subject, chosen, left)
+    # A worker may have another folder, which does not show who shares the measurement.
+    opener = partial(_opened_subject, chosen, left, _settings(run))
     opened, root, files = run.for_workers(opener, RECIPE, "export", "calibrate", "candidates")
     key = {**STAGE.fields(run), **({} if left is None else {"left": left})}
     return Spread(run.crew, root, files, opened, run.shard_cache("measure"), key)
 
 
-def _opened_subject(chosen: tuple[int, ...], left: Names | None, root: Path, talk: Talk) -> Subject:
-    return measured_subject(chosen, Run.opened(root, talk), left)
+def _opened_subject(
+    chosen: tuple[int, ...], left: Names | None, section: MeasureSettings, root: Path, talk: Talk
+) -> Subject:
+    return measured_subject(chosen, Run.opened(root, talk), left, section)
 
 
 def _settings(run: Run) -> MeasureSettings:
-    """Return the run's settings, with no more calls than there are samples."""
-    section = run.recipe.measure
-    return section.replace(calls=min(section.calls, section.samples))
+    """Return the run's settings with the metric's calls, no more than there are samples."""
+    section, chosen = run.recipe.measure, run.method
+    return section.replace(method=chosen.name, calls=min(chosen.calls, section.samples))
 
 
 def _measured_steps(run: Run) -> tuple[Array, tuple[float, ...] | None, tuple[str, ...]]:
@@ -191,7 +214,7 @@ def _measured_steps(run: Run) -> tuple[Array, tuple[float, ...] | None, tuple[st
     available = len(calls.timesteps)
     count = min(section.timesteps, available)
     # Trajectories go through all steps.
-    if section.sampling == "uniform" or count == available or METHODS[section.method].images:
+    if section.sampling == "uniform" or count == available or METHODS[run.method.name].images:
         fewer = f"all {available} calibrated timesteps are measured: measure.timesteps asks for {section.timesteps}"
         notes = (fewer,) if section.timesteps > available else ()
         return sampled_steps(available, count), None, notes

@@ -195,7 +195,7 @@ def _agreement_of_images(
     unit = table.mean_square
     found = {
         layer: {scheme: loss * (unit or 1.0) for scheme, loss in losses.items()}
-        for layer, losses in table.losses.items()
+        for layer, losses in table.image_losses().items()
     }
     compared = Compared.of(pairs, truth.errors, found)
     found_by = correlations(compared, {"": list(compared.schemes)}, run.recipe.measure.seed)

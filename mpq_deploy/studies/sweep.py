@@ -20,6 +20,7 @@ import numpy as np
 
 from mpq_deploy.allocate.front import least_so_far
 from mpq_deploy.errors import InfeasibleBudgetError, InfeasibleLatencyError, UsageError
+from mpq_deploy.report.shown_errors import ShownErrors
 from mpq_deploy.run.folder import RECIPE
 from mpq_deploy.run.view import SAMPLES, Run
 from mpq_deploy.system.files import sealed_json, write_text
@@ -88,6 +89,16 @@ def spread_over(sizes: Sequence[float], losses: Sequence[float | None], count: i
     return sorted({frontier[int(np.argmin(np.abs(np.array(along) - at)))] for at in places})
 
 
+def errors_of(points: Sequence[dict[str, Any]]) -> ShownErrors:
+    """Return the errors that the points of a sweep are predicted in."""
+    return ShownErrors.of(point.get("predicted_psnr_db") for point in points)
+
+
+def predicted_error(point: dict[str, Any], shown: ShownErrors) -> float | None:
+    """Return the predicted error of a point or of a plan of the curve."""
+    return shown.predicted(point["predicted_nmse"], point.get("predicted_psnr_db"))
+
+
 def points_on_curve(
     plans: BudgetPlans,
     fp16_size: int,
@@ -101,8 +112,11 @@ def points_on_curve(
     """
     fast = [plan for plan in plans.plans if (plan.latency_ms or 0.0) <= limit_ms] or plans.plans
     low = [plan for plan in fast if plan.size_bytes <= highest * fp16_size] or fast[:1]
+    shown = ShownErrors.of(plan.predicted_psnr_db for plan in low)
     chosen = spread_over(
-        [p.size_bytes / fp16_size for p in low], [p.predicted_nmse for p in low], count
+        [p.size_bytes / fp16_size for p in low],
+        [shown.predicted(p.predicted_nmse, p.predicted_psnr_db) for p in low],
+        count,
     )
     # Rounded up, so that the plan still fits.
     return sorted({math.ceil(low[i].size_bytes / fp16_size * 1e4) / 1e4 for i in chosen})
@@ -146,6 +160,7 @@ def run_sweep(
             {
                 "size_ratio": plan.size_bytes / solver.fp16_size,
                 "predicted_nmse": plan.predicted_nmse,
+                "predicted_psnr_db": plan.predicted_psnr_db,
                 "latency_ms": plan.latency_ms,
             }
             for plan in curve.plans
@@ -169,7 +184,9 @@ def _solve(
                 plan = plans[budget] = solver.solve(str(budget))
                 point["size_bytes"] = plan.size_bytes
                 point["size_ratio"] = plan.size_bytes / plan.fp16_size_bytes
+                images = plan.predicted_images
                 point["predicted_nmse"] = plan.predicted_loss
+                point["predicted_psnr_db"] = images.psnr_db if images else None
                 point["latency_ms"] = plan.latency.ours_ms if plan.latency else None
                 point["fusion"] = plan.latency.fusion if plan.latency else ""
             except InfeasibleBudgetError as error:
@@ -323,6 +340,8 @@ def sweep_table(result: dict[str, Any]) -> str:
         measured = f"{point['measured_nmse']:.2e}" if "measured_nmse" in point else "-"
         # None: the metric predicts no error.
         predicted = "-" if point["predicted_nmse"] is None else f"{point['predicted_nmse']:.2e}"
+        if point.get("predicted_psnr_db") is not None:
+            predicted = f"{point['predicted_psnr_db']:.1f} dB"
         lines.append(
             f"{point['budget']:>8.4f} {point['size_ratio']:>8.4f} {point['size_bytes']:>14,} "
             f"{predicted:>10} {measured:>10} {_decibels(point.get('psnr_db')):>8}"
@@ -342,16 +361,15 @@ def _decibels(psnr_db: float | None) -> str:
 
 
 def _predicted(
-    plans: Sequence[dict[str, Any]], measured: Sequence[dict[str, Any]]
+    plans: Sequence[dict[str, Any]], measured: Sequence[dict[str, Any]], shown: ShownErrors
 ) -> tuple[list[tuple[float, float]], list[tuple[float, float]]]:
     """Return the plans' (share of FP16, predicted error), and those of the least error of their size.
 
     None is far below what was measured: that would only stretch the axis.
     """
-    floor = min((p["measured_nmse"] for p in measured), default=0.0) / 100
-    known = sorted(
-        (p["size_ratio"], p["predicted_nmse"]) for p in plans if p["predicted_nmse"] is not None
-    )
+    floor = min((shown.measured(p) or 0.0 for p in measured), default=0.0) / 100
+    errors = [(p["size_ratio"], predicted_error(p, shown)) for p in plans]
+    known = sorted((size, error) for size, error in errors if error is not None)
     line = [known[number] for number in least_so_far([loss for _, loss in known])]
     return [p for p in known if p[1] >= floor], [p for p in line if p[1] >= floor]
 
@@ -364,27 +382,30 @@ def draw(result: dict[str, Any], path: Path) -> None:
     from matplotlib import pyplot as plt
 
     points = [p for p in result["points"] if "size_ratio" in p]
-    measured = [p for p in points if "measured_nmse" in p]
+    shown = errors_of(points)
+    measured = [p for p in points if "measured_nmse" in p and shown.measured(p) is not None]
     with matplotlib.rc_context({"svg.hashsalt": "sweep", "font.size": 10}):
         figure, axes = plt.subplots(figsize=(6.4, 4))
-        drawn, line = _predicted(result.get("curve", points), measured)
+        drawn, line = _predicted(result.get("curve", points), measured, shown)
         if drawn:
             others = "other plans" if len(drawn) > len(line) else None
             axes.plot(*zip(*drawn), ".", color="0.75", markersize=4, label=others)
             axes.plot(*zip(*line), label="least predicted")
         if measured:
-            both = ([p[name] for p in measured] for name in ("size_ratio", "measured_nmse"))
-            axes.plot(*both, "o", label="measured")
+            sizes = [p["size_ratio"] for p in measured]
+            errors: list[Any] = [shown.measured(p) for p in measured]
+            axes.plot(sizes, errors, "o", label="measured")
         for name, control in result["controls"].items():
-            axes.plot(control["size_ratio"], control["measured_nmse"], "s", color="0.4")
-            axes.annotate(
-                control.get("title", name), (control["size_ratio"], control["measured_nmse"])
-            )
+            error = shown.measured(control)
+            if error is not None:
+                axes.plot(control["size_ratio"], error, "s", color="0.4")
+                axes.annotate(control.get("title", name), (control["size_ratio"], error))
         if drawn or measured:
             axes.set_yscale("log")
         nominal = "nominal bytes (simulated)" if result.get("simulated") else "bytes"
         axes.set_xlabel(f"{nominal} of all constants, as a share of FP16")
-        axes.set_ylabel(f"relative squared error of the {result.get('of', 'output')}")
+        of_parts = f"relative squared error of the {result.get('of', 'output')}"
+        axes.set_ylabel(shown.axis if shown.of_images else of_parts)
         axes.grid(alpha=0.3)
         if drawn or measured:
             axes.legend(frameon=False)

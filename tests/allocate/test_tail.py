@@ -10,7 +10,7 @@ import pytest
 from mpq_deploy.allocate.cross_terms import CrossTerms, allocate_with_cross_terms
 from mpq_deploy.allocate.milp import Allocation, allocate
 from mpq_deploy.allocate.problem import LayerChoice, Problem
-from mpq_deploy.allocate.tail import allocate_tail, trimmed_weights
+from mpq_deploy.allocate.tail import allocate_tail, image_weights
 from mpq_deploy.sensitivity.table import SensitivityTable, table_from_projections
 from tests.allocate.test_cross_terms import SIZES, fitting
 from tests.allocate.test_milp import EXACT
@@ -62,17 +62,21 @@ def test_the_worst_images_lose_less_than_by_the_plan_of_the_mean() -> None:
     assert np.mean(gains) < 0.9 and np.median(excess) < 1.1, (gains, excess)
 
 
-def test_what_is_left_out_does_not_decide_and_is_predicted_all_the_same() -> None:
+@pytest.mark.parametrize("inverse", [True, False])
+def test_what_is_left_out_does_not_decide_and_is_predicted_all_the_same(inverse: bool) -> None:
     changed = 0
     for seed in range(8):
         problem, table = case(seed)
-        weights = trimmed_weights(table, 0.1)
+        weights = image_weights(table, 0.1, inverse)
         assert weights is not None and weights.mean() == pytest.approx(1, rel=1e-5)
-        kept = np.flatnonzero(weights > 0.5)
+        kept = np.flatnonzero(weights > 1e-3)
         assert len(kept) == IMAGES - 2
         # As if those two had never been measured.
         rows = {
-            name: {s: v.reshape(1, PROBES, IMAGES)[..., kept] for s, v in row.items()}
+            name: {
+                s: (v.reshape(1, PROBES, IMAGES) * np.sqrt(weights))[..., kept]
+                for s, v in row.items()
+            }
             for name, row in table.projections.items()
         }
         without = table_from_projections(np.zeros(1, np.float32), rows, (), np.arange(18)[None])
@@ -92,10 +96,18 @@ def test_what_is_left_out_does_not_decide_and_is_predicted_all_the_same() -> Non
     assert changed
 
 
-def test_only_images_are_left_out_and_no_fewer_than_one() -> None:
+def test_each_image_counts_by_the_inverse_of_its_own_error() -> None:
     _, table = case(0)
-    assert trimmed_weights(replace(table, metric="probe"), 0.1) is None
-    assert trimmed_weights(table, 0.02) is None and trimmed_weights(table, 0.0) is None
+    weights = image_weights(table, 0.0, True)
+    assert weights is not None
+    part = table.weighing(weights)
+    errors = np.zeros(IMAGES)
+    for row in part.projections.values():
+        errors += sum(part.errors_by_call(np.square(v, dtype=np.float64)) for v in row.values())
+    np.testing.assert_allclose(errors, errors.mean(), rtol=1e-4)
+    assert image_weights(replace(table, metric="probe"), 0.1, True) is None
+    # Fewer than one is none.
+    assert image_weights(table, 0.02, False) is None
 
 
 def test_errors_by_call_are_the_mean_squares_of_its_entries() -> None:

@@ -7,11 +7,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mpq_deploy.allocate.front import least_so_far
+from mpq_deploy.allocate.predicted_images import PredictedImages
 from mpq_deploy.report.budget_curve import Stop, budget_view, options, view
 from mpq_deploy.report.data import CurvePoint
 from mpq_deploy.report.network import byte_price, why
 from mpq_deploy.report.page import html_page
-from mpq_deploy.studies.sweep import _predicted, points_on_curve, spread_over
+from mpq_deploy.report.shown_errors import ShownErrors
+from mpq_deploy.studies.sweep import _predicted, points_on_curve, spread_over, sweep_table
 from mpq_deploy.system.quantities import Budget, Latency
 from tests.report.sample_report import make_budgets, make_report, timed_report
 
@@ -168,6 +170,34 @@ def test_a_metric_that_predicts_nothing_has_plans_but_no_curve():
     assert "largest plan within it" in " ".join(text.split())
 
 
+def test_plans_that_were_chosen_by_final_images_are_drawn_in_their_psnr():
+    report = make_report()
+    plans = tuple(
+        p.model_copy(update={"predicted_psnr_db": 40.0 + number})
+        for number, p in enumerate(report.budgets.plans)
+    )
+    of_images = report.budgets.model_copy(update={"plans": plans})
+    images = PredictedImages(12, 51.0, 48.0, (45.0,) * 6)
+    found = make_report(budgets=of_images, predicted_images=images, predicted_nmse=None)
+    seen = budget_view(found)
+    assert seen.columns[2] == "Predicted PSNR"
+    own = next(stop for stop in seen.stops if stop.own)
+    assert own.predicted == pytest.approx(10**-5.1)
+    shown = [row[2] for row in seen.rows]
+    assert "51.0 dB" in shown and "40.0 dB" in shown
+    drawn = str(seen.chart)
+    assert "mean squared error of the final images" in drawn
+    assert f"measured: {found.psnr_db:.1f} dB" in drawn and "predicted: 51.0 dB" in drawn
+    text = " ".join(html_page(found).split())
+    assert f"predicted 51.0 dB, measured {found.psnr_db:.1f} dB" in text
+    assert f"measured {found.psnr_db:.1f} dB (mean)" in text
+    # The price of a byte is in the unit of the layers' losses.
+    assert byte_price(found) == byte_price(report)
+    point = {"budget": 0.3, "size_ratio": 0.3, "size_bytes": 1, "predicted_nmse": None}
+    points = [{**point, "predicted_psnr_db": 44.4, "measured_nmse": 1e-4, "psnr_db": 45.0}]
+    assert "44.4 dB" in sweep_table({"points": points, "controls": {}})
+
+
 def test_simulated_curves_say_so():
     text = " ".join(html_page(make_report(simulated=True)).split())
     assert "Simulated:</strong> sizes are nominal" in text
@@ -208,7 +238,10 @@ def test_reasons_count_bytes_and_errors():
 def test_the_drawn_line_of_a_sweep_is_the_least_of_all_plans_not_of_those_in_view():
     losses = (1e-2, 1e-4, 1e-9, 1e-5)
     plans = [{"size_ratio": 0.2 + 0.1 * i, "predicted_nmse": loss} for i, loss in enumerate(losses)]
-    drawn, line = _predicted(plans, [{"measured_nmse": 1e-4}])
+    drawn, line = _predicted(plans, [{"measured_nmse": 1e-4}], ShownErrors(False))
     assert [loss for _, loss in drawn] == [1e-2, 1e-4, 1e-5]
     assert [loss for _, loss in line] == [1e-2, 1e-4]
-    assert _predicted([{"size_ratio": 0.3, "predicted_nmse": None}], []) == ([], [])
+    assert _predicted([{"size_ratio": 0.3, "predicted_nmse": None}], [], ShownErrors(False)) == (
+        [],
+        [],
+    )

@@ -28,7 +28,7 @@ from mpq_deploy.run.view import Run
 from mpq_deploy.sensitivity.probe import Probing
 from mpq_deploy.sensitivity.table import SensitivityTable
 from mpq_deploy.stages import measure
-from mpq_deploy.stages.measure import kept_steps
+from mpq_deploy.stages.measure import kept_parts
 from mpq_deploy.system.progress import Talk
 from tests.pipeline import runs
 
@@ -116,7 +116,7 @@ def test_what_other_targets_passes_left_is_not_forecast_again(model: Path, tmp_p
         sys.modules["mpq_deploy.cli.app"]._run_one("measure", *first, None, [second])
     run = Run.opened(second[1], Talk())
     work = ModelWork.of(run)
-    left = replace(work, probed=kept_steps(run))
+    left = replace(work, probed=kept_parts(run))
     assert works(run.recipe, work)["measure"].adjoints and run.digest("candidates")
     assert works(run.recipe, left)["measure"].adjoints == 0
     both, own = (ModelWork.of(Run.opened(first[1], Talk()), *more) for more in ((run,), ()))

@@ -33,7 +33,11 @@ from mpq_deploy.sensitivity.layer_weights import form_stack, input_roundings  # 
 from mpq_deploy.sensitivity.measure import measure  # noqa: E402
 from mpq_deploy.sensitivity.subject import Sampling, Subject, timestep_of  # noqa: E402
 from mpq_deploy.sensitivity.torch_projection import lost_by_rounding  # noqa: E402
-from mpq_deploy.sensitivity.trajectory import drawn_probes, measure_trajectory  # noqa: E402
+from mpq_deploy.sensitivity.trajectory import (  # noqa: E402
+    drawn_probes,
+    measure_trajectory,
+    measured_products,
+)
 from mpq_deploy.system.progress import Talk  # noqa: E402
 from tests.graphs import GraphBuilder  # noqa: E402
 from tests.sensitivity.cases import Setting, setting  # noqa: E402
@@ -205,7 +209,7 @@ def test_losses_are_what_the_error_does_to_the_final_images(case: Case) -> None:
     What an input's rounding loses depends on the input; where it moves the error is not smooth, so
     roundings are compared on the float trajectory by ``test_errors_of_steps_are_added`` instead.
     """
-    table = measure_trajectory(case.subject)
+    table = measured_products(case.subject).table(apart=False)
     power = np.square(case.images(with_error(case, *_pair(case, "first", "w8a16"), 0.0))).sum()
     for name in ("embed", "first", "middle", "last"):
         for scheme in ("w4a16-b32", "w8a16", "w4a16-b32+rows1"):
@@ -230,7 +234,8 @@ def test_errors_of_steps_are_added() -> None:
     """Rounded inputs as well: products of steps taken one by one by autograd through the whole trajectory."""
     case = made(*SAMPLERS["multistep, guidance"], probes=2)
     subject = case.subject
-    table = measure_trajectory(subject)
+    products = measured_products(subject)
+    table = products.table(apart=False)
     graph = TorchGraph(subject.graph.model, torch.float64)
     conditions, spec = dict(subject.sampling.conditions), subject.spec
     rows = np.concatenate([np.zeros_like(case.rows), case.rows])
@@ -286,6 +291,19 @@ def test_errors_of_steps_are_added() -> None:
     found = table.projections["middle"][scheme.name].reshape(2, 3)
     wanted = total / np.sqrt(6) / np.sqrt(float(image.detach().double().square().sum()) / 3)
     np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=1e-6 * np.abs(wanted).max())
+    # A plan is chosen by half of that and half of what steps do alone, and images predicted by the sums.
+    both, steps = measure_trajectory(subject), products.values["middle"][scheme.name]
+    alone = np.square(steps, dtype=np.float64).sum(0).mean() / products.power.mean()
+    together = table.losses["middle"][scheme.name]
+    loss = both.losses["middle"][scheme.name]
+    assert loss == pytest.approx((together + alone) / 2, rel=1e-4)
+    assert both.image_losses()["middle"][scheme.name] == pytest.approx(together, rel=1e-4)
+    plan = {"middle": scheme.name}
+    errors = both.image_errors(both.plan_entries(plan))
+    np.testing.assert_allclose(errors, table.errors_by_call(table.plan_entries(plan)), rtol=1e-4)
+    halved = both.weighing(np.array([1.0, 0.5, 2.0])).image_errors
+    entries = both.weighing(np.array([1.0, 0.5, 2.0])).plan_entries(plan)
+    np.testing.assert_allclose(halved(entries), errors * [1.0, 0.5, 2.0], rtol=1e-4)
 
 
 def test_probes_are_independent_of_the_noise_that_trajectories_begin_with() -> None:

@@ -76,7 +76,7 @@ document.documentElement.classList.add("scripted");
     byId("budget-none").hidden = Boolean(stop);
     if (stop) showPlan(stop);
     else showNone(small, limit);
-    const said = stop ? `${stop.ratio} of FP16, ${stop.loss ? `predicted error ${stop.loss}` : "error not predicted"}` : "no plan";
+    const said = stop ? `${stop.ratio} of FP16, ${stop.loss ? `${plans.predicted.toLowerCase()} ${stop.loss}` : "error not predicted"}` : "no plan";
     const shown = time && stop ? `${said}, ${stop.time}` : said;
     budget.setAttribute("aria-valuetext", `up to ${share} of FP16: ${shown}`);
     if (time) time.setAttribute("aria-valuetext", `${ms === Infinity ? limit : `up to ${limit}`}: ${shown}`);
