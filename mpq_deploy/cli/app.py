@@ -225,9 +225,9 @@ def _run_whole(
     """Run the stages of all parts of a whole pipeline."""
     from mpq_deploy.report.collect import Summary
     from mpq_deploy.report.parts_page import pipeline_text, write_pipeline
-    from mpq_deploy.run.several_parts import build_whole
+    from mpq_deploy.run.several_parts import build_first
 
-    view = build_whole(settings, run, parts, stage, make_talk(), crew, coming)
+    view = build_first([(settings, run), *coming], parts, stage, make_talk(), crew)
     if stage == "report":
         write_pipeline(run, view)
     values = view.model_dump(mode="json", exclude={"recipe"})

@@ -73,7 +73,7 @@ from mpq_deploy.errors import MpqError, UsageError
 from mpq_deploy.system.files import write_text
 
 if TYPE_CHECKING:
-    from mpq_deploy.report.gate import GateResult
+    from mpq_deploy.report.gate import GateResult, Limits
 
 
 @app.command(
@@ -376,9 +376,7 @@ def gate(
     Every target of the run is checked, one line each. Exit code 0: all limits are
     met; 1: one is not; 2: bad input.
     """
-    from mpq_deploy.report.gate import Limits, check_gate, gate_junit, gate_markdown
-    from mpq_deploy.report.parts_gate import check_pipeline
-    from mpq_deploy.report.read import read_report
+    from mpq_deploy.report.gate import Limits, gate_junit, gate_markdown
     from mpq_deploy.run.folder import runs_at
     from mpq_deploy.system.quantities import Budget, Latency
 
@@ -395,17 +393,30 @@ def gate(
     )
     results = {}
     for name, one in runs_at(run, target).items():
-        if (one / "pipeline.json").is_file():
-            results[name] = check_pipeline(one, limits, allow_estimate)
-            continue
         former = None if baseline is None else _of_target(baseline, name)
         _check_trust(trust, one, former)
-        held_against = None if former is None else read_report(former)
-        results[name] = check_gate(read_report(one), limits, held_against, allow_estimate)
+        results[name] = _gate_of(one, former, limits, allow_estimate)
     for path, text_of in ((junit, gate_junit), (markdown, gate_markdown)):
         if path is not None:
             write_text(path, text_of(*results.values()))
     _print_gate(results, json)
+
+
+def _gate_of(run: Path, former: Path | None, limits: Limits, allow_estimate: bool) -> GateResult:
+    """Hold a run against limits, and where there is a ``former`` one against that."""
+    from mpq_deploy.report.gate import check_gate
+    from mpq_deploy.report.parts_gate import check_pipeline
+    from mpq_deploy.report.read import read_report
+
+    if (run / "pipeline.json").is_file():
+        if former is not None:
+            raise UsageError(
+                f"--baseline is for one part, and {run} is a whole pipeline's run.",
+                f"Check a part: {run}/components/NAME; mpq-deploy compare takes the whole.",
+            )
+        return check_pipeline(run, limits, allow_estimate)
+    held_against = None if former is None else read_report(former)
+    return check_gate(read_report(run), limits, held_against, allow_estimate)
 
 
 def _check_trust(trust: str | None, *reports: Path | None) -> None:

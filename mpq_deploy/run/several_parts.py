@@ -49,7 +49,7 @@ GAINS_FORMAT = IMAGES_FORMAT = CALLED_FORMAT = 1
 GAINS, IMAGES, CALLED = "gains", "images", "called"
 # Images of the pipeline that are compared at most: each is run once per part and twice more.
 MOST_IMAGES = 8
-Coming = Sequence[tuple[Recipe, Path]]
+Runs = Sequence[tuple[Recipe, Path]]
 # Stages of a whole pipeline's run: parts are measured, planned, or finished.
 STAGES = ("export", "measure", "allocate", "report")
 
@@ -79,7 +79,7 @@ class WholeRun:
         parts: Parts,
         talk: Talk,
         crew: Crew | None,
-        coming: Coming = (),
+        coming: Runs = (),
     ) -> None:
         self.recipe, self.folder, self.parts = recipe, folder, parts
         self._coming = [WholeRun(own, RunFolder(run), parts, talk, crew) for own, run in coming]
@@ -486,18 +486,20 @@ def forecast_whole(
 
 
 def build_whole(
-    recipe: Recipe,
-    run: Path,
-    parts: Parts,
-    last: str,
-    talk: Talk,
-    crew: Crew | None = None,
-    coming: Coming = (),
+    recipe: Recipe, run: Path, parts: Parts, last: str, talk: Talk, crew: Crew | None = None
 ) -> PipelineFile:
-    """Make the runs of a pipeline's parts current up to the stage ``last`` (one of ``STAGES``).
+    """Make the runs of a pipeline's parts current up to the stage ``last`` (one of ``STAGES``)."""
+    return build_first([(recipe, run)], parts, last, talk, crew)
 
-    ``coming``: recipes and folders of the targets that follow: they share what is measured now.
+
+def build_first(
+    runs: Runs, parts: Parts, last: str, talk: Talk, crew: Crew | None = None
+) -> PipelineFile:
+    """Make the first of ``runs`` current, as ``build_whole``.
+
+    ``runs``: recipe and folder of each target of one run; those that follow share what is measured.
     """
+    (recipe, run), *coming = runs
     if "," in recipe.target:
         raise UsageError(
             f"One call builds a whole pipeline for one target, not for '{recipe.target}'.",

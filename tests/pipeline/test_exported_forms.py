@@ -92,6 +92,13 @@ def inputs(form: Form, count: int) -> dict[str, np.ndarray]:
     return {"sample": sample, "timestep": rng.integers(0, 1000, count)}
 
 
+# What the last ONNX Runtime for Python 3.10 does not run as later ones do.
+OLD_RUNTIME = {
+    "conv3d-script11-fp16": "ONNX Runtime 1.23 computes 3D convolutions in FP16 less exactly",
+    "transformer-dynamo23-bf16": "ONNX Runtime 1.23 has no kernel for FP16 of opset 23's quantizer",
+}
+
+
 def relative(found: np.ndarray, wanted: np.ndarray) -> float:
     assert found.shape == wanted.shape
     return float(np.abs(found - wanted).max() / np.abs(wanted).max())
@@ -123,6 +130,8 @@ def test_the_float_graph_is_the_network(exported: Any, form: Form, tmp_path: Pat
 @pytest.mark.parametrize("form", ENGINES, ids=lambda form: form.name)
 def test_a_verified_engine(exported: Any, form: Form, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx")
+    if ort.__version__.startswith("1.23.") and form.name in OLD_RUNTIME:
+        pytest.skip(OLD_RUNTIME[form.name])
     path, module = exported(form)
     # At every timestep: the first sample is noise, and wider than all that follow.
     quick = {**QUICK, "calibrate__timesteps": 4, "measure__timesteps": 4}

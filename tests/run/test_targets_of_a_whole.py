@@ -129,6 +129,8 @@ def test_commands_take_each_target(both: tuple[Path, Counter[str]], tmp_path: Pa
     gated = call("gate", run, "--max-size", 0.71)
     assert gated.exit_code == 0 and set(json.loads(gated.stdout)["targets"]) == {CPU, NANO}
     assert call("gate", run, "--max-size", 0.3).exit_code == 1
+    against = call("gate", run, "--max-size", 0.71, "--baseline", run).exception
+    assert isinstance(against, UsageError) and "--baseline is for one part" in str(against)
     named = call("gate", run, "--max-size", 0.71, "--target", NANO)
     assert set(json.loads(named.stdout)["targets"]) == {NANO}
     compared = call("compare", run, run)
