@@ -197,8 +197,12 @@ def _gather_nd(call: Call, x: Inputs) -> Outputs:
         for axis, size in enumerate(x[0].shape[:batch])
     ]
     sizes = x[0].shape[batch : batch + index.shape[-1]]
+    single = index.ndim == 1
+    # torch reads an index of no axes on the host.
+    index = index[None] if single else index
     places = [torch.where(one < 0, one + size, one) for one, size in zip(index.unbind(-1), sizes)]
-    return x[0][tuple(rows + places)]
+    found = x[0][tuple(rows + places)]
+    return found[0] if single else found
 
 
 def _one_hot(call: Call, x: Inputs) -> Outputs:

@@ -58,7 +58,7 @@ def test_a_decoder_gets_latents_of_the_recipes_steps(text: Path, tmp_path: Path)
     rows = []
     for steps, call in ((2, {}), (20, {"num_inference_steps": 2})):
         content = [{"prompt": prompt, **call} for prompt in ("abc", "def")]
-        (tmp_path / "calls.yaml").write_text(json.dumps(content))
+        (tmp_path / "calls.yaml").write_text(json.dumps(content), encoding="utf-8")
         wanted = Additions(component="vae", component_samples=2, call=tmp_path / "calls.yaml")
         vae = open_denoiser(text, replace(wanted, component_steps=steps))
         rows.append(vae.conditions.arrays["z"])
@@ -90,7 +90,9 @@ def test_a_decoder_that_is_given_the_picture_it_repaints_has_an_output_of_its_ow
     Image.fromarray(np.arange(768, dtype=np.uint8).reshape(16, 16, 3)).save(tmp_path / "a.png")
     Image.fromarray(np.eye(16, dtype=np.uint8) * 255).save(tmp_path / "b.png")
     call = {"prompt": "abc", "image": "a.png", "mask_image": "b.png", "num_inference_steps": 2}
-    (tmp_path / "call.yaml").write_text(json.dumps({**call, "height": 16, "width": 16}))
+    (tmp_path / "call.yaml").write_text(
+        json.dumps({**call, "height": 16, "width": 16}), encoding="utf-8"
+    )
     wanted = Additions(component="vae", component_samples=2, call=tmp_path / "call.yaml")
     decoder = open_denoiser(tmp_path / "pipeline", wanted)
     assert [one.name for one in decoder.spec.inputs] == ["z", "image", "mask"]
