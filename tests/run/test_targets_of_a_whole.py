@@ -28,7 +28,6 @@ from mpq_deploy.sensitivity.probe import Probing
 from mpq_deploy.system.parallel.processes import Processes
 from mpq_deploy.system.progress import Talk
 from tests.pipeline.runs import FEW_SCHEMES, recipe_for, stage_bytes
-from tests.shared import made_once
 from tests.tiny_models import ONE_LEVEL, tiny_text_pipeline_folder
 
 pytestmark = pytest.mark.torch
@@ -38,10 +37,7 @@ PARTS = ("unet", "vae_decoder")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    tiny = made_once(
-        tmp_path_factory, "tiny-sd", lambda place: tiny_text_pipeline_folder(place, **ONE_LEVEL)
-    )
-    return tiny / "tiny_text"
+    return tiny_text_pipeline_folder(tmp_path_factory.mktemp("tiny"), **ONE_LEVEL)
 
 
 def recipe(folder: Path, target: str, **changes: Any) -> Recipe:
