@@ -25,7 +25,7 @@ COLUMNS = (
     "Latency",
 )
 
-OUTPUTS = "Errors are those of the denoiser's output, relative to the float model's."
+OUTPUTS = "Errors are those of the denoiser's output, relative to the float model's. In parentheses: 95 % intervals."
 IMAGES = (
     "Errors are those of final images, relative to the float pipeline's; times those of an image."
 )
