@@ -13,7 +13,7 @@ from tests.pipeline.runs import tiny_whole_run
 from tests.shared import made_once
 
 # Seeds of a kind here; `make fuzz` draws others, without end.
-CASES = 9
+CASES = 12
 CORPUS = Path(__file__).with_name("corpus")
 # Files of past findings, by the command that reads them: {} is the file.
 COMMANDS = {

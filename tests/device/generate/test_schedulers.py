@@ -223,7 +223,7 @@ def compare(config: dict[str, Any], steps: int, start: int = 0, seed: int = 0) -
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_every_step_is_diffusers_own(name: str, data: st.DataObject) -> None:
     config = {key: data.draw(values, key) for key, values in SETTINGS[name].items()}
