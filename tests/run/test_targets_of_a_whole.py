@@ -53,11 +53,9 @@ def recipe(folder: Path, target: str, **changes: Any) -> Recipe:
     return recipe_for(folder, **{**FEW_SCHEMES, **given, "evaluate__controls": False, **changes})
 
 
-@pytest.fixture(scope="module")
-def both(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Counter[str]]:
-    """A finished run of two targets, and how often its models went back through. Tests leave it as it is."""
-    run, passes = tmp_path_factory.mktemp("both") / "run", Counter[str]()
-    probe = Probing.probe
+def counted_run(last: str, settings: Recipe, run: Path) -> Counter[str]:
+    """Build up to ``last``; return how often the models went back through."""
+    passes, probe = Counter[str](), Probing.probe
 
     def counted(*given: Any) -> Any:
         passes["probe"] += 1
@@ -65,24 +63,22 @@ def both(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Probing, "probe", counted)
-        run_until("report", recipe(folder, f"{CPU},{NANO}"), run)
-    return run, passes
+        run_until(last, settings, run)
+    return passes
+
+
+@pytest.fixture(scope="module")
+def both(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Counter[str]]:
+    """A finished run of two targets, and its passes. Tests leave it as it is."""
+    run = tmp_path_factory.mktemp("both") / "run"
+    return run, counted_run("report", recipe(folder, f"{CPU},{NANO}"), run)
 
 
 @pytest.fixture(scope="module")
 def alone(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Counter[str]]:
-    """The second target alone, up to its plan, in one process."""
-    run, passes = tmp_path_factory.mktemp("alone") / "run", Counter[str]()
-    probe = Probing.probe
-
-    def counted(*given: Any) -> Any:
-        passes["probe"] += 1
-        return probe(*given)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Probing, "probe", counted)
-        run_until("allocate", recipe(folder, NANO), run)
-    return run, passes
+    """The second target alone, up to its plan, and its passes."""
+    run = tmp_path_factory.mktemp("alone") / "run"
+    return run, counted_run("allocate", recipe(folder, NANO), run)
 
 
 def part(run: Path, target: str, name: str) -> Path:
