@@ -352,7 +352,9 @@ class QuantizeSettings(Section):
         8192, ge=64, description="input vectors per layer's Hessian, at least 2 per column"
     )
     hessian_width: int = Field(
-        4096, ge=64, description="above this width the Hessian is block-diagonal"
+        4096,
+        ge=64,
+        description="above this width, or where memory_mb is short, the Hessian is block-diagonal",
     )
     memory_mb: int = Field(512, ge=16, description="limit on the size of the Hessians held at once")
 

@@ -11,7 +11,7 @@ product), or torch on its GPU.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import product
@@ -79,8 +79,8 @@ def iterate_hessians(
     """Yield the Hessian of every layer, in graph order.
 
     A layer of reduction K uses about max(``hessian_rows``, ROWS_PER_COLUMN * K) rows of ``calls``,
-    or all where there are fewer. A matrix of more than ``hessian_width`` columns is block-diagonal.
-    Layers that read one tensor through the same patches share one array: do not write into
+    or all where there are fewer. A matrix of more than ``hessian_width`` columns is block-diagonal
+    (``block_widths``). Layers that read one tensor through the same patches share one array: do not write into
     ``blocks``. Raises UsageError when one layer's matrices exceed ``memory_mb``, and ModelError
     when an input or its square is not finite.
     """
@@ -153,9 +153,8 @@ class HessianPlan:
             for patches in set(uses):
                 if last[patches] == layer.name:
                     del means[patches]
-            yield Hessian(
-                layer, blocks, _widths(layer.reduction, source.settings.hessian_width), rows
-            )
+            # Uses of a layer have as many columns as its weight has.
+            yield Hessian(layer, blocks, uses[0].widths(source.settings), rows)
             del blocks
 
     @property
@@ -283,14 +282,17 @@ class _Patches:
 
     def sampled(self, calls: int, settings: QuantizeSettings) -> int:
         """How many rows to take from each of ``calls`` calls."""
-        width = min(self.columns, settings.hessian_width)
+        width = max(self.widths(settings))
         rows = max(settings.hessian_rows, ceil(ROWS_PER_COLUMN * width))
         return min(self.rows_per_call, ceil(rows / calls))
 
-    def bytes(self, max_width: int) -> int:
+    def widths(self, settings: QuantizeSettings) -> tuple[int, ...]:
+        """The columns of each diagonal block."""
+        return block_widths(self.columns, self.group, settings)
+
+    def bytes(self, settings: QuantizeSettings) -> int:
         """Memory of the matrices and of one product, as large as the widest block."""
-        widths = _widths(self.columns, max_width)
-        return 4 * (self.group * len(widths) + 1) * max(widths) ** 2
+        return matrix_bytes(self.widths(settings), self.group)
 
     def taps(self, positions: Array, calls: int) -> tuple[Array, Array | None]:
         """Return the input pixels of each row, and which of them are inside the image.
@@ -353,28 +355,51 @@ def _widths(columns: int, max_width: int) -> tuple[int, ...]:
     return tuple(min(width, columns - start) for start in range(0, columns, width))
 
 
+def matrix_bytes(widths: Sequence[int], group: int) -> int:
+    """Return the bytes of ``group`` matrices of diagonal blocks, and of one product on its way."""
+    return 4 * (group * len(widths) + 1) * max(widths) ** 2
+
+
+def block_widths(columns: int, group: int, settings: QuantizeSettings) -> tuple[int, ...]:
+    """Return the columns of the diagonal blocks of a Hessian, of ``group`` matrices.
+
+    At most ``hessian_width``, and no more than lets the matrices fit ``memory_mb`` where blocks of
+    ``WIDTH_MULTIPLE`` columns do.
+    """
+    widths = _widths(columns, settings.hessian_width)
+    count = len(widths)
+    while matrix_bytes(widths, group) > matrices_cap(settings) and max(widths) > WIDTH_MULTIPLE:
+        count += 1
+        widths = _widths(columns, max(ceil(columns / count), WIDTH_MULTIPLE))
+    return widths
+
+
+def matrices_cap(settings: QuantizeSettings) -> int:
+    """Return the bytes that Hessians may take together: the rest of the limit is for waiting rows."""
+    return int((1 - WAITING_SHARE) * settings.memory_mb * MIB)
+
+
 _Planned = tuple[Layer, tuple[_Patches, ...]]
 
 
 def _groups(planned: list[_Planned], settings: QuantizeSettings) -> list[list[_Planned]]:
     """Cut the layers, in order, into groups whose distinct matrices fit the cap together.
 
-    Raises UsageError where the matrices of one layer exceed the cap.
+    Raises UsageError where the matrices of one layer exceed the cap, however narrow their blocks.
     """
     groups: list[list[_Planned]] = []
-    cap = int((1 - WAITING_SHARE) * settings.memory_mb * MIB)
+    cap = matrices_cap(settings)
     held: set[_Patches] = set()
     used = 0
     for layer, uses in planned:
-        need = sum(p.bytes(settings.hessian_width) for p in set(uses))
+        need = sum(p.bytes(settings) for p in set(uses))
         if need > cap:
             raise UsageError(
                 f"The Hessians of layer '{layer.name}' take {need:,} bytes; quantize.memory_mb leaves {cap:,} "
                 "for them.",
-                f"Raise quantize.memory_mb to at least {ceil(need / (1 - WAITING_SHARE) / MIB)}, "
-                f"or lower quantize.hessian_width (now {settings.hessian_width}).",
+                f"Raise quantize.memory_mb to at least {ceil(need / (1 - WAITING_SHARE) / MIB)}.",
             )
-        new = sum(p.bytes(settings.hessian_width) for p in set(uses) - held)
+        new = sum(p.bytes(settings) for p in set(uses) - held)
         if not groups or used + new > cap:
             groups.append([])
             held, used, new = set(), 0, need
@@ -489,9 +514,9 @@ def _accumulate(
     settings = source.settings
     sums = {}
     for job in jobs:
-        widths = _widths(job.columns, settings.hessian_width)
+        widths = job.widths(settings)
         sums[job] = _Sum(np.zeros((job.group * len(widths), max(widths), max(widths)), np.float32))
-    waiting = _Waiting(sums, settings.hessian_width, WAITING_SHARE * settings.memory_mb * MIB)
+    waiting = _Waiting(sums, settings)
     for batch, parts in zip(source.batches, gathered, strict=True):
         for job, rows in zip(jobs, parts, strict=True):
             waiting.add(job, rows)
@@ -527,10 +552,11 @@ def _batch_taps(
 
 
 class _Waiting:
-    """Collects rows before they are multiplied; all jobs together hold at most ``limit`` bytes."""
+    """Collects rows before they are multiplied; all jobs together hold a share of ``memory_mb``."""
 
-    def __init__(self, sums: dict[_Patches, _Sum], max_width: int, limit: float) -> None:
-        self.sums, self.max_width, self.limit = sums, max_width, limit
+    def __init__(self, sums: dict[_Patches, _Sum], settings: QuantizeSettings) -> None:
+        self.sums, self.settings = sums, settings
+        self.limit = WAITING_SHARE * settings.memory_mb * MIB
         self.rows: dict[_Patches, list[Array]] = {job: [] for job in sums}
         self.bytes = dict.fromkeys(sums, 0)
 
@@ -554,7 +580,7 @@ class _Waiting:
         xp = names_of(self.rows[job][0])
         rows = placed(xp.concatenate(self.rows[job]))
         self.rows[job], self.bytes[job] = [], 0
-        widths = _widths(job.columns, self.max_width)
+        widths = job.widths(self.settings)
         start = 0
         for number, width in enumerate(widths):
             columns = rows[:, :, start : start + width]

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from mpq_deploy.evaluate.variants import kept_images
+from mpq_deploy.rounding.hessian import block_widths
 from mpq_deploy.rounding.quantizers import TOGETHER_BYTES, rounding_bytes, rounding_threads
 from mpq_deploy.run.effort import COUNTS, fitted, get, least
 from mpq_deploy.run.machine_speed import FILE, Speed, probe_batch, speed_of
@@ -90,7 +91,7 @@ def rounding_seconds(layer: LayerWork, recipe: Recipe) -> float:
     taken = LAYER + FORM_WEIGHT * forms * weights
     if recipe.quantize.rounding == "nearest":
         return taken
-    width = min(layer.columns, recipe.quantize.hessian_width)
+    width = max(block_widths(layer.columns, layer.groups, recipe.quantize))
     refined = REFINED * layer.refined * recipe.quantize.refinements * weights * width
     factor = FACTOR * layer.groups * layer.columns * float(width) ** 2
     return taken + FORM_COLUMN * forms * layer.columns * layer.groups + refined + factor
@@ -288,7 +289,7 @@ def _side_by_side(layer: LayerWork, recipe: Recipe) -> int:
     """Return how many layers like ``layer`` this process rounds at once."""
     if computing_on().torch is not None:
         return 1
-    width = min(layer.columns, recipe.quantize.hessian_width)
+    width = max(block_widths(layer.columns, layer.groups, recipe.quantize))
     size = rounding_bytes(layer.weights, width, layer.forms, recipe.quantize.rounding != "nearest")
     threads = rounding_threads(threads_here().blas)
     return max(1, min(threads, TOGETHER_BYTES // max(size, 1)))

@@ -30,7 +30,13 @@ from mpq_deploy.onnx_torch.pass_memory import (
 )
 from mpq_deploy.rounding.candidate_store import held_bytes
 from mpq_deploy.rounding.hessian import BATCH_SIZE as HESSIAN_BATCH
-from mpq_deploy.rounding.hessian import ROWS_PER_COLUMN, WAITING_SHARE
+from mpq_deploy.rounding.hessian import (
+    ROWS_PER_COLUMN,
+    WAITING_SHARE,
+    block_widths,
+    matrices_cap,
+    matrix_bytes,
+)
 from mpq_deploy.rounding.quantizers import (
     NEAREST_ARRAYS,
     TOGETHER_BYTES,
@@ -406,8 +412,8 @@ def _rounder_code(size: ModelSize) -> int:
 
 def _blocks(patches: Patches, recipe: Recipe) -> tuple[int, int]:
     """Return into how many diagonal blocks of which width a Hessian is cut."""
-    count = max(1, ceil(patches.columns / recipe.quantize.hessian_width))
-    return count, ceil(patches.columns / count)
+    widths = block_widths(patches.columns, patches.group, recipe.quantize)
+    return len(widths), max(widths)
 
 
 def _rounded_on(recipe: Recipe) -> int:
@@ -420,15 +426,15 @@ def _rounded_on(recipe: Recipe) -> int:
 def hessian_bytes(size: ModelSize, recipe: Recipe) -> tuple[int, int]:
     """Return the bytes of the Hessians held at once and of the rows that wait for them, both within the cap."""
     section = recipe.quantize
-    cap = section.memory_mb << 20
     matrices = sum(_matrix_bytes(patches, recipe) for patches in size.patches)
     waiting = sum(_row_bytes(patches, recipe) for patches in size.patches)
-    return min(matrices, int((1 - WAITING_SHARE) * cap)), min(waiting, int(WAITING_SHARE * cap))
+    most = int(WAITING_SHARE * (section.memory_mb << 20))
+    return min(matrices, matrices_cap(section)), min(waiting, most)
 
 
 def hessian_groups(size: ModelSize, recipe: Recipe) -> int:
     """Return how often the calls behind Hessians run: once for each group that fits the cap together."""
-    cap, groups, used = int((1 - WAITING_SHARE) * (recipe.quantize.memory_mb << 20)), 1, 0
+    cap, groups, used = matrices_cap(recipe.quantize), 1, 0
     for patches in size.patches:
         need = _matrix_bytes(patches, recipe)
         if used and used + need > cap:
@@ -439,8 +445,8 @@ def hessian_groups(size: ModelSize, recipe: Recipe) -> int:
 
 def _matrix_bytes(patches: Patches, recipe: Recipe) -> int:
     """Return the bytes of a Hessian, with one more of its blocks for the product on its way."""
-    count, width = _blocks(patches, recipe)
-    return FLOAT32_BYTES * (patches.group * count + 1) * width**2
+    widths = block_widths(patches.columns, patches.group, recipe.quantize)
+    return matrix_bytes(widths, patches.group)
 
 
 def _row_bytes(patches: Patches, recipe: Recipe) -> int:

@@ -32,6 +32,7 @@ from mpq_deploy.graph.shapes import known_shapes
 from mpq_deploy.rounding.candidate_store import wanted_schemes
 from mpq_deploy.rounding.control_schemes import CONTROLS
 from mpq_deploy.rounding.hessian import BATCH_SIZE as HESSIAN_BATCH
+from mpq_deploy.rounding.hessian import block_widths
 from mpq_deploy.rounding.rounder import LARGE_VARIANTS, LARGE_WEIGHTS
 from mpq_deploy.rounding.salient_rows import SALIENCE_SAMPLES, SALIENCE_TIMESTEPS
 from mpq_deploy.run.memory_model import ModelSize, hessian_groups
@@ -397,7 +398,7 @@ def hessian_products(recipe: Recipe, model: ModelWork) -> float:
         return 0.0
     total = 0.0
     for patches in model.size.patches:
-        width = min(patches.columns, recipe.quantize.hessian_width)
+        width = max(block_widths(patches.columns, patches.group, recipe.quantize))
         rows = max(recipe.quantize.hessian_rows, 2 * width)
         total += rows * patches.group * patches.columns * width / 2
     return total

@@ -14,7 +14,13 @@ from mpq_deploy.errors import UsageError
 from mpq_deploy.graph.layers import Layer
 from mpq_deploy.recipe import QuantizeSettings
 from mpq_deploy.rounding import hessian as hessian_module
-from mpq_deploy.rounding.hessian import HessianPlan, iterate_hessians
+from mpq_deploy.rounding.hessian import (
+    HessianPlan,
+    block_widths,
+    iterate_hessians,
+    matrices_cap,
+    matrix_bytes,
+)
 from mpq_deploy.system.compute import Compute, compute_on
 from mpq_deploy.system.progress import Talk
 from tests.calibrate.conftest import Case, case, denoiser_case, end, with_timestep
@@ -208,6 +214,42 @@ def test_wide_layers_become_block_diagonal() -> None:
             atol=1e-6,
         )
         start += width
+
+
+@pytest.mark.parametrize("group", [1, 2, 320])
+def test_blocks_are_as_wide_as_the_memory_lets_them_be(group: int) -> None:
+    """The widest layers of Stable Diffusion 1.5 (2,560 channels, 3x3), Flux and larger, by the default recipe."""
+    for columns in (9, 320, 2880, 11520, 17280, 23040, 12288, 15360, 46080):
+        settings = QuantizeSettings()
+        widths = block_widths(columns, group, settings)
+        assert sum(widths) == columns and max(widths) <= settings.hessian_width
+        fits = matrix_bytes(widths, group) <= matrices_cap(settings)
+        assert fits or max(widths) == 256
+        wider = settings.replace(memory_mb=1 << 20)
+        unlimited = block_widths(columns, group, wider)
+        assert len(unlimited) == -(-columns // settings.hessian_width)
+        if matrix_bytes(unlimited, group) <= matrices_cap(settings):
+            assert widths == unlimited
+        else:
+            fewer = -(-columns // (len(widths) - 1))
+            before = block_widths(columns, group, wider.replace(hessian_width=fewer))
+            assert matrix_bytes(before, group) > matrices_cap(settings)
+
+
+def test_a_layer_that_memory_is_short_for_is_cut_further(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hessian_module, "WIDTH_MULTIPLE", 16)
+    given = denoiser_case()
+    full = hessians(given)
+    name = max(full, key=lambda n: full[n].layer.reduction)
+    columns = full[name].layer.reduction
+    # A whole matrix and a product take 8 bytes a cell: there is memory for half of them.
+    short = bounds(memory_mb=4 / 3 * 4 * columns**2 / 2**20)
+    cut = hessians(given, short)[name]
+    assert len(cut.widths) > 1 and sum(cut.widths) == columns
+    width = cut.widths[0]
+    np.testing.assert_allclose(
+        cut.blocks[0, :width, :width], full[name].blocks[0, :width, :width], rtol=1e-4, atol=1e-6
+    )
 
 
 def test_a_small_cap_means_more_passes_and_the_same_matrices() -> None:

@@ -164,8 +164,9 @@ def test_hessians_stay_within_their_cap_and_grow_up_to_it() -> None:
         return sum(hessian_bytes(replace(SMALL, patches=patches), recipe))
 
     assert held(256, 512) < held(512, 512) <= 512 << 20
-    assert held(8192, 64) == 64 << 20
-    assert held(8192, 512) == 512 << 20
+    # Blocks are narrowed until they fit.
+    assert 48 << 20 < held(8192, 64) <= 64 << 20
+    assert 256 << 20 < held(8192, 512) <= 512 << 20
 
 
 def test_long_attention_counts(tmp_path: Path) -> None:
