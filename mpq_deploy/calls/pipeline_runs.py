@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from mpq_deploy.calls.arguments import Arguments
-from mpq_deploy.calls.stand_in import Compute, refuse_switched, stand_in, switches
+from mpq_deploy.calls.stand_in import Compute, Seen, refuse_switched, stand_in, switches
 from mpq_deploy.errors import ModelError, MpqError, UsageError, nearest
 from mpq_deploy.models.additions import INDEX, LEFT_OUT, pipeline_index
 from mpq_deploy.models.call_file import ARRAY, FILE
@@ -232,6 +232,25 @@ def call_pipeline(pipeline: Any, arguments: Mapping[str, Any], seed: int) -> Arr
     Images are [n, C, H, W] and videos [n, C, F, H, W], in [0, 1]; whatever else as it is. Raises
     UsageError for arguments that the pipeline refuses.
     """
+    with torch.no_grad():
+        return returned_array(_returned(pipeline, pipeline, arguments, seed))
+
+
+def call_with_gradients(pipeline: Any, arguments: Mapping[str, Any], seed: int) -> Any:
+    """Do as ``call_pipeline`` with torch's autograd on; return what the pipeline itself returns.
+
+    ``__call__`` is taken without the ``torch.no_grad`` around it; no weight gets a gradient.
+    """
+    for part in vars(pipeline).values():
+        if isinstance(part, torch.nn.Module):
+            part.requires_grad_(False)
+    call = functools.partial(inspect.unwrap(type(pipeline).__call__), pipeline)
+    with torch.enable_grad():
+        return _returned(call, pipeline, arguments, seed)
+
+
+def _returned(call: Any, pipeline: Any, arguments: Mapping[str, Any], seed: int) -> Any:
+    """Return what ``call``, the pipeline's, gives."""
     taken = inspect.signature(type(pipeline).__call__).parameters
     given = dict(arguments)
     if "generator" in taken:
@@ -239,10 +258,10 @@ def call_pipeline(pipeline: Any, arguments: Mapping[str, Any], seed: int) -> Arr
     if "output_type" in taken:
         given.setdefault("output_type", "np")
     # Noise that a pipeline draws without the generator.
-    with torch.random.fork_rng(devices=[]), torch.no_grad(), no_bars("diffusers"):
+    with torch.random.fork_rng(devices=[]), no_bars("diffusers"):
         torch.manual_seed(seed)
         try:
-            output = pipeline(**given)
+            return call(**given)
         except (MpqError, MemoryError):
             raise
         except ImportError as error:
@@ -260,7 +279,6 @@ def call_pipeline(pipeline: Any, arguments: Mapping[str, Any], seed: int) -> Arr
                 f"{type(pipeline).__name__} cannot be called with {shown_call(arguments)}: {gist(error)}",
                 "Give the pipeline's keyword arguments with --call FILE.yaml.",
             ) from error
-    return returned_array(output)
 
 
 def shown_call(arguments: Mapping[str, Any]) -> str:
@@ -399,8 +417,11 @@ def default_calls(
 class PipelineRuns:
     """The pipeline in ``folder`` with the model ``spec`` in its denoiser's place.
 
-    ``compute`` is what the denoiser gives and may be set anew: the pipeline is loaded once.
+    ``compute`` is what the denoiser gives and may be set anew: the pipeline is loaded once. ``seen``,
+    where it is set, is told before what tensors the denoiser is called with.
     """
+
+    seen: Seen | None = None
 
     def __init__(
         self,
@@ -422,6 +443,7 @@ class PipelineRuns:
             spec,
             self._computed,
             own_tensors(part, DIFFUSERS_WEIGHTS, find_weights(part, DIFFUSERS_WEIGHTS)),
+            self._called,
         )
         loras = Loras.of_text(spec, pipeline_class(index, folder))
         self._pipeline = load_pipeline(folder, index, {spec.pipeline.component: denoiser}, loras)
@@ -448,7 +470,7 @@ class PipelineRuns:
 
         ``steps``: of the sampler, unless the call says how many; ``seed``: of this image's noise.
         """
-        arguments = with_steps(self._pipeline, self._calls[number % len(self._calls)], steps)
+        arguments = self._arguments(number, steps)
         # A corrected scheduler passes on what is set of it, so that it cannot be watched.
         watch = watched_steps(self._pipeline, on_step) if on_step else nullcontext()
         with watch:
@@ -459,6 +481,13 @@ class PipelineRuns:
                 "Give one prompt per call (--call FILE.yaml), and num_images_per_prompt 1.",
             )
         return made
+
+    def with_gradients(self, number: int, steps: int, seed: int) -> Any:
+        """Return what the pipeline itself returns for an image, as ``call_with_gradients`` does."""
+        return call_with_gradients(self._pipeline, self._arguments(number, steps), seed)
+
+    def _arguments(self, number: int, steps: int) -> dict[str, Any]:
+        return with_steps(self._pipeline, self._calls[number % len(self._calls)], steps)
 
     def apart(self) -> PipelineRuns | None:
         """Return the same runs with what a run changes of their own; None where more than schedulers may be.
@@ -487,7 +516,11 @@ class PipelineRuns:
         corrected = CorrectedScheduler(self._pipeline.scheduler, correction, guidance_scale=scale)
         self._pipeline.scheduler, self.correction_note = corrected, corrected.variance_note
 
-    def _computed(self, feeds: dict[str, Array]) -> Array:
+    def _called(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        if self.seen is not None:
+            self.seen(tensors)
+
+    def _computed(self, feeds: dict[str, Array]) -> Any:
         if self.compute is None:
             raise ModelError("Nothing computes the denoiser.")
         return self.compute(feeds)

@@ -178,7 +178,7 @@ class _Watch:
 
     def __call__(self, feeds: dict[str, Array]) -> Array:
         """Return the denoiser's output. Raises ModelError when it is not finite."""
-        output = self._compute(feeds)
+        output: Array = self._compute(feeds)
         timestep = self._timestep(feeds)
         if not np.isfinite(output).all():
             raise ModelError(

@@ -1,13 +1,13 @@
 """A trajectory as a function of the model's outputs, which torch can differentiate.
 
-In: a sampler, the model, and the noise. Out: the final samples, and what a direction there is at the
-output of any step. The sampler's steps are recorded as torch runs them: what they keep from step to
+In: a sampler, the model, and the noise. Out: the final samples, and what directions there are at the
+output of every call. The sampler's steps are recorded as torch runs them: what they keep from step to
 step (multistep samplers), clip, or add as noise of a seed is in the derivative, guidance as well.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -38,53 +38,77 @@ class TensorSampler(Sampler, Protocol):
 
 # Step index, and what the model is given, [M, ...] -> its output.
 Model = Callable[[int, Array], Array]
+# The number of a call, and gradients of its output, [P, M, ...] -> those of its inputs in ``given``,
+# one per direction by name; none for an input that the output does not depend on.
+Through = Callable[[int, Any], Mapping[str, Sequence[Any]]]
 
 
 @dataclass(frozen=True)
 class Tape:
-    """Trajectories of N samples: what the model was given at each step, its ``outputs``, and ``final`` [N, ...].
+    """``final`` [N, ...] as a function of the ``outputs`` of all calls of the model, each [M, ...].
 
-    With guidance the model is given each sample twice: M = 2N rows, as ``loop.denoise`` does.
+    ``given``: of each call, by name, the inputs that depend on outputs of earlier calls.
     """
 
-    fed: Sequence[Any]
+    given: Sequence[Mapping[str, Any]]
     outputs: Sequence[Any]
     final: Any
 
-    @classmethod
-    def of(cls, spec: DenoiserSpec, sampler: TensorSampler, noise: Array, model: Model) -> Tape:
-        """Denoise ``noise`` float32 [N, ...]. Raises NoTrajectory, and ModelError as ``denoise`` does."""
-        if not sampler.differentiable:
-            raise NoTrajectory(f"the steps of {sampler.name} cannot be differentiated")
-        x = torch.from_numpy(noise * np.float32(sampler.init_noise_sigma))
-        fed, outputs = list[Any](), list[Any]()
-        for step, timestep in enumerate(sampler.timesteps):
-            scaled = sampler.scale(x, step).float()
-            fed.append(torch.cat([scaled, scaled]) if guided(spec) else scaled)
-            output = torch.from_numpy(model(step, fed[-1].detach().numpy())).requires_grad_()
-            outputs.append(output)
-            try:
-                # A step may write into what it is given, which a leaf forbids.
-                x = sampler.move(answer(spec, x.shape[1], output.clone()), step, x).float()
-            except RuntimeError as error:
-                raise NoTrajectory(f"{sampler.name} failed in torch: {error}") from error
-            if not torch.isfinite(x).all():
-                raise ModelError(
-                    f"The sample is not finite after step {step} (timestep {timestep:g}).",
-                    "Check the model's weights, and that the scheduler is the one it was trained with.",
-                )
-            if not x.requires_grad:
-                raise NoTrajectory(f"the steps of {sampler.name} cannot be differentiated")
-        return cls(fed, outputs, x)
+    def back(self, ends: Sequence[Any], through: Through) -> None:
+        """Take the gradients ``ends`` of ``final``, one per direction, back through all calls.
 
-    def back(self, step: int, end: Any, later: Sequence[Any]) -> Any:
-        """Return the gradient of step ``step``'s output, [M, ...].
-
-        ``end``: the gradient of ``final``; ``later``: those of what the model was given at the steps
-        after this one, in order.
+        ``through`` is called with each call, the last first, when the gradients of its output are
+        whole. Every operation between the calls is gone back through once per direction.
         """
-        ends = [self.final, *self.fed[step + 1 :]]
-        (found,) = torch.autograd.grad(
-            ends, [self.outputs[step]], [end, *later], retain_graph=True, allow_unused=True
-        )
-        return torch.zeros_like(self.outputs[step]) if found is None else found
+        gradients = [self._from([self.final], [end], len(self.outputs)) for end in ends]
+        for call in reversed(range(len(self.outputs))):
+            wanted = torch.stack([rows.pop() for rows in gradients])
+            names, inputs = through(call, wanted), self.given[call]
+            depend = [name for name in inputs if names.get(name)]
+            if not depend:
+                continue
+            values = [inputs[name] for name in depend]
+            for direction, rows in enumerate(gradients):
+                found = self._from(values, [names[name][direction] for name in depend], call)
+                for row, more in zip(rows, found, strict=True):
+                    row += more
+
+    def _from(self, ends: list[Any], gradients: list[Any], count: int) -> list[Any]:
+        """Return what gradients of ``ends`` are at the first ``count`` outputs, which may be changed."""
+        into = list(self.outputs[:count])
+        rows = torch.autograd.grad(ends, into, gradients, retain_graph=True, allow_unused=True)
+        return [
+            torch.zeros_like(output) if row is None else row.clone()
+            for output, row in zip(into, rows, strict=True)
+        ]
+
+
+def sampler_tape(spec: DenoiserSpec, sampler: TensorSampler, noise: Array, model: Model) -> Tape:
+    """Denoise ``noise`` float32 [N, ...]; return the tape of its steps, a call each.
+
+    With guidance the model is given each sample twice: M = 2N rows, as ``loop.denoise`` does. Raises
+    NoTrajectory, and ModelError as ``denoise`` does.
+    """
+    if not sampler.differentiable:
+        raise NoTrajectory(f"the steps of {sampler.name} cannot be differentiated")
+    x = torch.from_numpy(noise * np.float32(sampler.init_noise_sigma))
+    given, outputs = list[Mapping[str, Any]](), list[Any]()
+    for step, timestep in enumerate(sampler.timesteps):
+        scaled = sampler.scale(x, step).float()
+        fed = torch.cat([scaled, scaled]) if guided(spec) else scaled
+        given.append({spec.sample.name: fed} if fed.requires_grad else {})
+        output = torch.from_numpy(model(step, fed.detach().numpy())).requires_grad_()
+        outputs.append(output)
+        try:
+            # A step may write into what it is given, which a leaf forbids.
+            x = sampler.move(answer(spec, x.shape[1], output.clone()), step, x).float()
+        except RuntimeError as error:
+            raise NoTrajectory(f"{sampler.name} failed in torch: {error}") from error
+        if not torch.isfinite(x).all():
+            raise ModelError(
+                f"The sample is not finite after step {step} (timestep {timestep:g}).",
+                "Check the model's weights, and that the scheduler is the one it was trained with.",
+            )
+        if not x.requires_grad:
+            raise NoTrajectory(f"the steps of {sampler.name} cannot be differentiated")
+    return Tape(given, outputs, x)

@@ -22,8 +22,10 @@ from mpq_deploy.errors import ModelError, UsageError
 from mpq_deploy.graph.passes.first_token import SAME_TOKEN, token_distance
 from mpq_deploy.models.spec import Array, DenoiserSpec
 
-# Every input by name, as the graph takes them -> the output.
-Compute = Callable[[dict[str, Array]], Array]
+# Every input by name, as the graph takes them -> the output, an array or a tensor of one.
+Compute = Callable[[dict[str, Array]], Any]
+# Told, before the output is computed, what tensors the module is called with.
+Seen = Callable[[Mapping[str, torch.Tensor]], None]
 TENSOR = "sha256:"
 
 
@@ -41,15 +43,16 @@ def stand_in(
     spec: DenoiserSpec,
     compute: Compute,
     own: Mapping[str, torch.Tensor],
+    seen: Seen | None = None,
 ) -> torch.nn.Module:
     """Return a module of ``module_class`` whose forward is ``compute``.
 
     ``own``: parameters and buffers of the module itself, not of its layers, which pipelines may
-    read (a prior's mean and deviation).
+    read (a prior's mean and deviation). ``seen``: told of every call before.
 
     Its forward raises ModelError, naming the argument, for one that the graph has no input for.
     """
-    caller = Caller(module_class, spec, compute)
+    caller = Caller(module_class, spec, compute, seen)
 
     @functools.wraps(module_class.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -132,8 +135,10 @@ def refuse_switched(pipeline: str, before: Mapping[str, bool], module: torch.nn.
 class Caller:
     """Takes a call of the module apart, computes it, and answers as the class does."""
 
-    def __init__(self, module_class: Any, spec: DenoiserSpec, compute: Compute) -> None:
-        self._class, self._spec, self._compute = module_class, spec, compute
+    def __init__(
+        self, module_class: Any, spec: DenoiserSpec, compute: Compute, seen: Seen | None = None
+    ) -> None:
+        self._class, self._spec, self._compute, self._seen = module_class, spec, compute, seen
         self._fixed = dict(spec.pipeline.fixed) if spec.pipeline else {}
         self._answer = answer_of(module_class)
         # Tensors that were compared with the graph's constants, which pipelines hand over each time.
@@ -149,9 +154,11 @@ class Caller:
         self._check_switches(module)
         bound = functools.partial(self._class.forward, module)
         given = Arguments.of(bound, args, kwargs)
+        if self._seen is not None:
+            self._seen(given.tensors)
         feeds = self.feeds(given)
         sample = given.tensors[self._spec.sample.name]
-        output = torch.from_numpy(self._compute(feeds)).to(sample.dtype)
+        output = torch.as_tensor(self._compute(feeds)).to(sample.dtype)
         if kwargs.get("return_dict", True) is False:
             return (output,)
         kind, field = self._answer

@@ -107,8 +107,13 @@ class HessianPlan:
         talk: Talk,
         *,
         scratch: Path | None = None,
+        free: int = 0,
     ) -> HessianPlan:
-        """Plan the Hessians; the arguments and errors are those of ``iterate_hessians``."""
+        """Plan the Hessians; the arguments and errors are those of ``iterate_hessians``.
+
+        ``free``: bytes that a group and the rows of one batch may take beyond the limit of
+        ``memory_mb``, so that the calls run less often.
+        """
         source = _Source(graph, calls, settings, talk, scratch)
         sizes = range(len(calls.spec.sizes)) or (None,)
         shapes = [activation_shapes(graph, calls, talk, scratch, size=one) for one in sizes]
@@ -125,7 +130,7 @@ class HessianPlan:
             )
             for layer in graph.layers
         ]
-        return cls(source, _groups(planned, settings))
+        return cls(source, _groups(planned, source, free))
 
     def __len__(self) -> int:
         return len(self._groups)
@@ -286,6 +291,10 @@ class _Patches:
         rows = max(settings.hessian_rows, ceil(ROWS_PER_COLUMN * width))
         return min(self.rows_per_call, ceil(rows / calls))
 
+    def row_bytes(self, calls: int, settings: QuantizeSettings) -> int:
+        """Memory of the rows that are taken from one of ``calls`` calls."""
+        return 4 * self.group * self.columns * self.sampled(calls, settings)
+
     def widths(self, settings: QuantizeSettings) -> tuple[int, ...]:
         """The columns of each diagonal block."""
         return block_widths(self.columns, self.group, settings)
@@ -382,15 +391,16 @@ def matrices_cap(settings: QuantizeSettings) -> int:
 _Planned = tuple[Layer, tuple[_Patches, ...]]
 
 
-def _groups(planned: list[_Planned], settings: QuantizeSettings) -> list[list[_Planned]]:
-    """Cut the layers, in order, into groups whose distinct matrices fit the cap together.
+def _groups(planned: list[_Planned], source: _Source, free: int) -> list[list[_Planned]]:
+    """Cut the layers, in order, into groups whose distinct matrices fit the cap, or ``free`` bytes.
 
     Raises UsageError where the matrices of one layer exceed the cap, however narrow their blocks.
     """
     groups: list[list[_Planned]] = []
-    cap = matrices_cap(settings)
+    settings, calls = source.settings, source.total_calls
+    cap, batch = matrices_cap(settings), min(source.together or BATCH_SIZE, source.calls)
     held: set[_Patches] = set()
-    used = 0
+    used = rows = 0
     for layer, uses in planned:
         need = sum(p.bytes(settings) for p in set(uses))
         if need > cap:
@@ -399,13 +409,17 @@ def _groups(planned: list[_Planned], settings: QuantizeSettings) -> list[list[_P
                 "for them.",
                 f"Raise quantize.memory_mb to at least {ceil(need / (1 - WAITING_SHARE) / MIB)}.",
             )
-        new = sum(p.bytes(settings) for p in set(uses) - held)
-        if not groups or used + new > cap:
+        more = set(uses) - held
+        new = sum(p.bytes(settings) for p in more)
+        gathered = sum(batch * p.row_bytes(calls, settings) for p in more)
+        waiting = (used + new) / (1 - WAITING_SHARE)
+        fits = used + new <= cap or waiting + rows + gathered <= free
+        if not groups or not fits:
             groups.append([])
-            held, used, new = set(), 0, need
+            held, used, new, rows = set(), 0, need, 0
         groups[-1].append((layer, uses))
         held |= set(uses)
-        used += new
+        used, rows = used + new, rows + gathered
     return groups
 
 
@@ -552,11 +566,16 @@ def _batch_taps(
 
 
 class _Waiting:
-    """Collects rows before they are multiplied; all jobs together hold a share of ``memory_mb``."""
+    """Collects rows before they are multiplied: of each job a share of what its matrices take.
+
+    When a job's rows are multiplied depends on that job alone, so that its bits do not depend on
+    which others are gathered with it.
+    """
 
     def __init__(self, sums: dict[_Patches, _Sum], settings: QuantizeSettings) -> None:
         self.sums, self.settings = sums, settings
-        self.limit = WAITING_SHARE * settings.memory_mb * MIB
+        share = WAITING_SHARE / (1 - WAITING_SHARE)
+        self.limits = {job: share * job.bytes(settings) for job in sums}
         self.rows: dict[_Patches, list[Array]] = {job: [] for job in sums}
         self.bytes = dict.fromkeys(sums, 0)
 
@@ -565,8 +584,8 @@ class _Waiting:
         self.rows[job].append(rows)
         self.bytes[job] += rows.nbytes
         self.sums[job].rows += len(rows)
-        while sum(self.bytes.values()) > self.limit:
-            self.multiply(max(self.bytes, key=lambda key: self.bytes[key]))
+        if self.bytes[job] > self.limits[job]:
+            self.multiply(job)
 
     def finish(self) -> None:
         """Multiply all rows that are left."""

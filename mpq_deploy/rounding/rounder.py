@@ -238,10 +238,11 @@ def rounding_calls(run: Run) -> RecordedCalls:
     return RecordedCalls(rounded_on, exported.spec)
 
 
-def round_layers(run: Run, rounders: Sequence[tuple[Rounder, Path]]) -> None:
+def round_layers(run: Run, rounders: Sequence[tuple[Rounder, Path]], free: int = 0) -> None:
     """Write the candidates of every layer into the folder of each of ``rounders``.
 
-    Several layers are rounded at once, up to one per core and TOGETHER_BYTES of memory.
+    Several layers are rounded at once, up to one per core and TOGETHER_BYTES of memory. ``free``:
+    bytes that more Hessians at once may take (``HessianPlan.of``).
     """
     gptq, blas = run.recipe.quantize.rounding == "gptq", rounders[0][0].blas
     every = [wanted_schemes(rounder.recipe) for rounder, _ in rounders]
@@ -263,7 +264,7 @@ def round_layers(run: Run, rounders: Sequence[tuple[Rounder, Path]]) -> None:
             rounder.into(folder, moments)
 
     with ThreadPoolExecutor(threads) as pool:
-        for group in layer_moments(run, [rounder for rounder, _ in rounders]):
+        for group in layer_moments(run, [rounder for rounder, _ in rounders], free):
             # Fetching a group's first layer computes the group's Hessians, with all BLAS threads.
             for first in group:
                 with blas.limit(limits=1, user_api="blas"):
@@ -279,7 +280,9 @@ def round_layers(run: Run, rounders: Sequence[tuple[Rounder, Path]]) -> None:
                     finish(TOGETHER_BYTES)
 
 
-def layer_moments(run: Run, rounders: Sequence[Rounder]) -> Iterator[Iterator[Hessian]]:
+def layer_moments(
+    run: Run, rounders: Sequence[Rounder], free: int = 0
+) -> Iterator[Iterator[Hessian]]:
     """Yield groups of Hessians of the layers' inputs, together one per layer.
 
     The first group has diagonals only: for all layers when rounding to nearest; for GPTQ those of
@@ -292,7 +295,7 @@ def layer_moments(run: Run, rounders: Sequence[Rounder]) -> Iterator[Iterator[He
     if names:
         calls, settings = rounding_calls(run), run.recipe.quantize
         graph = replace(graph, layers=tuple(one for one in graph.layers if one.name in names))
-        plan = HessianPlan.of(graph, calls, settings, run.talk, scratch=run.scratch())
+        plan = HessianPlan.of(graph, calls, settings, run.talk, scratch=run.scratch(), free=free)
         yield from map(plan.hessians, range(len(plan)))
 
 

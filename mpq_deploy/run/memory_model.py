@@ -423,6 +423,11 @@ def _rounded_on(recipe: Recipe) -> int:
     return (rest if rest >= samples / 5 else samples) * (1 + recipe.quantize.noise_draws)
 
 
+def _calls(recipe: Recipe) -> int:
+    """Return the calls of all timesteps that weights are rounded on."""
+    return max(1, recipe.calibrate.timesteps * _rounded_on(recipe))
+
+
 def hessian_bytes(size: ModelSize, recipe: Recipe) -> tuple[int, int]:
     """Return the bytes of the Hessians held at once and of the rows that wait for them, both within the cap."""
     section = recipe.quantize
@@ -432,14 +437,19 @@ def hessian_bytes(size: ModelSize, recipe: Recipe) -> tuple[int, int]:
     return min(matrices, matrices_cap(section)), min(waiting, most)
 
 
-def hessian_groups(size: ModelSize, recipe: Recipe) -> int:
-    """Return how often the calls behind Hessians run: once for each group that fits the cap together."""
-    cap, groups, used = matrices_cap(recipe.quantize), 1, 0
+def hessian_groups(size: ModelSize, recipe: Recipe, free: int = 0) -> int:
+    """Return how often the calls behind Hessians run: once for each group that fits together.
+
+    ``free``: as in ``HessianPlan.of``.
+    """
+    cap, groups, used, held = matrices_cap(recipe.quantize), 1, 0, 0
+    batch = min(HESSIAN_BATCH, _rounded_on(recipe)) / _calls(recipe)
     for patches in size.patches:
         need = _matrix_bytes(patches, recipe)
-        if used and used + need > cap:
-            groups, used = groups + 1, 0
-        used += need
+        taken = int(need / (1 - WAITING_SHARE)) + int(batch * _row_bytes(patches, recipe))
+        if used and used + need > cap and held + taken > free:
+            groups, used, held = groups + 1, 0, 0
+        used, held = used + need, held + taken
     return groups
 
 
@@ -451,7 +461,7 @@ def _matrix_bytes(patches: Patches, recipe: Recipe) -> int:
 
 def _row_bytes(patches: Patches, recipe: Recipe) -> int:
     """Return the bytes of all rows behind a Hessian."""
-    calls = max(1, recipe.calibrate.timesteps * _rounded_on(recipe))
+    calls = _calls(recipe)
     wanted = max(recipe.quantize.hessian_rows, ceil(ROWS_PER_COLUMN * _blocks(patches, recipe)[1]))
     rows = calls * min(patches.rows, ceil(wanted / calls))
     return FLOAT32_BYTES * patches.group * patches.columns * rows

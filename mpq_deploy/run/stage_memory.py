@@ -11,6 +11,7 @@ from mpq_deploy.calls.guidance import rows_per_step
 from mpq_deploy.formats.scheme import SCHEMES
 from mpq_deploy.rounding.candidate_store import wanted_schemes
 from mpq_deploy.system import memory
+from mpq_deploy.system.parallel.work import Alone
 
 if TYPE_CHECKING:
     from mpq_deploy.run.memory_model import ModelSize, StageMemory
@@ -87,6 +88,23 @@ def stage_memory(run: Run, stage: str, batch: int | None = None) -> StageMemory:
         more, code = _other_parts(run)
         found = replace(found, weights=found.weights + more, code=found.code + code)
     return found
+
+
+# Share of what candidates leave free that more Hessians at once may take (our choice).
+FREE_SHARE = 0.5
+
+
+def hessian_room(run: Run) -> int:
+    """Return the bytes that Hessians may take beyond ``quantize.memory_mb``; 0 where none are known free.
+
+    The calls behind Hessians run once per group that fits memory: 37 times for Stable Diffusion 1.5
+    within the default limit. Workers' shares are not counted, so with them there is none.
+    """
+    room = memory.memory_room()
+    if room is None or not isinstance(run.crew, Alone):
+        return 0
+    needed = max(stage_memory(run, "candidates").total - memory.held_memory(), 0)
+    return max(int(FREE_SHARE * (room.bytes - needed)), 0)
 
 
 def _other_parts(run: Run) -> tuple[int, int]:

@@ -36,6 +36,7 @@ from mpq_deploy.rounding.hessian import block_widths
 from mpq_deploy.rounding.rounder import LARGE_VARIANTS, LARGE_WEIGHTS
 from mpq_deploy.rounding.salient_rows import SALIENCE_SAMPLES, SALIENCE_TIMESTEPS
 from mpq_deploy.run.memory_model import ModelSize, hessian_groups
+from mpq_deploy.run.stage_memory import hessian_room
 from mpq_deploy.sensitivity.chosen_method import chosen_method
 from mpq_deploy.sensitivity.gain import GAIN_SAMPLES
 from mpq_deploy.sensitivity.methods import METHODS, ORM_CONTROLS
@@ -105,7 +106,7 @@ class ModelWork:
     ``builds``: whether the target's engine can be built here; ``kept``: trajectories that were run before,
     and calls of each timestep that were observed before; ``probed``: timesteps, or trajectories; ``sampled``: images of
     the float model, and controls, that were sampled before (``forecast`` sets them); ``shared_by``: as in
-    ``chosen_method``.
+    ``chosen_method``; ``free``: bytes for Hessians beyond the recipe's limit (``HessianPlan.of``).
     """
 
     spec: DenoiserSpec
@@ -120,6 +121,7 @@ class ModelWork:
     sampled: tuple[int, int] = (0, 0)
     own_pairs: int = 0
     shared_by: str = ""
+    free: int = 0
     _steps: dict[tuple[int, str], int] = field(default_factory=dict, compare=False)
 
     @classmethod
@@ -154,6 +156,7 @@ class ModelWork:
             run.target.builder != "none" and builder_present(run.target),
             own_pairs=sum(1 + len(schemes) for schemes in own),
             shared_by=run.shared_by,
+            free=hessian_room(run),
         )
 
     @cached_property
@@ -245,7 +248,7 @@ def _candidates(recipe: Recipe, model: ModelWork) -> Work:
     work = Work(batch=HESSIAN_BATCH)
     if section.rounding != "nearest":
         draws = section.noise_draws if has_forward_process(model.spec) else 0
-        groups = hessian_groups(model.size, recipe)
+        groups = hessian_groups(model.size, recipe, model.free)
         gathered = groups * steps * rounded * max(draws, 1)
         work = replace(work, gathered=gathered, sessions=groups)
     promoting = any(layer.promoted for layer in model.layers) and has_torch()

@@ -217,9 +217,14 @@ class Run:
         return record.digest
 
     @property
+    def is_part(self) -> bool:
+        """Whether the run is of one part of a whole pipeline."""
+        return self.path.absolute().parent.name == COMPONENTS
+
+    @property
     def shared_by(self) -> str:
         """Who shares the measurement with this run, in words; empty for one target and one part."""
-        if self.path.absolute().parent.name == COMPONENTS:
+        if self.is_part:
             return "the parts of a pipeline"
         return "several targets" if self.base != self.path else ""
 

@@ -352,12 +352,12 @@ class Probing:
         parts: Sequence[slice],
         seeds: Callable[[Any], list[Any]],
         samples: int,
-        into: str = "",
-    ) -> tuple[list[tuple[str, str, Array]], list[Any]]:
+        into: Sequence[str] = (),
+    ) -> tuple[list[tuple[str, str, Array]], dict[str, list[Any]]]:
         """Backpropagate the output gradients that ``seeds`` returns, one per direction.
 
-        Returns (layer, scheme, inner products [probes, samples]) of every use, and the gradients of
-        the graph input ``into``, one per direction.
+        Returns (layer, scheme, inner products [probes, samples]) of every use, and by name the
+        gradients of the graph inputs ``into`` that the output depends on, one per direction.
         """
         products, back = self._back(arrays, parts, seeds, samples, into)
         return products[0], back
@@ -368,20 +368,19 @@ class Probing:
         parts: Sequence[slice],
         seeds: Callable[[Any], list[Any]],
         samples: int,
-        into: str = "",
-    ) -> tuple[list[list[tuple[str, str, Array]]], list[Any]]:
+        into: Sequence[str] = (),
+    ) -> tuple[list[list[tuple[str, str, Array]]], dict[str, list[Any]]]:
         """Do as ``back``, but return one list of inner products per subject."""
         feeds, timestep = self._graph.feed(arrays), timestep_of(self._subject.spec, arrays)
-        if into:
-            feeds[into] = feeds[into].detach().requires_grad_()
+        feeds.update({name: feeds[name].detach().requires_grad_() for name in into})
         products = [list[tuple[str, str, Any]]() for _ in self._judged]
-        back = list[Any]()
+        back = dict[str, list[Any]]()
         for came in layer_gradients(
             self._graph, feeds, parts, self._places, {self._output: seeds}, self._rounded
         ):
             with torch.no_grad():
                 if came.number < 0:
-                    back = came.rows
+                    back[next(name for name in into if feeds[name] is came.x)] = came.rows
                 elif came.number >= len(self._uses):
                     one = self._operands[came.number - len(self._uses)]
                     found = one.products(came.x, torch.stack(came.rows), samples).float()

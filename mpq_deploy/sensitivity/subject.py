@@ -42,11 +42,17 @@ class Spread:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How our own loop samples the model: all rows of ``conditions``, steps, sampler kind."""
+    """How the model is sampled: all rows of ``conditions``, steps, sampler kind of our own loop.
+
+    ``pipeline``: the folder of the diffusers pipeline that calls the model instead. ``alone``: False
+    for a part of a whole pipeline, whose output errors are weighed beside those of other parts.
+    """
 
     conditions: Mapping[str, Array]
     steps: int
     kind: SamplerKind
+    pipeline: Path | None = None
+    alone: bool = True
 
 
 @dataclass(frozen=True)

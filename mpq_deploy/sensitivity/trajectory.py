@@ -11,7 +11,8 @@ gives G_{l,t} = d<g_t, output>/dY_l for every layer l. With dY_{l,s,t} the local
 Errors of different steps add with their signs, which probes at single outputs cannot show. The loss
 is the mean of this square over images and probes, divided by the mean of ||image||^2 (our choice).
 Images are clipped to their range, as in evaluation. The trajectories are sampled here, with the
-seed ``measure.seed``, and not taken from the recorded calls.
+seed ``measure.seed``, and not taken from the recorded calls: by our own loop, or by the pipeline
+that calls the model, whose images are then those of its decoder.
 """
 
 from __future__ import annotations
@@ -24,12 +25,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from mpq_deploy.calls.loop import first_samples, guided
-from mpq_deploy.calls.recorded import CallSet, RecordedCalls
-from mpq_deploy.calls.sampler import make_sampler
-from mpq_deploy.calls.sampler_tape import NoTrajectory, Tape
-from mpq_deploy.calls.trajectories import cycled_rows
-from mpq_deploy.models.spec import Array, DenoiserSpec
+from mpq_deploy.calls.loop import guided
+from mpq_deploy.calls.recorded import RecordedCalls
+from mpq_deploy.models.spec import Array
 from mpq_deploy.sensitivity.probe import (
     Piece,
     Probing,
@@ -37,15 +35,16 @@ from mpq_deploy.sensitivity.probe import (
     measured_pairs,
     smaller_pieces,
 )
-from mpq_deploy.sensitivity.subject import Sampling, Subject
+from mpq_deploy.sensitivity.subject import Subject
 from mpq_deploy.sensitivity.table import (
     COHERENT,
     Nested,
     SensitivityTable,
     table_from_projections,
 )
+from mpq_deploy.sensitivity.trajectory_sources import TrajectorySource
 from mpq_deploy.system.gpu_memory import Shrinking
-from mpq_deploy.system.parallel.work import Result, Work, run_shards
+from mpq_deploy.system.parallel.work import Alone, Result, Shard, Work, run_shards
 from mpq_deploy.system.progress import Talk
 
 # Part of the probes' seeds, so that their random numbers are not those of the first noise.
@@ -105,34 +104,60 @@ class StepProducts:
 
 
 def measured_products(subject: Subject) -> StepProducts:
-    """Measure the products by step. Raises as ``measure_trajectory`` does."""
-    if not subject.spec.sampled or subject.sampling is None:
-        raise NoTrajectory("the model's calls are not made by a sampler that is known here")
-    count, pairs = subject.calls().count, measured_pairs(subject)
+    """Measure the products by call. Raises as ``measure_trajectory`` does."""
+    by_pipeline = TrajectorySource(subject).by_pipeline
+    if by_pipeline and subject.spread is not None:
+        # The pipeline's folder is on this machine alone.
+        subject = replace(subject, spread=replace(subject.spread, crew=Alone()))
     with subject.crew.open(subject.job("trajectories", trajectory_work), subject.talk) as pool:
         batch, ends, notes = batch_plan(subject, pool, _Task(), "trajectories")
         # With guidance the model computes two rows per trajectory.
         size = max(batch // 2, subject.calls().first.stop) if guided(subject.spec) else batch
-        key = {"part": "trajectories", "batch": batch, "ends": list(ends)}
-        shards = []
-        for start in range(0, count, size):
-            part = slice(start, min(start + size, count))
-            task = _Task(part, batch, ends)
-            name = f"trajectories {part.start} to {part.stop - 1}"
-            steps = subject.sampling.steps * (part.stop - part.start)
-            named = {"trajectories": [part.start, part.stop]}
-            shards.append(subject.shard(name, task, steps, **named, **key))
+        shards = _shards(subject, _Task(None, batch, ends), 1 if by_pipeline else size)
         results = list(run_shards(pool, "trajectories", shards, subject.talk, subject.store))
-    values: Nested = {name: {} for name, _ in pairs}
-    for number, (layer, scheme) in enumerate(pairs):
-        values[layer][scheme] = np.concatenate([one["values"][number] for one in results], -1)
+    values: Nested = {}
+    calls = max(one["values"].shape[1] for one in results)
+    for number, (layer, scheme) in enumerate(measured_pairs(subject)):
+        # Images of a pipeline may take different numbers of calls.
+        rows = [one["values"][number] for one in results]
+        rows = [np.pad(row, ((0, calls - len(row)), (0, 0), (0, 0))) for row in rows]
+        values.setdefault(layer, {})[scheme] = np.concatenate(rows, -1)
     power = np.concatenate([one["power"] for one in results])
-    low, high = (f(float(one[n]) for one in results) for f, n in ((min, "low"), (max, "high")))
-    spec, elements = subject.spec, int(results[0]["elements"])
-    mean_square = float(power.mean()) / elements if spec.decoder is None else None
-    if mean_square is not None and spec.pixel_range is None and high > low:
-        mean_square /= (high - low) ** 2
-    return StepProducts(values, power, mean_square, notes)
+    return StepProducts(values, power, _mean_square(subject, results, by_pipeline), notes)
+
+
+def _shards(subject: Subject, task: _Task, size: int) -> list[Shard]:
+    """Return a shard for every ``size`` trajectories."""
+    assert subject.sampling is not None
+    count, shards = subject.calls().count, []
+    for start in range(0, count, size):
+        stop = min(start + size, count)
+        key = {"part": "trajectories", "batch": task.batch, "ends": list(task.ends)}
+        shard = subject.shard(
+            f"trajectories {start} to {stop - 1}",
+            replace(task, part=slice(start, stop)),
+            subject.sampling.steps * (stop - start),
+            trajectories=[start, stop],
+            **key,
+        )
+        shards.append(shard)
+    return shards
+
+
+def _mean_square(subject: Subject, results: Sequence[Result], by_pipeline: bool) -> float | None:
+    """Return the mean square of the image values with the peak that evaluation takes as 1.
+
+    None where a decoder makes images of the samples.
+    """
+    spec = subject.spec
+    if spec.decoder is not None and not by_pipeline:
+        return None
+    low = min(float(one["low"]) for one in results)
+    high = max(float(one["high"]) for one in results)
+    power = np.concatenate([one["power"] for one in results])
+    found = float(power.mean()) / int(results[0]["elements"])
+    pictures = low >= 0 and high <= 1 if by_pipeline else spec.pixel_range is not None
+    return found if pictures or high <= low else found / (high - low) ** 2
 
 
 @dataclass(frozen=True)
@@ -152,13 +177,13 @@ def trajectory_work(subject: Subject) -> Work:
     the number of values of an image.
     """
     work = Shrinking(partial(Probing, subject), "trajectories", subject.talk)
+    source = TrajectorySource(subject)
 
     def compute(task: _Task, talk: Talk) -> Result:
         if task.part is None:
             return work.run(None, lambda _: (), lambda probing, _: probing.plan())[0]
-        parts = tuple(slice(start, end) for start, end in zip((0, *task.ends), task.ends))
-        run = _Trajectories(subject, work, task.part, task.batch, parts)
-        with talk.bar("trajectories", run.size * run.steps) as advance:
+        run = _Trajectories(subject, work, task, source)
+        with talk.bar("trajectories", run.size * run.calls) as advance:
             values = run.products(lambda: advance(run.size))
         final = run.image.detach().numpy().reshape(run.size, -1)
         power = np.square(final, dtype=np.float64).sum(1)
@@ -166,17 +191,6 @@ def trajectory_work(subject: Subject) -> Work:
         return {"values": values, "power": power, "elements": np.array(final.shape[1]), **ends}
 
     return compute
-
-
-def to_image(final: Any, spec: DenoiserSpec) -> Any:
-    """Return final samples (a tensor) as evaluation compares them.
-
-    Pixels are clipped and mapped to [0, 1]; latents stay as they are.
-    """
-    if spec.pixel_range is None:
-        return final
-    low, high = spec.pixel_range
-    return ((final - low) / (high - low)).clip(0, 1)
 
 
 def drawn_probes(seed: int, numbers: range, shape: tuple[int, ...]) -> Array:
@@ -199,101 +213,86 @@ class _Trajectories:
         self,
         subject: Subject,
         work: Shrinking[Probing],
-        part: slice,
-        batch: int,
-        parts: tuple[slice, ...],
+        task: _Task,
+        source: TrajectorySource,
     ) -> None:
-        assert subject.sampling is not None
-        self._subject, self._work, self._parts = subject, work, parts
-        self._spec, self._batch, self._place = subject.spec, batch, part
-        self.size = part.stop - part.start
-        conditions = dict(subject.sampling.conditions)
-        self._conditions, seed = conditions, subject.settings.seed
-        rows = cycled_rows(self._spec, conditions, part.stop, seed)[part]
-        noise = first_samples(self._spec, np.zeros(part.stop, np.int64), conditions, seed)[part]
-        self._rows = (
-            np.concatenate([np.full_like(rows, self._spec.uncond_row), rows])
-            if guided(self._spec)
-            else rows
-        )
-        self._sampler = _sampler(subject, subject.sampling, part)
-        self.steps = len(self._sampler.timesteps)
-        self._tape = Tape.of(self._spec, self._sampler, noise, self._output)
-        self.image = to_image(self._tape.final, self._spec)
+        assert task.part is not None
+        part, ends = task.part, task.ends
+        self._subject, self._work, self._place = subject, work, part
+        self._batch = task.batch
+        self._parts = tuple(slice(start, end) for start, end in zip((0, *ends), ends))
+        self._made = source.made(part, self._output)
+        self.size, self.image = part.stop - part.start, self._made.image
+        self.calls = len(self._made.tape.outputs)
 
     def products(self, advance: Any) -> Array:
-        """Return inner products float32 [pairs, T, P, N]; calls ``advance`` after each step."""
+        """Return inner products float32 [pairs, T, P, N]; calls ``advance`` after each call."""
         pairs = {pair: n for n, pair in enumerate(measured_pairs(self._subject))}
-        probes = self._subject.settings.probes
-        values = np.zeros((len(pairs), self.steps, probes, self.size), np.float32)
+        probes, seed = self._subject.settings.probes, self._subject.settings.seed
+        values = np.zeros((len(pairs), self.calls, probes, self.size), np.float32)
         numbers = range(self._place.start, self._place.stop)
-        shape = (probes, *self.image.shape[1:])
-        drawn = drawn_probes(self._subject.settings.seed, numbers, shape)
-        ends = [self._image_gradient(one) for one in torch.from_numpy(drawn)]
-        later: list[list[Any]] = [[] for _ in range(probes)]
-        for step in reversed(range(self.steps)):
-            wanted = [self._tape.back(step, *each) for each in zip(ends, later, strict=True)]
-            into: list[Any] = []
-            for chunk, products, back in self._back(step, torch.stack(wanted)):
+        drawn = drawn_probes(seed, numbers, (probes, *self.image.shape[1:]))
+        tape = self._made.tape
+
+        def through(call: int, wanted: Any) -> dict[str, list[Any]]:
+            into: dict[str, list[Any]] = {}
+            for chunk, products, back in self._back(call, wanted):
                 columns = np.arange(chunk.start, chunk.stop) % self.size
                 for layer, scheme, found in products:
-                    held = values[pairs[layer, scheme], step]
-                    np.add.at(held.T, columns, found.T)
-                into.append(back)
-            for number, rows in enumerate(later):
-                rows.insert(0, torch.cat([one[number] for one in into]) if step else None)
+                    np.add.at(values[pairs[layer, scheme], call].T, columns, found.T)
+                for name, rows in back.items():
+                    into.setdefault(name, []).append(torch.stack(rows))
             advance()
+            return {name: list(torch.cat(rows, 1)) for name, rows in into.items()}
+
+        image = self.image
+        ends = [torch.from_numpy(one) for one in drawn]
+        if image is not tape.final:
+            ends = [
+                torch.autograd.grad(image, [tape.final], [end], retain_graph=True)[0]
+                for end in ends
+            ]
+        tape.back(ends, through)
         return values
 
-    def _image_gradient(self, end: Any) -> Any:
-        final = self._tape.final
-        return torch.autograd.grad(self.image, [final], [end], retain_graph=True)[0]
-
-    def _chunks(self) -> list[slice]:
-        rows = len(self._rows)
+    def _chunks(self, rows: int) -> list[slice]:
         return [slice(at, min(at + self._batch, rows)) for at in range(0, rows, self._batch)]
 
-    def _calls(self, step: int, given: Array) -> RecordedCalls:
-        """Return the model's calls at a step as if they had been recorded."""
-        timestep = np.asarray(self._sampler.timesteps[step : step + 1], np.float32)
-        calls = CallSet.of_samples(self._spec, given[None], timestep, self._rows, self._conditions)
-        return RecordedCalls(calls, self._spec)
-
-    def _output(self, step: int, given: Array) -> Array:
-        calls, smaller = self._calls(step, given), partial(smaller_pieces, self._subject.calls())
+    def _output(self, calls: RecordedCalls) -> Array:
+        """Return the model's output for ``calls`` of one timestep, [M, ...]."""
+        smaller = partial(smaller_pieces, self._subject.calls())
 
         def run(probing: Probing, piece: Piece) -> Array:
             return probing.run(calls.feed(0, piece[0]))
 
-        found = [self._work.run((chunk, self._parts), smaller, run) for chunk in self._chunks()]
+        chunks = self._chunks(calls.recorded.count)
+        found = [self._work.run((chunk, self._parts), smaller, run) for chunk in chunks]
         return np.concatenate([one for row in found for one in row])
 
-    def _back(self, step: int, wanted: Any) -> list[tuple[slice, list[Any], Sequence[Any]]]:
-        """Backpropagate the output gradients ``wanted`` [P, M, ...] of a step.
+    def _back(self, call: int, wanted: Any) -> list[tuple[slice, list[Any], dict[str, list[Any]]]]:
+        """Backpropagate the output gradients ``wanted`` [P, M, ...] of a call.
 
-        Returns (chunk of rows, inner products, input gradients) for each chunk.
+        Returns (chunk of rows, inner products, input gradients by name) for each chunk.
         """
-        given = self._tape.fed[step].detach().numpy()
-        calls, smaller = self._calls(step, given), partial(smaller_pieces, self._subject.calls())
-        into = self._spec.sample.name if step else ""
+        calls, smaller = self._made.calls(call), partial(smaller_pieces, self._subject.calls())
+        given = self._made.tape.given[call]
 
-        def back(probing: Probing, piece: Piece) -> tuple[slice, list[Any], list[Any]]:
+        def back(probing: Probing, piece: Piece) -> tuple[slice, list[Any], dict[str, list[Any]]]:
             chunk, parts = piece
 
             def seeds(output: Any) -> list[Any]:
                 return [one[chunk].to(output).reshape(output.shape) for one in wanted]
 
             size = chunk.stop - chunk.start
-            products, rows = probing.back(calls.feed(0, chunk), parts, seeds, size, into)
-            shape = (size, *given.shape[1:])
-            zeros = [torch.zeros(shape)] * len(wanted) if into and not rows else []
-            return chunk, products, zeros or [row.float().cpu().reshape(shape) for row in rows]
+            products, into = probing.back(calls.feed(0, chunk), parts, seeds, size, tuple(given))
+            rows = {
+                name: [row.float().cpu().reshape(size, *value.shape[1:]) for row in into[name]]
+                if name in into
+                else [torch.zeros(size, *value.shape[1:])] * len(wanted)
+                for name, value in given.items()
+            }
+            return chunk, products, rows
 
-        found = [self._work.run((chunk, self._parts), smaller, back) for chunk in self._chunks()]
+        chunks = self._chunks(calls.recorded.count)
+        found = [self._work.run((chunk, self._parts), smaller, back) for chunk in chunks]
         return [one for row in found for one in row]
-
-
-def _sampler(subject: Subject, sampling: Sampling, part: slice) -> Any:
-    # Trajectories of different shards must get different noise from a stochastic sampler.
-    seed = subject.settings.seed + part.start
-    return make_sampler(subject.spec.scheduler, sampling.steps, seed, sampling.kind)

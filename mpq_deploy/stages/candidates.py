@@ -15,7 +15,7 @@ from mpq_deploy.rounding.salient_rows import salient_first
 from mpq_deploy.rounding.spread_rounding import round_over_workers
 from mpq_deploy.run.folder import alike, begin_target
 from mpq_deploy.run.stage import Stage, settings, version_of
-from mpq_deploy.run.stage_memory import check_memory
+from mpq_deploy.run.stage_memory import check_memory, hessian_room
 from mpq_deploy.system.compute import computing_on
 from mpq_deploy.system.files import Fields
 from mpq_deploy.system.parallel.work import Alone
@@ -65,7 +65,8 @@ def make(run: Run, folder: Path) -> str:
             known = _earlier(later, *((own, where) for own, where, _ in making))
             making.append((later, stack.enter_context(place), known))
         if isinstance(run.crew, Alone):
-            round_layers(run, [(Rounder.of(own, known), place) for own, place, known in making])
+            every = [(Rounder.of(own, known), place) for own, place, known in making]
+            round_layers(run, every, hessian_room(run))
         else:
             round_over_workers(run, folder, making[0][2])
         notes = [_ordered(*one) for one in making]

@@ -174,13 +174,16 @@ def measured_subject(
     attentions = separate_operands(exported.graph.model) if attention else ()
     section = section or _settings(run)
     subject = Subject(*of, *calls, section, run.talk, rotate=True, attentions=attentions)
-    return replace(subject, sampling=sampling_of(run))
+    return replace(subject, sampling=sampling_of(run, METHODS[section.method].images))
 
 
-def sampling_of(run: Run) -> Sampling:
-    """Return how the run's model is sampled."""
+def sampling_of(run: Run, trajectories: bool = True) -> Sampling:
+    """Return how the run's model is sampled; ``trajectories``: with what only these need."""
     recipe = run.recipe
-    return Sampling(run.exported.conditions, recipe.calibrate.steps, recipe.evaluate.sampler)
+    steps, kind = recipe.calibrate.steps, recipe.evaluate.sampler
+    alone = not run.is_part
+    pipeline = run.exported.model.pipeline if trajectories and alone else None
+    return Sampling(run.exported.conditions, steps, kind, pipeline, alone)
 
 
 def _held_out(run: Run) -> CallSet:

@@ -190,7 +190,7 @@ class Losses:
         opener, root, files = self._run.for_workers(own, *FILES)
         spread = Spread(self._run.crew, root, files, opener)
         subject = Subject(self.graph, self.candidates, self._stats, *calls, spread)
-        return replace(subject, sampling=sampling_of(self._run))
+        return replace(subject, sampling=sampling_of(self._run, trajectories=False))
 
     def _fields(self) -> Fields:
         section = self._run.recipe.measure

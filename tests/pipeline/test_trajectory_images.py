@@ -18,6 +18,7 @@ from mpq_deploy.run.view import Run
 from mpq_deploy.sensitivity.table import SensitivityTable
 from mpq_deploy.system.progress import Talk
 from tests.pipeline.runs import build, recipe_for
+from tests.tiny_models import ONE_LEVEL, tiny_text_pipeline_folder
 
 pytestmark = pytest.mark.torch
 
@@ -79,3 +80,18 @@ def test_the_worst_images_may_be_asked_for(model: Path, run: Path) -> None:
         check_recipe(recipe_for(model, measure__method="probe", allocate__tail=0.25))
     with pytest.raises(UsageError, match="auto: final images may not be measured"):
         check_recipe(recipe_for(model, allocate__tail=0.25))
+
+
+def test_a_pipelines_images_are_predicted_through_its_decoder(tmp_path: Path) -> None:
+    pytest.importorskip("diffusers")
+    pytest.importorskip("transformers")
+    folder = tiny_text_pipeline_folder(tmp_path, sample_size=16, **ONE_LEVEL)
+    changes: dict[str, Any] = {"measure__method": "trajectory", "measure__probes": 8}
+    changes |= {"calibrate__samples": 12, "measure__calls": 4, "measure__samples": 4}
+    found = build(recipe_for(folder, **changes, evaluate__samples=4), tmp_path / "run")
+    table = SensitivityTable.load(tmp_path / "run" / "measure")
+    assert table.metric == "trajectory" and table.mean_square is not None
+    assert not [note for note in table.notes if "single outputs" in note]
+    predicted = found.report["predicted_images"]
+    assert predicted["images"] == 4
+    assert predicted["pooled_psnr_db"] == pytest.approx(found.report["pooled_psnr_db"], abs=2)

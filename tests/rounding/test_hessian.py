@@ -301,6 +301,27 @@ def test_rows_that_were_gathered_elsewhere_give_the_same_bits(
         assert (one.widths, one.rows) == (other.widths, other.rows)
 
 
+def test_free_memory_means_fewer_passes_and_the_same_bits() -> None:
+    given = denoiser_case()
+    largest = 4 * 4 * max(layer.reduction for layer in given.graph.layers) ** 2
+    calls = (
+        given.graph,
+        calls_of(given),
+        bounds(hessian_rows=40, memory_mb=largest / 2**20),
+        Talk(),
+    )
+    small, groups = HessianPlan.of(*calls), []
+    for free in (1 << 17, 1 << 40):
+        plan = HessianPlan.of(*calls, free=free)
+        groups.append(len(plan))
+        found = [one for number in range(len(plan)) for one in plan.hessians(number)]
+        expected = (one for number in range(len(small)) for one in small.hessians(number))
+        for one, other in zip(found, expected, strict=True):
+            assert one.layer is other.layer
+            np.testing.assert_array_equal(one.blocks, other.blocks)
+    assert len(small) >= groups[0] > groups[1] == 1
+
+
 def test_an_impossible_cap_names_the_layer_and_the_need() -> None:
     with pytest.raises(UsageError, match=r"'time.linear_1'.* bytes"):
         hessians(denoiser_case(), bounds(memory_mb=1e-5))

@@ -11,10 +11,17 @@ from mpq_deploy.errors import UsageError
 from mpq_deploy.recipe import make_recipe
 from mpq_deploy.run.memory_model import ModelSize
 from mpq_deploy.run.pipeline import STAGES
-from mpq_deploy.run.stage_memory import batch_within_memory, check_memory, stage_memory
+from mpq_deploy.run.stage_memory import (
+    batch_within_memory,
+    check_memory,
+    hessian_room,
+    stage_memory,
+)
 from mpq_deploy.run.view import Run
 from mpq_deploy.system import memory
 from mpq_deploy.system.memory import Room
+from mpq_deploy.system.parallel.processes import Processes
+from mpq_deploy.system.parallel.work import Alone
 
 # A sample's values take 100 MB.
 SIZE = ModelSize(weights=10**9, largest=10**6, values=10**8, alive=10**8, outputs=10**7, nodes=100)
@@ -72,3 +79,20 @@ def test_a_batch_stays_where_nothing_is_known(monkeypatch: pytest.MonkeyPatch) -
     run, talk = run_with(6)
     monkeypatch.setattr(memory, "memory_room", lambda: cast("Any", None))
     assert (batch_within_memory(run, "calibrate"), talk.lines) == (6, [])
+
+
+def test_what_candidates_leave_free_is_for_more_hessians(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, _ = run_with(6)
+    run = cast("Any", made)
+    run.crew = Alone()
+    needed = stage_memory(run, "candidates").total
+    with_room(monkeypatch, needed + 1000)
+    assert hessian_room(run) == 500
+    with_room(monkeypatch, needed - 1)
+    assert hessian_room(run) == 0
+    with_room(monkeypatch, needed + 1000)
+    run.crew = Processes(2)
+    assert hessian_room(run) == 0
+    run.crew = Alone()
+    monkeypatch.setattr(memory, "memory_room", lambda: cast("Any", None))
+    assert hessian_room(run) == 0

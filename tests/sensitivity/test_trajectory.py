@@ -21,7 +21,7 @@ from mpq_deploy.calls.loop import (  # noqa: E402
 )
 from mpq_deploy.calls.recorded import InputCalls  # noqa: E402
 from mpq_deploy.calls.sampler import make_sampler  # noqa: E402
-from mpq_deploy.calls.sampler_tape import Tape  # noqa: E402
+from mpq_deploy.calls.sampler_tape import sampler_tape  # noqa: E402
 from mpq_deploy.calls.trajectories import cycled_rows  # noqa: E402
 from mpq_deploy.graph.layers import layer_graph  # noqa: E402
 from mpq_deploy.models.spec import InputSpec  # noqa: E402
@@ -250,11 +250,14 @@ def test_errors_of_steps_are_added() -> None:
             "condition": torch.from_numpy(conditions["condition"][rows]).double(),
         }
 
+    samples: list[Any] = []
+
     def model(step: int, given: Any) -> Any:
-        fed = feeds(step, torch.from_numpy(given).double())
+        samples.append(torch.from_numpy(given))
+        fed = feeds(step, samples[-1].double())
         return graph.run(fed)["out_sample"].float().numpy()
 
-    tape = Tape.of(spec, sampler, noise, model)
+    tape = sampler_tape(spec, sampler, noise, model)
     low, high = spec.pixel_range
     image = ((tape.final - low) / (high - low)).clip(0, 1)
     layer, scheme = _pair(case, "middle", "w8a8-timestep")
@@ -272,15 +275,13 @@ def test_errors_of_steps_are_added() -> None:
             end = torch.zeros_like(image)
             end[number] = torch.from_numpy(r)
             (end,) = torch.autograd.grad(image, [tape.final], [end], retain_graph=True)
-            later: list[Any] = []
-            for step in reversed(range(STEPS)):
-                wanted = tape.back(step, end, later)
-                given = tape.fed[step].detach().double().requires_grad_()
-                run = graph.run(feeds(step, given), keep=[use.input, use.output])
+
+            def through(step: int, wanted: Any, p: int = p, number: int = number) -> Any:
+                fed = samples[step].double().requires_grad_()
+                run = graph.run(feeds(step, fed), keep=[use.input, use.output])
                 back, gradient = torch.autograd.grad(
-                    run["out_sample"], [given, run[use.output]], [wanted.double()]
+                    run["out_sample"], [fed, run[use.output]], [wanted[0].double()]
                 )
-                later.insert(0, back.float())
                 x = run[use.input].detach().float()
                 (rounding,) = input_roundings(subject.stats, use, [scheme]).values()
                 lost = lost_by_rounding(x, rounding.at(float(sampler.timesteps[step])), layer)
@@ -288,6 +289,9 @@ def test_errors_of_steps_are_added() -> None:
                 error = torch.nn.functional.conv2d(x, difference.reshape(shape), padding=1)
                 error -= torch.nn.functional.conv2d(lost, weight.reshape(shape), padding=1)
                 total[p, number] += float((error.double() * gradient).sum())
+                return {"sample": [back.float()]}
+
+            tape.back([end], through)
     found = table.projections["middle"][scheme.name].reshape(2, 3)
     wanted = total / np.sqrt(6) / np.sqrt(float(image.detach().double().square().sum()) / 3)
     np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=1e-6 * np.abs(wanted).max())
