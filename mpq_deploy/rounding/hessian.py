@@ -379,7 +379,7 @@ def block_widths(columns: int, group: int, settings: QuantizeSettings) -> tuple[
     count = len(widths)
     while matrix_bytes(widths, group) > matrices_cap(settings) and max(widths) > WIDTH_MULTIPLE:
         count += 1
-        widths = _widths(columns, max(ceil(columns / count), WIDTH_MULTIPLE))
+        widths = _widths(columns, WIDTH_MULTIPLE * ceil(columns / (count * WIDTH_MULTIPLE)))
     return widths
 
 

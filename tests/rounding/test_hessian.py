@@ -223,6 +223,8 @@ def test_blocks_are_as_wide_as_the_memory_lets_them_be(group: int) -> None:
         settings = QuantizeSettings()
         widths = block_widths(columns, group, settings)
         assert sum(widths) == columns and max(widths) <= settings.hessian_width
+        # No block of weights under one scale is cut in two.
+        assert all(width % 256 == 0 for width in widths[:-1])
         fits = matrix_bytes(widths, group) <= matrices_cap(settings)
         assert fits or max(widths) == 256
         wider = settings.replace(memory_mb=1 << 20)
@@ -231,7 +233,7 @@ def test_blocks_are_as_wide_as_the_memory_lets_them_be(group: int) -> None:
         if matrix_bytes(unlimited, group) <= matrices_cap(settings):
             assert widths == unlimited
         else:
-            fewer = -(-columns // (len(widths) - 1))
+            fewer = 256 * -(-columns // (256 * (len(widths) - 1)))
             before = block_widths(columns, group, wider.replace(hessian_width=fewer))
             assert matrix_bytes(before, group) > matrices_cap(settings)
 
