@@ -1,8 +1,8 @@
 """LoRA files as the inputs of slots, with NumPy alone.
 
-In: ``FILE[:SCALE]`` in the names of kohya, diffusers or peft, the parts of a GENERATION folder. Out:
-for each part with slots the FP16 arrays of all of them, zero where no file has an update. Several
-files add up, one behind the other along the rank.
+In: ``FILE[:SCALE]`` in the names of kohya, diffusers or peft, and what they are for: the parts of a
+GENERATION folder, or a denoiser alone. Out: for each part with slots the FP16 arrays of all of them,
+zero where no file has an update. Several files add up, one behind the other along the rank.
 """
 
 from __future__ import annotations
@@ -62,6 +62,25 @@ class Update:
 
 
 @dataclass(frozen=True)
+class SlottedModel:
+    """What LoRAs are given to: its ``parts``, which of them denoises, and ``place`` for messages.
+
+    ``others``: why layers of text encoders that are not there are left out; None: there are no others, and
+    a LoRA with layers of one is for another model.
+    """
+
+    place: Path
+    parts: Mapping[str, Part]
+    denoiser: str
+    others: str | None = None
+
+    @classmethod
+    def of(cls, generation: Generation) -> SlottedModel:
+        """Return a whole pipeline."""
+        return cls(generation.folder, generation.parts, generation.denoiser.name)
+
+
+@dataclass(frozen=True)
 class _Slots:
     """The slots of a part: its modules by their names with ``_`` for dots, and one rank for all."""
 
@@ -114,24 +133,24 @@ def _key(module: str) -> str:
 
 
 def slot_arrays(
-    loras: Sequence[LoraOption], generation: Generation, warn: Callable[[str], None]
+    loras: Sequence[LoraOption], model: SlottedModel, warn: Callable[[str], None]
 ) -> dict[str, dict[str, Array]]:
     """Return the inputs of all slots by part, filled from ``loras``; ``warn`` of layers left out.
 
     Raises UsageError where there are no slots or their rank is too small, ModelError for a file
     that is damaged, no LoRA, or for another model, naming the first weight that does not fit.
     """
-    slots = {name: _Slots.of(part) for name, part in generation.parts.items() if part.slots}
+    slots = {name: _Slots.of(part) for name, part in model.parts.items() if part.slots}
     arrays = {
         name: {
             key: np.zeros([n or 0 for n in one.shape], np.float16) for key, one in values.items()
         }
         for name, values in ((name, found.part.slots) for name, found in slots.items())
     }
-    denoiser = generation.denoiser.name
+    denoiser = model.denoiser
     if loras and denoiser not in slots:
         raise UsageError(
-            f"The {denoiser} in {generation.folder} has no slots for LoRAs.",
+            f"The {denoiser} in {model.place} has no slots for LoRAs.",
             f"Build with --lora-slots RANK. {FUSE}",
         )
     taken: dict[tuple[str, str], list[tuple[LoraOption, Update]]] = {}
@@ -139,7 +158,7 @@ def slot_arrays(
         left: dict[str, int] = {}
         for update in updates_in(lora, denoiser):
             if update.part not in slots:
-                _check_part(update, lora, generation)
+                _check_part(update, lora, model)
                 left[update.part] = left.get(update.part, 0) + 1
                 continue
             if slots[update.part].unread(update.key):
@@ -147,16 +166,18 @@ def slot_arrays(
             module = _fitting(update, lora, slots[update.part])
             taken.setdefault((update.part, module), []).append((lora, update))
         for part, count in left.items():
-            warn(f"{lora.file}: {count} layers of the {part} are left out, which has no slots")
+            why = "which has no slots" if part in model.parts else model.others
+            warn(f"{lora.file}: {count} layers of the {part} are left out, {why}")
     for (part, module), found in taken.items():
         _fill(arrays[part], module, found, slots[part])
     return arrays
 
 
-def _check_part(update: Update, lora: LoraOption, generation: Generation) -> None:
-    if update.part not in generation.parts:
+def _check_part(update: Update, lora: LoraOption, model: SlottedModel) -> None:
+    elsewhere = model.others is not None and update.part in PREFIXES.values()
+    if update.part not in model.parts and not elsewhere:
         what = f"'{printable(update.name)}' in {lora.file} updates the {printable(update.part)}"
-        raise ModelError(f"{what}, which {generation.folder} has not.", OTHER)
+        raise ModelError(f"{what}, which {model.place} has not.", OTHER)
 
 
 def _fitting(update: Update, lora: LoraOption, slots: _Slots) -> str:

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
+from mpq_deploy import load
 from mpq_deploy.cli import app
 from mpq_deploy.delivery.generation import write_generation
 from mpq_deploy.device.generate.generator import Generator
@@ -156,6 +157,30 @@ def test_a_generator_changes_its_loras_between_images(slotted: Any, tmp_path: Pa
     assert not np.array_equal(generator(PROMPT, steps=1)[0].array, before)
     generator.use_loras()
     np.testing.assert_array_equal(generator(PROMPT, steps=1)[0].array, before)
+
+
+def test_a_loaded_denoiser_makes_the_images_of_the_generator(folders: Any, tmp_path: Path) -> None:
+    source, plain, folder = folders
+    parts = modules(source)
+    first = diffusers_file(tmp_path / "a.safetensors", {"unet": parts["unet"]}, ATTENTION)
+    second = kohya_file(tmp_path / "b.safetensors", {"unet": parts["unet"]}, WIDE)
+    pipe = pipeline_of(source, None)
+    size = pipe.unet.config.sample_size * pipe.vae_scale_factor
+    options = {"width": size, "height": size, "num_inference_steps": 3, "guidance_scale": 4.0}
+
+    def loaded() -> Any:
+        with same_noise():
+            return pipe(PROMPT, **options, output_type="np").images[0]
+
+    # The graph with slots lies beside the one without, as in a run.
+    pipe.unet = load(plain.with_name("graphs") / "unet", lora=f"{first}:0.5")
+    np.testing.assert_allclose(loaded(), image(folder, f"{first}:0.5"), atol=CLOSE)
+    pipe.unet.use_loras(f"{first}:0.5", f"{second}:-0.3")
+    both = image(folder, f"{first}:0.5", f"{second}:-0.3")
+    np.testing.assert_allclose(loaded(), both, atol=CLOSE)
+    pipe.unet.use_loras()
+    np.testing.assert_allclose(loaded(), image(folder), atol=CLOSE)
+    assert np.abs(both - image(folder)).max() > 20 * CLOSE
 
 
 def test_layers_of_parts_without_slots_are_left_out_with_a_warning(
