@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from mpq_deploy.device.context import RUNTIME_CACHE, load_engine, open_context, refuse_other_gpu
-from mpq_deploy.device.lora_inputs import is_slot
+from mpq_deploy.device.lora_inputs import is_slot, weight_norms
 from mpq_deploy.errors import EngineError, MissingDependencyError, ModelError
 from mpq_deploy.models.spec import Array, DenoiserSpec
 from mpq_deploy.runtime.ort import ORT_ERRORS, OrtDenoiser
@@ -41,6 +41,10 @@ class Backend(Protocol):
     @property
     def slots(self) -> dict[str, tuple[int, ...]]:
         """The shapes of the slots for LoRAs by name; they are empty until they are filled."""
+
+    @property
+    def weight_norms(self) -> dict[str, float]:
+        """Norms of the layers with slots where a LoRA can be clipped (``device.lora_inputs``)."""
 
     def fill(self, slots: Mapping[str, Array]) -> None:
         """Take the factors of LoRAs, FP16, one for each slot, for all calls from now on."""
@@ -72,6 +76,11 @@ class OrtBackend:
     def slots(self) -> dict[str, tuple[int, ...]]:
         """See ``Backend``."""
         return {name: tuple(tensor.shape) for name, tensor in self._slots.items()}
+
+    @property
+    def weight_norms(self) -> dict[str, float]:
+        """See ``Backend``."""
+        return weight_norms(self._session.get_modelmeta().custom_metadata_map)
 
     def fill(self, slots: Mapping[str, Array]) -> None:
         """See ``Backend``."""
@@ -222,6 +231,11 @@ class EngineBackend:
     def slots(self) -> dict[str, tuple[int, ...]]:
         """See ``Backend``."""
         return {name: tuple(tensor.shape) for name, tensor in self._slots.items()}
+
+    @property
+    def weight_norms(self) -> dict[str, float]:
+        """See ``Backend``: an engine does not say them."""
+        return {}
 
     def fill(self, slots: Mapping[str, Array]) -> None:
         """See ``Backend``: they are copied to where they are bound."""

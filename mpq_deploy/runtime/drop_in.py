@@ -89,7 +89,8 @@ class RuntimeUNet(torch.nn.Module):  # type: ignore[misc]
         slots = {name: Tensor("float16", shape) for name, shape in self.backend.slots.items()}
         named = str(self.config.get("_class_name", UNET if self.spec.sample.name == SAMPLE else ""))
         denoiser = "unet" if named.startswith(UNET) else "transformer"
-        part = Part(denoiser, Path(self.spec.source), {}, {}, slots=slots)
+        norms = self.backend.weight_norms
+        part = Part(denoiser, Path(self.spec.source), {}, {}, slots=slots, weight_norms=norms)
         model = SlottedModel(Path(self.spec.name), {denoiser: part}, denoiser, NOT_HERE)
         arrays = slot_arrays(options, model, lambda text: warnings.warn(text, stacklevel=4))
         if slots:
@@ -313,8 +314,6 @@ def load(
     cannot run it here, RunFolderError for files of a run that were altered since they were made, and as
     ``use_loras``.
     """
-    slotted = lora is not None
-    loras = (lora,) if isinstance(lora, str) else tuple(lora or ())
     if backend not in BACKENDS:
         hint = f"{nearest(backend, BACKENDS)}One of {BACKENDS}."
         raise UsageError(f"There is no backend '{backend}'.", hint)
@@ -328,39 +327,49 @@ def load(
         )
     library = _library(engine, backend)
     if library:
-        if engine is None:
-            raise UsageError(f"{path} holds no engine.", f"Build one, or {BY_ORT}.")
-        if not torch.cuda.is_available():
-            raise UsageError(
-                "No CUDA device is here: an engine cannot run.", f"To run here, {BY_ORT}."
-            )
-        refuse_altered([engine])
-        cuda = torch.device(device or "cuda")
-        return _filled(
-            RuntimeUNet(spec, EngineBackend(engine, spec, cuda, library)), slotted, loras
-        )
+        opened = _engine(path, engine, library, spec, device)
+    else:
+        chosen = torch.device(device or "cpu")
+        model = _graph(path, models, chosen.type == CUDA, lora is not None)
+        opened = OrtBackend(model, spec, chosen, threads)
+    denoiser = RuntimeUNet(spec, opened)
+    if lora is None:
+        return denoiser
+    if not opened.slots:
+        raise UsageError(f"{path} has no slots for LoRAs.", f"Build with --lora-slots RANK. {FUSE}")
+    denoiser.use_loras(*([lora] if isinstance(lora, str) else lora))
+    return denoiser
+
+
+def _engine(
+    path: Path,
+    engine: Path | None,
+    library: str,
+    spec: DenoiserSpec,
+    device: str | torch.device | None,
+) -> Backend:
+    """Open the engine in ``path``. Raises UsageError where there is none, or no GPU."""
+    if engine is None:
+        raise UsageError(f"{path} holds no engine.", f"Build one, or {BY_ORT}.")
+    if not torch.cuda.is_available():
+        raise UsageError("No CUDA device is here: an engine cannot run.", f"To run here, {BY_ORT}.")
+    refuse_altered([engine])
+    return EngineBackend(engine, spec, torch.device(device or "cuda"), library)
+
+
+def _graph(path: Path, models: dict[str, Path], cuda: bool, slotted: bool) -> Path:
+    """Return which of ``models`` runs, by preference with slots. Raises UsageError where there is none."""
     if not models:
         raise UsageError(
             f"{path} holds no quantized ONNX model.",
             "Finish the build of that run, or give another run.",
         )
-    chosen = torch.device(device or "cpu")
     # On a CPU the twin with FP32 arithmetic: the deployed graph without FP16 kernels.
-    turn = 1 if chosen.type == CUDA else -1
+    turn = 1 if cuda else -1
     preferred = [*(SLOTTED, SLOTTED_SIMULATED)[::turn]] if slotted else []
     preferred += [*(DEPLOYED, SIMULATED)[::turn], *models]
     model = next(models[name] for name in preferred if name in models)
     refuse_altered(model_files(model))
-    return _filled(RuntimeUNet(spec, OrtBackend(model, spec, chosen, threads)), slotted, loras)
-
-
-def _filled(model: RuntimeUNet, slotted: bool, loras: Sequence[str]) -> RuntimeUNet:
-    """Return ``model`` with its slots filled. Raises UsageError where it is to have some, and has none."""
-    if slotted and not model.backend.slots:
-        raise UsageError(
-            f"{model.spec.name} has no slots for LoRAs.", f"Build with --lora-slots RANK. {FUSE}"
-        )
-    model.use_loras(*loras)
     return model
 
 
