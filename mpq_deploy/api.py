@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,14 +111,20 @@ def record(model: Any, folder: str | Path) -> AbstractContextManager[None]:
 
 
 def load(
-    source: str | Path, *, backend: str = "auto", device: str | None = None, threads: int = 0
+    source: str | Path,
+    *,
+    backend: str = "auto",
+    device: str | None = None,
+    threads: int = 0,
+    lora: str | Sequence[str] | None = None,
 ) -> RuntimeUNet:
     """Open a run folder, an engine or an ONNX file as a replacement of ``pipe.unet``.
 
     Of a whole pipeline's run its denoiser is opened.
 
     ``backend``: auto, onnxruntime, tensorrt_rtx or tensorrt; auto takes the engine where a GPU and
-    its library are. Raises as ``runtime.drop_in.load`` does. Needs PyTorch.
+    its library are. ``lora``: ``FILE[:SCALE]``, one or several, for a run that was built with ``lora_slots``.
+    Raises as ``runtime.drop_in.load`` does. Needs PyTorch.
     """
     import importlib.util
 
@@ -128,4 +135,5 @@ def load(
     from mpq_deploy.run.pipeline_file import denoiser_run
     from mpq_deploy.runtime.drop_in import load as open_runtime
 
-    return open_runtime(denoiser_run(Path(source)), backend=backend, device=device, threads=threads)
+    options: dict[str, Any] = {"backend": backend, "device": device, "threads": threads}
+    return open_runtime(denoiser_run(Path(source)), **options, lora=lora)

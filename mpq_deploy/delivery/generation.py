@@ -35,7 +35,7 @@ from mpq_deploy.device.generate.generation_folder import (
 )
 from mpq_deploy.device.generate.residency import RUNTIME_BYTES
 from mpq_deploy.device.generate.schedulers import scheduler_from_config
-from mpq_deploy.device.lora_inputs import is_slot
+from mpq_deploy.device.lora_inputs import is_slot, weight_norms
 from mpq_deploy.engine.engine_memory import estimate_memory
 from mpq_deploy.errors import ModelError, UsageError
 from mpq_deploy.graph.load import external_files, read_proto
@@ -71,7 +71,7 @@ STRENGTH = 0.8
 # What a run keeps its folder as, and beside generation.json which plans it was written from.
 GENERATION, MADE_FROM = "generation", "made_from.txt"
 # What this module writes changes with it.
-WRITTEN = "4"
+WRITTEN = "5"
 # ONNX Runtime holds dequantized weights so many times while it opens a graph (over 2.15, seen).
 OPENED, CALL_ROWS = 2.15, 2
 
@@ -280,6 +280,7 @@ def _write_part(
     slots = {one.name: _tensor(one) for one in proto.graph.input if is_slot(one.name)}
     if slots:
         described["slots"] = slots
+        described["weight_norms"] = weight_norms({m.key: m.value for m in proto.metadata_props})
     _refuse_more_inputs(name, list(described["inputs"]))
     if name.startswith("text_encoder"):
         # What joins them for comparison is nothing that a pipeline takes.

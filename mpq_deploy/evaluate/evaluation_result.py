@@ -114,10 +114,27 @@ class Evaluation:
     # Of a model of several sizes: size -> variant -> its figures there.
     by_size: dict[str, dict[str, SizeFigures]] = field(default_factory=dict)
 
-    def with_sizes(self, names: Sequence[str], found: Sequence[Evaluation]) -> Evaluation:
-        """Return the evaluation at the first of several sizes with the figures at each of them."""
+    def with_sizes(
+        self, names: Sequence[str], found: Sequence[Evaluation], between: str = ""
+    ) -> Evaluation:
+        """Return the evaluation at the first of several sizes with the figures at each of them.
+
+        ``between``: a further size of a range, with which nothing was calibrated; its evaluation, where it
+        could be compared, is the last one.
+        """
         if not names:
             return self
+        note = f"Pictures and the main figures are of {names[0]}; other sizes have their own table."
+        notes = [note]
+        if between and len(found) > len(names):
+            notes.append(
+                f"{between} lies within the range: it is compared, and was not calibrated."
+            )
+        elif between:
+            notes.append(
+                f"{between}, within the range, was not compared: its inputs' shapes are unknown."
+            )
+        names = [*names, between][: len(found)]
         by_size = {
             name: {
                 variant: SizeFigures(v.measured_nmse, v.psnr_db, v.ssim, len(v.psnr_db_each))
@@ -125,8 +142,7 @@ class Evaluation:
             }
             for name, one in zip(names, found, strict=True)
         }
-        note = f"Pictures and the main figures are of {names[0]}; other sizes have their own table."
-        return replace(self, by_size=by_size, notes=(*self.notes, note))
+        return replace(self, by_size=by_size, notes=(*self.notes, *notes))
 
     def save(self, folder: Path) -> None:
         """Write evaluation.json, images.npz and, where measured, latency.json into ``folder``."""

@@ -26,6 +26,7 @@ from mpq_deploy.runtime.ort import OrtDenoiser, model_feeds
 from mpq_deploy.system.compute import CPU_PROVIDER
 from mpq_deploy.system.inputs import read_json
 from mpq_deploy.system.names import plain_name
+from mpq_deploy.system.quantities import ImageSize
 from mpq_deploy.system.validated import model_of
 
 if TYPE_CHECKING:
@@ -74,8 +75,9 @@ def _settings(run: Run, model: FloatModel, batch: int) -> EvaluateSettings:
             model.spec.calibration_rows or 0
         )
         settings = settings.replace(steps=1, samples=min(settings.samples, held_out))
+    sizes = (len(model.spec.sizes) or 1) + (model.spec.between() is not None)
     return settings.replace(
-        samples=-(-settings.samples // (len(model.spec.sizes) or 1)),
+        samples=-(-settings.samples // sizes),
         timesteps=min(settings.timesteps, settings.steps),
         batch_size=batch,
     )
@@ -118,14 +120,18 @@ def evaluate_variants(
     if before is not None:
         variants[BEFORE] = Variant(before, size_bytes)
     variants |= read_controls(run.stage("controls"))
-    sizes = range(len(model.spec.sizes) or 1)
+    sized = [model.at_size(k) for k in range(len(model.spec.sizes) or 1)]
+    between = model.between()
     store = run.base / SAMPLES
     found = [
-        evaluate(variants, model.at_size(k), settings, run.talk, cache=store, crew=run.crew)
-        for k in sizes
+        evaluate(variants, one, settings, run.talk, cache=store, crew=run.crew)
+        for one in (*sized, *([] if between is None else [between]))
     ]
-    evaluation = found[0].with_sizes(model.spec.size_names, found)
-    model = model.at_size(0)
+    middle = model.spec.middle
+    evaluation = found[0].with_sizes(
+        model.spec.size_names, found, "" if middle is None else str(ImageSize(*middle))
+    )
+    model = sized[0]
     if model.pipeline is not None:
         from mpq_deploy.evaluate.pipeline_samples import forget_pipeline
 

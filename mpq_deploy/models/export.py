@@ -223,8 +223,8 @@ def _compared_with_source(denoiser: Denoiser, path: Path, release: bool) -> floa
     random = np.random.default_rng(CHECK_SEED)
     names = denoiser.spec.size_names or ("",)
     sized = [_at_size(denoiser, number) for number in range(len(names))]
-    if denoiser.spec.size_step and len(denoiser.spec.sample.shape) == 3:
-        between = _between(denoiser)
+    between = _between(denoiser)
+    if between is not None:
         names, sized = (*names, between[0]), [*sized, between[1]]
     cases = [
         (name, one.spec, _case(one, count, random))
@@ -264,22 +264,22 @@ def _at_size(denoiser: Denoiser, number: int) -> Denoiser:
     return replace(denoiser, spec=spec.at_size(number), conditions=conditions)
 
 
-def _between(denoiser: Denoiser) -> tuple[str, Denoiser]:
-    """Return the denoiser one step above the smallest size of its range, and that size."""
+def _between(denoiser: Denoiser) -> tuple[str, Denoiser] | None:
+    """Return the denoiser one step above the smallest size of its range, and that size.
+
+    None without a range, for tokens, and where an input's shape at that size is unknown.
+    """
     spec = denoiser.spec
-    step, low = spec.sample_step, map(min, zip(*spec.sample.sizes))
-    shape = tuple(min(one + step, most) for one, most in zip(low, spec.sample.shape))
-    largest, name = _at_size(denoiser, spec.largest_first[0]), spec.sample.name
-    arrays = dict(largest.conditions.arrays)
-    if name in arrays:
-        arrays[name] = cut_to(arrays[name], shape)
-    sample = spec.sample.model_copy(update={"shape": shape, "sizes": ()})
-    size = ImageSize(*(one * spec.size_step // step for one in shape[:0:-1]))
-    return str(size), replace(
-        largest,
-        spec=largest.spec.model_copy(update={"sample": sample}),
-        conditions=replace(largest.conditions, arrays=arrays),
-    )
+    if not spec.size_step or len(spec.sample.shape) != 3:
+        return None
+    width, height = (min(min(one) + spec.size_step, max(one)) for one in zip(*spec.sizes))
+    within = spec.within((width, height))
+    if within is None:
+        return None
+    largest = _at_size(denoiser, spec.largest_first[0])
+    arrays = within.cut(largest.conditions.arrays)
+    conditions = replace(largest.conditions, arrays=arrays)
+    return str(ImageSize(width, height)), replace(largest, spec=within, conditions=conditions)
 
 
 @contextmanager

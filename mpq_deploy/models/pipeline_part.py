@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +74,7 @@ def open_pipeline_part(
     given, *_ = found = _first_calls(pipeline, part.name, calls[: len(additions.sizes) or 1])
     sample, timestep = names = _names(type(module), given)
     more = _doubled(pipeline, part.name, calls[0], sample, len(given.tensors[sample]))
-    inputs, fixed = _sized_inputs(found, more, names, additions.sizes)
+    inputs, fixed, shared = _sized_inputs(found, more, names, additions.sizes)
     config = _scheduler_config(pipeline)
     spec = DenoiserSpec(
         name=folder.resolve().name,
@@ -100,7 +100,7 @@ def open_pipeline_part(
     return Denoiser(
         spec,
         _conditions(found, spec),
-        _network(module, given, inputs, fixed),
+        _network(module, given, inputs, fixed, shared),
         notes=(*_left_float(index, part.name, spec), *told(spec.loras, talk)),
         first_timestep=_largest({**given.tensors, **given.constants}[timestep]),
     )
@@ -119,12 +119,13 @@ def _sized_inputs(
     more: Mapping[str, torch.Tensor] | None,
     names: tuple[str, str],
     sizes: ImageSizes,
-) -> tuple[list[InputSpec], dict[str, torch.Tensor]]:
-    """Return what ``_inputs`` does, with the inputs' shapes at each of ``sizes``.
+) -> tuple[list[InputSpec], dict[str, torch.Tensor], frozenset[str]]:
+    """Return what ``_inputs`` does, with the inputs' shapes at each of ``sizes``, and which are positions.
 
     ``found``: what the denoiser is given at each. A tensor that is the same for all images of a size
-    and another one at another size (positions) is an input, each sample's own. Raises UsageError for
-    another constant that changes, and for other inputs beside the sample whose shape changes.
+    and another one at another size (positions) is an input, each sample's own. The shapes of other
+    inputs (a ControlNet's residuals) may change with the sample's. Raises UsageError for another
+    constant that changes.
     """
     listed, fixed = _inputs(found[0], more, names)
     moved = [name for name, value in fixed.items() if _moves(value, name, found)]
@@ -150,12 +151,7 @@ def _sized_inputs(
             # Sizes of as many tokens are several, too.
             of_sizes = of_sizes.model_copy(update={"sizes": tuple(shapes)})
         inputs.append(of_sizes)
-    if changing := next((i.name for i in inputs[1:] if i.sizes and i.name not in own), None):
-        raise UsageError(
-            f"The shape of '{changing}' changes with the size, as only that of the sample may.",
-            EACH_SIZE,
-        )
-    return inputs, fixed
+    return inputs, fixed, frozenset(own)
 
 
 def _moves(value: torch.Tensor, name: str, found: Sequence[Arguments]) -> bool:
@@ -346,15 +342,18 @@ def _left_float(index: Mapping[str, Any], component: str, spec: DenoiserSpec) ->
 
 
 def _network(
-    module: Any, given: Arguments, inputs: Sequence[InputSpec], fixed: Mapping[str, torch.Tensor]
+    module: Any,
+    given: Arguments,
+    inputs: Sequence[InputSpec],
+    fixed: Mapping[str, torch.Tensor],
+    shared: Collection[str],
 ) -> TorchNetwork:
+    """Return the network of ``inputs``; ``shared``: positions, of which each sample's row is the same."""
     names = [item.name for item in inputs]
     held = {name: value.detach().clone() for name, value in fixed.items()}
 
     # How many axes each tensor has in a call; frames of one sample are rows of the batch there.
     axes = {name: value.ndim for name, value in given.tensors.items()}
-    # Positions: each sample's row of them is the same.
-    shared = {item.name for item in inputs[1:] if item.sizes}
 
     def call(model: Any, *values: torch.Tensor) -> torch.Tensor:
         feeds = {

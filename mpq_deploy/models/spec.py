@@ -60,6 +60,29 @@ class InputSpec(Sized):
             return self
         return self.model_copy(update={"shape": self.sizes[number], "sizes": ()})
 
+    def between(self, sizes: Sequence[tuple[int, int]], size: tuple[int, int]) -> InputSpec | None:
+        """Return the input at another (width, height) than the model's ``sizes``; None where that is unknown.
+
+        An axis that the size changes is in proportion to the width, the height or (tokens) both.
+        """
+        shape = list(self.shape)
+        sides = [(width, height, width * height) for width, height in (*sizes, size)]
+        for axis in self.open_axes:
+            known = [one[axis] for one in self.sizes]
+            fitting = (
+                known[0] * new // first[0]
+                for *first, new in zip(*sides)
+                if all(
+                    n * first[0] == known[0] * side for n, side in zip(known, first, strict=True)
+                )
+                and known[0] * new % first[0] == 0
+            )
+            found = next(fitting, None)
+            if found is None:
+                return None
+            shape[axis] = found
+        return self.model_copy(update={"shape": tuple(shape), "sizes": ()})
+
     @property
     def shapes(self) -> tuple[tuple[int, ...], ...]:
         """The shapes that it may have."""
@@ -190,14 +213,50 @@ class DenoiserSpec(Sized):
             own["labels"] = self.labels[number :: len(self.sizes)]
         return self.model_copy(update=own)
 
+    @property
+    def middle(self) -> tuple[int, int] | None:
+        """The size in the middle of a range, in its steps; None of a list, and where it is one of ``sizes``."""
+        if not self.size_step:
+            return None
+        ends = [(min(sides), max(sides)) for sides in zip(*self.sizes)]
+        steps = self.size_step
+        width, height = (low + (high - low) // steps // 2 * steps for low, high in ends)
+        return None if (width, height) in self.sizes else (width, height)
+
+    def between(self) -> DenoiserSpec | None:
+        """Return the description at the ``middle`` of a range alone; None where there is none."""
+        return None if self.middle is None else self.within(self.middle)
+
+    def within(self, size: tuple[int, int]) -> DenoiserSpec | None:
+        """Return the description at another (width, height) of the range; None where a shape is unknown.
+
+        Samples, where a model without timesteps has some, are those of the largest size, to be cut.
+        """
+        sample, *conditions = (
+            item.between(self.sizes, size) for item in (self.sample, *self.conditions)
+        )
+        if sample is None or None in conditions:
+            return None
+        found = self.at_size(self.largest_first[0])
+        own: dict[str, Any] = {"sample": sample, "conditions": tuple(conditions)}
+        if found.pipeline is not None:
+            shape = dict(zip(("width", "height"), size))
+            calls = tuple({**call, **shape} for call in found.pipeline.calls)
+            own["pipeline"] = found.pipeline.model_copy(update={"calls": calls})
+        return found.model_copy(update=own)
+
+    def cut(self, arrays: Mapping[str, Array]) -> dict[str, Array]:
+        """Return the first part of each row of ``arrays`` that has the shape of its input."""
+        shapes = {item.name: item.shape for item in self.inputs}
+        return {name: cut_to(values, shapes[name]) for name, values in arrays.items()}
+
     def conditions_at(self, number: int, arrays: Mapping[str, Array]) -> dict[str, Array]:
         """Return the rows of one size: each size has the next one where they are samples or change with it."""
         in_turn = self.timestep is None or any(item.sizes for item in self.conditions)
         if not self.sizes or not in_turn:
             return dict(arrays)
         every = slice(number, None, len(self.sizes))
-        shapes = {item.name: item.at_size(number).shape for item in self.inputs}
-        return {name: cut_to(values[every], shapes[name]) for name, values in arrays.items()}
+        return self.at_size(number).cut({name: values[every] for name, values in arrays.items()})
 
     def size_of(self, sample: Array) -> int:
         """Return the number of the size that ``sample`` [N, ...] has; 0 where there is one."""
@@ -277,6 +336,14 @@ class FloatModel:
         """Return the model at one of its sizes alone."""
         conditions = self.spec.conditions_at(number, self.conditions)
         return replace(self, spec=self.spec.at_size(number), conditions=conditions)
+
+    def between(self) -> FloatModel | None:
+        """Return the model at the middle of a range of sizes alone (``DenoiserSpec.between``)."""
+        spec = self.spec.between()
+        if spec is None:
+            return None
+        largest = self.spec.conditions_at(self.spec.largest_first[0], self.conditions)
+        return replace(self, spec=spec, conditions=spec.cut(largest))
 
 
 def cut_to(values: Array, shape: tuple[int, ...]) -> Array:

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 
 from mpq_deploy.device.context import RUNTIME_CACHE, load_engine, open_context, refuse_other_gpu
-from mpq_deploy.device.lora_inputs import is_slot
+from mpq_deploy.device.lora_inputs import is_slot, weight_norms
 from mpq_deploy.errors import EngineError, MissingDependencyError, ModelError
-from mpq_deploy.models.spec import DenoiserSpec
+from mpq_deploy.models.spec import Array, DenoiserSpec
 from mpq_deploy.runtime.ort import ORT_ERRORS, OrtDenoiser
 from mpq_deploy.system.compute import CUDA, Compute
 
@@ -38,6 +38,17 @@ class Backend(Protocol):
     name: str
     device: torch.device
 
+    @property
+    def slots(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of the slots for LoRAs by name; they are empty until they are filled."""
+
+    @property
+    def weight_norms(self) -> dict[str, float]:
+        """Norms of the layers with slots where a LoRA can be clipped (``device.lora_inputs``)."""
+
+    def fill(self, slots: Mapping[str, Array]) -> None:
+        """Take the factors of LoRAs, FP16, one for each slot, for all calls from now on."""
+
     def __call__(self, feeds: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Return the output for inputs contiguous on ``device``, in their declared types."""
 
@@ -53,19 +64,33 @@ class OrtBackend:
         self.device = device
         place = Compute((device.index or 0) if device.type == CUDA else None)
         # Integer kernels of some CPUs saturate, unlike any target's: Q/DQ pairs stay.
-        self._session = OrtDenoiser(
-            model, spec, threads, place.providers, fake_quant_only=True
-        ).session
+        opened = OrtDenoiser(model, spec, threads, place.providers, fake_quant_only=True)
+        self._session = opened.session
+        self.fill(opened.slots)
         self._output = next(
             value for value in self._session.get_outputs() if value.name == spec.output
         )
         self._sample = spec.sample.name
 
+    @property
+    def slots(self) -> dict[str, tuple[int, ...]]:
+        """See ``Backend``."""
+        return {name: tuple(tensor.shape) for name, tensor in self._slots.items()}
+
+    @property
+    def weight_norms(self) -> dict[str, float]:
+        """See ``Backend``."""
+        return weight_norms(self._session.get_modelmeta().custom_metadata_map)
+
+    def fill(self, slots: Mapping[str, Array]) -> None:
+        """See ``Backend``."""
+        self._slots = {n: torch.from_numpy(v).to(self.device) for n, v in slots.items()}
+
     def __call__(self, feeds: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """See ``Backend``. Raises ModelError when ONNX Runtime refuses the inputs."""
         binding = self._session.io_binding()
         place = {"device_type": self.device.type, "device_id": self.device.index or 0}
-        for name, tensor in feeds.items():
+        for name, tensor in {**feeds, **self._slots}.items():
             kind = np.dtype(str(tensor.dtype).removeprefix("torch."))
             binding.bind_input(
                 name,
@@ -143,6 +168,7 @@ class EngineBackend:
         # Graphs cannot be captured on the default stream.
         self._stream = torch.cuda.Stream(device)
         self._buffers: dict[str, torch.Tensor] = {}
+        self._slots = self._empty_slots()
         self._graph: Any = None
         self._seen: set[tuple[tuple[int, ...], ...]] = set()
 
@@ -189,7 +215,7 @@ class EngineBackend:
         """Allocate and bind buffers of the shapes of ``feeds``; drop an older CUDA graph."""
         context, self._graph = self._opened.context, None
         self._buffers = {name: torch.empty_like(tensor) for name, tensor in feeds.items()}
-        self._buffers |= self._empty_slots()
+        self._buffers |= self._slots
         for name, tensor in feeds.items():
             if not context.set_input_shape(name, tuple(tensor.shape)):
                 raise EngineError(
@@ -200,6 +226,21 @@ class EngineBackend:
         self._buffers[self._output] = torch.empty(shape, dtype=kind, device=self.device)
         for name, buffer in self._buffers.items():
             context.set_tensor_address(name, buffer.data_ptr())
+
+    @property
+    def slots(self) -> dict[str, tuple[int, ...]]:
+        """See ``Backend``."""
+        return {name: tuple(tensor.shape) for name, tensor in self._slots.items()}
+
+    @property
+    def weight_norms(self) -> dict[str, float]:
+        """See ``Backend``: an engine does not say them."""
+        return {}
+
+    def fill(self, slots: Mapping[str, Array]) -> None:
+        """See ``Backend``: they are copied to where they are bound."""
+        for name, values in slots.items():
+            self._slots[name].copy_(torch.from_numpy(values))
 
     def _empty_slots(self) -> dict[str, torch.Tensor]:
         """Zeros for the slots of LoRAs: fused ones are in the weights."""

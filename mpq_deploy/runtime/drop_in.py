@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import importlib.util
 import inspect
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +18,8 @@ import torch
 from mpq_deploy.calls.arguments import Arguments, rows_for
 from mpq_deploy.calls.stand_in import answer_of, fixed_text
 from mpq_deploy.device.archive import MANIFEST, ArchiveError
+from mpq_deploy.device.generate.generation_folder import Part, Tensor
+from mpq_deploy.device.generate.lora_factors import FUSE, SlottedModel, slot_arrays
 from mpq_deploy.device.manifest import Manifest
 from mpq_deploy.engine.builder import ENGINE
 from mpq_deploy.engine.record import EngineRecord
@@ -24,16 +27,23 @@ from mpq_deploy.errors import UsageError, nearest
 from mpq_deploy.evaluate.cache import model_files
 from mpq_deploy.graph.passes.first_token import SAME_TOKEN, token_distance
 from mpq_deploy.graph.writers.deployed_graphs import DEPLOYED, SIMULATED
+from mpq_deploy.graph.writers.lora_slots import SLOTTED, SLOTTED_SIMULATED
 from mpq_deploy.models.export import SPEC
+from mpq_deploy.models.lora_option import parse_lora
 from mpq_deploy.models.spec import DenoiserSpec, InputSpec
 from mpq_deploy.run.folder import RunFolder, check_one_run, refuse_altered
 from mpq_deploy.runtime.backends import Backend, EngineBackend, OrtBackend
+from mpq_deploy.system.compute import CUDA
 from mpq_deploy.system.files import file_digest
 
 # What the first input is called here; a transformer's pipeline calls it hidden_states.
 SAMPLE = "sample"
 # What pipelines hand over and the exported graph holds as constants: the positions of Flux' tokens.
 FIXED_INPUTS = {"FluxTransformer2DModel": ("img_ids", "txt_ids")}
+# How the names of UNets' classes begin.
+UNET = "UNet"
+# Why a LoRA's layers of text encoders are left out.
+NOT_HERE = "which load() does not replace: load them into the pipeline by load_lora_weights"
 BACKENDS = ("auto", "onnxruntime", "tensorrt_rtx", "tensorrt")
 
 
@@ -67,6 +77,24 @@ class RuntimeUNet(torch.nn.Module):  # type: ignore[misc]
         self.add_embedding = (
             SimpleNamespace(linear_1=SimpleNamespace(in_features=width)) if width else None
         )
+
+    def use_loras(self, *loras: str) -> None:
+        """Take these LoRAs, ``FILE[:SCALE]``, for the calls from now on; none: as it was built.
+
+        They go into the slots of a model that was opened with ``load(RUN, lora=...)``. Layers of text
+        encoders, which the pipeline has, are left out with a warning. Raises as ``parse_lora`` and
+        ``slot_arrays``.
+        """
+        options = [parse_lora(text) for text in loras]
+        slots = {name: Tensor("float16", shape) for name, shape in self.backend.slots.items()}
+        named = str(self.config.get("_class_name", UNET if self.spec.sample.name == SAMPLE else ""))
+        denoiser = "unet" if named.startswith(UNET) else "transformer"
+        norms = self.backend.weight_norms
+        part = Part(denoiser, Path(self.spec.source), {}, {}, slots=slots, weight_norms=norms)
+        model = SlottedModel(Path(self.spec.name), {denoiser: part}, denoiser, NOT_HERE)
+        arrays = slot_arrays(options, model, lambda text: warnings.warn(text, stacklevel=4))
+        if slots:
+            self.backend.fill(arrays[denoiser])
 
     def forward(
         self,
@@ -274,14 +302,17 @@ def load(
     backend: str = "auto",
     device: str | torch.device | None = None,
     threads: int = 0,
+    lora: str | Sequence[str] | None = None,
 ) -> RuntimeUNet:
     """Open a build as the denoiser that replaces ``pipe.unet`` or ``pipe.transformer``.
 
     ``source``: a run folder, an engine, or an ONNX file with ``denoiser.json`` beside it (or in a
     run folder). ``backend`` "auto" takes the engine where its library and a GPU are present, else
     ONNX Runtime; ``device`` None is cuda where the backend runs there. ``threads`` 0: one per core.
-    Raises UsageError for a source that is not one of these or a backend that cannot run it here, and
-    RunFolderError for files of a run that were altered since they were made.
+    ``lora``: ``FILE[:SCALE]``, one or several, for the slots of a build with ``lora_slots``; empty: slots
+    that ``use_loras`` fills later. Raises UsageError for a source that is not one of these or a backend that
+    cannot run it here, RunFolderError for files of a run that were altered since they were made, and as
+    ``use_loras``.
     """
     if backend not in BACKENDS:
         hint = f"{nearest(backend, BACKENDS)}One of {BACKENDS}."
@@ -296,26 +327,50 @@ def load(
         )
     library = _library(engine, backend)
     if library:
-        if engine is None:
-            raise UsageError(f"{path} holds no engine.", f"Build one, or {BY_ORT}.")
-        if not torch.cuda.is_available():
-            raise UsageError(
-                "No CUDA device is here: an engine cannot run.", f"To run here, {BY_ORT}."
-            )
-        refuse_altered([engine])
-        cuda = torch.device(device or "cuda")
-        return RuntimeUNet(spec, EngineBackend(engine, spec, cuda, library))
+        opened = _engine(path, engine, library, spec, device)
+    else:
+        chosen = torch.device(device or "cpu")
+        model = _graph(path, models, chosen.type == CUDA, lora is not None)
+        opened = OrtBackend(model, spec, chosen, threads)
+    denoiser = RuntimeUNet(spec, opened)
+    if lora is None:
+        return denoiser
+    if not opened.slots:
+        raise UsageError(f"{path} has no slots for LoRAs.", f"Build with --lora-slots RANK. {FUSE}")
+    denoiser.use_loras(*([lora] if isinstance(lora, str) else lora))
+    return denoiser
+
+
+def _engine(
+    path: Path,
+    engine: Path | None,
+    library: str,
+    spec: DenoiserSpec,
+    device: str | torch.device | None,
+) -> Backend:
+    """Open the engine in ``path``. Raises UsageError where there is none, or no GPU."""
+    if engine is None:
+        raise UsageError(f"{path} holds no engine.", f"Build one, or {BY_ORT}.")
+    if not torch.cuda.is_available():
+        raise UsageError("No CUDA device is here: an engine cannot run.", f"To run here, {BY_ORT}.")
+    refuse_altered([engine])
+    return EngineBackend(engine, spec, torch.device(device or "cuda"), library)
+
+
+def _graph(path: Path, models: dict[str, Path], cuda: bool, slotted: bool) -> Path:
+    """Return which of ``models`` runs, by preference with slots. Raises UsageError where there is none."""
     if not models:
         raise UsageError(
             f"{path} holds no quantized ONNX model.",
             "Finish the build of that run, or give another run.",
         )
-    chosen = torch.device(device or "cpu")
     # On a CPU the twin with FP32 arithmetic: the deployed graph without FP16 kernels.
-    preferred = DEPLOYED if chosen.type == "cuda" else SIMULATED
-    model = models.get(preferred) or next(iter(models.values()))
+    turn = 1 if cuda else -1
+    preferred = [*(SLOTTED, SLOTTED_SIMULATED)[::turn]] if slotted else []
+    preferred += [*(DEPLOYED, SIMULATED)[::turn], *models]
+    model = next(models[name] for name in preferred if name in models)
     refuse_altered(model_files(model))
-    return RuntimeUNet(spec, OrtBackend(model, spec, chosen, threads))
+    return model
 
 
 def _description(path: Path) -> DenoiserSpec:
@@ -356,7 +411,8 @@ def _found(path: Path) -> tuple[Path, Path | None, dict[str, Path]]:
         return described, engine, {} if engine else {path.name: path}
     folders = [path / "engine", path / ("recover" if _recovers(path) else "quantize"), path]
     engine = next((f / ENGINE for f in folders if (f / ENGINE).is_file()), None)
-    graphs = [f / name for name in (DEPLOYED, SIMULATED) for f in folders if (f / name).is_file()]
+    names = (DEPLOYED, SIMULATED, SLOTTED, SLOTTED_SIMULATED)
+    graphs = [f / name for name in names for f in folders if (f / name).is_file()]
     # The first folder that has a file wins.
     return described, engine, {file.name: file for file in reversed(graphs)}
 

@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 
+from mpq_deploy.device.lora_inputs import is_slot
 from mpq_deploy.errors import ModelError, UsageError, nearest
 from mpq_deploy.graph.load import (
     external_files,
@@ -212,8 +213,14 @@ class OrtDenoiser:
             [item.name for item in spec.inputs if item.batched],
             providers,
         )
-        declared = {value.name for value in self.session.get_inputs()}
-        described = {item.name for item in spec.inputs}
+        given, described = self.session.get_inputs(), {item.name for item in spec.inputs}
+        # Slots for LoRAs are the same for all calls, and empty unless somebody fills them.
+        self.slots = {
+            value.name: np.zeros(value.shape, np.float16)
+            for value in given
+            if is_slot(value.name) and value.name not in described
+        }
+        declared = {value.name for value in given} - set(self.slots)
         if declared != described:
             raise ModelError(
                 f"The model's inputs are {sorted(declared)}, but its description names {sorted(described)}.",
@@ -244,7 +251,7 @@ class OrtDenoiser:
 
     def run(self, feeds: dict[str, Array]) -> Array:
         """Return the output, float32 [N, ...], for every input by name, as the model takes it."""
-        return self._batches.run(feeds)
+        return self._batches.run({**self.slots, **feeds})
 
 
 class BatchSession:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 # Raised with every change of what evaluation.json holds.
-EVALUATION_FORMAT = 7
+EVALUATION_FORMAT = 8
 
 
 def inputs(run: Run) -> Fields:

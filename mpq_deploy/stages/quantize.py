@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from mpq_deploy.run.view import Run
 
 
-SLOTS_FORMAT = 1
+SLOTS_FORMAT = 2
 
 
 def inputs(run: Run) -> Fields:

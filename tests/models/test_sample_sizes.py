@@ -15,10 +15,12 @@ from mpq_deploy.errors import ModelError, UsageError  # noqa: E402
 from mpq_deploy.models.additions import Additions  # noqa: E402
 from mpq_deploy.models.export import _between, export_denoiser, load_exported  # noqa: E402
 from mpq_deploy.models.open import open_denoiser  # noqa: E402
+from mpq_deploy.models.spec import DenoiserSpec, FloatModel, InputSpec  # noqa: E402
 from mpq_deploy.runtime.drop_in import load  # noqa: E402
 from mpq_deploy.runtime.ort import make_session  # noqa: E402
 from mpq_deploy.system.quantities import ImageSizes  # noqa: E402
 from tests.exported_networks import Form  # noqa: E402
+from tests.oracle.pipelines import save_case  # noqa: E402
 from tests.pipeline.runs import describe  # noqa: E402
 from tests.tiny_models import (  # noqa: E402
     ONE_LEVEL,
@@ -94,8 +96,11 @@ def test_every_size_of_a_range_is_taken_in_the_models_steps(tmp_path: Path) -> N
     spec = denoiser.spec
     assert spec.sizes == ((16, 16), (32, 24), (32, 16), (16, 24)) and spec.size_step == 8
     assert spec.pipeline is not None and len(spec.pipeline.calls) == 12
+    evaluated = spec.between()
+    assert evaluated is not None and evaluated.sample.shape == (4, 8, 12) and not evaluated.sizes
+    assert [(c["width"], c["height"]) for c in evaluated.pipeline.calls] == [(24, 16)] * 3  # type: ignore[union-attr]
     # What is compared beside the corners lies one step above the smallest.
-    name, between = _between(denoiser)
+    name, between = _between(denoiser) or pytest.fail("no size between")
     assert name == "24x24" and between.spec.sample.shape == (4, 12, 12)
     export_denoiser(denoiser, tmp_path / "run" / "export")
     pipe = diffusers.DiffusionPipeline.from_pretrained(folder)
@@ -172,6 +177,44 @@ def test_positions_that_the_pipeline_gives_are_inputs_of_each_size(tmp_path: Pat
         np.testing.assert_allclose(image_of(pipe, *size), expected, atol=2e-4)
     with pytest.raises(UsageError, match="It takes 16x16"):
         image_of(pipe, 24, 16)
+    # Tokens and their positions are as many as the middle of a range has: neither width's nor height's.
+    ranged = open_denoiser(folder, sized("16x16:32x32", prompts=prompts(tmp_path))).spec
+    between = ranged.between()
+    assert between is not None and ranged.middle == (24, 24)
+    assert between.sample.shape[0] == 36
+    assert {item.name: item.shape for item in between.conditions}["img_ids"] == (36, 3)
+
+
+@pytest.mark.parametrize(
+    ("text", "step", "middle"),
+    [
+        ("64x64:128x96", 32, (96, 64)),
+        ("64x64:160x128", 32, (96, 96)),
+        ("64x64:96x96", 32, None),
+        ("96x96,64x64:128x128", 32, None),
+        ("64x64,128x128", 0, None),
+    ],
+)
+def test_a_range_has_a_middle_that_is_no_corner(text: str, step: int, middle: Any) -> None:
+    sizes = ImageSizes.parse(text)
+    shapes = [(4, size.height // 8, size.width // 8) for size in sizes]
+    spec = DenoiserSpec(
+        name="x",
+        source="x",
+        sample=InputSpec(name="sample").with_sizes(shapes),
+        timestep=InputSpec(name="timestep"),
+        scheduler={},
+        sizes=tuple((size.width, size.height) for size in sizes),
+        size_step=step,
+    )
+    assert spec.middle == middle
+    between = spec.between()
+    assert (between is None) == (middle is None)
+    if between is not None:
+        assert between.sample.shape == (4, middle[1] // 8, middle[0] // 8)
+        # Where an axis follows neither side, nothing is made up.
+        odd = spec.sample.with_sizes([(4, 3 + n, 9) for n in range(len(shapes))])
+        assert spec.model_copy(update={"sample": odd}).between() is None
 
 
 def image_of(pipe: Any, width: int, height: int) -> Any:
@@ -203,6 +246,28 @@ def test_a_pipeline_gives_the_same_images_at_each_size(tmp_path: Path) -> None:
         image_of(pipe, 16, 24)
 
 
+def test_residuals_of_a_controlnet_follow_the_size(tmp_path: Path) -> None:
+    case = save_case("StableDiffusionControlNetPipeline", tmp_path)
+    denoiser = open_denoiser(case.folder, sized("16x16:32x16:8", call=case.call))
+    shapes = {item.name: item.sizes for item in denoiser.spec.conditions}
+    # On the lower level a residual has half the latents' height and width; texts have none.
+    assert shapes["mid_block_additional_residual"] == ((16, 4, 4), (16, 4, 8))
+    assert shapes["encoder_hidden_states"] == ()
+    export_denoiser(denoiser, tmp_path / "run" / "export")
+    pipe = diffusers.DiffusionPipeline.from_pretrained(case.folder)
+    pipe.set_progress_bar_config(disable=True)
+
+    def image(width: int) -> Any:
+        noise = torch.Generator().manual_seed(5)
+        given = {**case.arguments, "width": width, "height": 16, "generator": noise}
+        return pipe(**given, num_inference_steps=2, output_type="np").images
+
+    before = {width: image(width) for width in (16, 24, 32)}
+    pipe.unet = load(tmp_path / "run" / "export" / "model.onnx")
+    for width, expected in before.items():
+        np.testing.assert_allclose(image(width), expected, atol=2e-4)
+
+
 def test_a_decoder_has_rows_of_each_size_in_turn(tmp_path: Path) -> None:
     folder = tiny_text_pipeline_folder(tmp_path, **ONE_LEVEL)
     options = {"component": "vae_decoder", "component_samples": 8}
@@ -214,6 +279,13 @@ def test_a_decoder_has_rows_of_each_size_in_turn(tmp_path: Path) -> None:
         alone = spec.conditions_at(size, arrays)[name]
         assert alone.shape == (4, *shape) and np.abs(alone).min(axis=(0, 1)).all()
         np.testing.assert_array_equal(alone, arrays[name][size::2, :, : shape[1], : shape[2]])
+    ranged = open_denoiser(folder, sized("16x16:32x16:8", prompts=prompts(tmp_path), **options))
+    whole = FloatModel(tmp_path, ranged.spec, ranged.conditions.arrays)
+    between = whole.between()
+    # Latents of the middle are a part of the largest size's.
+    assert between is not None and between.spec.sample.shape == (4, 8, 12)
+    largest = whole.at_size(1).conditions[name]
+    np.testing.assert_array_equal(between.conditions[name], largest[..., :12])
     with pytest.raises(UsageError, match="text_encoder knows no sizes"):
         open_denoiser(folder, sized("16x16", component="text_encoder"))
 

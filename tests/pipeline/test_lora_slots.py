@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tarfile
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,9 @@ import onnx
 import onnxruntime as ort
 import pytest
 
+from mpq_deploy import load
 from mpq_deploy.calls.recorded import RecordedCalls
-from mpq_deploy.errors import UsageError
+from mpq_deploy.errors import ModelError, UsageError
 from mpq_deploy.graph.writers.lora_slots import SLOTTED, SLOTTED_SIMULATED
 from mpq_deploy.run.view import Run
 from mpq_deploy.system.progress import Talk
@@ -118,6 +120,60 @@ def test_filled_slots_are_the_fused_model_within_what_quantizing_costs(slotted: 
         found = error(answer(ours / SLOTTED_SIMULATED, feeds, given), changed)
         assert low * usual < found < high * usual
         assert found < error(changed, plain) / 3
+
+
+def lora_file(path: Path, factors: dict[str, Any], part: str = "unet") -> str:
+    """A file in peft's names."""
+    from safetensors.numpy import save_file
+
+    tensors = {f"{part}.{n}.weight": np.asarray(v, np.float32) for n, v in factors.items()}
+    save_file(tensors, path)
+    return str(path)
+
+
+def test_a_loaded_run_takes_loras_and_warns_of_large_ones(slotted: Built, tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    opened = Run.opened(slotted.run, Talk())
+    calls = RecordedCalls(opened.calibration.inputs, opened.exported.spec)
+    feeds = calls.feed(1, np.arange(4))
+    ours = slotted.run / "quantize" / SLOTTED_SIMULATED
+    # Updates of 0.17 and of about one times the weights' norms: only these leave the ranges of INT8.
+    given = {w: fused_with(slotted.run / "export" / "model.onnx", w)[1] for w in (0.12, 0.3)}
+    files = {w: lora_file(tmp_path / f"{w}.safetensors", some) for w, some in given.items()}
+
+    def output(unet: Any) -> Any:
+        return unet(torch.from_numpy(feeds["sample"]), float(feeds["timestep"][0])).sample.numpy()
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        unet = load(slotted.run, lora=files[0.12])
+        np.testing.assert_allclose(output(unet), answer(ours, feeds, given[0.12]), atol=1e-4)
+        unet.use_loras()
+        np.testing.assert_allclose(output(unet), answer(ours, feeds), atol=1e-4)
+        np.testing.assert_allclose(output(unet), output(load(slotted.run)), atol=1e-4)
+    said = r"change 4 of 4 layers of the unet by more than 0.2 times their weights' norm .*clipped"
+    with pytest.warns(UserWarning, match=said):
+        unet.use_loras(files[0.3])
+    np.testing.assert_allclose(output(unet), answer(ours, feeds, given[0.3]), atol=1e-4)
+    with pytest.warns(UserWarning, match="4 layers of the text_encoder are left out, which load"):
+        load(slotted.run, lora=lora_file(tmp_path / "t.safetensors", given[0.12], "text_encoder"))
+
+
+def test_what_a_loaded_run_cannot_take_is_refused(slotted: Built, tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    given = fused_with(slotted.run / "export" / "model.onnx", 0.12)[1]
+    file = lora_file(tmp_path / "a.safetensors", given)
+    with pytest.raises(UsageError, match=r"has no slots for LoRAs\. Build with --lora-slots RANK"):
+        load(slotted.run / "export" / "model.onnx", lora=file)
+    with pytest.raises(UsageError, match="no slots for LoRAs"):
+        load(slotted.run).use_loras(file)
+    other = {name.replace("attn", "attn9"): values for name, values in given.items()}
+    for part, factors in (("unet", other), ("transformer", given)):
+        wrong = lora_file(tmp_path / "b.safetensors", factors, part)
+        with pytest.raises(ModelError, match=rf"'{part}\.mid\S+' in \S+ updates"):
+            load(slotted.run, lora=wrong)
+    with pytest.raises(UsageError, match=r"a slot of rank 4, and is given 4 of .* \+ 4 of"):
+        load(slotted.run, lora=[file, file])
 
 
 def fused_with(source: Path, width: float) -> tuple[bytes, dict[str, Any]]:

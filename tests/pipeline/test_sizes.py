@@ -70,7 +70,8 @@ def test_each_size_is_compared_and_reported(built: Built) -> None:
     evaluation = json.loads((built.run / "evaluate" / "evaluation.json").read_text("utf-8"))
     kept = {one["size"]: one["variants"] for one in evaluation["by_size"]}
     rows = {row["size"]: row for row in built.report["by_size"]}
-    assert list(rows) == ["8x8", "8x16"]
+    # The last lies between those of the range: nothing was calibrated there.
+    assert list(rows) == ["8x8", "8x16", "8x12"]
     for size, row in rows.items():
         figures = kept[size]["ours"]
         assert 0 < row["measured_nmse"] == figures["measured_nmse"] < 0.2
@@ -78,9 +79,10 @@ def test_each_size_is_compared_and_reported(built: Built) -> None:
     # The main figures are those of the first size, and the report says so.
     assert built.report["measured_nmse"] == rows["8x8"]["measured_nmse"]
     assert any("main figures are of 8x8" in note for note in built.report["notes"])
+    assert any("8x12 lies within the range" in note for note in built.report["notes"])
     assert built.report["model"]["sample_shape"] == [4, 16, 8]
     text = (built.run / "report.md").read_text("utf-8")
-    assert "### Sizes" in text and "| 8x16 |" in text
+    assert "### Sizes" in text and "| 8x16 |" in text and "| 8x12 |" in text
     assert "Each variant at each size of image" in (built.run / "report.html").read_text("utf-8")
 
 

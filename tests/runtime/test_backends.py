@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from mpq_deploy.errors import EngineError
@@ -118,18 +119,23 @@ def test_rtx_captures_by_itself_and_its_cache_is_kept_per_shape(cuda: None, tmp_
     assert (tmp_path / "model.runtime-cache").read_bytes() == b"fake:2,3;3,3"
 
 
-def test_slots_for_loras_are_zero(
+def test_slots_for_loras_are_zero_until_they_are_filled(
     cuda: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In the fake the input t stands for a slot."""
     from mpq_deploy.runtime import backends
 
-    engine = backend(tmp_path, b"rtx")
     monkeypatch.setattr(backends, "is_slot", lambda name: name == "t")
     monkeypatch.setattr(fake.Engine, "get_tensor_shape", lambda *_: (2,))
+    engine = backend(tmp_path, b"rtx")
     engine._opened.context.shapes["t"] = (2,)
     x = torch.randn(2, 3)
-    assert torch.equal(engine({"x": x}), 2 * x)
+    assert torch.equal(engine({"x": x}), 2 * x) and engine.slots == {"t": (2,)}
+    # Filled, they stay where they are bound.
+    bound = engine._buffers["t"].data_ptr()
+    engine.fill({"t": np.array([1, 2], np.float16)})
+    engine({"x": x})
+    assert engine._buffers["t"].tolist() == [1, 2] and engine._buffers["t"].data_ptr() == bound
 
 
 def test_an_engine_of_another_gpu_is_refused(cuda: None, tmp_path: Path) -> None:

@@ -95,7 +95,8 @@ class _Figures:
 class Part:
     """A part of the pipeline. ``largest_batch``: None where its graph takes any.
 
-    ``slots``: further inputs, the same for all calls: a LoRA's factors (``device.lora_inputs``).
+    ``slots``: further inputs, the same for all calls: a LoRA's factors (``device.lora_inputs``);
+    ``weight_norms``: of the layers with slots, where a LoRA can leave the ranges of quantized activations.
     ``memory_bytes``: what it takes while it is open, estimated; None: not known.
     """
 
@@ -107,6 +108,7 @@ class Part:
     largest_batch: int | None = None
     memory_bytes: int | None = None
     slots: Mapping[str, Tensor] = field(default_factory=dict)
+    weight_norms: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def rows(self) -> int | None:
@@ -255,7 +257,8 @@ def _part(folder: Path, name: str, values: Mapping[str, Any]) -> Part:
         place = path_inside(place, piece, "A part's file", InputError)
     more = {key: values.get(key) for key in ("vocabulary", "largest_batch", "memory_bytes")}
     numbers = typed(dict[str, int | None], more, name)
-    return Part(name, place, inputs, outputs, **numbers, slots=slots)
+    norms = typed(dict[str, float], values.get("weight_norms", {}), name)
+    return Part(name, place, inputs, outputs, **numbers, slots=slots, weight_norms=norms)
 
 
 def _check_parts(generation: Generation, files: bool) -> None:

@@ -37,7 +37,7 @@ from mpq_deploy.device.generate.image_arrays import (
     mask_array,
     read_picture,
 )
-from mpq_deploy.device.generate.lora_factors import slot_arrays
+from mpq_deploy.device.generate.lora_factors import SlottedModel, slot_arrays
 from mpq_deploy.device.generate.noise_schedule import Array
 from mpq_deploy.device.generate.residency import free_room, residency
 from mpq_deploy.device.generate.schedulers import scheduler_from_config
@@ -132,7 +132,8 @@ class Generator:
         """
         self.close()
         options = [parse_lora(text) for text in loras]
-        self._slots = slot_arrays(options, self.generation, self._talk.warn)
+        model = SlottedModel.of(self.generation)
+        self._slots = slot_arrays(options, model, self._talk.warn)
 
     def __call__(self, prompt: str, **wishes: Any) -> list[Made]:
         """Return the images of ``generate`` as a list."""

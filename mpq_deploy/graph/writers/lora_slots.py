@@ -8,6 +8,7 @@ first products of layers that read one tensor where factors lie so.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from mpq_deploy.device.lora_inputs import DOWN, UP
+from mpq_deploy.device.lora_inputs import DOWN, UP, WEIGHT_NORMS
 from mpq_deploy.errors import UsageError
 from mpq_deploy.formats.fp16 import FP16
 from mpq_deploy.formats.sizes import FP16_BYTES, input_channels
@@ -65,12 +66,33 @@ def slot_bytes(layers: Iterable[Layer], rank: int) -> int:
     return sum(FP16_BYTES * rank * (input_channels(layer) + layer.out_channels) for layer in layers)
 
 
+def norms_of(graph: LayerGraph, layers: Iterable[Layer]) -> dict[str, float]:
+    """Return the Frobenius norm of each layer's weights."""
+    initializers, norms = graph.model.graph.initializers, {}
+    for layer in layers:
+        tensor = initializers[layer.weight].const_value
+        assert tensor is not None
+        norms[layer.name] = float(np.linalg.norm(tensor.numpy().astype(np.float32).ravel()))
+    return norms
+
+
 def write_slotted(
-    source: Path, name: str, layers: Sequence[Layer], rank: int, folded: Mapping[str, Array]
+    source: Path,
+    name: str,
+    layers: Sequence[Layer],
+    rank: int,
+    folded: Mapping[str, Array],
+    norms: Mapping[str, float] | None = None,
 ) -> Path:
-    """Write the graph at ``source`` with slots as ``name`` beside it, over the same weights."""
+    """Write the graph at ``source`` with slots as ``name`` beside it, over the same weights.
+
+    ``norms``: ``norms_of`` the layers, where quantized activations have ranges that a LoRA can leave.
+    """
     model = load_model(source)
     add_slots(model, layers, rank, folded)
+    if norms:
+        rounded = {key: float(f"{value:.6g}") for key, value in norms.items()}
+        model.metadata_props[WEIGHT_NORMS] = json.dumps(rounded, sort_keys=True)
     path = source.with_name(name)
     path.write_bytes(ir.serde.serialize_model(model).SerializeToString(deterministic=True))
     return path

@@ -19,6 +19,7 @@ from mpq_deploy.graph.writers.deployed_graphs import (
 from mpq_deploy.graph.writers.lora_slots import (
     SLOTTED,
     SLOTTED_SIMULATED,
+    norms_of,
     require_slots,
     write_slotted,
 )
@@ -76,5 +77,7 @@ def write_plan_slots(run: Run, folder: Path) -> Path:
             factors = taken.pop().branch.factors(stats)
             assert factors is not None
             folded[tensor] = factors
-    write_slotted(folder / SIMULATED, SLOTTED_SIMULATED, layers, rank, folded)
-    return write_slotted(folder / DEPLOYED, SLOTTED, layers, rank, folded)
+    clips = any(scheme.activation for scheme in schemes.values())
+    norms = norms_of(graph, layers) if clips else None
+    write_slotted(folder / SIMULATED, SLOTTED_SIMULATED, layers, rank, folded, norms)
+    return write_slotted(folder / DEPLOYED, SLOTTED, layers, rank, folded, norms)

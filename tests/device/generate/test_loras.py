@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
+from mpq_deploy import load
 from mpq_deploy.cli import app
 from mpq_deploy.delivery.generation import write_generation
 from mpq_deploy.device.generate.generator import Generator
 from mpq_deploy.errors import ModelError, MpqError, UsageError
 from mpq_deploy.graph.layers import layer_graph
 from mpq_deploy.graph.load import load_model
-from mpq_deploy.graph.writers.lora_slots import SLOTTED, require_slots, write_slotted
+from mpq_deploy.graph.writers.lora_slots import SLOTTED, norms_of, require_slots, write_slotted
 from mpq_deploy.models.export import MODEL
 from mpq_deploy.system.progress import Talk
 from tests.compvis_names import unet_name
@@ -33,12 +35,16 @@ ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "q_proj", "k_proj", "v_proj", "
 WIDE = (*ATTENTION, "fc1", "fc2", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2")
 
 
-def with_slots(source: Path, graphs: Path, out: Path, *names: str) -> Path:
-    """A GENERATION folder of float graphs, those of ``names`` with slots."""
+def with_slots(
+    source: Path, graphs: Path, out: Path, *names: str, clips: Sequence[str] = ()
+) -> Path:
+    """A GENERATION folder of float graphs, those of ``names`` with slots; ``clips``: as if quantized."""
     files = {place.name: place / MODEL for place in sorted(graphs.iterdir())}
     for name in names:
-        layers = require_slots(layer_graph(load_model(files[name])))
-        files[name] = write_slotted(files[name], SLOTTED, layers, RANK, {})
+        graph = layer_graph(load_model(files[name]))
+        layers = require_slots(graph)
+        norms = norms_of(graph, layers) if name in clips else None
+        files[name] = write_slotted(files[name], SLOTTED, layers, RANK, {}, norms)
     write_generation(source, files, out)
     return out
 
@@ -49,7 +55,8 @@ def folders(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     place = tmp_path_factory.mktemp(request.param)
     source, plain, graphs = written(tmp_path_factory, request.param)
     encoders = [one.name for one in sorted(graphs.glob("text_encoder*"))]
-    return source, plain, with_slots(source, graphs, place / "slots", "unet", *encoders)
+    parts = ("unet", *encoders)
+    return source, plain, with_slots(source, graphs, place / "slots", *parts, clips=["unet"])
 
 
 @pytest.fixture(scope="module")
@@ -156,6 +163,36 @@ def test_a_generator_changes_its_loras_between_images(slotted: Any, tmp_path: Pa
     assert not np.array_equal(generator(PROMPT, steps=1)[0].array, before)
     generator.use_loras()
     np.testing.assert_array_equal(generator(PROMPT, steps=1)[0].array, before)
+
+
+def test_a_loaded_denoiser_makes_the_images_of_the_generator(folders: Any, tmp_path: Path) -> None:
+    source, plain, folder = folders
+    parts = modules(source)
+    first = diffusers_file(tmp_path / "a.safetensors", {"unet": parts["unet"]}, ATTENTION)
+    second = kohya_file(tmp_path / "b.safetensors", {"unet": parts["unet"]}, WIDE)
+    pipe = pipeline_of(source, None)
+    size = pipe.unet.config.sample_size * pipe.vae_scale_factor
+    options = {"width": size, "height": size, "num_inference_steps": 3, "guidance_scale": 4.0}
+
+    def loaded() -> Any:
+        with same_noise():
+            return pipe(PROMPT, **options, output_type="np").images[0]
+
+    # The graph with slots lies beside the one without, as in a run.
+    talk, said = Talk(), []
+    talk.warn = said.append  # type: ignore[method-assign]
+    expected = image(folder, f"{first}:0.5", talk=talk)
+    assert len(said) == 1 and "of the unet by more than 0.2 times their weights' norm" in said[0]
+    with pytest.warns(UserWarning, match=re.escape(said[0])):
+        pipe.unet = load(plain.with_name("graphs") / "unet", lora=f"{first}:0.5")
+    np.testing.assert_allclose(loaded(), expected, atol=CLOSE)
+    with pytest.warns(UserWarning, match="LoRAs change"):
+        pipe.unet.use_loras(f"{first}:0.5", f"{second}:-0.3")
+    both = image(folder, f"{first}:0.5", f"{second}:-0.3")
+    np.testing.assert_allclose(loaded(), both, atol=CLOSE)
+    pipe.unet.use_loras()
+    np.testing.assert_allclose(loaded(), image(folder), atol=CLOSE)
+    assert np.abs(both - image(folder)).max() > 20 * CLOSE
 
 
 def test_layers_of_parts_without_slots_are_left_out_with_a_warning(
