@@ -33,7 +33,7 @@ from mpq_deploy.models.call_file import read_calls
 from mpq_deploy.models.conditions import Conditions
 from mpq_deploy.models.denoiser import Denoiser
 from mpq_deploy.models.lora import Loras, told
-from mpq_deploy.models.model_form import OUTPUT
+from mpq_deploy.models.model_form import OUTPUT, timestep_dtype
 from mpq_deploy.models.prompts import prompts_file, read_prompts
 from mpq_deploy.models.sample_sizes import pipeline_multiple, size_fields, sized_calls
 from mpq_deploy.models.spec import (
@@ -75,6 +75,8 @@ def open_pipeline_part(
     sample, timestep = names = _names(type(module), given)
     more = _doubled(pipeline, part.name, calls[0], sample, len(given.tensors[sample]))
     inputs, fixed = _sized_inputs(found, more, names, additions.sizes)
+    if (dtype := timestep_dtype(module.config)) != "float32":
+        inputs[1] = inputs[1].model_copy(update={"dtype": dtype})
     config = _scheduler_config(pipeline)
     spec = DenoiserSpec(
         name=folder.resolve().name,

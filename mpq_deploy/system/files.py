@@ -184,6 +184,7 @@ def disk_error(error: OSError, path: Path | None) -> MpqError:
         )
     if error.errno in FORBIDDEN:
         return DiskError(
-            f"{named} cannot be written: {error.strerror}.", "Give another run folder with -o."
+            f"{named} cannot be written: {error.strerror}.",
+            "Write to another place (-o); of a run folder that is read-only take a copy (cp -r).",
         )
     return MpqError(f"{printable(error.strerror or str(error))}: {named}")
