@@ -303,13 +303,10 @@ def open_onnx(path: Path, source: str, additions: Additions, talk: Talk) -> Deno
     description, yaml_path = described(path, additions.description, list(declared), outputs)
     refuse_links_out([yaml_path])
     _check_names(declared, description, yaml_path)
-    shape = description.sample.shape
-    batch = FixedBatch.of(inputs, description.sample.name, None if shape is None else len(shape))
+    batch = _described_batch(inputs, description.sample)
     sample = _input(declared[description.sample.name], description.sample, path)
     if description.timestep is None:
-        return _open_without_timesteps(
-            path, source, additions, description, (yaml_path, model, batch)
-        )
+        return _open_once(path, source, additions, description, (yaml_path, model, batch))
     timestep = _input(declared[description.timestep.name], description.timestep, path)
     _check_axes(sample, timestep, path)
     wanted = tuple(_wanted(declared[item.name], item, path) for item in description.conditions)
@@ -350,7 +347,7 @@ def _check_axes(sample: InputSpec, timestep: InputSpec, path: Path) -> None:
         )
 
 
-def _open_without_timesteps(
+def _open_once(
     path: Path,
     source: str,
     additions: Additions,
@@ -443,6 +440,12 @@ def open_with_calls(
         notes.append(f"Of {len(outputs)} outputs the first is compared: {outputs[0]}.")
     network = OnnxNetwork(path, spec.output, spec.inputs, batch)
     return Denoiser(spec, Conditions(arrays, rows), network, notes=tuple(notes))
+
+
+def _described_batch(inputs: list[ir.Value], sample: NamedInput) -> FixedBatch | None:
+    """Return what the file fixes of its batch, and open it; the YAML's shape is one sample's."""
+    shape = sample.shape
+    return FixedBatch.of(inputs, sample.name, None if shape is None else len(shape))
 
 
 def _recorded_batch(

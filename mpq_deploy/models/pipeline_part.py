@@ -74,9 +74,7 @@ def open_pipeline_part(
     given, *_ = found = _first_calls(pipeline, part.name, calls[: len(additions.sizes) or 1])
     sample, timestep = names = _names(type(module), given)
     more = _doubled(pipeline, part.name, calls[0], sample, len(given.tensors[sample]))
-    inputs, fixed = _sized_inputs(found, more, names, additions.sizes)
-    if (dtype := timestep_dtype(module.config)) != "float32":
-        inputs[1] = inputs[1].model_copy(update={"dtype": dtype})
+    inputs, fixed = _sized_inputs(found, more, names, additions.sizes, module.config)
     config = _scheduler_config(pipeline)
     spec = DenoiserSpec(
         name=folder.resolve().name,
@@ -121,6 +119,7 @@ def _sized_inputs(
     more: Mapping[str, torch.Tensor] | None,
     names: tuple[str, str],
     sizes: ImageSizes,
+    config: Mapping[str, Any],
 ) -> tuple[list[InputSpec], dict[str, torch.Tensor]]:
     """Return what ``_inputs`` does, with the inputs' shapes at each of ``sizes``.
 
@@ -129,6 +128,8 @@ def _sized_inputs(
     another constant that changes, and for other inputs beside the sample whose shape changes.
     """
     listed, fixed = _inputs(found[0], more, names)
+    if (whole := timestep_dtype(config)) != "float32":
+        listed[1] = listed[1].model_copy(update={"dtype": whole})
     moved = [name for name, value in fixed.items() if _moves(value, name, found)]
     own = {name: [tuple(one.tensors[name].shape) for one in found] for name in moved}
     for name in moved:

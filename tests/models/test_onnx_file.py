@@ -173,7 +173,12 @@ def _tokens_denoiser(size: int) -> GraphBuilder:
     g.input("sample", [size, 3, 4, 4])
     g.input("timestep", [size])
     column = g.op("Unsqueeze", ["timestep", g.weight("one", [1])], "column")
-    time = g.gemm(g.op("Mul", [column, g.weight("slow", np.float32([1e-3]))], "late"), "time", 8, 1)
+    time = g.gemm(
+        g.op("Mul", [column, g.weight("slow", np.asarray([1e-3], np.float32))], "late"),
+        "time",
+        8,
+        1,
+    )
     x = g.conv("sample", "in", 8, 3, strides=[2, 2])
     flat = g.op("Reshape", [x, g.weight("flat", [size, 8, 4])], "flat")
     tokens = g.op("Transpose", [flat], "tokens", perm=[0, 2, 1])
@@ -223,7 +228,7 @@ def test_recorded_calls_of_a_file_of_a_fixed_batch(tmp_path: Path) -> None:
         for _ in range(2):
             for t in (800, 300):
                 x = rng.standard_normal((1, 3, 4, 4), np.float32)
-                session.run(None, {"sample": x, "timestep": np.float32([t])})
+                session.run(None, {"sample": x, "timestep": np.asarray([t], np.float32)})
     denoiser = open_denoiser(path, Additions(calls=tmp_path / "calls"))
     assert all(item.batched for item in denoiser.spec.inputs)
     assert export_denoiser(denoiser, tmp_path / "out").max_relative_error < 1e-5

@@ -307,7 +307,7 @@ def test_weights_that_are_not_finite_are_named(tmp_path: Path, value: float) -> 
 
 
 def test_timesteps_of_a_learned_embedding_are_whole(tmp_path: Path) -> None:
-    table = {"time_embedding_type": "learned", "num_train_timesteps": 1000}
+    table: dict[str, Any] = {"time_embedding_type": "learned", "num_train_timesteps": 1000}
     folder = tiny_unet_folder(tmp_path, num_class_embeds=None, **ONE_LEVEL_CLASSES, **table)
     # The folder's pipeline makes the calls; then our own sampler does.
     index = folder / "model_index.json"
