@@ -451,12 +451,13 @@ def _described_batch(inputs: list[ir.Value], sample: NamedInput) -> FixedBatch |
 def _recorded_batch(
     inputs: dict[str, ir.Value], recorded: CallSet, timestep: str
 ) -> FixedBatch | None:
-    """Return what the file fixes of its batch, and open it: the first axis beyond a call's own."""
-    for name in inputs:
-        rank = len(recorded.inputs[name].values.shape) - 1
-        if name != timestep and rank and (fixed := FixedBatch.of([*inputs.values()], name, rank)):
-            return fixed
-    return None
+    """Return what the file fixes of its batch, and open it: the first axis beyond a call's own.
+
+    Only the input that carries the batch says so: others may have one value for all calls.
+    """
+    ranks = {name: len(recorded.inputs[name].values.shape) - 1 for name in inputs}
+    main = next((name for name, rank in ranks.items() if name != timestep and rank), None)
+    return None if main is None else FixedBatch.of([*inputs.values()], main, ranks[main])
 
 
 def _recorded_input(
