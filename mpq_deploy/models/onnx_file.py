@@ -126,7 +126,9 @@ class FixedBatch:
             return None
         if rank is not None and len(declared) != rank + 1:
             return None
-        fixed = [v for v in inputs if v.shape is not None and tuple(v.shape)[:1] == (size,)]
+        first = {v: v.shape[0] for v in inputs if v.shape is not None and len(v.shape)}
+        # Some exports leave it open for a part of the inputs alone.
+        fixed = [v for v, one in first.items() if one == size or not isinstance(one, int)]
         for value in fixed:
             value.shape = ir.Shape([None, *tuple(value.shape or ())[1:]])
         return cls(size, (sample, *(v.name or "" for v in fixed if v is not found)))

@@ -38,6 +38,11 @@ class OpenBatchPass(GraphPass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Follow the axis from the inputs to the outputs."""
+        inputs = [value for value in model.graph.inputs if value.name in self.names]
+        firsts = [value.shape[0] for value in inputs if value.shape is not None]
+        batch = next((size for size in firsts if isinstance(size, int)), 1)
+        for value in inputs:
+            value.shape = ir.Shape([batch, *tuple(value.shape or ())[1:]])
         found = _Shapes(model)
         for value in model.graph.inputs:
             if value.name in self.names:
