@@ -33,7 +33,25 @@ def known_values(proto: onnx.ModelProto, inputs: Sizes) -> dict[str, Array]:
     ``inputs``: sizes of the graph's inputs, None for one that varies. ONNX infers the shapes; this
     follows what is computed from them, and hands it back until nothing more is known.
     """
+    return _followed(proto, inputs)[0]
+
+
+def known_shapes(proto: onnx.ModelProto, inputs: Sizes) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of values, by name, whose every size follows from those of the ``inputs``."""
+    _, graph = _followed(proto, inputs)
+    shapes = {}
+    for value in (*graph.input, *graph.value_info, *graph.output):
+        tensor = value.type.tensor_type
+        sizes = [dim.dim_value for dim in tensor.shape.dim if dim.HasField("dim_value")]
+        if tensor.HasField("shape") and len(sizes) == len(tensor.shape.dim):
+            shapes[value.name] = tuple(sizes)
+    return shapes
+
+
+def _followed(proto: onnx.ModelProto, inputs: Sizes) -> tuple[dict[str, Array], onnx.GraphProto]:
+    """Return the values that are known, and the graph with the shapes that are."""
     light = without_weights(proto)
+    graph = light.graph
     for value in light.graph.input:
         if value.name in inputs:
             _declare(value, inputs[value.name])
@@ -52,7 +70,7 @@ def known_values(proto: onnx.ModelProto, inputs: Sizes) -> dict[str, Array]:
         if not new:
             break
         _hand_back(light.graph, values, sizes)
-    return values
+    return values, graph
 
 
 def _declare(value: onnx.ValueInfoProto, sizes: Sequence[int | None]) -> None:
@@ -259,6 +277,13 @@ def _filled(node: _Node) -> Array | None:
     return np.full(shape, number, object)
 
 
+def _modulo(node: _Node) -> Array | None:
+    """The remainder with the divisor's sign, as Python's; that with the dividend's is not followed."""
+    if node.attributes.get("fmod"):
+        return None
+    return _elementwise(lambda one, other: one % other if other else None, 2)(node)
+
+
 def _where(node: _Node) -> Array:
     def choose(condition: Any, yes: Any, no: Any) -> Any:
         return None if condition is None else yes if condition else no
@@ -281,6 +306,7 @@ _ELEMENTWISE: dict[str, Callable[[_Node], Array | None]] = {
     "GreaterOrEqual": _elementwise(operator.ge, 2),
     "Less": _elementwise(operator.lt, 2),
     "LessOrEqual": _elementwise(operator.le, 2),
+    "Mod": _modulo,
     "Mul": _elementwise(operator.mul, 2),
     "Not": _elementwise(operator.not_, 1),
     "Or": _elementwise(operator.or_, 2),

@@ -7,7 +7,7 @@ used.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 import onnx
@@ -27,6 +27,7 @@ from mpq_deploy.graph.passes.fold_weights import FoldWeightsPass
 from mpq_deploy.graph.passes.group_norm import GroupNormPass
 from mpq_deploy.graph.passes.infer_types import InferTypesPass
 from mpq_deploy.graph.passes.name_nodes import NameNodesPass
+from mpq_deploy.graph.passes.open_batch import OpenBatchPass
 from mpq_deploy.graph.passes.raise_opset import RaiseOpsetPass
 from mpq_deploy.graph.passes.unroll_sequences import UnrollSequencesPass
 from mpq_deploy.graph.passes.widen import WidenPass
@@ -213,17 +214,21 @@ def external_tensors(proto: onnx.ModelProto) -> list[onnx.TensorProto]:
     return [tensor for tensor in tensors if tensor.data_location == onnx.TensorProto.EXTERNAL]
 
 
-def normalise(model: ir.Model, inputs: Sizes | None = None) -> ir.Model:
+def normalise(
+    model: ir.Model, inputs: Sizes | None = None, fixed: Collection[str] = ()
+) -> ir.Model:
     """Return ``model`` in its normal form; doing it twice changes nothing.
 
     ``inputs``: sizes of the graph's inputs by name, None for one that varies; they decide branches.
+    ``fixed``: inputs of a fixed batch, which becomes any (``OpenBatchPass``).
 
     Then functions are inlined, branches folded, sequences tensors, Constant nodes are initializers, types known,
     floats FP32, masks finite, norms InstanceNormalization, shape operators folded into weights,
     node names unique, and the opset is 21 or later. Raises ModelError for other control flow, when
     the opset or a norm cannot be converted, or a type cannot be inferred.
     """
-    return _passed(model, (*_OPENED, FoldBranchesPass(inputs), *_WIDENED, *_REST))
+    opened = (*_FOLLOWED, OpenBatchPass(fixed)) if fixed else ()
+    return _passed(model, (*_OPENED, FoldBranchesPass(inputs), *opened, *_WIDENED, *_REST))
 
 
 def widened(model: ir.Model, inputs: Sizes | None = None) -> ir.Model:
@@ -266,6 +271,11 @@ _WIDENED: tuple[ir.passes.PassBase, ...] = (
     common_passes.IdentityEliminationPass(),
     InferTypesPass(),
     WidenPass(),
+)
+_FOLLOWED: tuple[ir.passes.PassBase, ...] = (
+    UnrollSequencesPass(),
+    common_passes.IdentityEliminationPass(),
+    NameNodesPass(),
 )
 _REST: tuple[ir.passes.PassBase, ...] = (
     AttentionProductsPass(),

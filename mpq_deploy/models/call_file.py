@@ -11,10 +11,12 @@ A picture is named by its file, and a tensor (embeddings, depth) by a ``.npy``.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from mpq_deploy.errors import UsageError, nearest
+from mpq_deploy.models.additions import LEFT_OUT
 from mpq_deploy.system.names import printable
 from mpq_deploy.system.yaml_file import read_yaml
 
@@ -24,6 +26,8 @@ ARRAY = ".npy"
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ARRAY)
 # What each run sets itself: the noise of an image, and what it returns.
 OURS = ("generator", "return_dict", "callback", "callback_on_step_end")
+# What a ControlNet's picture is called, where there is another one, and the part that reads it.
+IMAGE, CONTROL, CONTROL_NET = "image", "control_image", "controlnet"
 HINT = "Give the keyword arguments of the pipeline, such as: - {prompt: a red fox, image: fox.png}."
 
 
@@ -33,20 +37,62 @@ def read_calls(path: Path, pipeline: Any) -> tuple[dict[str, Any], ...]:
     Raises UsageError for an argument that the pipeline does not take, or a file that is not there.
     """
     calls = _calls_in(path)
-    taken = [
-        name for name in inspect.signature(type(pipeline).__call__).parameters if name != "self"
-    ]
-    for call in calls:
-        for name in call:
-            if name not in taken or name in OURS:
-                raise UsageError(
-                    f"{path} names '{printable(str(name))}', which {type(pipeline).__name__} does not take"
-                    f"{' from a file' if name in OURS else ''}.",
-                    f"{nearest(str(name), taken)}It takes {', '.join(n for n in taken if n not in OURS)}.",
-                )
+    parameters = inspect.signature(type(pipeline).__call__).parameters.values()
+    taken = [one.name for one in parameters if one.kind is not one.VAR_KEYWORD]
+    taken = [name for name in taken if name not in ("self", *OURS)]
+    named = dict.fromkeys(str(name) for call in calls for name in call)
+    for name in named:
+        if name not in taken:
+            wanted = () if name in OURS else ([*named], [name])
+            other = next(filter(None, (_other_class(pipeline, some) for some in wanted)), "")
+            raise UsageError(
+                f"{path} names '{printable(name)}', which {type(pipeline).__name__} does not take"
+                f"{' from a file' if name in OURS else ''}.",
+                other or f"{nearest(name, taken)}It takes {', '.join(taken)}.",
+            )
     return tuple(
         {str(name): _placed(value, path) for name, value in call.items()} for call in calls
     )
+
+
+def _other_class(pipeline: Any, names: Sequence[str]) -> str:
+    """Say which class of diffusers runs the same parts and takes all of ``names``; "" for none.
+
+    diffusers' own tables of tasks (``AutoPipelineForInpainting``) say which classes belong together.
+    The class that lacks the fewest parts is named, which may be a ControlNet alone.
+    """
+    from diffusers.pipelines.auto_pipeline import SUPPORTED_TASKS_MAPPINGS as TABLES
+
+    own = type(pipeline)
+    found = [key for table in TABLES for key, one in table.items() if one is own]
+    held = [name for name, part in pipeline.components.items() if part is not None]
+    fits = list[tuple[tuple[Any, ...], str]]()
+    for key, one in ((key, one) for table in TABLES for key, one in table.items()):
+        spared = (*held, *LEFT_OUT, *one._optional_components)
+        lacking = [name for name in _required(one.__init__) if name not in spared]
+        taken = inspect.signature(one.__call__).parameters
+        # What a control picture is called where it is the only one.
+        alone = CONTROL_NET in lacking and CONTROL in names and IMAGE not in names
+        wanted = [IMAGE if alone and name == CONTROL else name for name in names]
+        missing = not set(wanted) <= set(taken) or (CONTROL in taken and IMAGE in taken and alone)
+        related = any(key == name or key.startswith(f"{name}-") for name in found)
+        if one is own or missing or not related or lacking not in ([], [CONTROL_NET]):
+            continue
+        said = f"{one.__name__} takes {', '.join(names)}"
+        said += f" (as '{IMAGE}')" if alone and CONTROL not in taken else ""
+        way = "name it as _class_name in the folder's model_index.json."
+        if lacking:
+            way = (
+                f"it needs a {CONTROL_NET}, too: save_pretrained one with it, and give that folder."
+            )
+        fits.append(((len(lacking), len(taken), len(key), one.__name__), f"{said}: {way}"))
+    return min(fits)[1] if fits else ""
+
+
+def _required(function: Any) -> list[str]:
+    """Return the parameters without a default."""
+    parameters = [*inspect.signature(function).parameters.values()][1:]
+    return [one.name for one in parameters if one.default is inspect.Parameter.empty]
 
 
 def pictures_of(path: Path) -> list[Path]:

@@ -20,6 +20,7 @@ from mpq_deploy.errors import ModelError, MpqError, UsageError
 from mpq_deploy.graph.fp16_region import LARGEST
 from mpq_deploy.graph.layers import LAYER_OPS, STANDARD_DOMAINS
 from mpq_deploy.graph.passes.first_token import FirstTokenPass, common_first_token, projections
+from mpq_deploy.graph.passes.open_batch import EXPORT_HINT
 from mpq_deploy.models.conditions import Conditions
 from mpq_deploy.models.denoiser import Denoiser, Network
 from mpq_deploy.models.sampling_fit import check_output
@@ -243,13 +244,15 @@ def _compared_with_source(denoiser: Denoiser, path: Path, release: bool) -> floa
             raise _not_finite(spec, path, feeds)
     session, errors = session_for_few_calls(path), []
     for (name, spec, feeds), reference in zip(cases, references):
-        with _at(name, name in denoiser.spec.size_names):
+        with _at(name, name in denoiser.spec.size_names), _any_batch(denoiser):
             errors.append(relative_error(run_session(session, spec.output, feeds), reference))
         if not errors[-1] <= denoiser.network.tolerance:
             raise ModelError(
                 f"The exported model differs from its source by {errors[-1]:.2e} of the largest output.",
                 f"That is at {name}. {EACH_SIZE}"
                 if name
+                else f"{denoiser.spec.name} fixes its batch: export it with a dynamic first axis."
+                if _fixes_batch(denoiser)
                 else f"At most {denoiser.network.tolerance:g} is expected: please report the model's configuration.",
             )
     return max(errors)
@@ -297,6 +300,25 @@ def _at(size: str, named: bool = True) -> Iterator[None]:
         raise ModelError(f"The model cannot be run at {size}: {gist(error)}", hint) from error
 
 
+def _fixes_batch(denoiser: Denoiser) -> bool:
+    """Whether the source takes one number of samples alone, and the export was made to take any."""
+    return getattr(denoiser.network, "batch", None) is not None
+
+
+@contextmanager
+def _any_batch(denoiser: Denoiser) -> Iterator[None]:
+    """Say of a file of a fixed batch that it is the reason. Raises ModelError."""
+    try:
+        yield
+    except ModelError as error:
+        if not _fixes_batch(denoiser):
+            raise
+        raise ModelError(
+            f"{denoiser.spec.source} fixes its batch, and its graph cannot be made to take another: {gist(error)}",
+            EXPORT_HINT,
+        ) from error
+
+
 def _case(denoiser: Denoiser, count: int, random: np.random.Generator) -> dict[str, Array]:
     """Return random inputs of ``count`` calls."""
     spec = denoiser.spec
@@ -325,7 +347,8 @@ def _timesteps(denoiser: Denoiser) -> Array:
     """Return the timesteps to compare at; a diffusers scheduler's own may lie between 0 and 1."""
     spec = denoiser.spec
     if denoiser.first_timestep is not None:
-        return denoiser.first_timestep * np.arange(1, CHECK_STEPS + 1) / CHECK_STEPS
+        spread = denoiser.first_timestep * np.arange(1, CHECK_STEPS + 1) / CHECK_STEPS
+        return spread if spec.timestep is None or "int" not in spec.timestep.dtype else spread // 1
     if not spec.config or spec.timestep is None:
         return np.arange(CHECK_TIMESTEPS)
     return make_sampler(spec.scheduler, CHECK_STEPS).timesteps

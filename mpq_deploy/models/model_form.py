@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -60,6 +60,9 @@ def named_now(config: dict[str, Any]) -> dict[str, Any]:
     return {**config, "_class_name": RENAMED[old]} if old in RENAMED else config
 
 
+Timesteps = Literal["float32", "int64"]
+
+
 @dataclass(frozen=True)
 class ModelForm:
     """``wanted``: the conditions."""
@@ -70,6 +73,12 @@ class ModelForm:
     wanted: tuple[WantedInput, ...]
     # What the forward is given at every call, beside sample, timestep and conditions.
     fixed: dict[str, Any] = field(default_factory=dict)
+    timestep_dtype: Timesteps = "float32"
+
+    @property
+    def timestep(self) -> InputSpec:
+        """The timestep's input, one number per sample."""
+        return InputSpec(name=self.signature.timestep, dtype=self.timestep_dtype)
 
     @property
     def known(self) -> bool:
@@ -115,16 +124,20 @@ def model_form(
     fixed = fixed_arguments(config, module_class)
     if name not in OPTIONAL:
         others = given_inputs(signature, given, (), name, fixed)
-        return ModelForm(name, signature, sample, others, fixed)
+        return ModelForm(name, signature, sample, others, fixed, timestep_dtype(config))
     if name in UNET_CLASSES:
         wanted = unet_inputs(config, REFINER_TIME_IDS if refines else TIME_IDS)
     else:
         wanted = transformer_inputs(config)
     allowed = Signature(sample.name, dict.fromkeys(OPTIONAL[name], False))
     further = given_inputs(allowed, given, wanted, name)
-    return ModelForm(
-        name, signature, sample, (*_without_text(wanted, config, given), *further), fixed
-    )
+    inputs = (*_without_text(wanted, config, given), *further)
+    return ModelForm(name, signature, sample, inputs, fixed, timestep_dtype(config))
+
+
+def timestep_dtype(config: Mapping[str, Any]) -> Timesteps:
+    """Return the type that a model of ``config`` takes timesteps in: whole ones as rows of a table."""
+    return "int64" if config.get("time_embedding_type") == "learned" else "float32"
 
 
 def _without_text(
@@ -159,4 +172,4 @@ def network(
             )
         return output
 
-    return TorchNetwork(module, (form.sample, InputSpec(name=timestep), *conditions), OUTPUT, call)
+    return TorchNetwork(module, (form.sample, form.timestep, *conditions), OUTPUT, call)

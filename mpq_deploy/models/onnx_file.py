@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -106,14 +107,56 @@ class OnnxDescription(BaseModel):
         return [str(item) for item in value] if isinstance(value, list) else value
 
 
+@dataclass(frozen=True)
+class FixedBatch:
+    """The inputs of a file whose first axis is ``size`` samples and no other number."""
+
+    size: int
+    names: tuple[str, ...]
+
+    @classmethod
+    def of(cls, inputs: Sequence[ir.Value], sample: str, rank: int | None) -> FixedBatch | None:
+        """Return what the ``sample`` fixes, and open it in ``inputs``; None where it fixes none.
+
+        ``rank``: of one sample, where that is known.
+        """
+        found = next(value for value in inputs if value.name == sample)
+        declared = tuple(found.shape or ())
+        if not declared or not isinstance(size := declared[0], int) or size < 1:
+            return None
+        if rank is not None and len(declared) != rank + 1:
+            return None
+        first = {v: v.shape[0] for v in inputs if v.shape is not None and len(v.shape)}
+        # Some exports leave it open for a part of the inputs alone.
+        fixed = [v for v, one in first.items() if one == size or not isinstance(one, int)]
+        for value in fixed:
+            value.shape = ir.Shape([None, *tuple(value.shape or ())[1:]])
+        return cls(size, (sample, *(v.name or "" for v in fixed if v is not found)))
+
+    def filled(self, feeds: dict[str, Array], row: int) -> dict[str, Array]:
+        """Return the feeds of one sample, as often as the file takes samples."""
+        return {
+            name: np.repeat(value[row : row + 1], self.size, 0) if name in self.names else value
+            for name, value in feeds.items()
+        }
+
+
 class OnnxNetwork:
     """An ONNX file: normalised for the export, run as it is for the comparison.
 
+    ``batch``: what the file fixes of it; the file is then run with one sample at a time.
     One that ONNX Runtime does not run on the CPU as it is (``not_run``) is widened to FP32 for that.
     """
 
-    def __init__(self, path: Path, output: str, inputs: Sequence[InputSpec]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        output: str,
+        inputs: Sequence[InputSpec],
+        batch: FixedBatch | None = None,
+    ) -> None:
         self.path, self._output, self.inputs = path, output, tuple(inputs)
+        self.batch = batch
         self._session: ort.InferenceSession | None = None
         model = load_model(path)
         self._widened = bool(not_run(model))
@@ -138,7 +181,7 @@ class OnnxNetwork:
                     f"{self.path} fixes the size of its input '{item.name}'.",
                     "Export it with a dynamic height and width (dynamic_axes or dynamic_shapes), or leave --sizes out.",
                 )
-        return OnnxNetwork(self.path, self._output, inputs)
+        return OnnxNetwork(self.path, self._output, inputs, self.batch)
 
     def to_onnx(self, talk: Talk) -> ir.Model:
         """Return the file's graph in the form that the export writes."""
@@ -149,7 +192,7 @@ class OnnxNetwork:
         output = [value for value in outputs if value.name == self._output]
         outputs.clear()
         outputs.extend(output)
-        return normalise(model, self._inputs)
+        return normalise(model, self._inputs, self.batch.names if self.batch else ())
 
     def reference(self, feeds: dict[str, Array]) -> Array:
         """Return what the file itself gives, through ONNX Runtime."""
@@ -163,7 +206,13 @@ class OnnxNetwork:
             i.name: feeds[i.name].astype(types.get(i.type, feeds[i.name].dtype))
             for i in session.get_inputs()
         }
-        return np.asarray(run_session(session, self._output, given), np.float32)
+        if self.batch is None:
+            return np.asarray(run_session(session, self._output, given), np.float32)
+        rows = [
+            run_session(session, self._output, self.batch.filled(given, row))[:1]
+            for row in range(len(given[self.batch.names[0]]))
+        ]
+        return np.concatenate(rows).astype(np.float32)
 
     def _opened(self) -> ort.InferenceSession:
         from mpq_deploy.runtime.ort import session_for_few_calls
@@ -256,9 +305,10 @@ def open_onnx(path: Path, source: str, additions: Additions, talk: Talk) -> Deno
     description, yaml_path = described(path, additions.description, list(declared), outputs)
     refuse_links_out([yaml_path])
     _check_names(declared, description, yaml_path)
+    batch = _described_batch(inputs, description.sample)
     sample = _input(declared[description.sample.name], description.sample, path)
     if description.timestep is None:
-        return _open_without_timesteps(path, source, additions, description, yaml_path, model)
+        return _open_once(path, source, additions, description, (yaml_path, model, batch))
     timestep = _input(declared[description.timestep.name], description.timestep, path)
     _check_axes(sample, timestep, path)
     wanted = tuple(_wanted(declared[item.name], item, path) for item in description.conditions)
@@ -285,8 +335,8 @@ def open_onnx(path: Path, source: str, additions: Additions, talk: Talk) -> Deno
         labels=conditions.labels,
         pixel_range=description.pixel_range,
     )
-    network = OnnxNetwork(path, spec.output, spec.inputs)
-    return Denoiser(spec, conditions, network, notes=_notes(model, path, talk))
+    network = OnnxNetwork(path, spec.output, spec.inputs, batch)
+    return Denoiser(spec, conditions, network, notes=_notes(model, path, talk, batch))
 
 
 def _check_axes(sample: InputSpec, timestep: InputSpec, path: Path) -> None:
@@ -299,18 +349,20 @@ def _check_axes(sample: InputSpec, timestep: InputSpec, path: Path) -> None:
         )
 
 
-def _open_without_timesteps(
+def _open_once(
     path: Path,
     source: str,
     additions: Additions,
     description: OnnxDescription,
-    yaml_path: Path,
-    model: ir.Model,
+    opened: tuple[Path, ir.Model, FixedBatch | None],
 ) -> Denoiser:
     """Open a model that is called once (a VAE, a text encoder): rows of its inputs are the user's.
 
+    ``opened``: the YAML's path, the file's graph, and what it fixes of its batch.
+
     Raises UsageError where there are none.
     """
+    yaml_path, model, batch = opened
     declared = {v.name or "": v for v in model.graph.inputs if not v.is_initializer()}
     sample = _input(declared[description.sample.name], description.sample, path)
     if additions.conditions is None:
@@ -341,7 +393,7 @@ def _open_without_timesteps(
         labels=given.labels,
         pixel_range=description.pixel_range,
     )
-    return Denoiser(spec, given, OnnxNetwork(path, spec.output, checked))
+    return Denoiser(spec, given, OnnxNetwork(path, spec.output, checked, batch))
 
 
 def open_with_calls(
@@ -362,6 +414,7 @@ def open_with_calls(
             "Name the inputs of the ONNX file as the recorded model's parameters, or record an ONNX Runtime session.",
         )
     recorded = calls.grid(None)
+    batch = _recorded_batch(inputs, recorded, calls.timestep)
     specs = {name: _recorded_input(value, recorded, calls, path) for name, value in inputs.items()}
     order = [name for name in calls.inputs if name in inputs]
     sample = _main_input(specs, calls.timestep)
@@ -382,13 +435,31 @@ def open_with_calls(
     rows = min(recorded.count, EXAMPLES)
     arrays = {item.name: recorded.values(item.name, 0, slice(rows)) for item in spec.inputs}
     notes = [
-        *_notes(model, path, talk),
+        *_notes(model, path, talk, batch),
         f"The calls are those in {calls.folder.name}: {recorded.count} at each of {len(recorded.timesteps)} timesteps.",
     ]
     if len(outputs) > 1:
         notes.append(f"Of {len(outputs)} outputs the first is compared: {outputs[0]}.")
-    network = OnnxNetwork(path, spec.output, spec.inputs)
+    network = OnnxNetwork(path, spec.output, spec.inputs, batch)
     return Denoiser(spec, Conditions(arrays, rows), network, notes=tuple(notes))
+
+
+def _described_batch(inputs: list[ir.Value], sample: NamedInput) -> FixedBatch | None:
+    """Return what the file fixes of its batch, and open it; the YAML's shape is one sample's."""
+    shape = sample.shape
+    return FixedBatch.of(inputs, sample.name, None if shape is None else len(shape))
+
+
+def _recorded_batch(
+    inputs: dict[str, ir.Value], recorded: CallSet, timestep: str
+) -> FixedBatch | None:
+    """Return what the file fixes of its batch, and open it: the first axis beyond a call's own.
+
+    Only the input that carries the batch says so: others may have one value for all calls.
+    """
+    ranks = {name: len(recorded.inputs[name].values.shape) - 1 for name in inputs}
+    main = next((name for name, rank in ranks.items() if name != timestep and rank), None)
+    return None if main is None else FixedBatch.of([*inputs.values()], main, ranks[main])
 
 
 def _recorded_input(
@@ -413,7 +484,7 @@ def _main_input(specs: dict[str, InputSpec], timestep: str) -> str:
     return next((name for name in others if specs[name].shape), (others or list(specs))[0])
 
 
-def _notes(model: ir.Model, path: Path, talk: Talk) -> tuple[str, ...]:
+def _notes(model: ir.Model, path: Path, talk: Talk, batch: FixedBatch | None) -> tuple[str, ...]:
     """Say what the export will change of the file's form."""
     opset, notes = model.opset_imports.get("", 0), list[str]()
     if opset < QUANTIZED_OPSET:
@@ -422,6 +493,11 @@ def _notes(model: ir.Model, path: Path, talk: Talk) -> tuple[str, ...]:
         )
     if reason := not_run(model):
         notes.append(f"{path.name} {reason}; it was compared with its graph in FP32.")
+    if batch is not None:
+        notes.append(
+            f"{path.name} takes {batch.size} at once alone; its graph was made to take any number of samples, and "
+            "compared with it sample by sample."
+        )
     for note in notes:
         talk.line(f"  {note}")
     return tuple(notes)

@@ -36,7 +36,7 @@ from mpq_deploy.models.model_form import (
 )
 from mpq_deploy.models.pipeline_part import open_pipeline_part
 from mpq_deploy.models.sample_sizes import DIT
-from mpq_deploy.models.spec import DenoiserSpec, InputSpec
+from mpq_deploy.models.spec import DenoiserSpec
 from mpq_deploy.models.torch_export import TorchNetwork
 from mpq_deploy.models.unet import load_pretrained
 from mpq_deploy.system.inputs import whole
@@ -95,7 +95,7 @@ def _open_sampled(
         name=str(card.get("name") or folder.resolve().name),
         source=source,
         sample=form.sample,
-        timestep=InputSpec(name=form.signature.timestep),
+        timestep=form.timestep,
         conditions=inputs,
         output=OUTPUT,
         prediction_type=predicted(scheduler),

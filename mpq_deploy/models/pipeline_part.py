@@ -33,7 +33,7 @@ from mpq_deploy.models.call_file import read_calls
 from mpq_deploy.models.conditions import Conditions
 from mpq_deploy.models.denoiser import Denoiser
 from mpq_deploy.models.lora import Loras, told
-from mpq_deploy.models.model_form import OUTPUT
+from mpq_deploy.models.model_form import OUTPUT, timestep_dtype
 from mpq_deploy.models.prompts import prompts_file, read_prompts
 from mpq_deploy.models.sample_sizes import pipeline_multiple, size_fields, sized_calls
 from mpq_deploy.models.spec import (
@@ -74,7 +74,7 @@ def open_pipeline_part(
     given, *_ = found = _first_calls(pipeline, part.name, calls[: len(additions.sizes) or 1])
     sample, timestep = names = _names(type(module), given)
     more = _doubled(pipeline, part.name, calls[0], sample, len(given.tensors[sample]))
-    inputs, fixed, shared = _sized_inputs(found, more, names, additions.sizes)
+    inputs, fixed, shared = _sized_inputs(found, more, names, additions.sizes, module.config)
     config = _scheduler_config(pipeline)
     spec = DenoiserSpec(
         name=folder.resolve().name,
@@ -119,6 +119,7 @@ def _sized_inputs(
     more: Mapping[str, torch.Tensor] | None,
     names: tuple[str, str],
     sizes: ImageSizes,
+    config: Mapping[str, Any],
 ) -> tuple[list[InputSpec], dict[str, torch.Tensor], frozenset[str]]:
     """Return what ``_inputs`` does, with the inputs' shapes at each of ``sizes``, and which are positions.
 
@@ -128,6 +129,8 @@ def _sized_inputs(
     constant that changes.
     """
     listed, fixed = _inputs(found[0], more, names)
+    if (whole := timestep_dtype(config)) != "float32":
+        listed[1] = listed[1].model_copy(update={"dtype": whole})
     moved = [name for name, value in fixed.items() if _moves(value, name, found)]
     own = {name: [tuple(one.tensors[name].shape) for one in found] for name in moved}
     for name in moved:

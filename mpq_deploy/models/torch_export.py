@@ -128,6 +128,7 @@ class TorchNetwork:
                     verbose=False,
                 )
         except torch.onnx.OnnxExporterError as error:
+            self._refuse_unrun(example)
             if shapes := [list(one) for item in self.inputs for one in item.sizes]:
                 raise ModelError(
                     f"PyTorch can export {type(self.module).__name__} for one size alone, not for samples of "
@@ -145,6 +146,19 @@ class TorchNetwork:
                 ELSEWHERE,
             ) from error
         return program.model  # type: ignore[no-any-return]
+
+    def _refuse_unrun(self, example: Sequence[torch.Tensor]) -> None:
+        """Raise ModelError where PyTorch itself cannot run the module on the inputs."""
+        try:
+            with torch.no_grad():
+                self._call(self.module, *example)
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            sample = [*self.inputs[0].shape]
+            raise ModelError(
+                f"{type(self.module).__name__} cannot be run in PyTorch on samples of {sample}: {gist(error)}",
+                "Correct its config.json: sample_size must be a size that it takes (a UNet that halves it n times: "
+                "a multiple of 2 to the n).",
+            ) from error
 
     @contextmanager
     def _of_sizes(self) -> Iterator[None]:

@@ -154,6 +154,8 @@ def refuse_links(folder: Path, error: type[MpqError] = InputError) -> None:
                 )
 
 
+# The file in a run folder that who writes into it holds.
+LOCK = ".lock"
 # How the system says that a file cannot grow, and that none can be made.
 FULL, FORBIDDEN = (
     (errno.ENOSPC, errno.EDQUOT),
@@ -182,8 +184,14 @@ def disk_error(error: OSError, path: Path | None) -> MpqError:
         return DiskError(
             what, "Free some space, or give another run folder with -o; finished work is kept."
         )
+    if error.errno in FORBIDDEN and place is not None and place.name == LOCK:
+        return DiskError(
+            f"The run folder {printable(str(place.parent)[:300])} cannot be written: {error.strerror}.",
+            "This command writes into it: copy it (cp -r) and name the copy; a build takes another folder with -o.",
+        )
     if error.errno in FORBIDDEN:
         return DiskError(
-            f"{named} cannot be written: {error.strerror}.", "Give another run folder with -o."
+            f"{named} cannot be written: {error.strerror}.",
+            "Write elsewhere with -o, or copy a run folder that is read-only (cp -r).",
         )
     return MpqError(f"{printable(error.strerror or str(error))}: {named}")

@@ -14,10 +14,11 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from mpq_deploy.errors import UsageError
+from mpq_deploy.system.files import LOCK as LOCK
 
-# In a folder that is held: what is locked, and the process id of the holder. Two files, since
+# In a folder that is held, beside what is locked: the process id of the holder. Two files, since
 # Windows lets nobody read a locked one.
-LOCK, OWNER = ".lock", ".owner"
+OWNER = ".owner"
 
 
 class HeldError(Exception):

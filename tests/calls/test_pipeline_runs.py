@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,7 +25,7 @@ from mpq_deploy.calls.pipeline_runs import (
 from mpq_deploy.calls.stand_in import refuse_switched, switches
 from mpq_deploy.errors import UsageError
 from mpq_deploy.models.additions import pipeline_index
-from mpq_deploy.models.call_file import FILE
+from mpq_deploy.models.call_file import FILE, read_calls
 from tests.tiny_models import (
     ONE_LEVEL,
     tiny_conditional_unet,
@@ -73,6 +74,38 @@ def test_a_pipeline_that_was_saved_without_a_part_is_loaded(tmp_path: Path) -> N
     folder = tiny_text_transformer_folder(tmp_path, "SD3Transformer2DModel", t5=False)
     pipeline = load_pipeline(folder, pipeline_index(folder))
     assert pipeline.text_encoder_3 is None and pipeline.text_encoder_2 is not None
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (("image", "strength"), "StableDiffusionImg2ImgPipeline takes .*: name it as _class_name"),
+        (
+            ("image", "mask_image"),
+            "StableDiffusionInpaintPipeline takes .*: name it as _class_name",
+        ),
+        (("image", "control_image"), "StableDiffusionControlNetImg2Img.*: it needs a controlnet"),
+        (
+            ("control_image",),
+            r"StableDiffusionControlNetPipeline takes .* \(as 'image'\): it needs",
+        ),
+        (("image", "mask_imge"), "StableDiffusionImg2ImgPipeline takes image"),
+        (("promt",), "Did you mean 'prompt'.*callback_on_step_end_tensor_inputs.$"),
+        (("generator",), "It takes prompt"),
+    ],
+)
+def test_a_call_for_another_class_names_it(
+    names: tuple[str, ...], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from diffusers import StableDiffusionPipeline
+
+    parts = dict.fromkeys(("vae", "text_encoder", "tokenizer", "unet", "scheduler"), object())
+    monkeypatch.setattr(StableDiffusionPipeline, "components", parts)
+    pipeline, path = object.__new__(StableDiffusionPipeline), tmp_path / "call.yaml"
+    path.write_text("\n".join(f"{name}: x" for name in names), encoding="utf-8")
+    with pytest.raises(UsageError, match=f"names '{names[0]}'") as refused:
+        read_calls(path, pipeline)
+    assert re.search(said, refused.value.hint)
 
 
 def test_memory_that_runs_out_is_no_fault_of_the_call() -> None:

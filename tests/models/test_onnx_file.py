@@ -11,9 +11,11 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx_ir as ir
+import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from mpq_deploy.api import record
 from mpq_deploy.errors import ModelError, MpqError, UsageError
 from mpq_deploy.graph.layers import layer_graph
 from mpq_deploy.graph.load import load_model
@@ -21,6 +23,8 @@ from mpq_deploy.models.additions import Additions
 from mpq_deploy.models.export import export_denoiser, load_exported
 from mpq_deploy.models.open import open_denoiser
 from mpq_deploy.runtime.ort import OrtDenoiser
+from tests.graphs import GraphBuilder
+from tests.pipeline.runs import describe
 from tests.tiny_models import tiny_onnx_denoiser, tiny_onnx_with_yaml, tiny_scheduler
 
 
@@ -151,13 +155,120 @@ def test_conditions_from_a_file(tmp_path: Path) -> None:
         open_denoiser(path, Additions(conditions=tmp_path / "d.npz"))
 
 
-def test_a_fixed_batch_axis_is_refused(tmp_path: Path) -> None:
-    path = tiny_onnx_with_yaml(tmp_path)
+def _of_batch(path: Path, size: int) -> Path:
+    """Fix the first axis of every input and output that has a free one."""
     model = onnx.load(path)
-    model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 1
+    for value in (*model.graph.input, *model.graph.output):
+        for dim in value.type.tensor_type.shape.dim[:1]:
+            if dim.dim_param:
+                dim.dim_value = size
+    del model.graph.value_info[:]
     onnx.save(model, path)
+    return path
+
+
+def _tokens_denoiser(size: int) -> GraphBuilder:
+    """What exporters write for a fixed batch: it is a number in shapes, and tokens [T, N] become one axis."""
+    g = GraphBuilder()
+    g.input("sample", [size, 3, 4, 4])
+    g.input("timestep", [size])
+    column = g.op("Unsqueeze", ["timestep", g.weight("one", [1])], "column")
+    time = g.gemm(
+        g.op("Mul", [column, g.weight("slow", np.asarray([1e-3], np.float32))], "late"),
+        "time",
+        8,
+        1,
+    )
+    x = g.conv("sample", "in", 8, 3, strides=[2, 2])
+    flat = g.op("Reshape", [x, g.weight("flat", [size, 8, 4])], "flat")
+    tokens = g.op("Transpose", [flat], "tokens", perm=[0, 2, 1])
+    extra = g.rng.standard_normal((1, 1, 8)).astype(np.float32)
+    first = g.weight("class", np.repeat(extra, size, axis=0))
+    joined = g.op("Concat", [first, tokens], "joined", axis=1)
+    late = g.op("Add", [joined, g.op("Unsqueeze", [time, g.weight("one", [1])], "row")], "shifted")
+    mid = g.op("Transpose", [late], "tokens_first", perm=[1, 0, 2])
+    rows = g.op("Reshape", [mid, g.weight("rows", [5 * size, 8])], "rows")
+    heads = g.op(
+        "Reshape", [g.matmul(rows, "to_q", 8, 8), g.weight("h", [5, 2 * size, 4])], "heads"
+    )
+    queries = g.op("Transpose", [heads], "queries", perm=[1, 0, 2])
+    keys = g.op("Transpose", [heads], "keys", perm=[1, 2, 0])
+    scores = g.op("Softmax", [g.op("MatMul", [queries, keys], "scores")], "softmax", axis=-1)
+    mixed = g.op("Transpose", [g.op("MatMul", [scores, queries], "mix")], "back", perm=[1, 0, 2])
+    out = g.op("Reshape", [mixed, g.weight("out_shape", [5, size, 8])], "out")
+    whole = g.op("Transpose", [out], "whole", perm=[1, 2, 0])
+    ends = [g.weight("begin", [1]), g.weight("end", [5]), g.weight("along", [2])]
+    image = g.op("Slice", [whole, *ends], "image")
+    square = g.op("Reshape", [image, g.weight("square", [size, 8, 2, 2])], "square")
+    sizes = g.weight("sizes", [size, 8, 4, 4])
+    g.conv(g.op("Resize", [square, "", "", sizes], "resized", mode="nearest"), "last", 3, 8)
+    g.nodes[-1].output[0] = g.output("result", [size, 3, 4, 4])
+    return g
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_fixed_batch_becomes_any(size: int, tmp_path: Path) -> None:
+    """The file itself is run with one sample at a time, and the export with one and two."""
+    guided = {"scale": 3.0, "uncond_row": 3}
+    tiny = _of_batch(tiny_onnx_with_yaml(tmp_path, guidance=guided), size)
+    tokens = _tokens_denoiser(size).save(tmp_path / "tokens.onnx")
+    # Only its sample's batch is fixed.
+    part = tiny_onnx_with_yaml(tmp_path / "part")
+    model = onnx.load(part)
+    model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = size
+    del model.graph.value_info[:]
+    onnx.save(model, part)
+    for number, path in enumerate((tiny, describe(tokens), part)):
+        denoiser = open_denoiser(path)
+        assert any("at once alone" in note for note in denoiser.notes)
+        report = export_denoiser(denoiser, tmp_path / str(number))
+        assert report.max_relative_error < 1e-5
+        graph = onnx.load(tmp_path / str(number) / "model.onnx").graph
+        assert {v.type.tensor_type.shape.dim[0].dim_param for v in graph.input} == {"batch"}
+
+
+def test_recorded_calls_of_a_file_of_a_fixed_batch(tmp_path: Path) -> None:
+    path = _tokens_denoiser(1).save(tmp_path / "tokens.onnx")
+    session, rng = ort.InferenceSession(path), np.random.default_rng(0)
+    with record(session, tmp_path / "calls"):
+        for _ in range(2):
+            for t in (800, 300):
+                x = rng.standard_normal((1, 3, 4, 4), np.float32)
+                session.run(None, {"sample": x, "timestep": np.asarray([t], np.float32)})
+    denoiser = open_denoiser(path, Additions(calls=tmp_path / "calls"))
+    assert all(item.batched for item in denoiser.spec.inputs)
+    assert export_denoiser(denoiser, tmp_path / "out").max_relative_error < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("op", "inputs", "attributes"),
+    [
+        ("ReduceMean", ("axes",), {"keepdims": 1}),
+        ("Squeeze", ("axes",), {}),
+        ("Gather", ("axes",), {"axis": 0}),
+        ("Concat", ("sample",), {"axis": 0}),
+    ],
+)
+def test_a_fixed_batch_that_its_graph_needs_is_refused(
+    op: str, inputs: tuple[str, ...], attributes: dict[str, int], tmp_path: Path
+) -> None:
+    g = GraphBuilder()
+    g.input("sample", [1, 3, 4, 4])
+    g.input("timestep", [1])
+    g.weight("axes", [0])
+    mixed = g.op(op, ["sample", *inputs], "mixes", **attributes)
+    g.op("Add", [g.op("Mul", [mixed, "timestep"], "late"), g.conv("sample", "c", 3, 3)], "sum")
+    g.nodes[-1].output[0] = g.output("result", ["n", 3, 4, 4])
+    path = describe(g.save(tmp_path / "m.onnx"))
+    with pytest.raises(ModelError, match=rf"fixes its batch, and 'mixes' \({op}\)") as refused:
+        export_denoiser(open_denoiser(path), tmp_path / "out")
+    assert "dynamic first axis" in refused.value.hint
+
+
+def test_an_input_without_a_batch_is_refused(tmp_path: Path) -> None:
+    path = tiny_onnx_with_yaml(tmp_path, sample={"name": "x", "shape": [1, 3, 9, 9]})
     with pytest.raises(ModelError, match="batch axis"):
-        open_denoiser(path)
+        open_denoiser(_of_batch(path, 1))
 
 
 def test_a_weight_that_is_not_finite_is_named(tmp_path: Path) -> None:

@@ -13,10 +13,12 @@ import pytest
 from mpq_deploy.errors import ModelError
 from mpq_deploy.graph.layers import layer_graph
 from mpq_deploy.graph.load import load_model, normalise
+from mpq_deploy.models import export
 from mpq_deploy.models.additions import Additions
 from mpq_deploy.models.export import export_denoiser, load_exported
 from mpq_deploy.models.open import open_denoiser
 from mpq_deploy.models.spec import InputSpec
+from mpq_deploy.models.torch_export import TorchNetwork
 from mpq_deploy.runtime.ort import OrtDenoiser, make_session
 from mpq_deploy.system.progress import Talk
 from tests.tiny_models import (
@@ -302,6 +304,31 @@ def test_weights_that_are_not_finite_are_named(tmp_path: Path, value: float) -> 
     save_file(weights, file, metadata={"format": "pt"})
     with pytest.raises(ModelError, match=r"mid_block\.resnets\.0\.conv1\.weight.* 1 values"):
         export_denoiser(open_denoiser(folder), tmp_path / "export")
+
+
+def test_timesteps_of_a_learned_embedding_are_whole(tmp_path: Path) -> None:
+    table: dict[str, Any] = {"time_embedding_type": "learned", "num_train_timesteps": 1000}
+    folder = tiny_unet_folder(tmp_path, num_class_embeds=None, **ONE_LEVEL_CLASSES, **table)
+    # The folder's pipeline makes the calls; then our own sampler does.
+    index = folder / "model_index.json"
+    for _ in range(2):
+        denoiser = open_denoiser(folder)
+        assert denoiser.spec.timestep is not None and denoiser.spec.timestep.dtype == "int64"
+        feeds = export._case(denoiser, 2, np.random.default_rng(0))
+        assert feeds["timestep"].dtype == np.int64
+        assert denoiser.network.reference(feeds).shape == (2, 3, 8, 8)
+        index.unlink(missing_ok=True)
+
+
+def test_a_module_that_pytorch_itself_cannot_run_is_named() -> None:
+    import torch
+
+    inputs = [InputSpec(name="x", shape=(3, 9, 9)), InputSpec(name="t")]
+    linear = torch.nn.Linear(8, 8)
+    network = TorchNetwork(linear, inputs, "y", lambda m, x, t: m(x))
+    with pytest.raises(ModelError, match=r"Linear cannot be run .* of \[3, 9, 9\]") as refused:
+        network.to_onnx(Talk())
+    assert "sample_size" in refused.value.hint
 
 
 EXPORTED = """

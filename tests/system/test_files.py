@@ -27,6 +27,12 @@ def test_the_disk_s_errors_say_what_to_do(tmp_path: Path, code: int, words: str)
     assert words in error.message and "-o" in error.hint
 
 
+def test_a_run_folder_that_is_read_only_is_to_be_copied(tmp_path: Path) -> None:
+    error = disk_error(OSError(errno.EROFS, "Read-only", str(tmp_path / ".lock")), None)
+    assert error.message == f"The run folder {tmp_path} cannot be written: Read-only."
+    assert "copy it (cp -r)" in error.hint
+
+
 def test_every_altered_digit_of_a_sealed_file_is_noticed() -> None:
     values = {"seconds": 12.5, "rows": (1, 2), "inner": {"b": None, "a": "x"}}
     text = sealed_json(values)
