@@ -146,7 +146,8 @@ def scripts_of(command: str, root: Path) -> set[Path]:
     if words[0] == "mpq-deploy":
         found = [root / PACKAGE / "studies" / f"{words[1]}.py"]
     elif words[1] == "-m":
-        found = sorted((root / words[2].replace(".", "/")).glob("*.py"))
+        place = root / words[2].replace(".", "/")
+        found = [place.with_suffix(".py"), *sorted(place.glob("*.py"))]
     else:
         found = [root / words[1]]
     return {file.relative_to(root) for file in found if file.is_file()}

@@ -156,8 +156,8 @@ class TorchNetwork:
             sample = [*self.inputs[0].shape]
             raise ModelError(
                 f"{type(self.module).__name__} cannot be run in PyTorch on samples of {sample}: {gist(error)}",
-                "Correct its config.json: sample_size must be a size that it takes (a UNet that halves it n times: "
-                "a multiple of 2 to the n).",
+                "Give all that it is called with (--conditions FILE.npz), or correct its config.json: sample_size must "
+                "be one that it takes (a UNet that halves it n times: a multiple of 2 to the n).",
             ) from error
 
     @contextmanager

@@ -12,7 +12,7 @@ import onnx_ir as ir
 from mpq_deploy.errors import ModelError
 from mpq_deploy.graph.constants import add_constant
 from mpq_deploy.graph.known_values import known_shapes
-from mpq_deploy.graph.passes.base import GraphPass, NodeMaker
+from mpq_deploy.graph.passes.base import GraphPass, NodeMaker, ensure
 from mpq_deploy.models.spec import Array
 
 EXPORT_HINT = (
@@ -38,7 +38,9 @@ class OpenBatchPass(GraphPass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Follow the axis from the inputs to the outputs."""
-        inputs = [value for value in model.graph.inputs if value.name in self.names]
+        inputs = self._inputs(model)
+        if all(value.shape is not None and value.shape[0] == BATCH for value in inputs):
+            return ir.passes.PassResult(model, False)
         firsts = [value.shape[0] for value in inputs if value.shape is not None]
         batch = next((size for size in firsts if isinstance(size, int)), 1)
         for value in inputs:
@@ -60,7 +62,15 @@ class OpenBatchPass(GraphPass):
                 raise ModelError(
                     f"The output '{value.name}' has no row for each sample.", EXPORT_HINT
                 )
-        return ir.passes.PassResult(model, bool(self.names))
+        return ir.passes.PassResult(model, True)
+
+    def ensures(self, model: ir.Model) -> None:
+        """No input fixes the number of samples."""
+        fixed = [one for one in self._inputs(model) if one.shape and isinstance(one.shape[0], int)]
+        ensure(not fixed, "An input fixes the number of samples.")
+
+    def _inputs(self, model: ir.Model) -> list[ir.Value]:
+        return [value for value in model.graph.inputs if value.name in self.names]
 
 
 class _Shapes:

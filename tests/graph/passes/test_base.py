@@ -30,6 +30,7 @@ from mpq_deploy.graph.passes.hide_near_neutral import HideNearNeutralPass
 from mpq_deploy.graph.passes.infer_types import InferTypesPass
 from mpq_deploy.graph.passes.lower_opset import LowerOpsetPass
 from mpq_deploy.graph.passes.name_nodes import NameNodesPass
+from mpq_deploy.graph.passes.open_batch import OpenBatchPass
 from mpq_deploy.graph.passes.raise_opset import RaiseOpsetPass
 from mpq_deploy.graph.passes.unroll_sequences import UnrollSequencesPass
 from mpq_deploy.graph.passes.widen import WidenPass
@@ -171,6 +172,13 @@ def lower_opset() -> Made:
     return LowerOpsetPass(21), model_of(graph, graph.input("x", ["n", 4]), ["n", 4])
 
 
+def open_batch() -> Made:
+    graph = GraphBuilder()
+    shape = graph.weight("shape", np.array([2, 6]))
+    flat = graph.op("Reshape", [graph.input("x", [2, 3, 2]), shape], "flat")
+    return OpenBatchPass(("x",)), model_of(graph, flat, [2, 6])
+
+
 def name_nodes() -> Made:
     graph = GraphBuilder()
     x = graph.op("Relu", [graph.input("x", ["n", 4])], "relu")
@@ -220,6 +228,7 @@ EXAMPLES: list[Callable[[], Made]] = [
     infer_types,
     lower_opset,
     name_nodes,
+    open_batch,
     raise_opset,
     unroll_sequences,
     widen,
