@@ -152,7 +152,7 @@ def test_a_denoiser_that_nobody_listed_is_called_as_its_signature_says(tmp_path:
         open_denoiser(tmp_path / "aura", Additions(scheduler=folder, conditions=tmp_path / "d.npz"))
     # It calls its text optional, and fails without it.
     with pytest.raises(
-        ModelError, match="AuraFlowTransformer2DModel cannot be run in PyTorch .*--conditions"
+        ModelError, match=r"AuraFlowTransformer2DModel cannot be run in PyTorch .*--conditions"
     ):
         export_denoiser(
             open_denoiser(tmp_path / "aura", Additions(scheduler=folder)), tmp_path / "without"
