@@ -124,6 +124,12 @@ def timed_problem(
     return replace(problem, quantizer_ns=shared, fixed_ns=costs.others_ns)
 
 
+ONE_CALL = (
+    "The prediction has no interval: it takes two measured calls at each timestep. From one it may be many times too "
+    "small: measure more (measure.calls, --effort)."
+)
+
+
 class PlanSolver:
     """Reads bytes, losses and times of every allowed (layer, scheme) once, and solves any budget.
 
@@ -370,7 +376,7 @@ class PlanSolver:
         if cross_terms is None:
             return f"The prediction has no interval: {self.table.metric} keeps no errors by call."
         if cross_terms.interval is None:
-            return "The prediction has no interval: it takes two measured calls at each timestep."
+            return ONE_CALL
         if cross_terms.folds:
             return (
                 "The prediction and its 95 % interval are those of plans chosen in the same way on other calls, "

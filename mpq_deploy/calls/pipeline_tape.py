@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from mpq_deploy.calls.pipeline_runs import PipelineRuns, returned_array
 from mpq_deploy.calls.sampler_tape import NoTrajectory, Tape
-from mpq_deploy.errors import UsageError
+from mpq_deploy.errors import ModelError, UsageError
 from mpq_deploy.models.spec import Array
 
 # What a call of the denoiser is given, [M, ...] by input name -> its output.
@@ -70,7 +70,7 @@ class _Watch(TorchFunctionMode):  # type: ignore[misc]
         super().__init__()
         self.given, self.outputs = list[Mapping[str, Any]](), list[Any]()
         self.feeds = list[dict[str, Array]]()
-        self._name, self._sample, self._model = runs.short_name, runs.spec.sample.name, model
+        self._name, self._model = runs.short_name, model
         self._left, self._ours = list[Any](), False
         runs.seen, runs.compute = self._seen, self._computed
 
@@ -119,6 +119,11 @@ class _Watch(TorchFunctionMode):  # type: ignore[misc]
             )
         self.feeds.append(feeds)
         output = torch.from_numpy(self._model(feeds)).requires_grad_()
+        if not torch.isfinite(output).all():
+            raise ModelError(
+                f"The denoiser's output is not finite at call {len(self.feeds)} of an image.",
+                "Check the model's weights, and its values against the range of FP16.",
+            )
         self.outputs.append(output)
         self._ours = False
         # A pipeline may write into what it is given, which a leaf forbids.

@@ -140,7 +140,9 @@ class WholeRun:
             except (ModelError, UsageError) as error:
                 others = [other for other in self.parts.names if other != name]
                 # Calls that the pipeline does not take are the same for every part.
-                if name != self.parts.denoiser and str(self.recipe.call) not in error.message:
+                call = self.recipe.call
+                of_call = call is not None and str(call) in error.message
+                if name != self.parts.denoiser and not of_call:
                     error.hint += f" Or leave the {name} as it is: --only {','.join(others)}."
                 raise
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mpq_deploy.allocate.plan_solver import PlanSolver
+from mpq_deploy.allocate.plan_solver import ONE_CALL, PlanSolver
 from mpq_deploy.allocate.predicted_images import psnr_text
 from mpq_deploy.evaluate.interval import ends_text
 from mpq_deploy.latency.costs import int8_warning
@@ -50,6 +50,8 @@ def make(run: Run, folder: Path) -> str:
         predicted = f"predicted NMSE {loss:.2e}{ends_text(plan.predicted_interval)}"
     if plan.predicted_images is not None:
         predicted = f"predicted {psnr_text(plan.predicted_images)}"
+    if plan.prediction_note == ONE_CALL:
+        run.talk.warn(ONE_CALL)
     kind = "nominal bytes, simulated" if plan.simulated else "bytes"
     warning = int8_warning(plan.latency, len(plan.layers)) if plan.latency else ""
     if warning:

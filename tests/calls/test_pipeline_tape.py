@@ -13,6 +13,7 @@ pytest.importorskip("diffusers")
 from mpq_deploy.calls.pipeline_runs import PipelineRuns  # noqa: E402
 from mpq_deploy.calls.pipeline_tape import PipelineTape  # noqa: E402
 from mpq_deploy.calls.sampler_tape import NoTrajectory  # noqa: E402
+from mpq_deploy.errors import ModelError  # noqa: E402
 from tests.oracle.comparison import open_case  # noqa: E402
 from tests.oracle.pipelines import STEPS, save_case  # noqa: E402
 from tests.oracle.trajectories import SEED, agreement  # noqa: E402
@@ -65,3 +66,11 @@ def test_a_pipeline_that_leaves_torch_on_the_way_has_no_trajectory(
     monkeypatch.setattr(scheduler, "step", step)
     runs.compute = denoiser.network.reference
     assert runs.image(0, STEPS, SEED).shape[0] == 1
+
+
+def test_an_output_that_is_not_finite_is_refused(tmp_path: Path) -> None:
+    case = save_case("DDIMPipeline", tmp_path)
+    denoiser = open_case(case)
+    runs = PipelineRuns(case.folder, denoiser.spec)
+    with pytest.raises(ModelError, match="not finite at call 1 of an image"):
+        PipelineTape.of(runs, 0, STEPS, SEED, lambda feeds: feeds["sample"] * float("nan"))

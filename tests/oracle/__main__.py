@@ -11,15 +11,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
-import shlex
 import sys
 import tempfile
 import warnings
 from collections.abc import Iterable
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 
 from benchmarks.pages import made
@@ -27,6 +23,7 @@ from mpq_deploy.errors import MpqError
 from mpq_deploy.models.export import export_denoiser
 from mpq_deploy.runtime.ort import OrtDenoiser
 from tests.oracle.comparison import Comparison, compare, open_case
+from tests.oracle.page import made_by
 from tests.oracle.pipelines import BUILDERS, NOT_EXPORTED, REFUSED, STEPS, save_case
 
 PACKAGES = ("mpq-deploy", "diffusers", "transformers", "torch", "onnx", "onnxruntime")
@@ -120,11 +117,7 @@ def as_expected(name: str, found: Comparison | MpqError) -> bool:
 
 def page(found: dict[str, Comparison | MpqError], only: list[str], path: Path | None) -> str:
     """Return the results as Markdown."""
-    packages = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
-    versions = f"Python {platform.python_version()}, {packages}; {os.cpu_count()} cores"
-    words = [*(word for name in only for word in ("--only", name))]
-    words += ["--page", path.as_posix()] if path else []
-    command = shlex.join(["python", "-m", "tests.oracle", *words])
+    command, versions = made_by("tests.oracle", PACKAGES, only, path)
     head = HEAD.format(command=command, versions=versions, steps=STEPS, limit=EXPORTED)
     ran = {name: one for name, one in found.items() if isinstance(one, Comparison)}
     refused = {name: one for name, one in found.items() if isinstance(one, MpqError)}

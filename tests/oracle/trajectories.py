@@ -9,15 +9,11 @@
 from __future__ import annotations
 
 import argparse
-import os
-import platform
-import shlex
 import sys
 import tempfile
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +26,7 @@ from mpq_deploy.calls.pipeline_tape import PipelineTape
 from mpq_deploy.errors import MpqError
 from mpq_deploy.models.denoiser import Denoiser
 from tests.oracle.comparison import open_case
+from tests.oracle.page import made_by
 from tests.oracle.pipelines import BUILDERS, REFUSED, STEPS, Case, save_case
 
 SEED = 5
@@ -154,11 +151,7 @@ def main() -> int:
 
 def page(found: dict[str, Agreement | MpqError], only: list[str], path: Path | None) -> str:
     """Return the results as Markdown."""
-    packages = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
-    versions = f"Python {platform.python_version()}, {packages}; {os.cpu_count()} cores"
-    words = [*(word for name in only for word in ("--only", name))]
-    words += ["--page", path.as_posix()] if path else []
-    command = shlex.join(["python", "-m", "tests.oracle.trajectories", *words])
+    command, versions = made_by("tests.oracle.trajectories", PACKAGES, only, path)
     lines = [HEAD.format(command=command, versions=versions, steps=STEPS, close=CLOSE)]
     lines.append("| class | calls | through | by the derivative | 1e-3 | 1e-4 | 1e-5 |\n")
     lines.append("|---|---:|---|---:|---:|---:|---:|\n")

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from mpq_deploy.allocate.plan import PrecisionPlan
-from mpq_deploy.allocate.plan_solver import PlanSolver
+from mpq_deploy.allocate.plan_solver import ONE_CALL, PlanSolver
 from mpq_deploy.allocate.predicted_images import predicted_images
 from mpq_deploy.errors import UsageError
 from mpq_deploy.run.recipe_check import check_recipe
@@ -95,3 +95,9 @@ def test_a_pipelines_images_are_predicted_through_its_decoder(tmp_path: Path) ->
     predicted = found.report["predicted_images"]
     assert predicted["images"] == 4
     assert predicted["pooled_psnr_db"] == pytest.approx(found.report["pooled_psnr_db"], abs=2)
+
+
+def test_a_prediction_from_one_call_says_what_it_is_worth(model: Path, run: Path) -> None:
+    pytest.importorskip("torch")
+    found = build(recipe_for(model, measure__calls=1), run, last="allocate")
+    assert f"warning: {ONE_CALL}" in found.said
