@@ -23,6 +23,7 @@ from mpq_deploy.graph.passes.base import run_passes
 from mpq_deploy.graph.passes.finite_masks import FiniteMasksPass
 from mpq_deploy.graph.passes.fold_branches import FoldBranchesPass
 from mpq_deploy.graph.passes.fold_constants import FoldConstantsPass
+from mpq_deploy.graph.passes.fold_positions import FoldPositionsPass
 from mpq_deploy.graph.passes.fold_weights import FoldWeightsPass
 from mpq_deploy.graph.passes.group_norm import GroupNormPass
 from mpq_deploy.graph.passes.infer_types import InferTypesPass
@@ -281,6 +282,7 @@ _REST: tuple[ir.passes.PassBase, ...] = (
     AttentionProductsPass(),
     FiniteMasksPass(),
     GroupNormPass(),
+    FoldPositionsPass(),
     FoldWeightsPass(),
     FoldConstantsPass(),
     common_passes.RemoveUnusedNodesPass(),

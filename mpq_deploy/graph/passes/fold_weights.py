@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass
 from math import prod
 
 import onnx_ir as ir
 
-from mpq_deploy.graph.constant_arithmetic import COMPUTED, Arithmetic, arithmetic_of
+from mpq_deploy.graph.constant_arithmetic import Arithmetic, arithmetic_of
 from mpq_deploy.graph.constants import constant
-from mpq_deploy.graph.layers import STANDARD_DOMAINS
 from mpq_deploy.graph.passes.base import GraphPass, ensure
 from mpq_deploy.graph.passes.fold_constants import free_name, shape_chain
+from mpq_deploy.graph.passes.fold_positions import constant_values, remove_unread
 from mpq_deploy.models.spec import Array
 
 # Operators whose second operand is a weight.
@@ -63,7 +64,7 @@ class FoldWeightsPass(GraphPass):
             graph.register_initializer(result.new)
             result.old.replace_all_uses_with(result.new)
         if results:
-            _remove_unread(graph)
+            remove_unread(graph)
             _name(graph, results)
         return ir.passes.PassResult(model, bool(results))
 
@@ -86,28 +87,17 @@ class _Result:
 
 def _frontier(graph: ir.Graph) -> list[ir.Value]:
     """Return the floats computed from constants alone that some other node reads, and that fold."""
-    known: set[ir.Value] = set()
-    made: list[ir.Value] = []
-    for node in graph:
-        sources = [value for value in node.inputs if value is not None]
-        if (
-            node.domain in STANDARD_DOMAINS
-            and node.op_type in COMPUTED
-            and sources
-            and all(value in known or _is_constant(value) for value in sources)
-        ):
-            known.update(node.outputs)
-            made += node.outputs
-    return [value for value in made if _folds(value, known)]
+    known = constant_values(graph)
+    return [value for value in known if _folds(value, known)]
 
 
-def _is_constant(value: ir.Value) -> bool:
-    return value.is_initializer() and not value.is_graph_input() and value.const_value is not None
-
-
-def _folds(value: ir.Value, known: set[ir.Value]) -> bool:
+def _folds(value: ir.Value, known: Collection[ir.Value]) -> bool:
     """Whether a constant value is one that a node beyond the constants reads, and is worth folding."""
-    readers = [(node, index) for node, index in value.uses() if not known.issuperset(node.outputs)]
+    readers = [
+        (node, index)
+        for node, index in value.uses()
+        if not all(one in known for one in node.outputs)
+    ]
     # A type that is not declared shows when it is computed.
     floating = value.dtype is None or value.dtype.is_floating_point()
     if not readers or not floating or value.is_graph_output() or shape_chain(value):
@@ -170,14 +160,6 @@ def _tensor(arithmetic: Arithmetic, array: Array, name: str) -> Array | ir.Tenso
     return ir.LazyTensor(
         again, ir.DataType.from_numpy(array.dtype), ir.Shape(array.shape), name=name
     )
-
-
-def _remove_unread(graph: ir.Graph) -> None:
-    """Take out nodes of ``COMPUTED`` that nothing reads, the last ones first."""
-    for node in reversed(graph):
-        read = any(value.is_graph_output() or any(value.uses()) for value in node.outputs)
-        if not read and node.op_type in COMPUTED:
-            graph.remove(node, safe=True)
 
 
 def _name(graph: ir.Graph, results: list[_Result]) -> None:

@@ -22,6 +22,7 @@ from mpq_deploy.graph.passes.finite_masks import FiniteMasksPass
 from mpq_deploy.graph.passes.first_token import FirstTokenPass
 from mpq_deploy.graph.passes.fold_branches import FoldBranchesPass
 from mpq_deploy.graph.passes.fold_constants import FoldConstantsPass
+from mpq_deploy.graph.passes.fold_positions import FoldPositionsPass
 from mpq_deploy.graph.passes.fold_weights import FoldWeightsPass
 from mpq_deploy.graph.passes.fp16_arithmetic import Fp16ArithmeticPass
 from mpq_deploy.graph.passes.fp16_storage import Fp16StoragePass
@@ -104,6 +105,16 @@ def fold_constants() -> Made:
     weight = graph.op("Transpose", [graph.random("w", 6, 4)], "turn", perm=[1, 0])
     product = graph.op("MatMul", [graph.input("x", ["n", 4]), weight], "product")
     return FoldConstantsPass(), model_of(graph, product, ["n", 6])
+
+
+def fold_positions() -> Made:
+    graph = GraphBuilder()
+    fraction = graph.op(
+        "Mul", [graph.weight("f", np.float32([0, 1])), graph.weight("o", np.float32(1))], "o_f"
+    )
+    whole = graph.op("Cast", [fraction], "whole", to=TensorProto.INT64)
+    picked = graph.op("Gather", [graph.input("x", [4, 6]), whole], "picked")
+    return FoldPositionsPass(), model_of(graph, picked, [2, 6])
 
 
 def fold_weights() -> Made:
@@ -219,6 +230,7 @@ EXAMPLES: list[Callable[[], Made]] = [
     first_token,
     fold_branches,
     fold_constants,
+    fold_positions,
     fold_weights,
     fp16_arithmetic,
     fp16_arithmetic_into_the_island,
