@@ -332,6 +332,12 @@ def _write_tokenizer(
         raise ModelError(
             f"The {name} is a {type(tokenizer).__name__}, which the library tokenizers has not."
         )
+    for side in ("padding_side", "truncation_side"):
+        if getattr(tokenizer, side, "right") != "right":
+            raise ModelError(
+                f"The {name} has the {side} {getattr(tokenizer, side)!r}; here it is right alone.",
+                "Make images with diffusers, and mpq_deploy.load in its denoiser's place.",
+            )
     place.mkdir(parents=True)
     backend.no_padding()
     backend.no_truncation()

@@ -37,7 +37,7 @@ def encode_texts(
         if name not in generation.parts:
             continue
         use = generation.tokenizers[name.replace("text_encoder", "tokenizer")]
-        ids, cut = token_ids(use, texts)
+        ids, cut = token_ids(use, texts, generation.kind != SD3)
         for text in cut:
             if text and text not in warned:
                 warn(f"the prompt is cut at {use.length} tokens; left out: {text}")

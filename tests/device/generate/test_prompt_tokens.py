@@ -46,3 +46,20 @@ def test_ids_are_those_of_transformers(tokenizer: Any, text: str, tmp_path_facto
     assert ids[0].tolist() == given
     assert bool(cut[0]) == (len(tokenizer(text).input_ids) > TOKENS)
     assert text.endswith(cut[0])
+
+
+@pytest.mark.parametrize("text", ["a <cat>", "<cat>, <cat> b", "<dog> <cat>", "a<cat>b", "<cat>_1"])
+def test_a_word_of_several_vectors_stands_for_all_of_them(tmp_path: Path, text: str) -> None:
+    """As diffusers' pipelines convert prompts with textual inversions."""
+    from diffusers.loaders import TextualInversionLoaderMixin
+
+    tokenizer = write_tokenizer(tmp_path)
+    tokenizer.add_tokens(["<cat>", "<cat>_1", "<cat>_2", "<dog>"])
+    tokenizer.backend_tokenizer.save(str(tmp_path / "tokenizer.json"))
+    words = tokenizer.backend_tokenizer.get_vocab_size()
+    use = TokenizerUse(tmp_path / "tokenizer.json", TOKENS, tokenizer.pad_token_id, words)
+    converted = TextualInversionLoaderMixin().maybe_convert_prompt(text, tokenizer)
+    given = tokenizer(converted, padding="max_length", max_length=TOKENS, truncation=True)
+    assert token_ids(use, [text], vectors=True)[0][0].tolist() == given.input_ids
+    plain = tokenizer(text, padding="max_length", max_length=TOKENS, truncation=True)
+    assert token_ids(use, [text])[0][0].tolist() == plain.input_ids
