@@ -126,7 +126,9 @@ def vae_networks(
         return model.decode(z, return_dict=False)[0]
 
     def encode(model: Any, sample: torch.Tensor) -> Any:
-        return model.encode(sample).latent_dist.parameters
+        given = model.encode(sample, return_dict=False)[0]
+        # A distribution, or as of AutoencoderTiny the latents themselves.
+        return getattr(given, "parameters", given)
 
     networks = {"vae_decoder": TorchNetwork(vae, latents, "image", decode)}
     if images:

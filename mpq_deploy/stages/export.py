@@ -26,7 +26,7 @@ from mpq_deploy.system.files import Fields, canonical_json, file_digest
 if TYPE_CHECKING:
     from mpq_deploy.run.view import Run
 
-EXPORT_FORMAT = 3
+EXPORT_FORMAT = 4
 
 
 def inputs(run: Run) -> Fields:

@@ -18,6 +18,7 @@ from mpq_deploy.device.generate.euler_schedulers import FlowMatchEulerDiscreteSc
 from mpq_deploy.device.generate.generation_folder import (
     FLUX,
     SD,
+    SD3,
     SDXL,
     Generation,
     Part,
@@ -311,7 +312,9 @@ class Generator:
             return np.stack([one.standard_normal(own, np.float32) for one in sources])
 
         first = self._timesteps(wish, shape)
-        original = None if given.moments is None else self._sampled(given.moments, draw())
+        original, painted = None, given.mask is not None
+        if given.moments is not None:
+            original = self._sampled(given.moments, draw(), painted)
         noise = draw()
         scheduler.begin(first)
         if original is None or (given.mask is not None and wish.strength == 1):
@@ -320,7 +323,7 @@ class Generator:
             latents = scheduler.add_noise(original, noise)
         extra: Array | None = None
         if self.paints and given.masked is not None and given.mask is not None:
-            hidden = self._sampled(given.masked, draw())
+            hidden = self._sampled(given.masked, draw(), painted)
             extra = np.concatenate([np.repeat(given.mask, len(seeds), 0), hidden], axis=1)
         step_shape = shape
         if self.generation.kind == FLUX:
@@ -352,18 +355,28 @@ class Generator:
             return 0
         return max(steps - min(int(steps * float(wish.strength or 1)), steps), 0)
 
-    def _sampled(self, moments: Array, noise: Array) -> Array:
-        """Return scaled latents from the encoder's mean and log variance [1, 2C, h, w]."""
-        mean, log_variance = np.split(moments, 2, axis=1)
-        latents = mean + np.exp(0.5 * np.clip(log_variance, -30, 20)) * noise
-        shift, spread = self._shift()
-        return ((latents - shift) * np.float32(self.generation.vae["scaling_factor"])) / spread
+    def _sampled(self, moments: Array, noise: Array, painted: bool) -> Array:
+        """Return scaled latents from the encoder's mean and log variance [1, 2C, h, w].
+
+        Some encoders (``AutoencoderTiny``) give the latents themselves [1, C, h, w]. diffusers does not
+        shift those that are ``painted`` into.
+        """
+        vae = self.generation.vae
+        if moments.shape[1] == vae["latent_channels"]:
+            latents = np.repeat(moments, len(noise), 0)
+        else:
+            mean, log_variance = np.split(moments, 2, axis=1)
+            latents = mean + np.exp(0.5 * np.clip(log_variance, -30, 20)) * noise
+        shift, spread = (0, 1) if painted else self._shift()
+        scaled: Array = (latents - shift) * np.float32(vae["scaling_factor"]) / spread
+        return scaled
 
     def _shift(self) -> tuple[Any, Any]:
-        vae = self.generation.vae
-        shift = np.float32(vae.get("shift_factor") or 0.0)
-        if vae.get("latents_mean") is None or vae.get("latents_std") is None:
-            return shift, np.float32(1)
+        """Return shift and spread of latents, of which diffusers' pipelines look at their own alone."""
+        vae, kind = self.generation.vae, self.generation.kind
+        if kind != SDXL or vae.get("latents_mean") is None or vae.get("latents_std") is None:
+            shifted = kind in (SD3, FLUX)
+            return np.float32((vae.get("shift_factor") or 0) * shifted), np.float32(1)
         mean, spread = (
             np.asarray(vae[key], np.float32).reshape(1, -1, 1, 1)
             for key in ("latents_mean", "latents_std")

@@ -10,6 +10,7 @@ import sys
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers
@@ -162,6 +163,59 @@ def test_images_from_images_are_diffusers_own(
             mask=mask if given else None,
         )
         np.testing.assert_allclose(made[0].array, expected[0], atol=CLOSE)
+
+
+VAE_FIELDS = {
+    "shift_factor": 0.3,
+    "latents_mean": [0.1, 0.2, 0.3, 0.4],
+    "latents_std": [1.0, 2.0, 0.5, 3.0],
+}
+
+
+@pytest.mark.parametrize("kind", ["sd", "sdxl"])
+def test_latents_are_shifted_where_diffusers_does(kind: str, of_kind: Any, tmp_path: Path) -> None:
+    """SDXL's pipelines look at mean and spread, but for what they paint into; others do not."""
+    source, folder = (shutil.copytree(one, tmp_path / one.name) for one in of_kind(kind))
+    for file in (source / "vae" / "config.json", folder / "generation.json"):
+        read = json.loads(file.read_text(encoding="utf-8"))
+        read.get("vae", read).update(VAE_FIELDS)
+        file.write_text(json.dumps(read), encoding="utf-8")
+    size = Generator(folder).generation.sizes[0]
+    picture = Image.fromarray(np.random.default_rng(4).integers(0, 256, (*size, 3), np.uint8))
+    mask = Image.fromarray(np.repeat(np.uint8([[0], [255]]), size[1] // 2, 0).repeat(size[0], 1))
+    for task, given in (
+        ("", {}),
+        ("image", {"image": picture}),
+        ("paint", {"image": picture, "mask_image": mask}),
+    ):
+        strength = {"strength": 0.6} if given else {}
+        with same_noise():
+            options = {"num_inference_steps": 4, "guidance_scale": 3.0, "output_type": "np"}
+            sides = {} if task == "image" else {"width": size[0], "height": size[1]}
+            pipe = pipeline_of(source, None, task)
+            expected = pipe(PROMPT, **given, **sides, **strength, **options).images
+        ours = {key.removesuffix("_image"): one for key, one in given.items()}
+        made = generator_of(folder, None)(PROMPT, steps=4, guidance=3.0, **ours, **strength)
+        np.testing.assert_allclose(made[0].array, expected[0], atol=CLOSE)
+
+
+def test_encoders_may_give_latents_themselves(plain: Path) -> None:
+    """AutoencoderTiny gives no mean and variance: its latents are taken for each image as they are."""
+    from mpq_deploy.models.pipeline_graphs import vae_networks
+
+    vae = diffusers.AutoencoderTiny(
+        encoder_block_out_channels=(8, 8),
+        decoder_block_out_channels=(8, 8),
+        num_encoder_blocks=(1, 1),
+        num_decoder_blocks=(1, 1),
+    )
+    pixels = np.zeros((1, 3, 16, 16), np.float32)
+    encoder = vae_networks(SimpleNamespace(vae=vae, vae_scale_factor=2), [(8, 8)], True)
+    latents = encoder["vae_encoder"].reference({"sample": pixels})
+    generator = Generator(plain)
+    sampled = generator._sampled(latents, np.ones((2, 4, 8, 8), np.float32), False)
+    factor = generator.generation.vae["scaling_factor"]
+    np.testing.assert_allclose(sampled, np.repeat(latents, 2, 0) * factor, rtol=1e-5)
 
 
 def test_one_by_one_parts_and_batches_make_the_same(plain: Path) -> None:
