@@ -594,15 +594,23 @@ def open_array(path: Path) -> torch.Tensor:
 
 
 def open_picture(path: Path) -> Any:
-    """Return a picture, RGB or grey. Raises UsageError for a file that is none."""
+    """Return a picture, RGB or grey. Raises UsageError for a file that is none, or of more than 8 bits."""
     from PIL import Image, ImageOps
 
     try:
         with Image.open(path) as opened:
             # As diffusers' load_image: turned as its camera says.
             picture = ImageOps.exif_transpose(opened)
+            if picture.mode.startswith(("I", "F")):
+                raise UsageError(
+                    f"{printable(str(path))} has the mode {picture.mode}, whose values would be cut at 255.",
+                    "Save it as RGB or grey of 8 bits; or give its values as an array (.npy).",
+                )
             return picture.convert("L" if picture.mode in ("1", "L") else "RGB")
-    except OSError as error:
+    except (UsageError, MemoryError):
+        raise
+    except Exception as error:
+        # Pillow's decoders raise almost anything for damaged files, and for too many pixels.
         raise UsageError(
             f"{printable(str(path))} cannot be opened as an image: {gist(error)}",
             "Give a PNG or JPEG.",

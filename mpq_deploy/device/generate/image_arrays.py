@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -29,19 +30,35 @@ def read_picture(given: Any, what: str, modes: tuple[str, ...] = MODES) -> Any:
     image = given
     if isinstance(given, (str, Path)):
         try:
-            image = pillow().open(given)
-            if image.width * image.height <= LARGEST_PIXELS:
-                # Cameras store the rotation beside the pixels; diffusers' load_image turns them, too.
-                image = pillow("ImageOps").exif_transpose(image)
-        except (OSError, ValueError, SyntaxError) as error:
+            image = _opened(given)
+        except (MissingDependencyError, MemoryError):
+            raise
+        except Exception as error:
+            # Its decoders raise almost anything for damaged files, and for pictures of too many pixels.
             raise InputError(f"The {what} {given} cannot be read: {error}.") from error
     if image.width * image.height > LARGEST_PIXELS:
         raise InputError(f"The {what} has {image.width}x{image.height} pixels.", "Make it smaller.")
-    if image.mode not in modes:
+    # An image in memory may still name the colour that was transparent in its file.
+    clear = image is not given and "transparency" in image.info
+    if image.mode not in modes or clear:
+        mode = "a transparent colour" if clear else f"the mode {image.mode}"
         raise UsageError(
-            f"The {what} has the mode {image.mode}, not {' or '.join(modes)}.",
-            "Save it without transparency, as RGB.",
+            f"The {what} has {mode}, not {' or '.join(modes)}.",
+            "Save it as RGB of 8 bits, without transparency.",
         )
+    return image
+
+
+def _opened(file: str | Path) -> Any:
+    """Return a picture, decoded unless it has too many pixels."""
+    with warnings.catch_warnings():
+        # Pillow warns above 89 million pixels, which our own limit is below.
+        warnings.simplefilter("ignore")
+        image = pillow().open(file)
+        if image.width * image.height <= LARGEST_PIXELS:
+            # Cameras store the rotation beside the pixels; diffusers' load_image turns them, too.
+            image = pillow("ImageOps").exif_transpose(image)
+            image.load()
     return image
 
 

@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -356,6 +356,31 @@ def test_a_picture_is_turned_as_its_camera_says(plain: Path, tmp_path: Path) -> 
     # As diffusers reads pictures.
     theirs = diffusers.utils.load_image(str(tmp_path / "turned.png"))
     assert np.array_equal(np.asarray(theirs), np.asarray(upright))
+
+
+def test_pictures_that_cannot_be_taken_are_refused(tmp_path: Path) -> None:
+    """Damaged, of more pixels than Pillow opens, of 16 bits, or with a transparent colour."""
+    file, noise = tmp_path / "given.png", Image.effect_noise((64, 64), 90)
+    noise.save(file)
+    whole = file.read_bytes()
+    for cut in (20, 60, len(whole) // 2):
+        file.write_bytes(whole[:cut])
+        with pytest.raises(InputError, match="cannot be read"):
+            read_picture(file, "image")
+        with pytest.raises(UsageError, match="cannot be opened as an image"):
+            open_picture(file)
+    file.write_bytes(whole[:16] + (30_000).to_bytes(4, "big") * 2 + whole[24:])
+    for read in (partial(read_picture, what="image"), open_picture):
+        with pytest.raises((InputError, UsageError), match="cannot be"):
+            read(file)
+    Image.fromarray(np.full((8, 8), 9000, np.uint16)).save(file)
+    with pytest.raises(UsageError, match="the mode I;16"):
+        read_picture(file, "image")
+    with pytest.raises(UsageError, match="mode I;16, whose values would be cut"):
+        open_picture(file)
+    noise.convert("RGB").save(file, transparency=(1, 2, 3))
+    with pytest.raises(UsageError, match="has a transparent colour"):
+        read_picture(file, "image")
 
 
 def test_a_tokenizer_of_another_vocabulary_is_refused(broken: Path) -> None:
