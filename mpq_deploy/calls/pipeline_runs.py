@@ -419,7 +419,8 @@ def default_calls(
     if guidance is not None:
         if "guidance_scale" not in taken:
             raise UsageError(
-                f"{type(pipeline).__name__} takes no guidance_scale.", "Leave out --guidance-scale."
+                f"{type(pipeline).__name__} takes no guidance_scale.",
+                "Leave guidance_scale out of the recipe.",
             )
         common["guidance_scale"] = guidance
     if "prompt" in taken:

@@ -16,7 +16,7 @@ from typing import Any
 
 import onnx
 
-from mpq_deploy.calls.pipeline_runs import load_pipeline
+from mpq_deploy.calls.pipeline_runs import load_pipeline, use_scheduler
 from mpq_deploy.device.generate.generation_folder import (
     COMPONENTS,
     FILE,
@@ -41,7 +41,7 @@ from mpq_deploy.errors import ModelError, UsageError
 from mpq_deploy.graph.load import external_files, read_proto
 from mpq_deploy.graph.writers.deployed_graphs import SIMULATED
 from mpq_deploy.graph.writers.lora_slots import SLOTTED_SIMULATED
-from mpq_deploy.models.additions import pipeline_index
+from mpq_deploy.models.additions import INDEX, pipeline_index
 from mpq_deploy.models.locate import locate
 from mpq_deploy.models.pipeline_graphs import pipeline_length
 from mpq_deploy.models.sample_sizes import pipeline_multiple, size_fields
@@ -51,7 +51,7 @@ from mpq_deploy.run.folder import PIPELINE, RECIPE
 from mpq_deploy.run.pipeline_file import PipelineFile
 from mpq_deploy.run.view import Run
 from mpq_deploy.runtime.ort import SESSION_COPIES
-from mpq_deploy.system.files import write_text
+from mpq_deploy.system.files import file_digest, write_text
 from mpq_deploy.system.locks import alone_with, scratch_folder
 from mpq_deploy.system.progress import Talk
 from mpq_deploy.system.quantities import NO_SIZES, ImageSizes
@@ -68,10 +68,13 @@ KINDS = {
 # diffusers' own defaults of these pipelines' calls: steps, guidance.
 DEFAULTS = {SD: (50, 7.5), SDXL: (50, 5.0), SD3: (28, 7.0), FLUX: (28, 3.5)}
 STRENGTH = 0.8
+# What the same is called in a call of diffusers.
+_CALLED = {"steps": "num_inference_steps", "guidance": "guidance_scale", "strength": "strength"}
+SCHEDULER_CONFIG = "scheduler/scheduler_config.json"
 # What a run keeps its folder as, and beside generation.json which plans it was written from.
 GENERATION, MADE_FROM = "generation", "made_from.txt"
 # What this module writes changes with it.
-WRITTEN = "5"
+WRITTEN = "6"
 # ONNX Runtime holds dequantized weights so many times while it opens a graph (over 2.15, seen).
 OPENED, CALL_ROWS = 2.15, 2
 
@@ -98,7 +101,7 @@ def generation_of(run: Path, talk: Talk) -> Path:
     if not (run / PIPELINE).is_file():
         return run
     view = PipelineFile.load(run)
-    files, digest = {}, hashlib.sha256(WRITTEN.encode())
+    files, opened, digest = {}, dict[str, Run](), hashlib.sha256(WRITTEN.encode())
     check_parts(run, view)
     for name in view.parts:
         part = Run.opened(run / RUNS / name, talk)
@@ -109,11 +112,12 @@ def generation_of(run: Path, talk: Talk) -> Path:
         if not _of_plan(part, view.parts[name].size_bytes):
             what = f"{run} was planned anew since its {name} was quantized, or a build did not end."
             raise UsageError(what, f"Finish it: mpq-deploy build -o {run}")
+        opened[name] = part
         digest.update(name.encode() + (deployed / "stage.json").read_bytes())
     place = run / GENERATION
     # Calls that run side by side, as a script's first ones, write it once.
     with alone_with(place):
-        _write_anew(view, files, place, digest.hexdigest(), talk)
+        _write_anew(view, opened.get(view.denoiser), files, (place, digest.hexdigest()), talk)
     return place
 
 
@@ -137,19 +141,65 @@ def _of_plan(part: Run, size_bytes: int | None) -> bool:
 
 
 def _write_anew(
-    view: PipelineFile, files: Mapping[str, Path], place: Path, made_from: str, talk: Talk
+    view: PipelineFile,
+    denoiser: Run | None,
+    files: Mapping[str, Path],
+    made: tuple[Path, str],
+    talk: Talk,
 ) -> None:
-    """Write ``place``, unless it was made from the same; what a killed process left beside it goes."""
+    """Write a folder unless it was made from the same; what a killed process left beside it goes.
+
+    ``made``: the folder, and what it is to be made from.
+    """
+    place, made_from = made
     if (place / MADE_FROM).is_file() and (place / MADE_FROM).read_text("utf-8") == made_from:
         return
+    source = _source(view, denoiser, place.parent, talk)
+    called = None if denoiser is None else denoiser.exported.spec.pipeline
     talk.line(f"  writing {place}")
     with scratch_folder(f".{GENERATION}", place.parent) as aside:
-        sizes = make_recipe(dict(view.recipe)).sizes
-        source = view.given().get("model", view.source)
-        write_generation(locate(source, talk), files, aside / GENERATION, sizes=sizes)
+        write_generation(
+            source,
+            files,
+            aside / GENERATION,
+            _defaults(called.calls if called else ()),
+            make_recipe(dict(view.recipe)).sizes,
+            called.scheduler if called else None,
+        )
         write_text(aside / GENERATION / MADE_FROM, made_from)
         shutil.rmtree(place, ignore_errors=True)
         (aside / GENERATION).replace(place)
+
+
+def _source(view: PipelineFile, denoiser: Run | None, run: Path, talk: Talk) -> Path:
+    """Return the pipeline's folder, with the tokenizers and settings that the run was built from.
+
+    Raises UsageError where it is gone, or where a file beside its weights is another one now.
+    """
+    again = f"Put it back as it was, or build it again: mpq-deploy build FOLDER -o {run}"
+    given = view.given().get("model", view.source)
+    try:
+        folder = locate(given, talk)
+    except UsageError as error:
+        what = f"{given}, from which {run} was built and whose tokenizers are needed, is not there."
+        raise UsageError(what, again) from error
+    record = None if denoiser is None else denoiser.folder.record("export")
+    files: Any = record.inputs.get("model.files", {}) if record is not None else {}
+    for name, digest in files.items():
+        read = name == SCHEDULER_CONFIG or name.startswith((INDEX, "tokenizer", "vae/config"))
+        if read and not ((folder / name).is_file() and file_digest(folder / name) == digest):
+            raise UsageError(f"{folder / name} is not as it was when {run} was built.", again)
+    return folder
+
+
+def _defaults(calls: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the settings of a call in which all calls that the run was built with agree."""
+    found = {}
+    for ours, theirs in _CALLED.items():
+        values = {call.get(theirs) for call in calls}
+        if len(values) == 1 and (value := values.pop()) is not None:
+            found[ours] = value
+    return found
 
 
 def write_generation(
@@ -158,19 +208,22 @@ def write_generation(
     out: Path,
     defaults: Mapping[str, Any] | None = None,
     sizes: ImageSizes = NO_SIZES,
+    scheduler: Mapping[str, Any] | None = None,
 ) -> Generation:
     """Write ``out`` from the pipeline in ``folder`` and ``parts`` (see ``models.pipeline_graphs``).
 
     ``defaults`` replaces ``steps``, ``guidance`` or ``strength``; ``sizes``: those that the parts
-    were made for, where they are several. Raises UsageError for a pipeline or
-    scheduler that is not supported, a part that is missing, or a folder that is not empty.
+    were made for, where they are several; ``scheduler``: in place of the pipeline's own. Raises
+    UsageError for a pipeline or scheduler that is not supported, a part that is missing, or a folder
+    that is not empty.
     """
     kind = pipeline_kind(folder)
     _refuse_incomplete(kind, parts, out)
     pipeline = load_pipeline(folder, pipeline_index(folder))
+    use_scheduler(pipeline, scheduler)
     # As the pipeline holds it: its index names the class, and it corrects old settings.
-    scheduler = json.loads(pipeline.scheduler.to_json_string())
-    scheduler_from_config(scheduler)
+    held = json.loads(pipeline.scheduler.to_json_string())
+    scheduler_from_config(held)
     largest = max((s.height for s in sizes), default=0), max((s.width for s in sizes), default=0)
     written = {
         name: _write_part(name, file, out, pipeline, largest) for name, file in parts.items()
@@ -199,7 +252,7 @@ def write_generation(
         "vae": _vae(pipeline),
         "settings": _settings(pipeline, denoiser, kind),
     }
-    write_text(out / SCHEDULER, _json(scheduler))
+    write_text(out / SCHEDULER, _json(held))
     write_text(out / FILE, _json(described))
     return open_generation(out)
 

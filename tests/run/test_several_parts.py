@@ -186,6 +186,37 @@ def test_images_are_generated_from_the_run(
     assert (made_in / "generation.json").stat().st_mtime_ns != before
 
 
+def test_the_folder_that_a_run_was_built_from_must_be_as_it_was(
+    finished: tuple[Path, PipelineFile], folder: Path, tmp_path: Path
+) -> None:
+    """Another tokenizer or scheduler would make other images, without a word."""
+    run = Path(shutil.copytree(finished[0], tmp_path / "run"))
+    shutil.rmtree(run / "generation", ignore_errors=True)
+    source = Path(shutil.copytree(folder, tmp_path / "source"))
+    view = json.loads((run / "pipeline.json").read_text(encoding="utf-8"))
+    view["recipe"]["model"] = str(source)
+    (run / "pipeline.json").write_text(json.dumps(view), encoding="utf-8")
+    scheduler = source / "scheduler" / "scheduler_config.json"
+    before = scheduler.read_text(encoding="utf-8")
+    scheduler.write_text(before.replace("0.012", "0.013"), encoding="utf-8")
+    with pytest.raises(UsageError, match=r"scheduler_config.json is not as it was when"):
+        generation_of(run, Notes())
+    scheduler.unlink()
+    with pytest.raises(UsageError, match=r"scheduler_config.json is not as it was when"):
+        generation_of(run, Notes())
+    shutil.rmtree(source)
+    with pytest.raises(UsageError, match="whose tokenizers are needed, is not there") as caught:
+        generation_of(run, Notes())
+    assert f"build FOLDER -o {run}" in caught.value.hint
+
+
+def test_defaults_are_those_in_which_all_calls_agree() -> None:
+    call = {"prompt": "a", "num_inference_steps": 4, "guidance_scale": 0.0}
+    assert generation._defaults([call, call]) == {"steps": 4, "guidance": 0.0}
+    assert generation._defaults([call, {**call, "num_inference_steps": 5}]) == {"guidance": 0.0}
+    assert generation._defaults([call, {"prompt": "b"}]) == generation._defaults([]) == {}
+
+
 def test_calls_side_by_side_write_the_generation_folder_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -197,7 +228,7 @@ def test_calls_side_by_side_write_the_generation_folder_once(
     PipelineFile(**named, denoiser="unet", recipe={"model": str(tmp_path)}, parts={}).save(run)
     left.with_name(f"{left.name}.lock").touch()
 
-    def write(source: Path, files: Any, out: Path, sizes: Any) -> None:
+    def write(source: Path, files: Any, out: Path, *rest: Any) -> None:
         out.mkdir()
         written.append(out)
         time.sleep(0.2)

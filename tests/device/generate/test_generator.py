@@ -22,6 +22,7 @@ from typer.testing import CliRunner
 
 from mpq_deploy.calls.pipeline_runs import open_picture
 from mpq_deploy.cli import app
+from mpq_deploy.delivery.generation import write_generation
 from mpq_deploy.device.generate.generator import Generator, Wish
 from mpq_deploy.device.generate.graph_runner import PartMemoryError
 from mpq_deploy.device.generate.image_arrays import read_picture
@@ -197,6 +198,19 @@ def test_latents_are_shifted_where_diffusers_does(kind: str, of_kind: Any, tmp_p
         ours = {key.removesuffix("_image"): one for key, one in given.items()}
         made = generator_of(folder, None)(PROMPT, steps=4, guidance=3.0, **ours, **strength)
         np.testing.assert_allclose(made[0].array, expected[0], atol=CLOSE)
+
+
+def test_a_folder_may_have_another_scheduler(
+    tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
+) -> None:
+    """As a build with --scheduler, and defaults of the calls that it was given."""
+    source, _, graphs = written(tmp_path_factory, "sd")
+    files = {one.parent.name: one for one in graphs.glob("*/model.onnx")}
+    lcm = {"_class_name": "LCMScheduler", **BETAS}
+    made = write_generation(source, files, tmp_path / "out", {"steps": 4}, scheduler=lcm)
+    assert made.scheduler["_class_name"] == "LCMScheduler"
+    assert made.scheduler["beta_start"] == BETAS["beta_start"]
+    assert (made.defaults["steps"], made.defaults["guidance"]) == (4, 7.5)
 
 
 def test_encoders_may_give_latents_themselves(plain: Path) -> None:
