@@ -19,6 +19,8 @@ DENOISERS = ("unet", "transformer", "unet_ema", "transformer_ema")
 SCHEDULER_FILE = "scheduler_config.json"
 # A part of pipelines that judges images and makes none.
 LEFT_OUT = ("safety_checker",)
+# Parts that prepare pictures for that one and for IP-Adapters, where the pipeline's class can be without.
+PREPARING = ("feature_extractor", "image_encoder")
 INDEX, CONFIG = "model_index.json", "config.json"
 # Sampler steps behind the latents that a decoder is measured on, where the recipe does not say.
 COMPONENT_STEPS = 20
@@ -91,7 +93,7 @@ def denoiser_part(folder: Path, component: str | None) -> Path | None:
 def pipeline_index(folder: Path) -> dict[str, Any]:
     """Return model_index.json; without one (checkpoints of training) what the parts' own files say."""
     if (folder / INDEX).is_file():
-        return read_json(folder / INDEX)
+        return _spared(folder, read_json(folder / INDEX))
     parts: dict[str, Any] = {}
     for path in sorted(folder.glob(f"*/{CONFIG}")):
         config = read_json(path)
@@ -106,6 +108,18 @@ def pipeline_index(folder: Path) -> dict[str, Any]:
     if scheduler.is_file():
         parts["scheduler"] = ["diffusers", read_json(scheduler).get("_class_name")]
     return {**parts, **_named_pipeline(parts)} if any(name in parts for name in DENOISERS) else {}
+
+
+def _spared(folder: Path, index: dict[str, Any]) -> dict[str, Any]:
+    """Return the index without those ``PREPARING`` parts that the folder lacks and the class may lack."""
+    lacking = [name for name in PREPARING if name in index and not (folder / name).is_dir()]
+    if not lacking:
+        return index
+    import diffusers
+
+    found = getattr(diffusers, str(index.get("_class_name")), None)
+    spared = [name for name in lacking if name in getattr(found, "_optional_components", ())]
+    return {**index, **{name: [None, None] for name in spared}}
 
 
 def _named_pipeline(parts: dict[str, Any]) -> dict[str, str]:

@@ -38,6 +38,7 @@ from mpq_deploy.models.additions import (
     ENCODE,
     FORWARD,
     Additions,
+    pipeline_index,
     place_of,
     read_json,
 )
@@ -159,7 +160,7 @@ def _part(
     folder: Path, component: str, additions: Additions
 ) -> tuple[Any, Any, tuple[LoraUse, ...]]:
     """Return the pipeline, its part ``component``, and what LoRAs changed. Raises UsageError for an absent part."""
-    index = read_json(folder / INDEX)
+    index = pipeline_index(folder)
     here = [name for name in index if (folder / name / CONFIG).is_file()]
     module, method = place_of(component)
     if module not in here:

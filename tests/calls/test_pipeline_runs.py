@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,9 +27,12 @@ from mpq_deploy.calls.stand_in import refuse_switched, switches
 from mpq_deploy.errors import UsageError
 from mpq_deploy.models.additions import pipeline_index
 from mpq_deploy.models.call_file import FILE, read_calls
+from mpq_deploy.models.pipeline_parts import whole_parts
+from mpq_deploy.recipe import Recipe
 from tests.tiny_models import (
     ONE_LEVEL,
     tiny_conditional_unet,
+    tiny_text_pipeline_folder,
     tiny_text_transformer_folder,
 )
 
@@ -74,6 +78,25 @@ def test_a_pipeline_that_was_saved_without_a_part_is_loaded(tmp_path: Path) -> N
     folder = tiny_text_transformer_folder(tmp_path, "SD3Transformer2DModel", t5=False)
     pipeline = load_pipeline(folder, pipeline_index(folder))
     assert pipeline.text_encoder_3 is None and pipeline.text_encoder_2 is not None
+
+
+def test_what_prepares_pictures_for_the_safety_checker_may_be_missing(tmp_path: Path) -> None:
+    """Stable Diffusion's feature extractor, where only the parts that make images were downloaded."""
+    folder = tiny_text_pipeline_folder(tmp_path, **ONE_LEVEL)
+    path = folder / "model_index.json"
+    index = json.loads(path.read_text(encoding="utf-8"))
+    index |= {
+        "safety_checker": CHECKER,
+        "feature_extractor": ["transformers", "CLIPImageProcessor"],
+    }
+    path.write_text(json.dumps(index), encoding="utf-8")
+    whole = whole_parts(Recipe(model=str(folder)))
+    assert whole is not None and whole.names == ("text_encoder", "unet", "vae_decoder")
+    assert load_pipeline(folder, pipeline_index(folder)).feature_extractor is None
+    # Where a class needs it, it stays in the index, and is missed.
+    index["_class_name"] = "StableVideoDiffusionPipeline"
+    path.write_text(json.dumps(index), encoding="utf-8")
+    assert pipeline_index(folder) == index
 
 
 @pytest.mark.parametrize(
