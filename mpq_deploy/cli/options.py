@@ -64,6 +64,8 @@ def output_file(path: Path | None) -> Path | None:
 
 def output_picture(path: Path) -> Path:
     """Return the picture to write, a PNG where its name has no ending. UsageError as ``output_file``."""
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder.", f"Name a picture, such as {path / 'image.png'}.")
     path = output_file(path if path.suffix else path.with_name(f"{path.name}.png")) or path
     if path.suffix.lower() not in PICTURES:
         raise UsageError(

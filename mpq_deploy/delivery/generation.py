@@ -7,6 +7,7 @@ folder that ``mpq_deploy.device.generate.generation_folder`` reads. Nothing in i
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import shutil
 from collections.abc import Mapping, Sequence
@@ -65,8 +66,7 @@ KINDS = {
     "StableDiffusion3Pipeline": SD3,
     "FluxPipeline": FLUX,
 }
-# diffusers' own defaults of these pipelines' calls: steps, guidance.
-DEFAULTS = {SD: (50, 7.5), SDXL: (50, 5.0), SD3: (28, 7.0), FLUX: (28, 3.5)}
+# Where the pipeline's class takes no image, and so says none: that of diffusers for Stable Diffusion.
 STRENGTH = 0.8
 # What the same is called in a call of diffusers.
 _CALLED = {"steps": "num_inference_steps", "guidance": "guidance_scale", "strength": "strength"}
@@ -234,7 +234,6 @@ def write_generation(
         if name in written
     }
     denoiser = pipeline.unet if kind in (SD, SDXL) else pipeline.transformer
-    steps, guidance = DEFAULTS[kind]
     sized = size_fields(sizes, pipeline_multiple(pipeline, denoiser.config))
     described = {
         "format": FORMAT,
@@ -244,7 +243,8 @@ def write_generation(
         "parts": written,
         "tokenizers": tokenizers,
         "defaults": {
-            **{"steps": steps, "guidance": guidance, "strength": STRENGTH},
+            **{"strength": STRENGTH},
+            **_class_defaults(type(pipeline)),
             **(defaults or {}),
         },
         "sizes": [[s.width, s.height] for s in sizes] or [_size(written, kind, pipeline)],
@@ -255,6 +255,12 @@ def write_generation(
     write_text(out / SCHEDULER, _json(held))
     write_text(out / FILE, _json(described))
     return open_generation(out)
+
+
+def _class_defaults(pipeline: type) -> dict[str, Any]:
+    """Return diffusers' own defaults of a call of this class."""
+    taken = inspect.signature(pipeline.__call__).parameters
+    return {ours: taken[theirs].default for ours, theirs in _CALLED.items() if theirs in taken}
 
 
 def _refuse_incomplete(kind: str, parts: Mapping[str, Path], out: Path) -> None:

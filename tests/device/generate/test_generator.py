@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 
 from mpq_deploy.calls.pipeline_runs import open_picture
 from mpq_deploy.cli import app
-from mpq_deploy.delivery.generation import write_generation
+from mpq_deploy.delivery.generation import _class_defaults, write_generation
 from mpq_deploy.device.generate.generator import Generator, Wish
 from mpq_deploy.device.generate.graph_runner import PartMemoryError
 from mpq_deploy.device.generate.image_arrays import read_picture
@@ -211,6 +211,21 @@ def test_a_folder_may_have_another_scheduler(
     assert made.scheduler["_class_name"] == "LCMScheduler"
     assert made.scheduler["beta_start"] == BETAS["beta_start"]
     assert (made.defaults["steps"], made.defaults["guidance"]) == (4, 7.5)
+
+
+def test_defaults_are_those_of_the_class() -> None:
+    """An inpainting UNet paints from noise alone; SDXL's image-to-image keeps most of its image."""
+    of = [
+        _class_defaults(one)
+        for one in (
+            diffusers.StableDiffusionPipeline,
+            diffusers.StableDiffusionInpaintPipeline,
+            diffusers.StableDiffusionXLImg2ImgPipeline,
+        )
+    ]
+    assert of[0] == {"steps": 50, "guidance": 7.5}
+    assert of[1] == {"steps": 50, "guidance": 7.5, "strength": 1.0}
+    assert of[2] == {"steps": 50, "guidance": 5.0, "strength": 0.3}
 
 
 def test_encoders_may_give_latents_themselves(plain: Path) -> None:
@@ -460,8 +475,8 @@ def test_the_command_line_writes_images(plain: Path, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert Image.open(tmp_path / "x-0.png").size == (16, 16)
     assert (tmp_path / "x-1.png").is_file()
-    # A name without an ending is a PNG's; one that no picture has is refused before the work.
-    for name, code in (("plain", 0), ("drawing.psd", 2)):
+    # A name without an ending is a PNG's; one that no picture has, or a folder, is refused before the work.
+    for name, code in (("plain", 0), ("drawing.psd", 2), ("", 2)):
         named = [*arguments[:-1], str(tmp_path / name)]
         refused = CliRunner().invoke(app, named).exception
         assert (0 if refused is None else getattr(refused, "exit_code", 1)) == code
