@@ -122,11 +122,18 @@ def generation_of(run: Path, talk: Talk) -> Path:
 
 
 def check_parts(run: Path, view: PipelineFile) -> None:
-    """Raise UsageError where a part's run is missing."""
+    """Raise UsageError where a part's run is missing, or where the whole was never planned.
+
+    A part alone would be planned by its own recipe, with another budget than its share.
+    """
     for name in view.parts:
         if not (run / RUNS / name / RECIPE).is_file():
             what = f"{run} has no run of its {name}, {WHAT.get(name, 'a part')}."
             raise UsageError(what, f"mpq-deploy build -o {run}")
+    unplanned = [name for name, part in view.parts.items() if part.size_bytes is None]
+    if unplanned:
+        what = f"{run} was not planned as a whole: a build did not end ({', '.join(unplanned)})."
+        raise UsageError(what, f"Finish it: mpq-deploy build -o {run}")
 
 
 def _of_plan(part: Run, size_bytes: int | None) -> bool:

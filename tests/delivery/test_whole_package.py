@@ -250,6 +250,20 @@ def test_a_run_that_lacks_a_component_is_refused_by_name(run: Path, tmp_path: Pa
         packed(copy, tmp_path / "x.mpq.tar")
 
 
+def test_a_run_that_was_never_planned_as_a_whole_is_refused(run: Path, tmp_path: Path) -> None:
+    """Before its parts are planned one by one, each with another budget than its share."""
+    killed = Path(shutil.copytree(run, tmp_path / "run"))
+    view = json.loads((killed / "pipeline.json").read_text(encoding="utf-8"))
+    for part in view["parts"].values():
+        part["size_bytes"] = None
+    (killed / "pipeline.json").write_text(json.dumps(view), encoding="utf-8")
+    for stage in ("allocate", "quantize"):
+        shutil.rmtree(killed / "components" / "unet" / stage)
+    with pytest.raises(UsageError, match=r"was not planned as a whole: .*\(text_encoder, unet"):
+        packed(killed, tmp_path / "x.mpq.tar")
+    assert not (killed / "components" / "unet" / "allocate").exists()
+
+
 def test_a_plan_for_another_target_is_refused_by_component(run: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="vae_decoder: The plan is not for 'jetson") as caught:
         packed(run, tmp_path / "x.mpq.tar", "jetson-orin-nano")
