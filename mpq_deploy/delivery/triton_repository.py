@@ -22,7 +22,13 @@ from onnx import TensorProto, helper
 
 from mpq_deploy.delivery.generation import MADE_FROM, generation_of
 from mpq_deploy.delivery.package import installer
-from mpq_deploy.device.generate.generation_folder import COMPONENTS, FILE, Part, Tensor
+from mpq_deploy.device.generate.generation_folder import (
+    COMPONENTS,
+    FILE,
+    Part,
+    Tensor,
+    open_generation,
+)
 from mpq_deploy.device.generate.triton_model import (
     IMAGE,
     IMAGE_WISHES,
@@ -247,7 +253,15 @@ def _write_pipeline(run: Path, folder: Path, talk: Talk) -> tuple[list[ServedGra
 def write_pipeline_models(
     parts: Mapping[str, ServedGraph], generation: Path, folder: Path
 ) -> list[Config]:
-    """Write all models of the pipeline in a GENERATION folder; return their configurations."""
+    """Write all models of the pipeline in a GENERATION folder; return their configurations.
+
+    Raises UsageError for a denoiser that paints into masks: requests have none.
+    """
+    if open_generation(generation, files=False).paints:
+        what = "This denoiser paints into masks, and a request to the server has none."
+        raise UsageError(
+            what, "Package it as an archive, and give the masks to mpq-deploy generate."
+        )
     _write_denoise(generation, parts, folder / DENOISE / VERSION)
     decoder = parts[DECODER].part
     configs = [_write_graph(one, folder) for one in parts.values()]

@@ -145,7 +145,7 @@ def _reference_images(
 ) -> tuple[tuple[ReferenceImage, ...], dict[str, Source]]:
     """Return what the images are of, and the files; none of a denoiser that takes a mask with each call."""
     generator = Generator(place)
-    if generator.paints:
+    if generator.generation.paints:
         return (), {}
     defaults, images, files = generator.generation.defaults, [], dict[str, Source]()
     for number, prompt in enumerate(prompts[:IMAGES]):

@@ -39,6 +39,7 @@ from mpq_deploy.delivery.whole_package import TOLERANCE
 from mpq_deploy.device.generate.generation_folder import Part, Tensor, open_generation
 from mpq_deploy.device.generate.generator import Generator
 from mpq_deploy.device.generate.triton_model import ServedPart
+from mpq_deploy.errors import UsageError
 from mpq_deploy.report.read import read_report
 from mpq_deploy.run.folder import RunFolder
 from mpq_deploy.run.view import Run
@@ -233,6 +234,19 @@ def test_other_kinds_and_given_images(
     assert server.calls.count("unet") == 4
     with pytest.raises(RuntimeError, match="makes no images of 24x24"):
         server.infer("generate", {"PROMPT": named("x"), "SIZE": np.array([24, 24], np.int32)})
+
+
+def test_a_denoiser_that_paints_into_masks_is_not_served(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Requests have no mask: each would be refused."""
+    folder = shutil.copytree(written(tmp_path_factory, "sd")[1], tmp_path / "made")
+    read = json.loads((folder / "generation.json").read_text(encoding="utf-8"))
+    read["parts"]["unet"]["inputs"]["sample"]["shape"][1] = 9
+    (folder / "generation.json").write_text(json.dumps(read), encoding="utf-8")
+    with pytest.raises(UsageError, match="paints into masks, and a request"):
+        write_pipeline_models({}, folder, tmp_path / "models")
+    assert not (tmp_path / "models").exists()
 
 
 def triton_name(tensor: Any) -> str:

@@ -155,6 +155,12 @@ class Generation:
         """The part that is called at each step."""
         return self.part("unet" if self.kind in (SD, SDXL) else "transformer")
 
+    @property
+    def paints(self) -> bool:
+        """Whether the UNet takes the mask and the masked image beside the latents."""
+        sample = self.denoiser.inputs.get("sample")
+        return sample is not None and sample.shape[1] == 2 * self.vae["latent_channels"] + 1
+
     def check_size(self, size: tuple[int, int]) -> None:
         """Raise UsageError with the list, or the range, where no graph takes images of ``size``."""
         step, ends = self.size_step, zip(*self.sizes)

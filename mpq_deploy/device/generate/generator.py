@@ -218,7 +218,7 @@ class Generator:
             raise UsageError("--strength needs an image.", "Give --image, or leave it out.")
         if generation.kind == FLUX and wish.negative:
             raise UsageError("Flux takes no negative prompt here.", "Leave out --negative.")
-        if self.paints and mask is None:
+        if self.generation.paints and mask is None:
             raise UsageError("This denoiser paints into masks.", "Give --image and --mask.")
         for name, value, low, high in (
             ("steps", steps, 1, generation.scheduler.get("num_train_timesteps", 1000)),
@@ -238,13 +238,6 @@ class Generator:
         filled: dict[str, Any] = {"steps": steps, "guidance": guidance, "strength": strength}
         return replace(wish, image=image, mask=mask, size=size, **filled)
 
-    @property
-    def paints(self) -> bool:
-        """Whether the UNet takes the mask and the masked image beside the latents."""
-        channels = self.generation.vae["latent_channels"]
-        sample = self.generation.denoiser.inputs.get("sample")
-        return sample is not None and sample.shape[1] == 2 * channels + 1
-
     def _prepared(self, wish: Wish) -> _Given:
         """Encode texts and the given image, freeing each part after use."""
         generation, settings = self.generation, self.generation.settings
@@ -263,7 +256,7 @@ class Generator:
         moments, mask, masked = self._encoded(picture), None, None
         if wish.mask is not None:
             mask = mask_array(wish.mask)
-            if self.paints:
+            if self.generation.paints:
                 masked = self._encoded(picture * (mask < 0.5))
             factor = generation.vae["scale_factor"]
             mask = mask[:, :, ::factor, ::factor]
@@ -322,7 +315,7 @@ class Generator:
         else:
             latents = scheduler.add_noise(original, noise)
         extra: Array | None = None
-        if self.paints and given.masked is not None and given.mask is not None:
+        if self.generation.paints and given.masked is not None and given.mask is not None:
             hidden = self._sampled(given.masked, draw(), painted)
             extra = np.concatenate([np.repeat(given.mask, len(seeds), 0), hidden], axis=1)
         step_shape = shape
