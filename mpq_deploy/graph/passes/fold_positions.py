@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import onnx_ir as ir
 
 from mpq_deploy.graph.constant_arithmetic import COMPUTED, arithmetic_of
@@ -26,7 +27,8 @@ class FoldPositionsPass(GraphPass):
        from constants alone.
     2. It is computed by operators of ``COMPUTED`` from initializers, at least one of which gives a
        float: counting in integers is exact, and smaller than its results.
-    3. A graph output, and what has over ``MOST`` numbers, stays.
+    3. Indices alone are stored in 32 bits, as TensorRT stores them.
+    4. A graph output, and what has over ``MOST`` numbers, stays.
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
@@ -36,7 +38,8 @@ class FoldPositionsPass(GraphPass):
         for value, array in found:
             if array is None:
                 continue
-            new = constant(free_name(graph, f"{value.name}.folded"), array)
+            indices = all(node.op_type == "Gather" and index == 1 for node, index in value.uses())
+            new = constant(free_name(graph, f"{value.name}.folded"), _stored(array, indices))
             graph.register_initializer(new)
             value.replace_all_uses_with(new)
         modified = any(array is not None for _, array in found)
@@ -109,6 +112,12 @@ def _through_floats(value: ir.Value) -> bool:
             return True
         waiting += [source.producer() for source in node.inputs if source is not None]
     return False
+
+
+def _stored(array: Array, indices: bool) -> Array:
+    """Return integers in 32 bits where they are ``indices`` and fit."""
+    narrow = array.astype(np.int32)
+    return narrow if indices and np.array_equal(narrow, array) else array
 
 
 def _computed(value: ir.Value) -> Array | None:
