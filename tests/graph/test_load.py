@@ -425,3 +425,25 @@ def test_a_refusal_inside_a_pass_is_said_as_such() -> None:
     graph.nodes[-1].output[0] = graph.output("out", ["n", 3])
     with pytest.raises(ModelError, match="known only at run time"):
         normalise(ir.from_proto(graph.model()))
+
+
+@pytest.mark.parametrize("start", [3, 5])
+def test_slices_that_cut_one_weight_up_are_layers(start: int) -> None:
+    """Two projections out of one matrix; parts that overlap would take more bytes than it: it stays."""
+    graph = GraphBuilder()
+    x, both = graph.input("x", ["n", 4]), graph.random("both", 4, 9 if start == 3 else 10)
+    axis = graph.weight("axis", np.array([1]))
+    products = []
+    for name, first in (("a", 0), ("b", start)):
+        ends = [graph.weight(f"{name}.{at}", np.array([at])) for at in (first, first + 5)]
+        part = graph.op("Slice", [both, *ends, axis], f"{name}.part")
+        products.append(graph.op("MatMul", [x, part], name))
+    model = finished(graph, graph.op("Mul", products, "times"), ["n", 5])
+    feed = np.random.default_rng(0).standard_normal((2, 4)).astype(np.float32)
+    before = run(model, x=feed)
+    model = normalise(model)
+    cut = start == 5
+    assert len(layer_graph(model).layers) == (2 if cut else 0)
+    assert ("both" in model.graph.initializers) is not cut
+    np.testing.assert_allclose(run(model, x=feed), before, rtol=1e-6)
+    assert not FoldConstantsPass()(model).modified

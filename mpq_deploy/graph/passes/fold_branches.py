@@ -20,7 +20,7 @@ class FoldBranchesPass(GraphPass):
     If for ``squeeze`` of an axis whose size it does not know.
 
     1. The condition is a constant, or follows from constants and the sizes of the inputs: the nodes
-       and weights of the branch taken stand in the graph.
+       and weights of the branch taken stand in the graph; the other one reads nothing any more.
     2. Both branches compute the same: so does the first of them.
     3. An If within a branch that is taken is looked at in turn.
     4. Any other If, Loop or Scan is a ModelError that names it.
@@ -145,7 +145,18 @@ def _put_in_place(graph: ir.Graph, node: ir.Node, branch: ir.Graph) -> None:
             graph.insert_before(node, [same])
             new = same.outputs[0]
         old.replace_all_uses_with(new, replace_graph_outputs=True)
+    _let_go(node)
     graph.remove(node, safe=True)
+
+
+def _let_go(node: ir.Node) -> None:
+    """Take the nodes within ``node`` off what they read: a weight of theirs alone is read by nothing then."""
+    for attribute in node.attributes.values():
+        if attribute.type == ir.AttributeType.GRAPH:
+            for one in attribute.as_graph():
+                _let_go(one)
+                for index in range(len(one.inputs)):
+                    one.replace_input_with(index, None)
 
 
 def _free(name: str, taken: set[str | None]) -> str:

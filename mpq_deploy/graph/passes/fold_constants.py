@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import onnx_ir as ir
@@ -30,6 +30,7 @@ class FoldConstantsPass(GraphPass):
     4. Chains fold from the weight on. Operators whose result is a graph output stay.
     5. A Slice folds where nothing else reads the weight, so that what is cut off is no longer
        stored: the table of positions from which Stable Diffusion 3 cuts those of one image size.
+       Several Slices that cut one weight up (q, k and v out of one) fold where they take no more than it.
     6. A weight's Shape folds before all else, so that it is no other use of the weight.
     """
 
@@ -93,9 +94,21 @@ def _foldable(graph: ir.Graph, value: ir.Value) -> Iterator[tuple[list[ir.Node],
     sole = len(groups) == 1 and foldable == len(value.uses())
     sole = sole and not value.is_graph_output() and not value.is_graph_input()
     shapes = [nodes for nodes in groups.values() if nodes[0].op_type == "Shape"]
+    cut = sole or (foldable == len(value.uses()) and _cut_up(value, groups.values()))
     for nodes in shapes or groups.values():
-        if sole or nodes[0].op_type != "Slice":
+        if cut or nodes[0].op_type != "Slice":
             yield nodes, sole
+
+
+def _cut_up(value: ir.Value, groups: Iterable[list[ir.Node]]) -> bool:
+    """Say whether a weight is read by Slices alone, which together hold no more than the weight."""
+    if value.const_value is None or value.is_graph_output() or value.is_graph_input():
+        return False
+    nodes = [alike[0] for alike in groups]
+    if any(node.op_type != "Slice" for node in nodes):
+        return False
+    array = value.const_value.numpy()
+    return sum(_FOLDS["Slice"][0](array, node).size for node in nodes) <= array.size
 
 
 def _fold_key(graph: ir.Graph, node: ir.Node, index: int) -> Key | None:

@@ -215,3 +215,28 @@ def test_a_loop_is_refused_by_name() -> None:
     graph.nodes[-1].output[0] = graph.output("out")
     with pytest.raises(ModelError, match=r"The node 'loop' \(Loop\) holds a subgraph"):
         normalise(ir.from_proto(proto_of(graph)))
+
+
+def test_weights_of_the_branch_not_taken_are_left_out() -> None:
+    """Weights of the graph around, one of which also stands in an If within that branch."""
+
+    def product(weight: str, name: str) -> onnx.NodeProto:
+        return helper.make_node("MatMul", ["x", weight], [f"{name}_out"], name=name)
+
+    def choose(name: str) -> onnx.NodeProto:
+        inner = [branch(f"{name}_{end}", product(end, f"{name}_{end}")) for end in "cd"]
+        then, other = inner
+        out = [f"{name}_out"]
+        return helper.make_node("If", ["no"], out, name=name, then_branch=then, else_branch=other)
+
+    graph = GraphBuilder(opset=17)
+    graph.input("x", ["n", 6])
+    for name in "abcd":
+        graph.random(name, 6, 6)
+    graph.weight("no", np.array(False))
+    then = branch("then", product("a", "first"), choose("inner"))
+    graph.op("If", ["no"], "if", then_branch=then, else_branch=branch("b", product("b", "second")))
+    graph.op("Neg", ["if_out"], "end")
+    graph.nodes[-1].output[0] = graph.output("out")
+    model = normalise(ir.from_proto(proto_of(graph)))
+    assert [*model.graph.initializers] == ["b"]
