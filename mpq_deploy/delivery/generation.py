@@ -203,9 +203,9 @@ def _defaults(calls: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Return the settings of a call in which all calls that the run was built with agree."""
     found = {}
     for ours, theirs in _CALLED.items():
-        values = {call.get(theirs) for call in calls}
-        if len(values) == 1 and (value := values.pop()) is not None:
-            found[ours] = value
+        values = [call.get(theirs) for call in calls]
+        if values and values[0] is not None and all(value == values[0] for value in values):
+            found[ours] = values[0]
     return found
 
 
@@ -249,11 +249,7 @@ def write_generation(
         "kind": kind,
         "parts": written,
         "tokenizers": tokenizers,
-        "defaults": {
-            **{"strength": STRENGTH},
-            **_class_defaults(type(pipeline)),
-            **(defaults or {}),
-        },
+        "defaults": {"strength": STRENGTH, **_class_defaults(type(pipeline)), **(defaults or {})},
         "sizes": [[s.width, s.height] for s in sizes] or [_size(written, kind, pipeline)],
         **{key: value for key, value in sized.items() if key == "size_step" and value},
         "vae": _vae(pipeline),
