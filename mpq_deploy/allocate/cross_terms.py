@@ -25,6 +25,7 @@ from mpq_deploy.allocate.problem import Objective, Problem
 from mpq_deploy.evaluate.interval import error_interval
 from mpq_deploy.formats.sizes import ACTIVATION_SCALE_BYTES
 from mpq_deploy.models.spec import Array
+from mpq_deploy.sensitivity.steadied import steadied_folds
 from mpq_deploy.sensitivity.table import SensitivityTable
 
 MOST_MOVES = 12
@@ -275,12 +276,12 @@ def _promising(quadratic: Quadratic, alone: Array, added: Array, chosen: Array) 
 class CrossTerms:
     """What the cross terms changed: ``moves`` schemes, and whether the refined plan is ``kept``.
 
-    ``milp_...``: the plan without cross terms; ``refined_...``: with them. Losses are unshrunk
-    quadratics. ``..._seen``: of the plan, on the calls that it was chosen on. ``..._held_back``:
-    cross-validated, mean over ``folds`` of the loss on the fold of a plan that was chosen in the
-    same way without the fold; None where the calls cannot be split. ``interval``: the 95 % interval
-    of ``predicted_loss``; None where unknown. ``by_call``: the prediction for each trajectory, for
-    metrics of final images.
+    ``milp_...``: the plan without cross terms; ``refined_...``: with them. Losses are quadratics, of
+    steadied tables shrunk (``cross_share``). ``..._seen``: of the plan, on the calls that it was
+    chosen on. ``..._held_back``: cross-validated, mean over ``folds`` of the loss on the fold of a
+    plan that was chosen in the same way without the fold; None where the calls cannot be split.
+    ``interval``: the 95 % interval of ``predicted_loss``; None where unknown. ``by_call``: the
+    prediction for each trajectory, for metrics of final images.
     """
 
     rho: float
@@ -326,7 +327,7 @@ def allocate_with_cross_terms(
     Where the calls cannot be split nothing is refined, because an overfitted plan could not be told
     from a better one.
     """
-    parts = table.folds(FOLDS)
+    parts = steadied_folds(table, FOLDS)
     milp = allocate(problem)
     refined, rho = _refined(problem, table, milp, improve and bool(parts))
     old, new = problem.spread(milp.schemes), problem.spread(refined)
@@ -337,13 +338,15 @@ def allocate_with_cross_terms(
         part = problem.with_losses(seen.losses)
         plan = allocate(part, kernel_penalty=milp.kernel_penalty)
         better, _ = _refined(part, seen, plan, moves > 0)
-        before.append(apart.plan_entries(problem.spread(plan.schemes)))
-        after.append(apart.plan_entries(problem.spread(better)))
+        share = cross_share(seen, problem.spread(plan.schemes))
+        before.append(apart.plan_entries(problem.spread(plan.schemes), share))
+        after.append(apart.plan_entries(problem.spread(better), share))
     held_back = [
         sum(float(e.sum()) for e in rows) / len(parts) for rows in (before, after) if parts
     ]
     kept = moves > 0 and bool(parts) and held_back[1] < held_back[0]
-    entries = [table.plan_entries(new if kept else old)]
+    share = cross_share(table, old)
+    entries = [table.plan_entries(new if kept else old, share)]
     if parts:
         entries = after if kept else before
     result = CrossTerms(
@@ -351,14 +354,26 @@ def allocate_with_cross_terms(
         moves=moves,
         kept=kept,
         folds=len(parts),
-        milp_seen=table.plan_loss(old),
+        milp_seen=table.plan_loss(old, share),
         milp_held_back=held_back[0] if parts else None,
-        refined_seen=table.plan_loss(new),
+        refined_seen=table.plan_loss(new, share),
         refined_held_back=held_back[1] if parts else None,
         interval=_interval(entries, table),
         by_call=_by_call(entries, table),
     )
     return (replace(milp, schemes=refined) if kept else milp), result
+
+
+def cross_share(table: SensitivityTable, schemes: Mapping[str, str]) -> float:
+    """Return the share of a plan's cross terms that counts in what is predicted of it.
+
+    Of a table as it was measured all of them; of a steadied one, whose own terms hardly vary, what
+    ``shrinkage`` says is not noise: from one call none.
+    """
+    if table.measured is None or table.projections is None or table.calls is None:
+        return 1.0
+    rows = [table.projections[name][s].astype(np.float64) for name, s in schemes.items()]
+    return shrinkage(np.stack(rows), table.calls, len(table.timesteps))
 
 
 def _by_call(entries: list[Array], table: SensitivityTable) -> tuple[float, ...]:

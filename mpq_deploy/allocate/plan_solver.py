@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mpq_deploy.allocate.cross_terms import CrossTerms, allocate_with_cross_terms
+from mpq_deploy.allocate.cross_terms import CrossTerms, allocate_with_cross_terms, cross_share
 from mpq_deploy.allocate.exponents import best_int8, one_exponent_each
 from mpq_deploy.allocate.floor import floor_causes, floor_text
 from mpq_deploy.allocate.front import front, undominated
@@ -39,6 +39,7 @@ from mpq_deploy.latency.costs import LatencyCosts, PlanLatency, int8_warning
 from mpq_deploy.latency.plan_latency import latency_costs, plan_latency_info
 from mpq_deploy.models.spec import Array
 from mpq_deploy.rounding.candidate_store import choices_of
+from mpq_deploy.sensitivity.steadied import steadied
 from mpq_deploy.sensitivity.table import SensitivityTable
 from mpq_deploy.system.quantities import Budget
 
@@ -142,7 +143,7 @@ class PlanSolver:
         self.orm = run.recipe.measure.orm
         self.exported = run.exported
         self.layers = self.exported.graph.layers
-        whole = table or SensitivityTable.load(run.stage("measure") / control)
+        whole = steadied(table or SensitivityTable.load(run.stage("measure") / control))
         trim, inverse = self.section.trim, self.section.images_count == "inverse"
         equal = self.section.tail is not None
         self.counted = None if equal else image_weights(whole, trim, inverse)
@@ -268,7 +269,7 @@ class PlanSolver:
         for plan in front(problem, most):
             schemes = problem.spread(plan.schemes)
             time = plan.latency_ns / 1e6 if self.costs else None
-            predicted = self.table.plan_loss(schemes) if self.table.predicts else None
+            predicted = self._plan_loss(schemes) if self.table.predicts else None
             found = PredictedPlan(schemes, plan.size_bytes, predicted, time, self._psnr(schemes))
             points.append(found)
         if not self.table.predicts:
@@ -476,7 +477,10 @@ class PlanSolver:
     def _predicted(self, schemes: dict[str, str], cross_terms: CrossTerms | None) -> float | None:
         if cross_terms is not None and self.table.predicts_nmse:
             return cross_terms.predicted_loss
-        return self.table.plan_loss(schemes) if self.table.predicts_nmse else None
+        return self._plan_loss(schemes) if self.table.predicts_nmse else None
+
+    def _plan_loss(self, schemes: dict[str, str]) -> float:
+        return self.table.plan_loss(schemes, cross_share(self.table, schemes))
 
     def _floor(self, smallest: int) -> str:
         """Return why no plan is smaller than ``smallest`` bytes."""

@@ -50,6 +50,7 @@ from mpq_deploy.rounding.control_schemes import CONTROLS, SIMULATED_TWIN
 from mpq_deploy.run.stage import version_of
 from mpq_deploy.run.view import Exported
 from mpq_deploy.runtime.correction import FILE as CORRECTION
+from mpq_deploy.sensitivity.steadied import steadied
 from mpq_deploy.sensitivity.table import SensitivityTable
 from mpq_deploy.system.files import read_sealed
 from mpq_deploy.system.inputs import read_json_object, whole
@@ -93,7 +94,7 @@ def report_data(run: Run) -> ReportData:
     """Fill the report from the finished stages."""
     exported, solver = run.exported, PlanSolver(run)
     plan = _timed_by_engine(run, solver)
-    table = SensitivityTable.load(run.stage("measure"))
+    table = steadied(SensitivityTable.load(run.stage("measure")))
     target = run.target
     engine, engine_note = _engine(run)
     evaluated = _Evaluated.of(run, plan)

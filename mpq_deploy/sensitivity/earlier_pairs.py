@@ -55,6 +55,7 @@ def known_pairs(
     losses: dict[str, dict[str, float]] = {}
     rows: dict[str, dict[str, Array]] = {}
     vectors: dict[str, dict[str, Array]] = {}
+    partial: dict[str, dict[str, Array]] = {}
     for table, other in probed:
         assert table.projections is not None
         for layer, row in table.losses.items():
@@ -66,7 +67,15 @@ def known_pairs(
                     losses[layer][scheme] = row[scheme]
                     rows.setdefault(layer, {})[scheme] = table.losses_by_timestep[layer][scheme]
                     vectors.setdefault(layer, {})[scheme] = table.projections[layer][scheme]
-    return replace(first, losses=losses, losses_by_timestep=rows, projections=vectors)
+                    if table.partial is not None:
+                        partial.setdefault(layer, {})[scheme] = table.partial[layer][scheme]
+    return replace(
+        first,
+        losses=losses,
+        losses_by_timestep=rows,
+        projections=vectors,
+        partial=partial or None,
+    )
 
 
 def same_schemes(one: LayerCandidates, other: LayerCandidates) -> list[str]:
@@ -117,5 +126,6 @@ def joined(
         losses=both(known.losses, new.losses),
         losses_by_timestep=both(known.losses_by_timestep, new.losses_by_timestep),
         projections=both(known.projections, new.projections),
+        partial=both(known.partial, new.partial) if known.partial and new.partial else None,
         notes=tuple(dict.fromkeys((*known.notes, *new.notes))),
     )

@@ -63,11 +63,14 @@ def measure_probe(subject: Subject) -> SensitivityTable:
         shards = [_shard(subject, calls, task) for task in tasks]
         results = list(run_shards(pool, "probes", shards, subject.talk, subject.store))
     power = np.array([float(result["power"]) for result in results])
-    norm = np.sqrt(np.where(power > 0, power / calls.count, 1.0)).astype(np.float32)[:, None, None]
+    square = np.where(power > 0, power / calls.count, 1.0).astype(np.float32)[:, None, None]
     values: Nested = {name: {} for name, _ in measured_pairs(subject)}
+    partial: Nested = {name: {} for name, _ in measured_pairs(subject)}
     for number, (layer, scheme) in enumerate(measured_pairs(subject)):
-        values[layer][scheme] = np.stack([result["values"][number] for result in results]) / norm
-    return table_from_projections(calls.timesteps, values, notes, calls.turns)
+        both = [result["values"][number] for result in results]
+        values[layer][scheme] = np.stack([one[0] for one in both]) / np.sqrt(square)
+        partial[layer][scheme] = np.stack([one[1] for one in both]) / square
+    return table_from_projections(calls.timesteps, values, notes, calls.turns, partial)
 
 
 def _shard(subject: Subject, calls: Calls, task: _Task) -> Shard:
@@ -120,8 +123,8 @@ def _probing(subject: Subject) -> Work:
     """Return the function that computes a ``_Task``.
 
     A plan has ``batch``, ``ends`` and ``notes``. A timestep has ``power``, the sum of ||output||^2
-    over the calls, and the projections ``values`` float32 [pairs, probes, calls]. The results of
-    ``subject.later`` go into the stores of these subjects.
+    over the calls, and ``values`` float32 [pairs, 2, probes, calls]: the projections, and the sums of
+    the squares of their parts. The results of ``subject.later`` go into the stores of these subjects.
     """
     calls, every = subject.calls(), (subject, *subject.later)
     pairs = [measured_pairs(one) for one in every]
@@ -135,7 +138,7 @@ def _probing(subject: Subject) -> Work:
                 one.keep(_plan_shard(one, task, "probes"), plan)
             return plan
         parts = tuple(slice(start, end) for start, end in zip((0, *task.ends), task.ends))
-        shape = (subject.settings.probes, calls.count)
+        shape = (2, subject.settings.probes, calls.count)
         stacked = [np.zeros((len(own), *shape), np.float32) for own in pairs]
         values: list[Nested] = [{} for _ in every]
         for nested, rows, own in zip(values, stacked, pairs, strict=True):
@@ -184,9 +187,13 @@ class _Operand:
         return LayerUse("", self.tensor, self.tensor)
 
     def products(self, x: Any, gradients: Any, samples: int) -> Any:
-        """Return <G, error> [probes, samples] of the rounding error of ``x`` and ``gradients``."""
-        error = (self.grid.rounded(x, torch) - x).reshape(samples, -1)
-        return torch.einsum("ne,pne->pn", error, gradients.reshape(-1, samples, error.shape[1]))
+        """Return <G, error> and the sum of its rows' squares, [2, probes, samples].
+
+        ``x``: the operand, of which a row is what its last axis holds; ``gradients`` [probes, ...].
+        """
+        error = (self.grid.rounded(x, torch) - x).reshape(samples, -1, x.shape[-1])
+        rows = torch.einsum("nre,pnre->pnr", error, gradients.reshape(-1, *error.shape))
+        return torch.stack([rows.sum(-1), rows.square().sum(-1)])
 
 
 @dataclass(frozen=True)
@@ -337,7 +344,7 @@ class Probing:
         products, _ = self._back(arrays, parts, seeds, chunk.stop - chunk.start)
         for nested, own in zip(values, products, strict=True):
             for layer, scheme, found in own:
-                nested[layer][scheme][:, chunk] += found
+                nested[layer][scheme][..., chunk] += found
         return power
 
     def run(self, arrays: Mapping[str, Array]) -> Array:
@@ -356,7 +363,7 @@ class Probing:
     ) -> tuple[list[tuple[str, str, Array]], dict[str, list[Any]]]:
         """Backpropagate the output gradients that ``seeds`` returns, one per direction.
 
-        Returns (layer, scheme, inner products [probes, samples]) of every use, and by name the
+        Returns (layer, scheme, products [2, probes, samples]) of every use (``project_layer``), and by name the
         gradients of the graph inputs ``into`` that the output depends on, one per direction.
         """
         products, back = self._back(arrays, parts, seeds, samples, into)

@@ -85,6 +85,10 @@ class SensitivityTable:
     ``calls`` int [P]: the place in ``Calls.turns`` of the call behind each entry; -1 for entries
     that ``folds`` set to 0; None where unknown.
 
+    ``partial``: layer -> scheme -> float32 [P]: for each projection the sum of the squares of its
+    partial inner products (``torch_projection``), in the same unit. None where it is not measured.
+    ``measured``: the table as it was measured, where this one is ``steadied`` (see there).
+
     ``mean_square``: mean square of final images with peak 1, where losses are relative to it; None
     for other metrics or where unknown. ``image_probes``: of trajectories, how many of each call's
     entries are the coherent sums over steps that final images are predicted by, a half of the loss;
@@ -102,6 +106,8 @@ class SensitivityTable:
     calls: Array | None = None
     mean_square: float | None = None
     image_probes: int = 0
+    partial: Nested | None = None
+    measured: SensitivityTable | None = None
 
     @property
     def predicts(self) -> bool:
@@ -129,19 +135,40 @@ class SensitivityTable:
         size = len(next(iter(next(iter(self.projections.values())).values()), ())) // len(factor)
         roots = np.repeat(np.sqrt(factor), size).astype(np.float32)
         vectors = _each(self.projections, lambda vector: vector * roots)
-        return replace(table, projections=vectors, calls=self.calls)
+        partial = self._partial_times(np.square(roots))
+        return replace(table, projections=vectors, calls=self.calls, partial=partial)
 
-    def plan_loss(self, schemes: dict[str, str]) -> float:
-        """Return the loss of a plan (layer -> scheme); with projections, cross terms included."""
+    def _partial_times(self, factors: Array) -> Nested | None:
+        return self.partial and _each(self.partial, lambda squares: squares * factors)
+
+    def plan_loss(self, schemes: Mapping[str, str], rho: float = 1.0) -> float:
+        """Return the loss of a plan (layer -> scheme); with projections, cross terms included.
+
+        ``rho``: the share of the cross terms that counts.
+        """
         if self.projections is None:
             return float(sum(self.losses[layer][scheme] for layer, scheme in schemes.items()))
-        return float(np.sum(self.plan_entries(schemes)))
+        return float(np.sum(self.plan_entries(schemes, rho)))
 
-    def plan_entries(self, schemes: dict[str, str]) -> Array:
-        """Return the contribution of each projection entry to a plan's loss, float64 [P]."""
+    def plan_entries(self, schemes: Mapping[str, str], rho: float = 1.0) -> Array:
+        """Return the contribution of each projection entry to a plan's loss, float64 [P].
+
+        Of a ``steadied`` table the layers' own terms are spread over the entries as their parts are.
+        """
         assert self.projections is not None
-        total = sum(self.projections[n][s].astype(np.float64) for n, s in schemes.items())
-        return np.asarray(np.square(total))
+        rows = [self.projections[n][s].astype(np.float64) for n, s in schemes.items()]
+        whole = np.square(np.sum(rows, axis=0))
+        if self.measured is None and rho == 1.0:
+            return np.asarray(whole)
+        alone = np.sum(np.square(rows), axis=0)
+        own = alone
+        if self.measured is not None and self.partial is not None:
+            own = np.zeros_like(alone)
+            for name, scheme in schemes.items():
+                parts = self.partial[name][scheme].astype(np.float64)
+                if (total := parts.sum()) > 0:
+                    own += self.losses[name][scheme] / total * parts
+        return np.asarray(own + rho * (whole - alone))
 
     def errors_by_call(self, entries: Array) -> Array:
         """Split a plan's ``entries`` [P] by call, float64 [N]: the mean of N is the plan's loss."""
@@ -201,7 +228,8 @@ class SensitivityTable:
         vectors = _each(self.projections, lambda vector: vector * roots)
         table = _from_vectors(self.metric, self.timesteps, vectors, self.notes)
         calls = np.where(part, self.calls, -1).astype(np.int32)
-        return replace(table, calls=calls, **self._of_images())
+        partial = self._partial_times(np.square(roots))
+        return replace(table, calls=calls, partial=partial, **self._of_images())
 
     def save(self, folder: Path) -> None:
         """Write ``table.json`` and ``projections.npz`` into ``folder``."""
@@ -213,6 +241,8 @@ class SensitivityTable:
         arrays: dict[str, Array] = {"by_timestep": stacked(self.losses_by_timestep)}
         if self.projections is not None:
             arrays["projections"] = stacked(self.projections)
+        if self.partial is not None:
+            arrays["partial"] = stacked(self.partial)
         if self.calls is not None:
             arrays["calls"] = self.calls
         np.savez(folder / "projections.npz", **arrays)  # type: ignore[arg-type]
@@ -249,15 +279,21 @@ class SensitivityTable:
                 data.get("calls"),
                 text.get("mean_square"),
                 int(text.get("image_probes", 0)),
+                _by_pair(pairs, data["partial"]) if "partial" in data else None,
             )
 
 
 def table_from_projections(
-    timesteps: Array, values: Nested, notes: tuple[str, ...] = (), calls: Array | None = None
+    timesteps: Array,
+    values: Nested,
+    notes: tuple[str, ...] = (),
+    calls: Array | None = None,
+    partial: Nested | None = None,
 ) -> SensitivityTable:
     """Make a table from projections float32 [K, probes, N] that are divided by the output's norm.
 
-    ``calls`` int [K, N]: the call (``Calls.turns``) of each column.
+    ``calls`` int [K, N]: the call (``Calls.turns``) of each column. ``partial``: the sums of the
+    squares of their parts, in the same shape, divided by the norm's square.
     """
     shape = (
         next(iter(next(iter(values.values())).values())).shape if values else (len(timesteps), 1, 1)
@@ -265,6 +301,10 @@ def table_from_projections(
     factor = np.float32(1 / np.sqrt(np.prod(shape)))
     vectors = _each(values, lambda a: a.reshape(-1).astype(np.float32) * factor)
     table = _from_vectors("probe", timesteps, vectors, notes)
+    if partial is not None:
+        table = replace(
+            table, partial=_each(partial, lambda a: a.reshape(-1).astype(np.float32) * factor**2)
+        )
     if calls is None:
         return table
     return replace(table, calls=np.broadcast_to(calls[:, None], shape).reshape(-1).astype(np.int32))

@@ -13,6 +13,10 @@ applies the stacked D_s of all schemes to X and projects the results on the grad
 *Weight gradient* uses <G, layer(X; D)> = <D, wgrad(X, G)>, with one wgrad per probe and sample.
 Forward wins with many probes and at small resolutions; the cost of weight gradients hardly depends
 on the number of schemes.
+
+An inner product is a sum over output channels (groups of a grouped layer; for a rounded input its
+channels, or rows of a product). The sum of the squares of these partial products is kept beside it:
+it has the same expectation where the channels' errors are independent, and a far smaller variance.
 """
 
 from __future__ import annotations
@@ -170,11 +174,31 @@ def canonical_gradients(layer: Layer, gradients: Any, samples: int) -> Any:
     return tokens.permute(0, 2, 4, 1, 3).reshape(samples, 1, probes, -1)
 
 
-def _project(errors: Any, gradients: Any, samples: int) -> Any:
-    """Return <dY, G> [F, P, samples]; dY: [rows, group, F, m], G: [rows, group, P, m]."""
-    forms, probes = errors.shape[2], gradients.shape[2]
-    products = torch.bmm(errors.flatten(0, 1), gradients.flatten(0, 1).transpose(1, 2)).float()
-    return products.reshape(samples, -1, forms, probes).sum(1).permute(1, 2, 0)
+def partial_products(errors: Any, gradients: Any, samples: int, parts: int) -> Any:
+    """Return <dY_c, G_c> [samples, parts, F, P] for parts c of the axis m of each group.
+
+    dY: [rows, group, F, m], G: [rows, group, P, m]; of several groups each is one part.
+    """
+    rows, group = errors.shape[:2]
+    if group > 1 or parts == 1:
+        products = torch.bmm(errors.flatten(0, 1), gradients.flatten(0, 1).transpose(1, 2))
+        products = products.unflatten(0, (rows, group))
+    else:
+        products = torch.stack(
+            [
+                torch.bmm(
+                    error[0].unflatten(-1, (parts, -1)).transpose(0, 1),
+                    gradient[0].unflatten(-1, (parts, -1)).permute(1, 2, 0),
+                )
+                for error, gradient in zip(errors, gradients, strict=True)
+            ]
+        )
+    return products.float().unflatten(0, (samples, -1)).sum(1)
+
+
+def added_up(partial: Any) -> Any:
+    """Return the sums and the sums of squares of partial products: [S, parts, F, P] -> [F, 2, P, S]."""
+    return torch.stack([partial.sum(1), partial.square().sum(1)]).permute(2, 0, 3, 1)
 
 
 @dataclass(frozen=True)
@@ -193,7 +217,7 @@ class ProjectedUse:
         return self.roundings[form]
 
     def forward(self, x: Any, matrices: Any, g: Any, samples: int) -> Any:
-        """Return <G, layer(X; D)> [F, P, samples] for D in ``matrices``, by the forward way.
+        """Return the partial products of layer(X; D) [samples, parts, F, P] for D in ``matrices``.
 
         Works on some samples at a time so that results stay in the CPU's caches.
         """
@@ -206,32 +230,25 @@ class ProjectedUse:
             count = min(piece, samples - start)
             rows = slice(start * rows_per_sample, (start + count) * rows_per_sample)
             errors = apply_matrix(self.layer, self.attributes, x[rows], matrices)
-            products.append(_project(errors, g[rows], count))
-        return torch.cat(products, -1) if len(products) > 1 else products[0]
+            products.append(partial_products(errors, g[rows], count, self.layer.out_channels))
+        return torch.cat(products) if len(products) > 1 else products[0]
 
     def channels(self, x: Any, matrix: Any, channels: Any, g: Any, samples: int) -> Any:
-        """Return <G_c, dY_c> [P, samples, m] of m ``channels`` whose weight error is ``matrix``.
+        """Return <G_c, dY_c> [samples, m, P] of m ``channels`` whose weight error is ``matrix``.
 
         ``matrix`` [m, reduction]. Layers whose channels are promoted have one group.
         """
         rows, _, probes, _ = g.shape
-        errors = apply_matrix(self.layer, self.attributes, x, matrix[None]).reshape(
-            rows, len(channels), 1, -1
-        )
+        errors = apply_matrix(self.layer, self.attributes, x, matrix[None])
         outputs = g.reshape(rows, probes, self.layer.out_channels, -1)
-        chosen = outputs[:, :, channels].transpose(1, 2)
-        products = (
-            torch.matmul(errors, chosen.transpose(2, 3))
-            .float()
-            .reshape(samples, -1, len(channels), probes)
-        )
-        return products.sum(1).permute(2, 0, 1)
+        chosen = outputs[:, :, channels].reshape(rows, 1, probes, -1)
+        return partial_products(errors, chosen, samples, len(channels))[:, :, 0]
 
 
 def project_layer(
     use: ProjectedUse, x: Any, gradients: Any, through: Any, samples: int, way: str = ""
 ) -> dict[str, Any]:
-    """Return scheme -> <G, dY_s> as [P, samples], for one use of a layer.
+    """Return scheme -> <G, dY_s> and the sum of its parts' squares, [2, P, samples], for one use.
 
     ``x``: the layer's float input, whose leading axis is a multiple of the samples. ``gradients``
     [rows, P, *rest]: gradients of the layer's output, P probes. ``through`` [rows, P, ...]:
@@ -247,11 +264,10 @@ def project_layer(
         if chosen == "weights" and _has_weight_way(use.layer)
         else _project_forward
     )
-    rows, promoted = project(use, x, g, samples)
-    bodies = {
-        scheme: promotion.body for promotion in stack.promotions for scheme in promotion.counts
-    }
-    products = {}
+    partial, more = project(use, x, g, samples)
+    rows, products = added_up(partial), {}
+    promoted = _promoted(stack, partial, more)
+    bodies = {name: one.body for one in stack.promotions for name in one.counts}
     for scheme, form in stack.inputs.items():
         product = rows[stack.rows[bodies.get(scheme, scheme)]]
         if scheme in bodies:
@@ -260,8 +276,24 @@ def project_layer(
     return products
 
 
+def _promoted(stack: TorchStack, partial: Any, more: list[Any]) -> dict[str, Any]:
+    """Return scheme -> what its promoted channels add to its body's products, [2, P, samples].
+
+    ``partial`` [samples, parts, F, P]; ``more``: of each promotion [samples, m, P], what its
+    channels' partial products change by.
+    """
+    found = {}
+    for (promotion, _, channels), change in zip(stack.promoted(), more, strict=True):
+        before = partial[:, channels, stack.rows[promotion.body]]
+        squares = change * (2 * before + change)
+        for name, count in promotion.counts.items():
+            added = torch.stack([change[:, :count].sum(1), squares[:, :count].sum(1)])
+            found[name] = added.transpose(1, 2)
+    return found
+
+
 def _project_roundings(use: ProjectedUse, x: Any, through: Any, samples: int) -> dict[str, Any]:
-    """Return activation form -> <G, layer(Qa(X) - X; W)> [P, samples]."""
+    """Return activation form -> the products of layer(Qa(X) - X; W), [2, P, samples]."""
     forms = use.stack.forms
     if not forms:
         return {}
@@ -277,51 +309,47 @@ def _project_roundings(use: ProjectedUse, x: Any, through: Any, samples: int) ->
         lost = own.new_empty((len(own), len(forms), *x.shape[1:]))
         for number, rounding in enumerate(roundings):
             lost_by_rounding(own, rounding, use.layer, lost[:, number], largest)
-        back = through[start : start + piece].transpose(1, 2)
-        parts.append(torch.bmm(lost.flatten(2), back).neg_())
-    products = torch.cat(parts).reshape(samples, -1, len(forms), probes).sum(1)
-    return dict(zip(forms, products.permute(1, 2, 0).float(), strict=True))
+        back = through[start : start + piece, None]
+        parts.append(partial_products(lost.flatten(2)[:, None], back, len(own), x.shape[1]))
+    # The error is Qa(X) - X, and ``lost`` is its negative.
+    partial = torch.cat(parts).neg_().unflatten(0, (samples, -1)).sum(1)
+    return dict(zip(forms, added_up(partial), strict=True))
 
 
-def _project_forward(use: ProjectedUse, x: Any, g: Any, samples: int) -> tuple[Any, dict[str, Any]]:
+def _project_forward(use: ProjectedUse, x: Any, g: Any, samples: int) -> tuple[Any, list[Any]]:
     """Apply all weight errors to the input and project the results on the gradients.
 
-    Returns [F, P, samples] by form, and scheme -> [P, samples]: what promoted channels add to it.
+    Returns partial products [samples, parts, F, P], and for each promotion [samples, m, P]: what
+    its channels' products change by.
     """
-    promoted: dict[str, Any] = {}
-    for promotion, differences, channels in use.stack.promoted():
-        more = use.channels(x, differences, channels, g, samples)
-        for name, count in promotion.counts.items():
-            promoted[name] = more[..., :count].sum(-1)
+    more = [use.channels(x, found, c, g, samples) for _, found, c in use.stack.promoted()]
     rows = [use.forward(x, piece, g, samples) for piece in use.stack.pieces()]
-    return torch.cat(rows), promoted
+    return torch.cat(rows, 2), more
 
 
-def _project_by_weights(
-    use: ProjectedUse, x: Any, g: Any, samples: int
-) -> tuple[Any, dict[str, Any]]:
+def _project_by_weights(use: ProjectedUse, x: Any, g: Any, samples: int) -> tuple[Any, list[Any]]:
     """Project all weight errors on the weight gradients; returns the same as ``_project_forward``.
 
     Works on some samples at a time, so that few weight gradients are in memory.
     """
     stack, probes = use.stack, g.shape[2]
-    piece = max(1, piece_bytes(x.device, GRADIENT_BYTES) // (probes * stack.weight.nbytes))
-    parts: list[dict[str, Any]] = []
+    piece = max(1, piece_bytes(g.device, GRADIENT_BYTES) // (probes * stack.weight.nbytes))
+    found: list[list[Any]] = []
     for start in range(0, samples, piece):
         chunk = slice(start, min(start + piece, samples))
         gradients = _weight_gradients(use.layer, use.attributes, x[chunk], g[chunk])
-        rows = [(gradients @ piece.flatten(1).T).float().T for piece in stack.pieces()]
-        found = {"": torch.cat(rows)}
-        for promotion, differences, channels in stack.promoted():
-            by_channel = gradients.reshape(len(gradients), stack.weight.shape[0], -1)
-            chosen = by_channel[:, channels]
-            more = torch.einsum("nmr,mr->nm", chosen, differences).float()
-            for name, count in promotion.counts.items():
-                found[name] = more[:, :count].sum(-1)
-        # [..., n P] -> [..., P, n]
-        parts.append({k: v.unflatten(-1, (-1, probes)).transpose(-1, -2) for k, v in found.items()})
-    whole = {name: torch.cat([part[name] for part in parts], -1) for name in parts[0]}
-    return whole.pop(""), whole
+        # [out_channels, n P, reduction]
+        by_channel = gradients.unflatten(1, (use.layer.out_channels, -1)).transpose(0, 1)
+        rows = [torch.bmm(by_channel, one.permute(1, 2, 0)).float() for one in stack.pieces()]
+        more = [
+            torch.einsum("mnr,mr->nm", by_channel[channels], differences).float()
+            for _, differences, channels in stack.promoted()
+        ]
+        partial = torch.cat(rows, -1).unflatten(1, (-1, probes)).permute(1, 0, 3, 2)
+        by_sample = [one.unflatten(0, (-1, probes)).transpose(1, 2) for one in more]
+        found.append([partial, *by_sample])
+    whole, *more = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return whole, more
 
 
 def _weight_gradients(layer: Layer, attributes: dict[str, Any], x: Any, g: Any) -> Any:

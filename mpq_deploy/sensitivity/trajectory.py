@@ -239,7 +239,7 @@ class _Trajectories:
             for chunk, products, back in self._back(call, wanted):
                 columns = np.arange(chunk.start, chunk.stop) % self.size
                 for layer, scheme, found in products:
-                    np.add.at(values[pairs[layer, scheme], call].T, columns, found.T)
+                    np.add.at(values[pairs[layer, scheme], call].T, columns, found[0].T)
                 for name, rows in back.items():
                     into.setdefault(name, []).append(torch.stack(rows))
             advance()

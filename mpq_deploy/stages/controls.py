@@ -12,6 +12,7 @@ from mpq_deploy.graph.writers.plan_graphs import write_plan
 from mpq_deploy.rounding.control_schemes import STATIC_INT8, control_plans, layer_counts
 from mpq_deploy.run.stage import Stage, version_of
 from mpq_deploy.sensitivity.methods import ORM_CONTROLS
+from mpq_deploy.sensitivity.steadied import steadied
 from mpq_deploy.sensitivity.table import SensitivityTable
 from mpq_deploy.stages.allocate import STAGE as ALLOCATE
 from mpq_deploy.system.files import Fields, canonical_json
@@ -56,7 +57,7 @@ def make(run: Run, folder: Path) -> str:
 def _control_schemes(run: Run) -> dict[str, dict[str, str]]:
     """Return the controls by name, each as layer -> scheme."""
     graph, target, stats = run.exported.graph, run.target, run.calibration.stats
-    table = SensitivityTable.load(run.stage("measure"))
+    table = steadied(SensitivityTable.load(run.stage("measure")))
     plans = control_plans(graph, target, stats)
     plans["int8"] = best_int8(graph.layers, target, table.losses, table.predicts, stats)
     found = {

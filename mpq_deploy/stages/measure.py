@@ -19,6 +19,7 @@ from mpq_deploy.run.folder import RECIPE, RunFolder, alike
 from mpq_deploy.run.stage import Stage, settings, version_of
 from mpq_deploy.run.stage_memory import check_memory
 from mpq_deploy.run.view import Run
+from mpq_deploy.sensitivity.chosen_method import OUTPUTS
 from mpq_deploy.sensitivity.earlier_pairs import (
     Candidates,
     Names,
@@ -38,6 +39,8 @@ from mpq_deploy.system.progress import Talk
 
 # Raised with every change of what the table of a metric of final images holds.
 IMAGES_FORMAT = 2
+# Of the table of a metric of single outputs.
+OUTPUTS_FORMAT = 2
 
 
 def inputs(run: Run) -> Fields:
@@ -51,6 +54,8 @@ def inputs(run: Run) -> Fields:
         del fields["recipe.measure.coarse_timesteps"]
     if METHODS[chosen.name].images:
         fields["images.format"] = IMAGES_FORMAT
+    elif chosen.name == OUTPUTS:
+        fields["outputs.format"] = OUTPUTS_FORMAT
     # Settings of orm change no other method.
     orm = fields.pop("recipe.measure.orm")
     if adaptive or METHODS[chosen.name].weighs_bits:

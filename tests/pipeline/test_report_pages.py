@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mpq_deploy.allocate.cross_terms import cross_share
 from mpq_deploy.allocate.plan import PrecisionPlan
 from mpq_deploy.allocate.plan_solver import PlanSolver
 from mpq_deploy.evaluate.evaluation_result import Evaluation
@@ -21,6 +22,7 @@ from mpq_deploy.report import budget_plans as budgets
 from mpq_deploy.report import collect as assemble
 from mpq_deploy.report.budget_curve import Stop, options
 from mpq_deploy.run.pipeline import open_pipeline
+from mpq_deploy.sensitivity.steadied import steadied
 from mpq_deploy.sensitivity.table import SensitivityTable
 from mpq_deploy.system.progress import Talk
 from mpq_deploy.system.quantities import Latency
@@ -99,7 +101,7 @@ def test_the_plans_of_other_budgets_hold_them_and_are_kept(
     with open_pipeline(load_recipe(run / "recipe.yaml"), run, Talk()) as pipeline:
         pipeline.run_until("allocate")
         plan = PrecisionPlan.load(run / "allocate" / "plan.json")
-        table = SensitivityTable.load(run / "measure")
+        table = steadied(SensitivityTable.load(run / "measure"))
         solver = PlanSolver(pipeline.run)
         found = budgets.budget_plans(pipeline.run, plan, solver)
         assert len(found.plans) > 3 and found.times is not None and solver.costs is not None
@@ -108,7 +110,8 @@ def test_the_plans_of_other_budgets_hold_them_and_are_kept(
             schemes = {
                 name: found.schemes[i] for name, i in zip(found.layers, one.schemes, strict=True)
             }
-            assert one.predicted_nmse == pytest.approx(table.plan_loss(schemes))
+            predicted = table.plan_loss(schemes, cross_share(table, schemes))
+            assert one.predicted_nmse == pytest.approx(predicted)
             sizes = sum(row[i] for row, i in zip(found.layer_bytes, one.schemes, strict=True))
             assert plan.fixed_bytes + sizes <= one.size_bytes <= plan.fp16_size_bytes
             forms = {name: SCHEMES[scheme] for name, scheme in schemes.items()}
