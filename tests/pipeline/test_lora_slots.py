@@ -199,7 +199,8 @@ def answer(source: bytes | Path, feeds: dict[str, Any], slots: dict[str, Any] | 
     for one in session.get_inputs():
         if ".lora_" in one.name:
             values = np.zeros(one.shape) if slots is None else slots[one.name]
-            taken[one.name] = values.astype(np.float16)
+            # By way of FP32, as a LoRA's file holds them: rounded at once, one may be another number.
+            taken[one.name] = values.astype(np.float32).astype(np.float16)
     return session.run(None, taken)[0]
 
 
