@@ -49,9 +49,11 @@ def steadied_folds(
     found = []
     for seen, apart in (table.measured or table).folds(count):
         groups = _groups(seen)
-        ratios = _pooled(groups) if groups else {}
-        found.append(tuple(_scaled(one, ratios) if groups else one for one in (seen, apart)))
-    return [(seen, apart) for seen, apart in found]
+        if groups:
+            ratios = _pooled(groups)
+            seen, apart = _scaled(seen, ratios), _scaled(apart, ratios)
+        found.append((seen, apart))
+    return found
 
 
 def _groups(table: SensitivityTable) -> list[_Ratios]:
