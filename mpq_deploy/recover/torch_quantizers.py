@@ -60,14 +60,14 @@ def fake_quantize(
     scale: Tensor,
     quant_min: int = QUANT_MIN,
     quant_max: int = QUANT_MAX,
-    zeros: Tensor | float = 0.0,
+    shift: Tensor | float = 0.0,
 ) -> Tensor:
     """Return ``x`` through QuantizeLinear and DequantizeLinear; ``x`` and ``scale`` get gradients.
 
     The gradient of the scale is LSQ's (Esser et al. 2020): code - x / scale within the limits, the
-    limit beyond. ``zeros``: the channels' shifts in codes, broadcast to ``x``.
+    limit beyond. ``shift``: what is taken off the channels before, and added again behind.
     """
-    return (torch.clamp(rounded(x / scale - zeros), quant_min, quant_max) + zeros) * scale
+    return torch.clamp(rounded((x - shift) / scale), quant_min, quant_max) * scale + shift
 
 
 def fake_quantize_levels(x: Tensor, scale: Tensor, grid: ActivationGrid) -> Tensor:
@@ -347,13 +347,14 @@ class ActivationScale(LearnedScale):
         """Return ``x`` fake-quantized except the kept channels; ``timesteps`` [N]: its samples'."""
         if not self._start_grid.uniform:
             return fake_quantize_levels(x, self(), self._start_grid)
-        ratio, zeros = self._ratio(x, timesteps), 0.0
+        scale, ratio, shift = self(), self._ratio(x, timesteps), 0.0
         if self._start_grid.zeros:
-            zeros = self.zeros.reshape(-1, *(1,) * (x.ndim - 2))
+            # Rounded to FP16 as the written constants are, or codes near a middle would differ.
+            shift = halved(self.zeros.reshape(-1, *(1,) * (x.ndim - 2)) * scale)
         if ratio is None:
-            quantized = fake_quantize(x, self(), *self.code_limits, zeros)
+            quantized = fake_quantize(x, scale, *self.code_limits, shift)
         else:
-            quantized = fake_quantize(x / ratio, self(), *self.code_limits, zeros) * ratio
+            quantized = fake_quantize(x / ratio, scale, *self.code_limits, shift) * ratio
         if not len(self.kept):
             return quantized
         mask = torch.zeros(x.shape[channel_axis], dtype=torch.bool, device=x.device)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from mpq_deploy.formats.interfaces import ActivationGrid
+from mpq_deploy.formats.shifts import middle_of
 from mpq_deploy.recover.torch_quantizers import (
     ActivationScale,
     Grid,
@@ -150,3 +151,13 @@ def test_gradients_pass_rounding_and_stop_at_the_limits() -> None:
     assert stored.tolist() == [0.5, 1.5, 65504.0, 0.0] and bool(torch.signbit(stored[3]))
     stored.sum().backward()
     assert y.grad.tolist() == [1.0] * 4
+
+
+def test_a_shift_is_the_written_constant() -> None:
+    """A middle of many codes does not fit FP16: codes beside a boundary follow what is written."""
+    grid = ActivationGrid(float(np.float16(0.908)), zeros=(-101, 43, 117))
+    x = np.linspace(-90, 90, 3 * 4001, dtype=np.float32).reshape(1, 3, -1)
+    middle = middle_of(np.array(grid.zeros), grid.scale)[:, None]
+    codes = np.clip(np.rint((x - middle) / np.float32(grid.scale)), -128, 127)
+    found = ActivationScale(grid, np.zeros(0)).quantize(torch.from_numpy(x), 1).detach().numpy()
+    assert np.abs(found - (codes * np.float32(grid.scale) + middle)).max() < 1e-4
