@@ -26,8 +26,9 @@ from mpq_deploy.sensitivity.table import SensitivityTable
 from mpq_deploy.stages.measure import measured_subject
 from mpq_deploy.system.progress import PlainTalk
 
-# Calls at each timestep, probes of each, timesteps: what quick effort takes at 860 M parameters, and more.
-COUNTS = ((1, 1, 4), (2, 2, 6), (4, 4, 10), (12, 4, 10))
+# Calls at each timestep, probes of each, timesteps: the least that effort quick takes, what it takes of
+# small models, the default, and more.
+COUNTS = ((1, 1, 5), (3, 1, 14), (12, 1, 20), (12, 4, 20))
 SEEDS = (11, 12, 13)
 WORST, LEAST, MOST = 2.0, 0.6, 1.6
 
@@ -40,21 +41,23 @@ def table_of(run: Run, counts: tuple[int, int, int], seed: int) -> SensitivityTa
     return measure_probe(measured_subject(tuple(int(step) for step in chosen), run, None, section))
 
 
-def rows_of(run: Run, budget: str, truth: Truth) -> list[dict[str, float]]:
-    """Return predicted and measured errors of the plans of all counts and seeds, with and without parts."""
-    found = []
+def rows_of(run: Run, budgets: list[str], truth: Truth) -> dict[str, list[dict[str, float]]]:
+    """Return per budget the predicted and measured errors of the plans of all counts and seeds.
+
+    Each with and without parts.
+    """
+    found: dict[str, list[dict[str, float]]] = {budget: [] for budget in budgets}
     for counts in COUNTS:
         for seed in SEEDS:
-            table, row = (
-                table_of(run, counts, seed),
-                {"entries": float(counts[0] * counts[1] * counts[2])},
-            )
-            for name, one in (("squares", replace(table, partial=None)), ("parts", table)):
-                plan = PlanSolver(run, table=one).solve(budget)
-                assert plan.predicted_loss is not None
-                row[f"{name} predicted"] = plan.predicted_loss
-                row[f"{name} measured"] = float(truth.errors(plan.schemes).mean())
-            found.append(row)
+            table = table_of(run, counts, seed)
+            for budget in budgets:
+                row = {"entries": float(counts[0] * counts[1] * counts[2])}
+                for name, one in (("squares", replace(table, partial=None)), ("parts", table)):
+                    plan = PlanSolver(run, table=one).solve(budget)
+                    assert plan.predicted_loss is not None
+                    row[f"{name} predicted"] = plan.predicted_loss
+                    row[f"{name} measured"] = float(truth.errors(plan.schemes).mean())
+                found[budget].append(row)
     return found
 
 
@@ -119,8 +122,8 @@ def main() -> None:
             run = pipeline.run
             truth = Truth(run, chosen.images, seed=20261)
             page.say(f"{model}: {weights_digest(run)}")
-            for budget in chosen.budgets.split(","):
-                judged += judge(page, f"{model}, {budget}", rows_of(run, budget, truth))
+            for budget, rows in rows_of(run, chosen.budgets.split(","), truth).items():
+                judged += judge(page, f"{model}, {budget}", rows)
     page.conclude(judged, chosen.page)
 
 

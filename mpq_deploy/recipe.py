@@ -172,6 +172,10 @@ class OrmSettings(Section):
     )
 
 
+# Random adjoint directions of a call, by default.
+OUTPUT_PROBES, IMAGE_PROBES = 1, 4
+
+
 class MeasureSettings(Section):
     """How the loss of every (layer, scheme) is predicted."""
 
@@ -190,7 +194,11 @@ class MeasureSettings(Section):
         "auto",
         description="sensitivity metric; auto: trajectory (final images) where whole ones fit, else probe (outputs)",
     )
-    probes: int = Field(4, ge=1, description="random adjoint directions per call")
+    probes: int | None = Field(
+        None,
+        ge=1,
+        description="random adjoint directions per call; by default 1, of whole trajectories 4",
+    )
     timesteps: int = Field(20, ge=1, description="calibrated timesteps that are measured")
     samples: int = Field(
         96, ge=1, description="calibration samples measured on and kept from rounding"
@@ -208,6 +216,17 @@ class MeasureSettings(Section):
         5, ge=2, description="timesteps of adaptive sampling's first pass"
     )
     orm: OrmSettings = OrmSettings()
+
+    @property
+    def directions(self) -> int:
+        """How many random adjoint directions each call has.
+
+        One direction more tells less than another call does, where losses are steadied by parts of
+        the projections (docs/results/few-entries.md); trajectories have no parts.
+        """
+        if self.probes is not None:
+            return self.probes
+        return OUTPUT_PROBES if self.method == "probe" else IMAGE_PROBES
 
 
 class ProtectRule(Section):

@@ -44,6 +44,9 @@ REFINED_TOGETHER, CODES_TOGETHER = 128, 64
 # Rows, over all forms of a weight, that GPTQ rounds side by side: with more, their arrays would
 # dominate the memory of rounding (our choice).
 ROWS_TOGETHER = 8192
+# Columns of which no more need be summed are dropped where fewer than this share is left: their copy
+# costs more than it saves above (our choice).
+DROPPED_BELOW = 0.75
 # Memory of rounding a weight [O, K], in float32 arrays (measured). To nearest: arrays [O, K], and
 # one more per form.
 NEAREST_ARRAYS, NEAREST_FORM_ARRAYS = 3, 1
@@ -503,21 +506,27 @@ def compensate(
 
 
 def seen_error(
-    errors: Array, factor: Array, pivots: Array, enough: Array | None = None, chunk: int = 512
+    errors: Array, factor: Array, pivots: Array, enough: Array | None = None, chunk: int = 256
 ) -> Array:
     """Return e H e^T of every column of ``errors`` [K, R], float64 [R].
 
-    ``factor``, ``pivots``: as for ``compensate``. ``enough`` [R]: stop early with a partial sum
-    once every column has reached this error; the remaining terms only add to the sum.
+    ``factor``, ``pivots``: as for ``compensate``. ``enough`` [R]: a column that has reached this
+    error may have a partial sum, to which the remaining terms only add.
     """
     xp = names_of(errors)
     error = xp.zeros(errors.shape[1], np.float64)
+    left: Any = slice(None)
     for start in range(0, len(factor), chunk):
-        if enough is not None and xp is np and (error >= enough).all():
-            break
+        if enough is not None and xp is np:
+            short = np.flatnonzero(error[left] < enough[left])
+            if not len(short):
+                break
+            if len(short) < DROPPED_BELOW * errors.shape[1]:
+                left = np.arange(len(error))[left][short]
+                errors = errors[:, short]
         stop = min(start + chunk, len(factor))
         missed = errors[start:stop] + factor[:stop, start:stop].T @ errors[:stop]
-        error += pivots[start:stop] @ cast(xp.square(missed, out=missed), np.float64)
+        error[left] += pivots[start:stop] @ cast(xp.square(missed, out=missed), np.float64)
     return error
 
 

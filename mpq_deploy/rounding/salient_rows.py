@@ -27,7 +27,7 @@ from mpq_deploy.system.parallel.work import Alone, Job, Result, Shard, Work, run
 from mpq_deploy.system.progress import Talk
 
 # Ranking channels needs fewer timesteps and calls than measuring schemes (our choice).
-SALIENCE_TIMESTEPS, SALIENCE_SAMPLES = 8, 12
+SALIENCE_TIMESTEPS, SALIENCE_SAMPLES = 8, 4
 
 
 def salient_first(run: Run, folder: Path, earlier: EarlierForms) -> tuple[dict[str, Array], str]:

@@ -42,16 +42,16 @@ class Count:
         return int(min(max(wanted, self.least), self.most if scale > 1 else usual))
 
 
-# Timesteps and probes tell less of each other than calls do, so they fall more slowly (our choice).
+# Other timesteps tell more than other calls at a timestep do, so they fall more slowly (our choice;
+# docs/results/few-entries.md).
 # Calls measured on stay fewer than those recorded, so that some are left to round weights on.
 COUNTS = (
-    Count("calibrate.timesteps", 0.5, 4, 20, ("measure.timesteps", "measure.coarse_timesteps")),
+    Count("calibrate.timesteps", 0.25, 5, 20, ("measure.timesteps", "measure.coarse_timesteps")),
     Count("calibrate.samples", 1.0, 4, 256, ("measure.samples",)),
     Count("calibrate.observed", 1.0, 2, 96),
-    Count("measure.timesteps", 0.5, 4, 20),
+    Count("measure.timesteps", 0.25, 5, 20),
     Count("measure.samples", 1.0, 3, 192),
     Count("measure.calls", 1.0, 1, 24),
-    Count("measure.probes", 0.5, 1, 6),
     Count("quantize.noise_draws", 1.0, 1, 2),
     Count("quantize.refinements", 0.5, 0, 3),
     Count("evaluate.samples", 1.0, 1, 64),

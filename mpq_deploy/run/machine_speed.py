@@ -264,7 +264,7 @@ def _time_torch(run: Run, model: ModelWork, clock: Clock) -> tuple[float, float]
         one = graph.feed(example_feed(exported.model, 1))
         single = _timed(lambda: finished(graph.run(one)), clock)
         footprint, _ = graph.footprint(one, lambda *_: None)
-    gradients = gradient_bytes(footprint, uses, run.recipe.measure.probes, range(len(uses)))
+    gradients = gradient_bytes(footprint, uses, run.recipe.measure.directions, range(len(uses)))
     parts = parts_within(footprint, gradients, MEMORY_BYTES)
     batch = probe_batch(run.recipe, model) if 3 * single <= LONGEST and len(parts) == 1 else 1
     feeds = graph.feed(example_feed(exported.model, batch))
@@ -288,6 +288,6 @@ def probe_batch(recipe: Recipe, model: ModelWork) -> int:
     """Return how many calls are probed at once, as the probes choose it."""
     if not all(item.batched for item in model.spec.conditions):
         return 1
-    gradients = 2 * recipe.measure.probes * model.size.outputs
+    gradients = 2 * recipe.measure.directions * model.size.outputs
     most = MEMORY_BYTES // max(int(PASS_COPIES * DISTINCT_SHARE * model.size.values) + gradients, 1)
     return max(1, min(recipe.measure.batch_size, recipe.measure.calls, most))

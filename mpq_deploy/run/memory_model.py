@@ -480,7 +480,7 @@ def _adjoint(size: ModelSize, directions: int, calls: int) -> int:
 def _measure(size: ModelSize, recipe: Recipe, forms: int) -> StageMemory:
     batch = min(recipe.measure.batch_size, recipe.measure.calls)
     # Gradients of layers' outputs and of their inputs, which are about as large.
-    probes = 2 * recipe.measure.probes
+    probes = 2 * recipe.measure.directions
     # As the probes choose how many calls to evaluate at once.
     most = MEASURE_BYTES // max(
         int(PASS_COPIES * DISTINCT_SHARE * size.values) + probes * size.outputs, 1

@@ -269,7 +269,8 @@ def _measure(recipe: Recipe, model: ModelWork) -> Work:
         count = model.steps(recipe, recipe.calibrate.steps) * model.guided * left
     if method.probes:
         floats = count if method.images else 0
-        return Work(floats=floats, adjoints=count, directions=section.probes, batch=batch)
+        directions = section.replace(method=chosen.name).directions
+        return Work(floats=floats, adjoints=count, directions=directions, batch=batch)
     if section.method == "exhaustive":
         return Work(floats=count * (1 + model.pairs), batch=batch, sessions=1)
     if section.method == "gain":

@@ -138,7 +138,7 @@ def _probing(subject: Subject) -> Work:
                 one.keep(_plan_shard(one, task, "probes"), plan)
             return plan
         parts = tuple(slice(start, end) for start, end in zip((0, *task.ends), task.ends))
-        shape = (2, subject.settings.probes, calls.count)
+        shape = (2, subject.settings.directions, calls.count)
         stacked = [np.zeros((len(own), *shape), np.float32) for own in pairs]
         values: list[Nested] = [{} for _ in every]
         for nested, rows, own in zip(values, stacked, pairs, strict=True):
@@ -292,7 +292,7 @@ class Probing:
         finite.refuse()
         uses = [use for layer in self._subject.graph.layers for use in layer.uses]
         places = [*uses, *(one.use for one in self._operands)]
-        gradients = gradient_bytes(footprint, places, self._settings.probes, range(len(uses)))
+        gradients = gradient_bytes(footprint, places, self._settings.directions, range(len(uses)))
         one, most = (
             PASS_COPIES * sum(footprint.made) + sum(gradients),
             pass_bytes(self._device, MEMORY_BYTES),
@@ -402,7 +402,7 @@ class Probing:
         """Draw each sample's probes from its own seed, whatever the batch: [P, samples, ...]."""
         rows = [
             np.random.default_rng((self._settings.seed, step_index, call)).standard_normal(
-                (self._settings.probes, *shape), np.float32
+                (self._settings.directions, *shape), np.float32
             )
             for call in range(chunk.start, chunk.stop)
         ]

@@ -33,9 +33,9 @@ class _Ratios:
 def steadied(table: SensitivityTable) -> SensitivityTable:
     """Return the table with steadied losses, and projections scaled to them.
 
-    The table itself where its parts were not measured.
+    The table itself where its parts were not measured, or it is steadied.
     """
-    groups = _groups(table)
+    groups = [] if table.measured is not None else _groups(table)
     return _scaled(table, _pooled(groups)) if groups else table
 
 

@@ -228,7 +228,7 @@ class _Trajectories:
     def products(self, advance: Any) -> Array:
         """Return inner products float32 [pairs, T, P, N]; calls ``advance`` after each call."""
         pairs = {pair: n for n, pair in enumerate(measured_pairs(self._subject))}
-        probes, seed = self._subject.settings.probes, self._subject.settings.seed
+        probes, seed = self._subject.settings.directions, self._subject.settings.seed
         values = np.zeros((len(pairs), self.calls, probes, self.size), np.float32)
         numbers = range(self._place.start, self._place.stop)
         drawn = drawn_probes(seed, numbers, (probes, *self.image.shape[1:]))

@@ -48,7 +48,12 @@ def inputs(run: Run) -> Fields:
     section, chosen = run.recipe.measure, run.method
     fields = settings(section, "measure")
     # What auto stands for counts as if it had been named.
-    fields |= {"recipe.measure.method": chosen.name, "recipe.measure.calls": chosen.calls}
+    own = section.replace(method=chosen.name)
+    fields |= {
+        "recipe.measure.method": chosen.name,
+        "recipe.measure.calls": chosen.calls,
+        "recipe.measure.probes": own.directions,
+    }
     adaptive = section.sampling == "adaptive"
     if not adaptive:
         del fields["recipe.measure.coarse_timesteps"]

@@ -16,6 +16,7 @@ from mpq_deploy.run.pipeline import default_run
 from mpq_deploy.run.stage import version_of
 from mpq_deploy.sensitivity.methods import METHODS
 from mpq_deploy.sensitivity.orthogonality import ENOUGH_CALLS
+from mpq_deploy.sensitivity.steadied import steadied
 from mpq_deploy.studies.agreement import Compared, correlations, scheme_classes
 from mpq_deploy.studies.audit_result import AuditResult, MetricResult, TruthInfo
 from mpq_deploy.studies.compared_losses import TRUTH, Losses, Pair, Truth
@@ -128,7 +129,7 @@ def run_audit(run: Run, options: AuditOptions, command: str = "") -> AuditResult
     refused: dict[str, str] = {}
     for method in options.methods:
         try:
-            tables[method] = losses.metric(method)
+            tables[method] = steadied(losses.metric(method))
         except UsageError as error:
             refused[method] = str(error)
             run.talk.warn(f"{method} is not measured: {error}")

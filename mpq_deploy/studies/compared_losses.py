@@ -91,7 +91,7 @@ class Losses:
         section = self._run.recipe.measure
         fields: Fields = {}
         if METHODS[method].probes:
-            fields["recipe.measure.probes"] = section.probes
+            fields["recipe.measure.probes"] = section.replace(method=method).directions
         if METHODS[method].weighs_bits:
             fields.update(
                 {
@@ -101,7 +101,7 @@ class Losses:
             )
 
         def make() -> SensitivityTable:
-            return measure(method, self.subject())
+            return measure(method, self.subject(method))
 
         return self._stored(f"audit-{method}", {**self._fields(), "method": method, **fields}, make)
 
@@ -180,10 +180,10 @@ class Losses:
             candidate.weight_matrix(scheme.weight_form), float_matrix(self.graph, candidate.layer)
         )
 
-    def subject(self) -> Subject:
-        """Return what all metrics and the truth are measured on."""
+    def subject(self, method: str = TRUTH) -> Subject:
+        """Return what all metrics and the truth are measured on, with the settings of ``method``."""
         section = self._run.recipe.measure
-        settings = section.replace(calls=self.samples)
+        settings = section.replace(calls=self.samples, method=method)
         exported = self.exported
         calls = (self.calls, exported.spec, settings, self._run.talk)
         own = partial(_open_subject, self.samples)

@@ -110,7 +110,8 @@ def test_nothing_gets_shorter_by_more_of_a_count(exported: tuple[Recipe, Path, M
     ):
         section, name = setting.split(".")
         part = getattr(usual, section)
-        more = part.model_copy(update={name: 2 * getattr(part, name)})
+        count = part.directions if name == "probes" else getattr(part, name)
+        more = part.model_copy(update={name: 2 * count})
         after = stage_seconds(usual.model_copy(update={section: more}), model, speed)
         assert after[stage] > before[stage], setting
         assert all(after[one] >= before[one] * 0.999 for one in before if one != "candidates")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -49,6 +51,24 @@ def test_of_the_last_layer_they_are_the_output_s_own(mixed: Setting) -> None:
     single = errors(mixed, {last.name: candidate.weight + error})[last.name]
     double = errors(mixed, {last.name: candidate.weight + 2 * error})[last.name]
     np.testing.assert_allclose(double, 4 * single, rtol=1e-3)
+
+
+def test_one_probe_ranks_channels(mixed: Setting) -> None:
+    """Errors that grow by a third from channel to channel, at 256 positions of a product."""
+    import torch
+
+    from mpq_deploy.sensitivity.salience import _by_channel
+
+    product = next(one for one in mixed.graph.layers if one.op != "Conv")
+    layer = replace(product, weight_shape=(24, 8) if product.out_axis == 0 else (8, 24))
+    rng = np.random.default_rng(0)
+    x, gradient, difference = (
+        torch.from_numpy(rng.standard_normal(shape).astype(np.float32))
+        for shape in ((1, 256, 8), (1, 256, 24), (1, 1, 8))
+    )
+    growing = difference * 1.33 ** torch.arange(24)[None, :, None]
+    found = _by_channel(layer, {}, x, gradient, growing)
+    assert bool((found.diff() > 0).all())
 
 
 def test_layers_are_measured_apart_and_alike(mixed: Setting) -> None:
