@@ -25,7 +25,7 @@ from mpq_deploy.allocate.problem import Objective, Problem
 from mpq_deploy.evaluate.interval import error_interval
 from mpq_deploy.formats.sizes import ACTIVATION_SCALE_BYTES
 from mpq_deploy.models.spec import Array
-from mpq_deploy.sensitivity.steadied import steadied_folds
+from mpq_deploy.sensitivity.steadied import steadied_folds, steadied_halves
 from mpq_deploy.sensitivity.table import SensitivityTable
 
 MOST_MOVES = 12
@@ -40,6 +40,9 @@ MOST_TRIED = 64
 MOST_SHRUNK = 256
 # Folds of the measured calls, to evaluate a plan on calls that it was not chosen on.
 FOLDS = 4
+# Of the logarithm of what a plan loses on timesteps that it was not chosen on, where it was chosen on
+# half of them: the share that one chosen on all of them loses elsewhere.
+HALVES_SHARE = 2 / 3
 # A relative gain below this is rounding.
 SMALLEST_GAIN = 1e-9
 
@@ -280,6 +283,8 @@ class CrossTerms:
     steadied tables shrunk (``cross_share``). ``..._seen``: of the plan, on the calls that it was
     chosen on. ``..._held_back``: cross-validated, mean over ``folds`` of the loss on the fold of a
     plan that was chosen in the same way without the fold; None where the calls cannot be split.
+    ``growth``: where the calls cannot be split, by how much the plan's loss is expected to be larger
+    than on what it was chosen on (``_growth``); the prediction is this times ``..._seen``.
     ``interval``: the 95 % interval of ``predicted_loss``; None where unknown. ``by_call``: the
     prediction for each trajectory, for metrics of final images.
     """
@@ -294,13 +299,14 @@ class CrossTerms:
     refined_held_back: float | None
     interval: tuple[float, float] | None = None
     by_call: tuple[float, ...] = ()
+    growth: float = 1.0
 
     @property
     def predicted_loss(self) -> float:
         """The predicted loss of the resulting plan: cross-validated where possible."""
-        if self.kept:
-            return self.refined_seen if self.refined_held_back is None else self.refined_held_back
-        return self.milp_seen if self.milp_held_back is None else self.milp_held_back
+        if self.kept and self.refined_held_back is not None:
+            return self.refined_held_back
+        return self.milp_seen * self.growth if self.milp_held_back is None else self.milp_held_back
 
     def unweighted(self, weights: Array) -> CrossTerms:
         """Return what is predicted of trajectories that all count alike, not ``weights`` [N] times."""
@@ -346,7 +352,8 @@ def allocate_with_cross_terms(
     ]
     kept = moves > 0 and bool(parts) and held_back[1] < held_back[0]
     share = cross_share(table, old)
-    entries = [table.plan_entries(new if kept else old, share)]
+    growth = 1.0 if parts else _growth(problem, table, milp, allocate)
+    entries = [table.plan_entries(old, share) * growth]
     if parts:
         entries = after if kept else before
     result = CrossTerms(
@@ -360,8 +367,34 @@ def allocate_with_cross_terms(
         refined_held_back=held_back[1] if parts else None,
         interval=_interval(entries, table),
         by_call=_by_call(entries, table),
+        growth=growth,
     )
     return (replace(milp, schemes=refined) if kept else milp), result
+
+
+def _growth(
+    problem: Problem,
+    table: SensitivityTable,
+    plan: Allocation,
+    allocate: Callable[..., Allocation],
+) -> float:
+    """Return ``CrossTerms.growth``: at least 1, and 1 where losses are not steadied.
+
+    The solver prefers schemes whose errors the few measured calls happen not to show. A plan is
+    chosen on every other timestep and its loss on the timesteps between compared with that on its
+    own, both ways, so that the timesteps' own levels cancel. All timesteps together show more than a
+    half does: two thirds of the excess, by its logarithm, are the plan's (our choice, from draws of
+    schemes whose loss is known and from docs/results/few-entries.md).
+    """
+    if table.measured is None:
+        return 1.0
+    own = other = 0.0
+    for seen, apart in steadied_halves(table):
+        part = problem.with_losses(seen.losses)
+        chosen = problem.spread(allocate(part, kernel_penalty=plan.kernel_penalty).schemes)
+        own += sum(seen.losses[name][scheme] for name, scheme in chosen.items())
+        other += sum(apart.losses[name][scheme] for name, scheme in chosen.items())
+    return max(other / own, 1.0) ** HALVES_SHARE if own > 0 else 1.0
 
 
 def cross_share(table: SensitivityTable, schemes: Mapping[str, str]) -> float:

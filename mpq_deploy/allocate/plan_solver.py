@@ -126,8 +126,8 @@ def timed_problem(
 
 
 ONE_CALL = (
-    "The prediction has no interval: it takes two measured calls at each timestep. From one it may be half of the "
-    "error that is measured: measure more (measure.calls, --effort)."
+    "The prediction has no interval: it takes two measured calls at each timestep. From one it may be off by a factor "
+    "of two: measure more (measure.calls, --effort)."
 )
 
 

@@ -46,14 +46,22 @@ def steadied_folds(
 
     So what is predicted on a fold's calls depends on no choice that was made by them.
     """
-    found = []
-    for seen, apart in (table.measured or table).folds(count):
-        groups = _groups(seen)
-        if groups:
-            ratios = _pooled(groups)
-            seen, apart = _scaled(seen, ratios), _scaled(apart, ratios)
-        found.append((seen, apart))
-    return found
+    return [_steadied_by_first(*parts) for parts in (table.measured or table).folds(count)]
+
+
+def steadied_halves(table: SensitivityTable) -> list[tuple[SensitivityTable, SensitivityTable]]:
+    """Return ``SensitivityTable.halves`` of what was measured, steadied as ``steadied_folds`` are."""
+    return [_steadied_by_first(*parts) for parts in (table.measured or table).halves()]
+
+
+def _steadied_by_first(
+    seen: SensitivityTable, apart: SensitivityTable
+) -> tuple[SensitivityTable, SensitivityTable]:
+    groups = _groups(seen)
+    if not groups:
+        return seen, apart
+    ratios = _pooled(groups)
+    return _scaled(seen, ratios), _scaled(apart, ratios)
 
 
 def _groups(table: SensitivityTable) -> list[_Ratios]:

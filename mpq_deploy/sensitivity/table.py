@@ -220,10 +220,29 @@ class SensitivityTable:
             return []
         return [(self._of_calls(~part), self._of_calls(part)) for part in parts]
 
+    def halves(self) -> list[tuple[SensitivityTable, SensitivityTable]]:
+        """Split the timesteps in two, alternately; return (table of one half, of the other) both ways.
+
+        All tables hold all entries, with zeros for the other half. Empty for a single timestep or
+        without projections by call.
+        """
+        if self.projections is None or self.calls is None or len(self.timesteps) < 2:
+            return []
+        size = len(self.calls) // len(self.timesteps)
+        first = np.repeat(np.arange(len(self.timesteps)) % 2 == 0, size)
+        one, other = (
+            self._of_entries(first, first.mean()),
+            self._of_entries(~first, (~first).mean()),
+        )
+        return [(one, other), (other, one)]
+
     def _of_calls(self, part: Array) -> SensitivityTable:
         by_step = part.reshape(len(self.timesteps), -1)
-        factor = np.sqrt(by_step.shape[1] / by_step.sum(axis=1, keepdims=True)) * by_step
-        roots = factor.reshape(-1).astype(np.float32)
+        return self._of_entries(part, by_step.mean(axis=1).repeat(by_step.shape[1]))
+
+    def _of_entries(self, part: Array, share: Array | float) -> SensitivityTable:
+        """Return the table with zeros but for the entries ``part`` [P], which count 1 / ``share`` times."""
+        roots = (np.sqrt(1 / np.asarray(share, np.float64)) * part).astype(np.float32)
         assert self.projections is not None and self.calls is not None
         vectors = _each(self.projections, lambda vector: vector * roots)
         table = _from_vectors(self.metric, self.timesteps, vectors, self.notes)

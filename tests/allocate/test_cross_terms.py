@@ -20,6 +20,7 @@ from mpq_deploy.allocate.cross_terms import (
 from mpq_deploy.allocate.milp import Allocation, Nearby, allocate, solve
 from mpq_deploy.allocate.problem import LayerChoice, Objective, Problem
 from mpq_deploy.models.spec import Array
+from mpq_deploy.sensitivity.steadied import steadied
 from mpq_deploy.sensitivity.table import SensitivityTable, table_from_projections
 from tests.allocate.test_milp import EXACT
 
@@ -351,6 +352,35 @@ def test_held_back_losses_are_those_of_plans_that_did_not_see_them() -> None:
         assert {layer.name: dict(layer.loss) for layer in part.layers} == seen.losses
         expected.append(apart.plan_loss(allocate(part).schemes))
     assert crossed.predicted_loss == pytest.approx(np.mean(expected))
+
+
+def test_from_one_call_the_prediction_counts_what_the_choice_flatters() -> None:
+    """Schemes of one expected loss, which differs from timestep to timestep: the solver takes the luckiest."""
+    names = ("w4a16-b32", "w4a16-b64", "w4a16-b128", "w4a16-b256")
+    steps, spread, found = 6, 1.0, []
+    for seed in range(5):
+        rng = np.random.default_rng(seed)
+        shape = (steps, 1, 1)
+        squares = {
+            f"l{number}": {s: np.exp(spread * rng.standard_normal(shape)) for s in names}
+            for number in range(40)
+        }
+        values = {
+            n: {s: np.sqrt(own) * rng.standard_normal(shape) for s, own in row.items()}
+            for n, row in squares.items()
+        }
+        turns = np.arange(steps)[:, None]
+        table = steadied(
+            table_from_projections(np.arange(steps, dtype=np.float32), values, (), turns, squares)
+        )
+        choices = [LayerChoice(n, (n,), dict.fromkeys(names, 4), table.losses[n]) for n in squares]
+        _, crossed = allocate_with_cross_terms(Problem(choices, 0, 400), table, allocate)
+        truth = len(squares) * np.exp(spread**2 / 2)
+        found.append([crossed.milp_seen / truth, crossed.predicted_loss / truth])
+        assert crossed.folds == 0 and crossed.interval is None
+    raw, grown = np.mean(found, axis=0)
+    assert raw < 0.7
+    assert 0.8 < grown < 1.2
 
 
 def test_cross_terms_bring_a_gain_on_fresh_calls() -> None:

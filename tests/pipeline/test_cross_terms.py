@@ -44,6 +44,7 @@ def test_too_few_calls_to_hold_any_back(tmp_path: Path) -> None:
         "cross_terms"
     ]
     assert crossed["folds"] == 0 and not crossed["kept"] and crossed["milp_held_back"] is None
+    assert crossed["growth"] >= 1
 
 
 def test_a_metric_without_probes_has_no_cross_terms(tmp_path: Path) -> None:
