@@ -5,8 +5,9 @@
 A build measures some calls at each of some timesteps, each by some probes. For each of these counts and each of
 several seeds the plan is chosen twice: by the squares of the projections alone, and with the sums of the squares of
 their parts (docs/methods.md). Both plans are measured on fresh trajectories. "times the best": the measured error
-relative to that of the plan by the most entries. The exit code is 1 when a plan with parts from the fewest entries has
-more than twice the error of the best, or a prediction with parts is outside 0.6 to 1.6 times what is measured.
+relative to that of the plan by the most entries. Both figures are ranges over the seeds. The exit code is 1 when a plan
+with parts from the fewest entries has more than twice the error of the best, or a prediction with parts is outside 0.6
+to 1.6 times what is measured.
 """
 
 from __future__ import annotations
@@ -64,24 +65,20 @@ def rows_of(run: Run, budgets: list[str], truth: Truth) -> dict[str, list[dict[s
 def judge(page: Page, title: str, rows: list[dict[str, float]]) -> list[tuple[bool, str]]:
     """Say the table of one model and budget; return its checks."""
     best = sum(row["parts measured"] for row in rows[-len(SEEDS) :]) / len(SEEDS)
-    cells = [
-        [f"{row['entries']:g}"]
-        + [
-            text
-            for name in ("squares", "parts")
-            for text in (
-                f"{row[f'{name} measured'] / best:.2f}",
-                f"{row[f'{name} predicted'] / row[f'{name} measured']:.2f}",
-            )
-        ]
-        for row in rows
-    ]
+    cells = []
+    for start in range(0, len(rows), len(SEEDS)):
+        same = rows[start : start + len(SEEDS)]
+        cells.append([f"{same[0]['entries']:g}"])
+        for name in ("squares", "parts"):
+            errors = [row[f"{name} measured"] / best for row in same]
+            ratios = [row[f"{name} predicted"] / row[f"{name} measured"] for row in same]
+            cells[-1] += [f"{min(own):.2f} to {max(own):.2f}" for own in (errors, ratios)]
     page.say(f"## {title}")
     header = (
         "squares: times the best",
-        "predicted / measured",
+        "squares: predicted / measured",
         "parts: times the best",
-        "predicted / measured",
+        "parts: predicted / measured",
     )
     page.say(markdown(("entries", *header), cells))
     worst = max(row["parts measured"] / best for row in rows[: len(SEEDS)])
