@@ -498,12 +498,20 @@ def test_an_operator_of_a_later_opset_as_onnx_runtime_writes_it(tmp_path: Path) 
 
 def test_an_input_without_a_shape_has_that_of_the_yaml(tmp_path: Path) -> None:
     def change(model: onnx.ModelProto) -> None:
-        model.graph.input[1].type.tensor_type.ClearField("shape")
+        for value in (*model.graph.input, *model.graph.output):
+            value.type.tensor_type.ClearField("shape")
 
+    given = {
+        "sample": {"name": "x", "shape": [3, 9, 9]},
+        "conditions": [{"name": "y", "shape": []}],
+    }
     with pytest.raises(UsageError, match="no shape for 't'"):
-        open_denoiser(edited(tmp_path, change))
-    path = edited(tmp_path / "given", change, timestep={"name": "t", "shape": []})
+        open_denoiser(edited(tmp_path, change, **given))
+    path = edited(tmp_path / "given", change, **given, timestep={"name": "t", "shape": []})
     assert export_denoiser(open_denoiser(path), tmp_path / "export").max_relative_error < 1e-5
+    # TensorRT cannot read a convolution of an input without a rank.
+    x = load_model(tmp_path / "export" / "model.onnx").graph.inputs[0]
+    assert x.shape is not None and tuple(x.shape)[1:] == (3, 9, 9)
 
 
 def test_one_of_several_outputs_is_to_be_named(tmp_path: Path) -> None:
