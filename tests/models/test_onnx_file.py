@@ -561,15 +561,27 @@ def test_further_outputs_are_left_out(tmp_path: Path) -> None:
     ] == ["out"]
 
 
-def test_a_model_that_draws_random_numbers_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("op", "inputs", "attributes", "said"),
+    [
+        ("RandomNormalLike", (), {}, r"'other' .* draws random numbers"),
+        ("Dropout", ("ratio", "training"), {}, r"'other' .* draws random numbers"),
+        ("LpNormalization", (), {"axis": 0}, "mixes the samples of a batch"),
+    ],
+)
+def test_a_model_whose_output_is_not_of_its_sample_alone_is_refused(
+    op: str, inputs: tuple[str, ...], attributes: dict[str, int], said: str, tmp_path: Path
+) -> None:
     def change(model: onnx.ModelProto) -> None:
         act = next(node for node in model.graph.node if node.name == "act")
-        act.CopyFrom(
-            helper.make_node("RandomNormalLike", list(act.input), list(act.output), name="noise")
-        )
+        given = [*act.input, *inputs]
+        act.CopyFrom(helper.make_node(op, given, list(act.output), name="other", **attributes))
+        for name, value in (("ratio", np.float32(0.5)), ("training", np.array(True))):
+            model.graph.initializer.append(numpy_helper.from_array(np.asarray(value), name))
 
-    with pytest.raises(ModelError, match=r"'noise' .* draws random numbers"):
+    with pytest.raises(ModelError, match=said) as caught:
         export_denoiser(open_denoiser(edited(tmp_path, change)), tmp_path / "export")
+    assert "evaluation mode" in caught.value.hint
 
 
 def test_a_graph_that_is_none_is_named(tmp_path: Path) -> None:
