@@ -67,13 +67,16 @@ def build(
 
     ``model``, ``budget`` and ``target`` as on the command line; ``recipe``: a YAML file or the name
     of a bundled recipe; ``settings``: any other values of the recipe by dotted key, such as
-    ``{"evaluate.samples": 32}``; ``out``: the run folder. ``workers``, ``ray``, ``threads``: who
+    ``{"evaluate.samples": 32}``; ``out``: the run folder, whose own model and recipe are taken where
+    neither is given. ``workers``, ``ray``, ``threads``: who
     computes what can be spread, as ``--workers``, ``--ray``, ``--threads``. Raises the errors of
     ``mpq_deploy.errors``: UsageError for what the caller can fix, MpqError for the rest.
     """
     from mpq_deploy.models.pipeline_parts import whole_parts
     from mpq_deploy.recipe import load_recipe
+    from mpq_deploy.run.folder import is_run
     from mpq_deploy.run.pipeline import default_run, open_pipeline
+    from mpq_deploy.run.several_targets import stored_recipe
     from mpq_deploy.system.parallel.crew import crew_for
 
     given = {
@@ -82,7 +85,8 @@ def build(
         "target": target,
         **(settings or {}),
     }
-    chosen = load_recipe(recipe, given)
+    again = out is not None and model is None and recipe is None and is_run(Path(out))
+    chosen = stored_recipe(Path(str(out)), given) if again else load_recipe(recipe, given)
     run = Path(out) if out else default_run(chosen)
     crew = crew_for(workers, ray, threads)
     talk = WarningTalk() if quiet else PlainTalk()

@@ -41,6 +41,9 @@ def test_build_returns_a_model_that_runs_and_a_report_that_is_true(tmp_path: Pat
     sample = np.zeros((1, 3, 8, 8), np.float16)
     output = session.run(None, {"sample": sample, "timestep": np.array([500], np.float32)})[0]
     assert output.shape == sample.shape and np.isfinite(output).all()
+    # Another call on the run goes on with its model, not with the bundled one.
+    again = mpq_deploy.build(out=tmp_path / "run", quiet=True)
+    assert again.report["model"] == result.report["model"]
 
 
 def test_mistakes_are_our_errors(tmp_path: Path) -> None:
