@@ -14,8 +14,6 @@ from mpq_deploy.cli.app import (
     make_talk,
     print_each,
     print_result,
-    recipe_for,
-    recipe_of,
     recovering,
     run_build,
     run_on,
@@ -59,6 +57,7 @@ from mpq_deploy.cli.options import (
     with_compute,
 )
 from mpq_deploy.errors import UsageError, nearest
+from mpq_deploy.run.chosen_recipe import recipe_of, recipe_to_build
 
 if TYPE_CHECKING:
     pass
@@ -158,7 +157,7 @@ def export(
     given |= {"sizes": sizes, "conditions": conditions, "scheduler": scheduler}
     given |= {"prompts": prompts}
     given |= {"call": call, "calls": calls, "config": config}
-    run_until("export", recipe_for(recipe, given), out)
+    run_until("export", recipe_to_build(out, recipe, given), out)
 
 
 @app.command(rich_help_panel=STAGES, epilog="Example: mpq-deploy calibrate runs/mine")
