@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import sys
 from contextlib import nullcontext
-from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mpq_deploy.errors import UsageError
+from mpq_deploy.run.chosen_recipe import going_on, recipe_of, runs_to_build
 from mpq_deploy.system.libraries import quiet_libraries, show_libraries
 from mpq_deploy.system.names import printable
 from mpq_deploy.system.progress import LINE_ENDS
@@ -81,77 +81,6 @@ def _main(
         quiet_libraries()
 
 
-def recipe_for(recipe: str | Path | None, options: Mapping[str, Any]) -> Recipe:
-    """Return a recipe, overridden by ``options`` (values by dotted key; None: not given)."""
-    from mpq_deploy.recipe import load_recipe
-
-    return load_recipe(recipe, _plain(options))
-
-
-def _plain(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return options as a recipe's YAML would have them."""
-    plain = {
-        key: value.value if isinstance(value, Enum) else value for key, value in options.items()
-    }
-    return {key: str(v) if isinstance(v, Path) else v for key, v in plain.items()}
-
-
-def recipe_of(run: Path, recipe: str | None, options: Mapping[str, Any] | None = None) -> Recipe:
-    """Return the recipe of a run folder, or ``recipe`` where one is given, overridden by ``options``."""
-    from mpq_deploy.run.folder import check_one_run
-
-    if whole_recipe := _whole_recipe(run, options or {}):
-        return whole_recipe
-    check_one_run(run)
-    stored = run / "recipe.yaml"
-    if recipe is None and not stored.is_file():
-        raise UsageError(
-            f"{run} is not a run folder: it has no recipe.yaml.",
-            "Create one: mpq-deploy build -o RUN",
-        )
-    return recipe_for(recipe or stored, options or {})
-
-
-def _whole_recipe(run: Path, options: Mapping[str, Any]) -> Recipe | None:
-    """Return the recipe of a whole pipeline's run with ``options`` over it; None for other runs."""
-    if not (run / "pipeline.json").is_file():
-        return None
-    from mpq_deploy.run.several_targets import stored_recipe
-
-    return stored_recipe(run, _plain(options))
-
-
-def runs_to_build(
-    out: Path | None, recipe: str | None, options: Mapping[str, Any]
-) -> tuple[Path, list[tuple[Recipe, Path]]]:
-    """Return the run folder of a build, and the recipe and folder of each target in it.
-
-    Without a model and a recipe they are those of an existing run at ``out``: otherwise a new budget
-    for it would build the bundled model in its folder.
-    """
-    from mpq_deploy.run.folder import is_run, several_in
-    from mpq_deploy.run.pipeline import default_run
-    from mpq_deploy.run.several_targets import going_on, runs_of
-
-    named = recipe is not None or options["model"] is not None
-    if out is not None and not named and several_in(out):
-        runs = going_on(out, _plain(options))
-        return out, [(_going_on(settings, options), folder) for settings, folder in runs]
-    if out is not None and not named and is_run(out):
-        settings = _going_on(recipe_of(out, None, options), options)
-    else:
-        settings = recipe_for(recipe, options)
-    run = out or default_run(settings)
-    return run, runs_of(settings, run)
-
-
-def _going_on(stored: Recipe, options: Mapping[str, Any]) -> Recipe:
-    """Return a run's recipe; a given effort or time clears its counts, so that they are fitted again."""
-    from mpq_deploy.run.effort import reopened
-
-    return reopened(stored) if options.get("effort") or options.get("time") else stored
-
-
 def recovering(settings: Recipe) -> Recipe:
     """Return the recipe with recovery on: its own number of steps, or the default."""
     from mpq_deploy.recipe import RECOVER_STEPS
@@ -213,7 +142,7 @@ def run_on(
 
     several = several_in(run)
     if several:
-        runs = [(_going_on(recipe_of(one, recipe, options), options), one) for one in several]
+        runs = [(going_on(recipe_of(one, recipe, options), options), one) for one in several]
         _run_all(stage, runs, crew)
     else:
         print_summary(_run_one(stage, recipe_of(run, recipe, options), run, crew))

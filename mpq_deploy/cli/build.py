@@ -14,13 +14,11 @@ from mpq_deploy.cli.app import (
     make_talk,
     print_each,
     print_result,
-    recipe_of,
     recovering,
     run_build,
     run_on,
     run_targets,
     run_until,
-    runs_to_build,
 )
 from mpq_deploy.cli.options import (
     HERE,
@@ -60,6 +58,7 @@ from mpq_deploy.cli.options import (
     with_compute,
 )
 from mpq_deploy.errors import UsageError, nearest
+from mpq_deploy.run.chosen_recipe import recipe_of, runs_to_build
 
 if TYPE_CHECKING:
     pass

@@ -69,7 +69,7 @@ def runs_of(recipe: Recipe, run: Path) -> list[tuple[Recipe, Path]]:
     return list(found.values())
 
 
-def going_on(run: Path, options: dict[str, Any]) -> list[tuple[Recipe, Path]]:
+def targets_going_on(run: Path, options: dict[str, Any]) -> list[tuple[Recipe, Path]]:
     """Return the recipe and the folder of each target that ``options`` name of a run of several; all by default.
 
     Each goes on with its own recipe, a new one with the first's, but for schemes that were the

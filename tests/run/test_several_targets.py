@@ -22,7 +22,7 @@ from mpq_deploy.report.read import read_report
 from mpq_deploy.rounding.hessian import Gathering
 from mpq_deploy.run.effort import open_counts
 from mpq_deploy.run.folder import RunFolder, base_of, begin_target, open_targets, targets_in
-from mpq_deploy.run.several_targets import going_on, runs_of
+from mpq_deploy.run.several_targets import runs_of, targets_going_on
 from mpq_deploy.run.stage_work import ModelWork, works
 from mpq_deploy.run.view import Run
 from mpq_deploy.sensitivity.probe import Probing
@@ -334,11 +334,11 @@ def test_defaults_are_each_targets_own(tmp_path: Path) -> None:
     assert folder == tmp_path / "targets" / "rtx-ada"
     kept = first.model_copy(update={"measure": first.measure.model_copy(update={"probes": 3})})
     begin_target(folder.with_name("rtx"), kept.to_yaml())
-    ((added, place),) = going_on(tmp_path, {"target": "rtx-ada"})
+    ((added, place),) = targets_going_on(tmp_path, {"target": "rtx-ada"})
     assert (added.allocate.schemes, place) == (second.allocate.schemes, folder)
     assert added.measure.probes == 3
     budget = {"target": "rtx", "budget": "0.5"}
-    assert going_on(tmp_path, budget) == [
+    assert targets_going_on(tmp_path, budget) == [
         (recipe_over(kept.model_dump(mode="json"), budget, ""), folder.with_name("rtx"))
     ]
 
