@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mpq_deploy.system.given import check_whole, given_path, wrong_kind
 from mpq_deploy.system.progress import PlainTalk, WarningTalk
 
 if TYPE_CHECKING:
+    from mpq_deploy.recipe import Recipe
     from mpq_deploy.runtime.drop_in import RuntimeUNet
 
 
@@ -67,23 +69,32 @@ def build(
 
     ``model``, ``budget`` and ``target`` as on the command line; ``recipe``: a YAML file or the name
     of a bundled recipe; ``settings``: any other values of the recipe by dotted key, such as
-    ``{"evaluate.samples": 32}``; ``out``: the run folder. ``workers``, ``ray``, ``threads``: who
+    ``{"evaluate.samples": 32}``; ``out``: the run folder, whose own model and recipe are taken where
+    none is given, as there. One target per call. ``workers``, ``ray``, ``threads``: who
     computes what can be spread, as ``--workers``, ``--ray``, ``--threads``. Raises the errors of
-    ``mpq_deploy.errors``: UsageError for what the caller can fix, MpqError for the rest.
+    ``mpq_deploy.errors``: UsageError for what the caller can fix (an argument of another kind, too),
+    MpqError for the rest.
     """
     from mpq_deploy.models.pipeline_parts import whole_parts
-    from mpq_deploy.recipe import load_recipe
+    from mpq_deploy.run.chosen_recipe import recipe_to_build
     from mpq_deploy.run.pipeline import default_run, open_pipeline
     from mpq_deploy.system.parallel.crew import crew_for
 
+    _check_settings(settings)
+    for name, count in (("workers", workers), ("threads", threads)):
+        if count is not None:
+            check_whole(count, name, 1)
     given = {
-        "model": None if model is None else str(model),
+        "model": None if model is None else given_path(model, "model"),
         "budget": budget,
         "target": target,
         **(settings or {}),
     }
-    chosen = load_recipe(recipe, given)
-    run = Path(out) if out else default_run(chosen)
+    place = Path(given_path(out, "out")) if out else None
+    source = None if recipe is None else given_path(recipe, "recipe")
+    chosen = recipe_to_build(place, source, given)
+    run = place or default_run(chosen)
+    _check_one_target(chosen, run)
     crew = crew_for(workers, ray, threads)
     talk = WarningTalk() if quiet else PlainTalk()
     parts = None if (run / "recipe.yaml").is_file() else whole_parts(chosen)
@@ -99,6 +110,29 @@ def build(
     return BuildResult(run, summary.values["report"])
 
 
+def _check_settings(settings: Any) -> None:
+    """Raise UsageError for anything but values by dotted key."""
+    if settings is None or (
+        isinstance(settings, dict) and all(isinstance(k, str) for k in settings)
+    ):
+        return
+    raise wrong_kind(settings, "settings", 'Give a dict such as {"evaluate.samples": 32}.')
+
+
+def _check_one_target(recipe: Recipe, run: Path) -> None:
+    """Raise UsageError where several targets would be built."""
+    from mpq_deploy.errors import UsageError
+    from mpq_deploy.run.several_targets import runs_of
+
+    found = runs_of(recipe, run)
+    if found != [(recipe, run)]:
+        names = ", ".join(own.target for own, _ in found)
+        raise UsageError(
+            f"{run} would be built for the targets {names}; build() takes one at a time.",
+            "Give one target and a run folder of its own, or build with the command line.",
+        )
+
+
 def record(model: Any, folder: str | Path) -> AbstractContextManager[None]:
     """Record what ``model`` is given inside a ``with`` block, for ``build MODEL.onnx --calls FOLDER``.
 
@@ -107,7 +141,7 @@ def record(model: Any, folder: str | Path) -> AbstractContextManager[None]:
     """
     from mpq_deploy.calls.script_calls import record as record_calls
 
-    return record_calls(model, folder)
+    return record_calls(model, given_path(folder, "folder"))
 
 
 def load(
@@ -130,10 +164,14 @@ def load(
 
     from mpq_deploy.errors import MissingDependencyError
 
+    path = Path(given_path(source, "source"))
+    check_whole(threads, "threads", 0)
+    if not isinstance(backend, str):
+        raise wrong_kind(backend, "backend", "Give auto, onnxruntime, tensorrt_rtx or tensorrt.")
     if importlib.util.find_spec("torch") is None:
         raise MissingDependencyError("torch", "torch", "Replacing a diffusers UNet")
     from mpq_deploy.run.pipeline_file import denoiser_run
     from mpq_deploy.runtime.drop_in import load as open_runtime
 
     options: dict[str, Any] = {"backend": backend, "device": device, "threads": threads}
-    return open_runtime(denoiser_run(Path(source)), **options, lora=lora)
+    return open_runtime(denoiser_run(path), **options, lora=lora)

@@ -464,6 +464,15 @@ class EngineSettings(Section):
     batch_opt: int = Field(2, ge=1, description="batch that the engine is tuned for")
     batch_max: int = Field(8, ge=1, description="largest batch")
 
+    @model_validator(mode="after")
+    def _ascending(self) -> EngineSettings:
+        batches = (self.batch_min, self.batch_opt, self.batch_max)
+        if list(batches) != sorted(batches):
+            raise ValueError(
+                f"batch_min, batch_opt and batch_max are {', '.join(map(str, batches))}; they must be ascending"
+            )
+        return self
+
 
 class EvaluateSettings(Section):
     """How the quantized model is compared with the float one."""

@@ -119,6 +119,8 @@ def test_a_recipe_survives_its_own_yaml() -> None:
         ("evaluate.calls", 0, "found 0"),
         ("evaluate.samples", 0, "found 0"),
         ("calibrate.percentile", 40.0, "found 40.0"),
+        # Before anything is measured, not when the engine is built.
+        ("engine.batch_max", 1, "are 1, 2, 1; they must be ascending"),
         ("recover.losses", {"output": 0}, "weight above 0"),
         ("recover.losses", {"relations": 1}, "'relation' or 'memory' (found 'relations')"),
     ],

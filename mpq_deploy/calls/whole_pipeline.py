@@ -96,8 +96,9 @@ class WholePipeline:
         factor = spec.pooled_factor
 
         def called(*args: Any, **kwargs: Any) -> Any:
-            output = original(*args, **kwargs)
+            # Taken apart before the call: UNets take residuals out of the lists that they are given.
             given = Arguments.of(original, args, kwargs)
+            output = original(*args, **kwargs)
             self.rows[name] += len(given.tensors[spec.sample.name])
             if change is None:
                 return output

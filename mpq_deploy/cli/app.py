@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import sys
 from contextlib import nullcontext
-from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mpq_deploy.errors import UsageError
+from mpq_deploy.run.chosen_recipe import going_on, recipe_of, runs_to_build
 from mpq_deploy.system.libraries import quiet_libraries, show_libraries
 from mpq_deploy.system.names import printable
 from mpq_deploy.system.progress import LINE_ENDS
@@ -81,67 +81,6 @@ def _main(
         quiet_libraries()
 
 
-def recipe_for(recipe: str | Path | None, options: Mapping[str, Any]) -> Recipe:
-    """Return a recipe, overridden by ``options`` (values by dotted key; None: not given)."""
-    from mpq_deploy.recipe import load_recipe
-
-    plain = {
-        key: value.value if isinstance(value, Enum) else value for key, value in options.items()
-    }
-    return load_recipe(
-        recipe, {key: str(v) if isinstance(v, Path) else v for key, v in plain.items()}
-    )
-
-
-def recipe_of(run: Path, recipe: str | None, options: Mapping[str, Any] | None = None) -> Recipe:
-    """Return the recipe of a run folder, or ``recipe`` where one is given, overridden by ``options``."""
-    from mpq_deploy.run.folder import check_one_run
-
-    if whole_recipe := _whole_recipe(run, options or {}):
-        return whole_recipe
-    check_one_run(run)
-    stored = run / "recipe.yaml"
-    if recipe is None and not stored.is_file():
-        raise UsageError(
-            f"{run} is not a run folder: it has no recipe.yaml.",
-            "Create one: mpq-deploy build -o RUN",
-        )
-    return recipe_for(recipe or stored, options or {})
-
-
-def _whole_recipe(run: Path, options: Mapping[str, Any]) -> Recipe | None:
-    """Return the recipe of a whole pipeline's run with ``options`` over it; None for other runs."""
-    if not (run / "pipeline.json").is_file():
-        return None
-    from mpq_deploy.recipe import recipe_over
-    from mpq_deploy.run.pipeline_file import PipelineFile
-
-    plain = {
-        key: value.value if isinstance(value, Enum) else value for key, value in options.items()
-    }
-    given = {key: str(v) if isinstance(v, Path) else v for key, v in plain.items()}
-    return recipe_over(PipelineFile.load(run).given(), given, str(run))
-
-
-def recipe_to_build(out: Path | None, recipe: str | None, options: Mapping[str, Any]) -> Recipe:
-    """Return the recipe of a build; without a model and a recipe, that of an existing run at ``out``.
-
-    Otherwise a new budget for an existing run would build the bundled model in its folder.
-    """
-    named = recipe is not None or options["model"] is not None
-    known = out is not None and any((out / n).is_file() for n in ("recipe.yaml", "pipeline.json"))
-    if named or out is None or not known:
-        return recipe_for(recipe, options)
-    return _going_on(recipe_of(out, None, options), options)
-
-
-def _going_on(stored: Recipe, options: Mapping[str, Any]) -> Recipe:
-    """Return a run's recipe; a given effort or time clears its counts, so that they are fitted again."""
-    from mpq_deploy.run.effort import reopened
-
-    return reopened(stored) if options.get("effort") or options.get("time") else stored
-
-
 def recovering(settings: Recipe) -> Recipe:
     """Return the recipe with recovery on: its own number of steps, or the default."""
     from mpq_deploy.recipe import RECOVER_STEPS
@@ -161,31 +100,33 @@ def run_build(
     dry_run: bool,
 ) -> None:
     """Run all stages, or forecast them; with no target named, for all targets of an existing run."""
-    from mpq_deploy.run.folder import several_in
-
-    named = recipe or options["model"] or options["target"]
-    if out is not None and not (named or recover or dry_run) and several_in(out):
-        run_on("report", out, None, options, crew)
-        return
-    settings = recipe_to_build(out, recipe, options)
-    settings = recovering(settings) if recover else settings
+    run, runs = runs_to_build(out, recipe, options)
+    if recover:
+        runs = [(recovering(settings), folder) for settings, folder in runs]
     if dry_run:
-        print_forecast(settings, out, crew)
+        print_forecast(runs, run, crew)
     else:
-        run_until("report", settings, out, crew)
+        run_targets("report", runs, run, crew)
 
 
 def run_until(stage: str, settings: Recipe, out: Path | None, crew: Crew | None = None) -> None:
     """Run all stages up to ``stage`` and print the result."""
-    from mpq_deploy.run.folder import open_targets
     from mpq_deploy.run.pipeline import default_run
-    from mpq_deploy.run.recipe_check import check_recipe
     from mpq_deploy.run.several_targets import runs_of
 
     run = out or default_run(settings)
-    runs = runs_of(settings, run)
-    if runs == [(settings, run)]:
-        print_summary(_run_one(stage, settings, run, crew))
+    run_targets(stage, runs_of(settings, run), run, crew)
+
+
+def run_targets(
+    stage: str, runs: list[tuple[Recipe, Path]], run: Path, crew: Crew | None = None
+) -> None:
+    """Run all stages up to ``stage`` for each of ``runs``: ``run`` itself, or its targets."""
+    from mpq_deploy.run.folder import open_targets
+    from mpq_deploy.run.recipe_check import check_recipe
+
+    if runs[0][1] == run:
+        print_summary(_run_one(stage, *runs[0], crew))
         return
     for own, _ in runs:
         check_recipe(own)
@@ -201,7 +142,7 @@ def run_on(
 
     several = several_in(run)
     if several:
-        runs = [(_going_on(recipe_of(one, recipe, options), options), one) for one in several]
+        runs = [(going_on(recipe_of(one, recipe, options), options), one) for one in several]
         _run_all(stage, runs, crew)
     else:
         print_summary(_run_one(stage, recipe_of(run, recipe, options), run, crew))
@@ -271,15 +212,13 @@ def _run_all(stage: str, runs: list[tuple[Recipe, Path]], crew: Crew | None) -> 
     print_each({name: (summary.values, summary.text) for name, summary in made.items()})
 
 
-def print_forecast(settings: Recipe, out: Path | None, crew: Crew | None) -> None:
+def print_forecast(runs: list[tuple[Recipe, Path]], run: Path, crew: Crew | None) -> None:
     """Export the model, and print the forecast of a whole build, of several targets for the first."""
     from mpq_deploy.run.folder import open_targets
-    from mpq_deploy.run.pipeline import default_run, open_pipeline
+    from mpq_deploy.run.pipeline import open_pipeline
     from mpq_deploy.run.several_parts import forecast_whole
-    from mpq_deploy.run.several_targets import runs_of
 
-    run = out or default_run(settings)
-    own, folder = runs_of(settings, run)[0]
+    own, folder = runs[0]
     with open_targets(run) if folder != run else nullcontext():
         if parts := _parts_of(own, folder):
             _print_forecasts(forecast_whole(own, folder, parts, make_talk(), crew))

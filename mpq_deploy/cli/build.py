@@ -14,11 +14,10 @@ from mpq_deploy.cli.app import (
     make_talk,
     print_each,
     print_result,
-    recipe_for,
-    recipe_of,
     recovering,
     run_build,
     run_on,
+    run_targets,
     run_until,
 )
 from mpq_deploy.cli.options import (
@@ -59,6 +58,7 @@ from mpq_deploy.cli.options import (
     with_compute,
 )
 from mpq_deploy.errors import UsageError, nearest
+from mpq_deploy.run.chosen_recipe import recipe_of, runs_to_build
 
 if TYPE_CHECKING:
     pass
@@ -153,12 +153,16 @@ def export(
     sizes: SizesOption = None,
     only: OnlyOption = None,
 ) -> None:
-    """Export the denoiser to ONNX and check it against the original."""
+    """Export the denoiser to ONNX and check it against the original.
+
+    Without a model or a recipe it uses those of the run.
+    """
     given: dict[str, Any] = {"model": model, "lora": lora or None, "component": only}
     given |= {"sizes": sizes, "conditions": conditions, "scheduler": scheduler}
     given |= {"prompts": prompts}
     given |= {"call": call, "calls": calls, "config": config}
-    run_until("export", recipe_for(recipe, given), out)
+    run, runs = runs_to_build(out, recipe, given)
+    run_targets("export", runs, run)
 
 
 @app.command(rich_help_panel=STAGES, epilog="Example: mpq-deploy calibrate runs/mine")

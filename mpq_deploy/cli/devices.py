@@ -15,7 +15,6 @@ from mpq_deploy.cli.app import (
     make_talk,
     print_each,
     print_result,
-    recipe_of,
 )
 from mpq_deploy.cli.options import (
     RunArgument,
@@ -26,6 +25,7 @@ from mpq_deploy.cli.options import (
     signing_key,
 )
 from mpq_deploy.errors import UsageError
+from mpq_deploy.run.chosen_recipe import recipe_of
 
 if TYPE_CHECKING:
     from mpq_deploy.device.signature import SecretKey

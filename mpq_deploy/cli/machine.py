@@ -17,7 +17,6 @@ from mpq_deploy.cli.app import (
     print_json,
     print_result,
     print_text,
-    recipe_of,
 )
 from mpq_deploy.cli.options import (
     AgainstOption,
@@ -36,6 +35,7 @@ from mpq_deploy.cli.options import (
     output_file,
 )
 from mpq_deploy.errors import UsageError
+from mpq_deploy.run.chosen_recipe import recipe_of
 
 if TYPE_CHECKING:
     from mpq_deploy.bench.bench import Origin

@@ -17,7 +17,6 @@ from mpq_deploy.cli.app import (
     print_each,
     print_result,
     print_text,
-    recipe_of,
 )
 from mpq_deploy.cli.options import (
     HERE,
@@ -70,6 +69,7 @@ from mpq_deploy.cli.options import (
     with_compute,
 )
 from mpq_deploy.errors import MpqError, UsageError
+from mpq_deploy.run.chosen_recipe import recipe_of
 from mpq_deploy.system.files import write_text
 
 if TYPE_CHECKING:

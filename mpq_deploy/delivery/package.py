@@ -67,7 +67,7 @@ DEVICE_MODULES = (
                 "memory",
                 "names",
             ),
-            *("progress", "release", "typed"),
+            *("given", "progress", "release", "typed"),
         )
     ),
     *(

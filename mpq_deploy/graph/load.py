@@ -56,12 +56,15 @@ SIZES_BYTES = {
 def load_model(path: Path) -> ir.Model:
     """Return the model at ``path``; its external weights are memory-mapped, not read.
 
+    Shapes, axes and limits that lie in a file are read: ONNX's inference follows no others.
+
     Raises ModelError when the file is missing, truncated or not ONNX, or when its external data is
     missing, too short or outside the model's folder.
     """
     proto = read_proto(path)
     refuse_sparse(proto, str(path))
     refuse_unsound(proto, str(path))
+    inline_sizes(proto, path)
     try:
         model: ir.Model = ir.from_proto(proto)
     except (ir.serde.SerdeError, ValueError, KeyError, TypeError) as error:
@@ -153,7 +156,7 @@ def check_external_data(proto: onnx.ModelProto, path: Path) -> None:
 def inline_sizes(proto: onnx.ModelProto, path: Path) -> bool:
     """Read external shapes, axes and limits into ``proto``, which ``read_proto`` gave for ``path``.
 
-    ONNX Runtime's shape inference reads none from files. Returns whether there were any.
+    Neither ONNX's shape inference nor ONNX Runtime's reads any from files. Returns whether there were any.
     """
     folder, read = path.resolve().parent, 0
     for tensor in external_tensors(proto):

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx_ir as ir
@@ -35,12 +36,17 @@ from mpq_deploy.system.libraries import gist, tell_cause
 from mpq_deploy.system.progress import Talk
 from mpq_deploy.system.quantities import ImageSize
 
+if TYPE_CHECKING:
+    import onnxruntime as ort
+
 MODEL, SPEC, CONDITIONS, DECODER = "model.onnx", "denoiser.json", "conditions.npz", "decoder.onnx"
 # Constants below this stay in the .onnx file: shapes and axes, which readers want at hand.
 INLINE_BYTES = 1024
 # Batch sizes of the comparison with the source: a fixed batch axis fails at one of them.
 CHECK_BATCHES = (1, 2)
 CHECK_SEED = 0
+# Largest difference, of the largest output, between a sample by itself and in a batch: rounding.
+APART = 1e-3
 # Timesteps of the comparison: as models are trained with, or as they are sampled with.
 CHECK_TIMESTEPS, CHECK_STEPS = 1000, 20
 
@@ -87,8 +93,8 @@ def export_denoiser(
     the way, so that those of the file are not held beside them.
 
     Raises ModelError when a weight is not finite, when the graph cannot be exported, when its output
-    is nothing that a sampler takes, or when the outputs differ by more than the network's tolerance
-    (1e-3 of the largest for a module).
+    is nothing that a sampler takes or mixes the samples of a batch, or when the outputs differ by
+    more than the network's tolerance (1e-3 of the largest for a module).
     """
     talk, started = talk or Talk(), time.monotonic()
     folder.mkdir(parents=True, exist_ok=True)
@@ -211,12 +217,19 @@ def check_finite(model: ir.Model) -> None:
 def check_repeats(model: ir.Model) -> None:
     """Raise ModelError for a node that draws random numbers: its outputs could not be compared."""
     for node in model.graph:
-        if node.op_type in RANDOM and node.domain in STANDARD_DOMAINS:
+        if node.domain in STANDARD_DOMAINS and (node.op_type in RANDOM or _drops(node)):
             raise ModelError(
                 f"The node '{node.name}' ({node.op_type}) draws random numbers: the model's output is not "
                 "reproducible.",
                 "Export it in evaluation mode, or with that noise as an input (one of conditions).",
             )
+
+
+def _drops(node: ir.Node) -> bool:
+    """Whether ``node`` is a Dropout in training mode, from opset 12 its third input."""
+    training = node.inputs[2] if node.op_type == "Dropout" and len(node.inputs) > 2 else None
+    constant = None if training is None else training.const_value
+    return training is not None and (constant is None or bool(constant.numpy().any()))
 
 
 def _compared_with_source(denoiser: Denoiser, path: Path, release: bool) -> float:
@@ -245,7 +258,8 @@ def _compared_with_source(denoiser: Denoiser, path: Path, release: bool) -> floa
     session, errors = session_for_few_calls(path), []
     for (name, spec, feeds), reference in zip(cases, references):
         with _at(name, name in denoiser.spec.size_names), _any_batch(denoiser):
-            errors.append(relative_error(run_session(session, spec.output, feeds), reference))
+            output = run_session(session, spec.output, feeds)
+            errors.append(relative_error(output, reference))
         if not errors[-1] <= denoiser.network.tolerance:
             raise ModelError(
                 f"The exported model differs from its source by {errors[-1]:.2e} of the largest output.",
@@ -255,7 +269,29 @@ def _compared_with_source(denoiser: Denoiser, path: Path, release: bool) -> floa
                 if _fixes_batch(denoiser)
                 else f"At most {denoiser.network.tolerance:g} is expected: please report the model's configuration.",
             )
+    # The last case's, which is of several samples.
+    _check_apart(session, spec, feeds, output)
     return max(errors)
+
+
+def _check_apart(
+    session: ort.InferenceSession, spec: DenoiserSpec, feeds: dict[str, Array], output: Array
+) -> None:
+    """Raise ModelError where the first of several samples gives something else by itself.
+
+    ``output``: for all of ``feeds`` at once. Batches of calibration, of evaluation and of the
+    engine differ, so each would then be of another model.
+    """
+    batched = {item.name for item in spec.inputs if item.batched}
+    first = {name: value[:1] if name in batched else value for name, value in feeds.items()}
+    error = relative_error(run_session(session, spec.output, first), output[:1])
+    if not error <= APART:
+        raise ModelError(
+            f"{spec.name} mixes the samples of a batch: what it gives for a sample changes with the samples beside "
+            f"it, by {error:.2e} of the largest output.",
+            "Export it in evaluation mode, with no BatchNormalization in training mode and nothing that is reduced "
+            "or normalized over the batch axis.",
+        )
 
 
 def _at_size(denoiser: Denoiser, number: int) -> Denoiser:

@@ -187,6 +187,10 @@ class OnnxNetwork:
         """Return the file's graph in the form that the export writes."""
         talk.line(f"  reading {self.path.name}")
         model = load_model(self.path)
+        for value in model.graph.inputs:
+            # TensorRT's parser needs the rank of what a convolution reads.
+            if value.shape is None and (value.name or "") in self._inputs:
+                value.shape = ir.Shape(self._inputs[value.name or ""])
         outputs = model.graph.outputs
         # Other outputs are not read, but would be computed and kept on each call.
         output = [value for value in outputs if value.name == self._output]

@@ -274,9 +274,9 @@ class DenoiserSpec(Sized):
 
     def takes(self, shape: Sequence[int]) -> bool:
         """Whether samples may have the ``shape`` (without the batch) by the model's sizes."""
-        sizes = self.sample.sizes
+        sizes = self.sample.shapes
         if not self.size_step or tuple(shape) in sizes:
-            return not sizes or tuple(shape) in sizes
+            return tuple(shape) in sizes
         ends = zip(map(min, zip(*sizes)), shape, self.sample.shape)
         inside = len(shape) == len(sizes[0]) and all(low <= one <= high for low, one, high in ends)
         # Tokens in a row do not say of which height and width they are.
@@ -288,6 +288,8 @@ class DenoiserSpec(Sized):
         """What the graph takes, for a message."""
         if self.size_step:
             return range_text(self.sizes, self.size_step)
+        if not self.sample.sizes:
+            return str(list(self.sample.shape))
         shapes = zip(self.size_names, self.sample.sizes)
         return ", ".join(f"{name} ({list(one)})" for name, one in shapes)
 

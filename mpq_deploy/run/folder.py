@@ -238,8 +238,12 @@ def sharing_with(path: Path) -> list[Path]:
 
 def several_in(path: Path) -> list[Path]:
     """Return the folders of a run of several targets; none where ``path`` is a run itself."""
-    is_run = any((path / file).exists() for file in (RECIPE, PIPELINE))
-    return [] if is_run else targets_in(path)
+    return [] if is_run(path) else targets_in(path)
+
+
+def is_run(path: Path) -> bool:
+    """Say whether ``path`` is a run, of a model or of a whole pipeline, and not of several targets."""
+    return any((path / file).exists() for file in (RECIPE, PIPELINE))
 
 
 def runs_at(path: Path, target: str | None = None) -> dict[str, Path]:

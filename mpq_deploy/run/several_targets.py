@@ -69,11 +69,35 @@ def runs_of(recipe: Recipe, run: Path) -> list[tuple[Recipe, Path]]:
     return list(found.values())
 
 
-def stored_recipe(run: Path) -> Recipe:
-    """Return the recipe of a run: one of a whole pipeline as it was given, with paths from here."""
+def targets_going_on(run: Path, options: dict[str, Any]) -> list[tuple[Recipe, Path]]:
+    """Return the recipe and the folder of each target that ``options`` name of a run of several; all by default.
+
+    Each goes on with its own recipe, a new one with the first's, but for schemes that were the
+    first's by default. Raises UsageError as ``runs_of`` does.
+    """
+    present = several_in(run)
+    first = stored_recipe(present[0])
+    values = first.model_dump(mode="json", exclude_unset=True)
+    default = make_recipe({"target": values.pop("target", None) or first.target}).allocate.schemes
+    if first.allocate.schemes == default:
+        values.get("allocate", {}).pop("schemes", None)
+    found = runs_of(recipe_over(values, options, str(run)), run)
+    return [
+        (stored_recipe(folder, {**options, "target": own.target}), folder)
+        if folder in present
+        else (own, folder)
+        for own, folder in found
+    ]
+
+
+def stored_recipe(run: Path, options: dict[str, Any] | None = None) -> Recipe:
+    """Return the recipe of a run with ``options`` (dotted keys) over it, with paths from here.
+
+    Of a whole pipeline it is the one that was given.
+    """
     if (run / PIPELINE).is_file():
-        return recipe_over(PipelineFile.load(run).given(), {}, str(run))
-    return load_recipe(run / RECIPE)
+        return recipe_over(PipelineFile.load(run).given(), options or {}, str(run))
+    return load_recipe(run / RECIPE, options)
 
 
 def _check_shared(recipe: Recipe, folder: Path) -> None:

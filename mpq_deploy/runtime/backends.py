@@ -18,7 +18,7 @@ from mpq_deploy.device.context import RUNTIME_CACHE, load_engine, open_context, 
 from mpq_deploy.device.lora_inputs import is_slot, weight_norms
 from mpq_deploy.errors import EngineError, MissingDependencyError, ModelError
 from mpq_deploy.models.spec import Array, DenoiserSpec
-from mpq_deploy.runtime.ort import ORT_ERRORS, OrtDenoiser
+from mpq_deploy.runtime.ort import RUN_ERRORS, OrtDenoiser
 from mpq_deploy.system.compute import CUDA, Compute
 
 __all__ = ["RUNTIME_CACHE", "Backend", "EngineBackend", "OrtBackend"]
@@ -122,10 +122,11 @@ class OrtBackend:
                 torch.cuda.current_stream(self.device).synchronize()
             self._session.run_with_iobinding(binding)
             binding.synchronize_outputs()
-        except ORT_ERRORS as error:
+        except RUN_ERRORS as error:
             shapes = {name: tuple(tensor.shape) for name, tensor in feeds.items()}
+            reason = " ".join(str(error).split())
             raise ModelError(
-                f"ONNX Runtime failed on inputs of shapes {shapes}: {error}"
+                f"ONNX Runtime failed on inputs of shapes {shapes}: {reason}"
             ) from error
         return (
             output

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from mpq_deploy.calls.arguments import Arguments, rows_for
+from mpq_deploy.calls.arguments import Arguments
 from mpq_deploy.calls.stand_in import answer_of, fixed_text
 from mpq_deploy.device.archive import MANIFEST, ArchiveError
 from mpq_deploy.device.generate.generation_folder import Part, Tensor
@@ -30,9 +30,10 @@ from mpq_deploy.graph.writers.deployed_graphs import DEPLOYED, SIMULATED
 from mpq_deploy.graph.writers.lora_slots import SLOTTED, SLOTTED_SIMULATED
 from mpq_deploy.models.export import SPEC
 from mpq_deploy.models.lora_option import parse_lora
-from mpq_deploy.models.spec import DenoiserSpec, InputSpec
+from mpq_deploy.models.spec import DenoiserSpec
 from mpq_deploy.run.folder import RunFolder, check_one_run, refuse_altered
 from mpq_deploy.runtime.backends import Backend, EngineBackend, OrtBackend
+from mpq_deploy.runtime.tensor_inputs import cast, condition_rows, sample_tensor, timesteps
 from mpq_deploy.system.compute import CUDA
 from mpq_deploy.system.files import file_digest
 
@@ -108,7 +109,7 @@ class RuntimeUNet(torch.nn.Module):  # type: ignore[misc]
 
         The sample [N, ...] and the timestep (one number or [N]) come first or by name; ControlNet's
         lists of residuals are one input per element. Raises UsageError for an input that the
-        exported model does not take or lacks.
+        exported model does not take or lacks, or whose shape, type or values do not fit it.
         """
         named = {} if timestep is None else {"timestep": timestep}
         if added_cond_kwargs is not None:
@@ -117,14 +118,15 @@ class RuntimeUNet(torch.nn.Module):  # type: ignore[misc]
         declared = self.spec.timestep
         assert declared is not None  # load refuses a component without timesteps
         sample = _first(given, (SAMPLE, self.spec.sample.name, "hidden_states"), "sample")
-        self._check_size(sample)
+        self._check_size(sample_tensor(sample))
         times = _first(given, ("timestep", declared.name), "timestep")
         conditions = self._conditions(given)
+        count, device = len(sample), self.backend.device
         feeds = {
-            self.spec.sample.name: self._cast(sample, self.spec.sample),
-            declared.name: self._cast(self._times(times, declared, len(sample)), declared),
+            self.spec.sample.name: cast(sample, self.spec.sample, device),
+            declared.name: cast(timesteps(times, declared, count), declared, device),
             **{
-                item.name: self._cast(_rows(conditions[item.name], item, len(sample)), item)
+                item.name: cast(condition_rows(conditions[item.name], item, count), item, device)
                 for item in self.spec.conditions
             },
         }
@@ -193,14 +195,6 @@ class RuntimeUNet(torch.nn.Module):  # type: ignore[misc]
         self._check_first_tokens(given)
         return given
 
-    def _times(self, times: Any, declared: InputSpec, count: int) -> torch.Tensor:
-        """Return the timestep as the graph takes it: one per sample (``count``), or one for all."""
-        times = torch.as_tensor(times)
-        times = times.expand(count) if times.ndim == 0 and declared.batched else times
-        if not declared.batched:
-            return self._one_time(times, declared)
-        return times.reshape(count, *declared.shape) if declared.shape else times
-
     def _check_size(self, sample: torch.Tensor) -> None:
         """Refuse a sample of a size that the graph was not made for, with those that it was."""
         if not self.spec.takes(sample.shape[1:]):
@@ -229,16 +223,6 @@ class RuntimeUNet(torch.nn.Module):  # type: ignore[misc]
     def cache_context(self, name: str) -> Iterator[None]:
         """Do nothing: pipelines name their calls for caches that do not exist here."""
         yield
-
-    def _one_time(self, times: torch.Tensor, declared: InputSpec) -> torch.Tensor:
-        if times.ndim and len(torch.unique(times)) > 1:
-            raise UsageError(
-                f"The model takes one timestep per call, but {len(torch.unique(times))} were given."
-            )
-        return times.reshape(-1)[0].reshape(declared.shape)
-
-    def _cast(self, value: torch.Tensor, item: InputSpec) -> torch.Tensor:
-        return value.to(self.backend.device, getattr(torch, item.dtype)).contiguous()
 
     def to(self, *args: Any, **kwargs: Any) -> RuntimeUNet:
         """Record the device and type that a pipeline wants; the backend stays on its own device."""
@@ -273,16 +257,6 @@ def _flat(given: dict[str, Any]) -> dict[str, Any]:
         elif value is not None and not (isinstance(value, dict) and not value):
             flat[name] = value
     return flat
-
-
-def _rows(value: torch.Tensor, item: InputSpec, count: int) -> torch.Tensor:
-    """Return a condition with a row for each sample, where it can be made so."""
-    fits = (rows_for(value, shape, count) for shape in item.shapes if item.batched)
-    rows = next((one for one in fits if one is not None), None)
-    if rows is None and item.sizes and value.ndim == len(item.shape):
-        # Positions of a size within the range, of no sample's own.
-        rows = value.expand(count, *value.shape)
-    return value if rows is None else rows
 
 
 def _first(given: dict[str, Any], names: tuple[str, ...], what: str) -> Any:

@@ -42,6 +42,8 @@ ORT_ERRORS = tuple(
     for error in vars(ort.capi.onnxruntime_pybind11_state).values()
     if isinstance(error, type) and issubclass(error, Exception)
 )
+# Those of a run. By a binding, as on every GPU, its errors come as Python's own.
+RUN_ERRORS: tuple[type[Exception], ...] = (*ORT_ERRORS, RuntimeError)
 ERROR_SEVERITY = 3
 # Older versions, such as the last for Python 3.10, fuse pairs of FP8 into kernels for integers, which
 # fail or compute something else: their pairs stay as written.
@@ -326,7 +328,7 @@ def run_session(session: ort.InferenceSession, output: str, feeds: dict[str, Arr
         if on_gpu(session):
             return run_bound(session, output, feeds, CUDA)
         values: Array = session.run([output], feeds)[0]
-    except ORT_ERRORS as error:
+    except RUN_ERRORS as error:
         shapes = {name: tuple(value.shape) for name, value in feeds.items()}
         reason = " ".join(str(error).split())
         raise ModelError(

@@ -14,7 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from mpq_deploy.errors import ModelError
 from mpq_deploy.graph.layers import layer_graph
-from mpq_deploy.graph.load import normalise
+from mpq_deploy.graph.load import load_model, normalise
 from mpq_deploy.graph.passes.fold_constants import FoldConstantsPass
 from mpq_deploy.graph.passes.name_nodes import NameNodesPass
 from mpq_deploy.graph.passes.raise_opset import RaiseOpsetPass
@@ -310,6 +310,20 @@ def test_types_that_no_one_declared_are_inferred() -> None:
     np.testing.assert_allclose(
         run(model, x=feed), run(ir.from_proto(graph.model()), x=feed), atol=1e-5
     )
+
+
+def test_types_are_inferred_where_shapes_lie_in_another_file(tmp_path: Path) -> None:
+    # convert_model_to_external_data(size_threshold=0) moves them as well.
+    g = GraphBuilder()
+    g.input("x", ["N", 4])
+    rows = g.op("Reshape", ["x", g.weight("shape", [0, 2, 2])], "rows")
+    g.op("Neg", [rows], "neg")
+    g.nodes[-1].output[0] = g.output("y", ["N", 2, 2])
+    proto, path = g.model(), tmp_path / "model.onnx"
+    del proto.graph.value_info[:]
+    onnx.save(proto, path, save_as_external_data=True, location="w.bin", size_threshold=0)
+    model = normalise(load_model(path))
+    assert all(value.dtype == ir.DataType.FLOAT for node in model.graph for value in node.outputs)
 
 
 def test_outputs_of_foreign_operators_take_the_type_of_their_floats() -> None:

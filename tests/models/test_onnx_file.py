@@ -498,12 +498,20 @@ def test_an_operator_of_a_later_opset_as_onnx_runtime_writes_it(tmp_path: Path) 
 
 def test_an_input_without_a_shape_has_that_of_the_yaml(tmp_path: Path) -> None:
     def change(model: onnx.ModelProto) -> None:
-        model.graph.input[1].type.tensor_type.ClearField("shape")
+        for value in (*model.graph.input, *model.graph.output):
+            value.type.tensor_type.ClearField("shape")
 
+    given = {
+        "sample": {"name": "x", "shape": [3, 9, 9]},
+        "conditions": [{"name": "y", "shape": []}],
+    }
     with pytest.raises(UsageError, match="no shape for 't'"):
-        open_denoiser(edited(tmp_path, change))
-    path = edited(tmp_path / "given", change, timestep={"name": "t", "shape": []})
+        open_denoiser(edited(tmp_path, change, **given))
+    path = edited(tmp_path / "given", change, **given, timestep={"name": "t", "shape": []})
     assert export_denoiser(open_denoiser(path), tmp_path / "export").max_relative_error < 1e-5
+    # TensorRT cannot read a convolution of an input without a rank.
+    x = load_model(tmp_path / "export" / "model.onnx").graph.inputs[0]
+    assert x.shape is not None and tuple(x.shape)[1:] == (3, 9, 9)
 
 
 def test_one_of_several_outputs_is_to_be_named(tmp_path: Path) -> None:
@@ -553,15 +561,27 @@ def test_further_outputs_are_left_out(tmp_path: Path) -> None:
     ] == ["out"]
 
 
-def test_a_model_that_draws_random_numbers_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("op", "inputs", "attributes", "said"),
+    [
+        ("RandomNormalLike", (), {}, r"'other' .* draws random numbers"),
+        ("Dropout", ("ratio", "training"), {}, r"'other' .* draws random numbers"),
+        ("LpNormalization", (), {"axis": 0}, "mixes the samples of a batch"),
+    ],
+)
+def test_a_model_whose_output_is_not_of_its_sample_alone_is_refused(
+    op: str, inputs: tuple[str, ...], attributes: dict[str, int], said: str, tmp_path: Path
+) -> None:
     def change(model: onnx.ModelProto) -> None:
         act = next(node for node in model.graph.node if node.name == "act")
-        act.CopyFrom(
-            helper.make_node("RandomNormalLike", list(act.input), list(act.output), name="noise")
-        )
+        given = [*act.input, *inputs]
+        act.CopyFrom(helper.make_node(op, given, list(act.output), name="other", **attributes))
+        for name, value in (("ratio", np.float32(0.5)), ("training", np.array(True))):
+            model.graph.initializer.append(numpy_helper.from_array(np.asarray(value), name))
 
-    with pytest.raises(ModelError, match=r"'noise' .* draws random numbers"):
+    with pytest.raises(ModelError, match=said) as caught:
         export_denoiser(open_denoiser(edited(tmp_path, change)), tmp_path / "export")
+    assert "evaluation mode" in caught.value.hint
 
 
 def test_a_graph_that_is_none_is_named(tmp_path: Path) -> None:

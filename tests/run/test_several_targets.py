@@ -16,13 +16,13 @@ from typer.testing import CliRunner
 from mpq_deploy.cli import app
 from mpq_deploy.cli.app import run_until
 from mpq_deploy.errors import MpqError, UsageError
-from mpq_deploy.recipe import Recipe, load_recipe, make_recipe
+from mpq_deploy.recipe import Recipe, load_recipe, make_recipe, recipe_over
 from mpq_deploy.report import words
 from mpq_deploy.report.read import read_report
 from mpq_deploy.rounding.hessian import Gathering
 from mpq_deploy.run.effort import open_counts
-from mpq_deploy.run.folder import RunFolder, base_of, open_targets, targets_in
-from mpq_deploy.run.several_targets import runs_of
+from mpq_deploy.run.folder import RunFolder, base_of, begin_target, open_targets, targets_in
+from mpq_deploy.run.several_targets import runs_of, targets_going_on
 from mpq_deploy.run.stage_work import ModelWork, works
 from mpq_deploy.run.view import Run
 from mpq_deploy.sensitivity.probe import Probing
@@ -308,10 +308,39 @@ def test_another_effort_goes_on_for_all_targets(
     assert {one.effort for one in opened} == {"quick"}
 
 
+@pytest.mark.parametrize("arguments", [["--target", f"{ALL},rtx-ada"], ["--recover"]])
+def test_without_a_model_a_build_goes_on_with_that_of_the_run(
+    model: Path, at_once: Path, arguments: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not with the bundled one, which would take the place of what was built."""
+    begun: list[Recipe] = []
+    commands = sys.modules["mpq_deploy.cli.app"]
+    monkeypatch.setattr(
+        commands, "_run_all", lambda stage, all, crew: begun.extend(r for r, _ in all)
+    )
+    for command in (["build", *arguments], ["export"]):
+        begun.clear()
+        result = CliRunner().invoke(app, [*command, "-o", str(at_once)])
+        assert result.exit_code == 0, result.exception
+        assert {str(one.model) for one in begun} == {str(model)}
+        new = "--target" in command
+        assert [one.target for one in begun] == [NANO, AGX, RTX, "rtx-ada"][: 3 + new]
+        assert all(bool(one.recover.steps) == ("--recover" in command) for one in begun)
+
+
 def test_defaults_are_each_targets_own(tmp_path: Path) -> None:
     (first, _), (second, folder) = runs_of(make_recipe({"target": "rtx,rtx-ada"}), tmp_path)
     assert "f8a8" in second.allocate.schemes and "f8a8" not in first.allocate.schemes
     assert folder == tmp_path / "targets" / "rtx-ada"
+    kept = first.model_copy(update={"measure": first.measure.model_copy(update={"probes": 3})})
+    begin_target(folder.with_name("rtx"), kept.to_yaml())
+    ((added, place),) = targets_going_on(tmp_path, {"target": "rtx-ada"})
+    assert (added.allocate.schemes, place) == (second.allocate.schemes, folder)
+    assert added.measure.probes == 3
+    budget = {"target": "rtx", "budget": "0.5"}
+    assert targets_going_on(tmp_path, budget) == [
+        (recipe_over(kept.model_dump(mode="json"), budget, ""), folder.with_name("rtx"))
+    ]
 
 
 def test_a_build_that_ends_early_leaves_no_folder(tmp_path: Path) -> None:

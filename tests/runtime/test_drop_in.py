@@ -12,7 +12,7 @@ torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 
 import mpq_deploy  # noqa: E402
-from mpq_deploy.errors import UsageError  # noqa: E402
+from mpq_deploy.errors import ModelError, UsageError  # noqa: E402
 from mpq_deploy.models.additions import Additions  # noqa: E402
 from mpq_deploy.models.export import export_denoiser  # noqa: E402
 from mpq_deploy.models.open import open_denoiser  # noqa: E402
@@ -121,6 +121,38 @@ def test_inputs_that_it_does_not_take_or_lacks(classes: tuple[Path, RuntimeUNet]
         replaced(sample, 7, class_labels=label, mid_block_additional_residual=sample)
     with pytest.raises(UsageError, match="needs 'class_labels'"):
         replaced(sample, 7)
+
+
+@pytest.mark.parametrize(
+    ("sample", "timestep", "label", "message"),
+    [
+        ((2, 3, 16, 16), 7, [0, 1], r"not built for samples of the shape \[3, 16, 16\]"),
+        ((0, 3, 8, 8), 7, [], r"The sample has the shape \[0, 3, 8, 8\]"),
+        ((2, 3, 8, 8), 7, [0, 1, 2], r"'class_labels' has the shape \[3\]; of 2 samples"),
+        ((2, 3, 8, 8), 7, [0, 1.5], "'class_labels' is int64, and 1.5 is not a whole number"),
+        ((2, 3, 8, 8), 7, "fox", "'class_labels' is a str: 'fox'"),
+        (
+            (2, 3, 8, 8),
+            torch.tensor([7, 8, 9]),
+            [0, 1],
+            r"'timestep' has the shape \[3\]; of 2 samples",
+        ),
+        ((2, 3, 8, 8), "late", [0, 1], "'timestep' is a str"),
+        (None, 7, [0, 1], "The sample is a ndarray"),
+    ],
+)
+def test_inputs_that_do_not_fit(
+    classes: tuple[Path, RuntimeUNet], sample: Any, timestep: Any, label: Any, message: str
+) -> None:
+    given = np.zeros((2, 3, 8, 8), np.float32) if sample is None else torch.zeros(sample)
+    labels = torch.tensor(label) if isinstance(label, list) else label
+    with pytest.raises(UsageError, match=message):
+        classes[1](given, timestep, class_labels=labels)
+
+
+def test_what_onnx_runtime_cannot_run_is_our_error(classes: tuple[Path, RuntimeUNet]) -> None:
+    with pytest.raises(ModelError, match="ONNX Runtime failed on inputs of shapes"):
+        classes[1](torch.zeros(1, 3, 8, 8), 7, class_labels=torch.tensor([999]))
 
 
 def test_what_cannot_be_opened_says_why(classes: tuple[Path, RuntimeUNet], tmp_path: Path) -> None:

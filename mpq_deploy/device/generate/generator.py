@@ -6,9 +6,10 @@ turns (``one_at_a_time``). Noise is NumPy's by seed, so one seed gives another i
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +44,9 @@ from mpq_deploy.device.generate.noise_schedule import Array
 from mpq_deploy.device.generate.residency import free_room, residency
 from mpq_deploy.device.generate.schedulers import scheduler_from_config
 from mpq_deploy.device.generate.text_states import Texts, encode_texts
-from mpq_deploy.errors import ModelError, UsageError
+from mpq_deploy.errors import ModelError, UsageError, nearest
 from mpq_deploy.models.lora_option import parse_lora
+from mpq_deploy.system.given import check_whole, given_path
 from mpq_deploy.system.progress import Talk
 
 LARGEST_COUNT = 100_000
@@ -103,8 +105,9 @@ class Generator:
 
     ``one_at_a_time``: never hold two parts (little memory; each batch loads both anew); None: where
     both are estimated not to fit. ``loras``: as for ``use_loras``. ``opener`` runs the parts in
-    place of their files, which the folder then need not hold. Raises InputError for a folder that
-    is incomplete or whose parts do not belong together.
+    place of their files, which the folder then need not hold. Threads may share one: they make their
+    batches in turn. Raises InputError for a folder that is incomplete or whose parts do not belong
+    together, UsageError for arguments of another kind.
     """
 
     def __init__(
@@ -112,33 +115,39 @@ class Generator:
         folder: str | Path,
         *,
         one_at_a_time: bool | None = None,
-        loras: Sequence[str] = (),
+        loras: str | Sequence[str] = (),
         threads: int = 0,
         talk: Talk | None = None,
         opener: Callable[[Part], OpenPart] | None = None,
     ) -> None:
-        self.generation: Generation = open_generation(Path(folder), opener is None)
+        check_whole(threads, "threads", 0)
+        place = Path(given_path(folder, "folder"))
+        self.generation: Generation = open_generation(place, opener is None)
         self.scheduler = scheduler_from_config(self.generation.scheduler)
         self.noise_for: Callable[[int], Any] = np.random.default_rng
         self._threads, self._talk, self._opener = threads, talk or Talk(), opener
         turns = opener is None and one_at_a_time is None and self._take_turns()
         self._alone = bool(one_at_a_time) or turns
         self._open: dict[str, OpenPart] = {}
-        self.use_loras(*loras)
+        # Held where parts or the scheduler, which knows its step, are used.
+        self._turn = threading.RLock()
+        self.use_loras(*([loras] if isinstance(loras, str) else loras))
 
     def use_loras(self, *loras: str) -> None:
         """Take these LoRAs, ``FILE[:SCALE]``, for the images from now on; none: as it was built.
 
         Raises as ``parse_lora`` and ``slot_arrays``.
         """
-        self.close()
         options = [parse_lora(text) for text in loras]
         model = SlottedModel.of(self.generation)
-        self._slots = slot_arrays(options, model, self._talk.warn)
+        slots = slot_arrays(options, model, self._talk.warn)
+        with self._turn:
+            self.close()
+            self._slots = slots
 
     def __call__(self, prompt: str, **wishes: Any) -> list[Made]:
         """Return the images of ``generate`` as a list."""
-        return list(self.generate(Wish(prompt, **wishes)))
+        return list(self.generate(_wish(prompt, wishes)))
 
     def generate(self, wish: Wish) -> Iterator[Made]:
         """Yield each image as it is done.
@@ -147,30 +156,35 @@ class Generator:
         that are done.
         """
         wish = self._completed(wish)
-        given = self._prepared(wish)
         try:
+            with self._turn:
+                given = self._prepared(wish)
             with self._talk.bar("images", wish.count) as advance:
                 for start in range(0, wish.count, wish.batch):
                     count = min(wish.batch, wish.count - start)
                     seeds = [wish.seed + start + i for i in range(count)]
-                    yield from self._batch(given, seeds, start)
+                    with self._turn:
+                        made = list(self._batch(given, seeds, start))
+                    yield from made
                     advance(count)
         finally:
             self.close()
 
     def latents(self, prompt: str, **wishes: Any) -> Array:
         """Return what the decoder takes [N, C, h, w] for these images, made as one batch."""
-        wish = self._completed(Wish(prompt, **wishes))
-        try:
-            seeds = [wish.seed + i for i in range(wish.count)]
-            return self._to_decode(self._denoised(self._prepared(wish), seeds))
-        finally:
-            self.close()
+        wish = self._completed(_wish(prompt, wishes))
+        with self._turn:
+            try:
+                seeds = [wish.seed + i for i in range(wish.count)]
+                return self._to_decode(self._denoised(self._prepared(wish), seeds))
+            finally:
+                self.close()
 
     def close(self) -> None:
         """Free all parts."""
-        for name in list(self._open):
-            self._free(name)
+        with self._turn:
+            for name in list(self._open):
+                self._free(name)
 
     def _opened(self, name: str) -> OpenPart:
         if name not in self._open:
@@ -437,6 +451,16 @@ class Generator:
         return image.transpose(0, 2, 3, 1)
 
 
+def _wish(prompt: str, wishes: dict[str, Any]) -> Wish:
+    """Return what is to be made. Raises UsageError for a wish of an unknown name."""
+    known = [field.name for field in fields(Wish)]
+    unknown = next((name for name in wishes if name not in known), None)
+    if unknown is not None:
+        hint = f"{nearest(unknown, known)}It takes {', '.join(known)}."
+        raise UsageError(f"A generator takes no '{unknown}'.", hint)
+    return Wish(prompt, **wishes)
+
+
 def _check_types(wish: Wish) -> None:
     """Raise UsageError for a prompt that is no text, and for numbers of another type."""
     for name, text in (("prompt", wish.prompt), ("negative", wish.negative or "")):
@@ -453,7 +477,10 @@ def _check_types(wish: Wish) -> None:
         if value is not None and not isinstance(value, (int, float, np.number)):
             raise UsageError(f"--{name} is {value!r}.", "Give a number.")
     size = wish.size
-    if size is not None and (isinstance(size, str) or len(size) != 2):
+    whole = isinstance(size, (tuple, list)) and all(
+        isinstance(side, (int, np.integer)) for side in size
+    )
+    if size is not None and (not whole or len(size) != 2):
         raise UsageError(f"--size is {size!r}.", "Give a width and a height, such as (512, 512).")
 
 

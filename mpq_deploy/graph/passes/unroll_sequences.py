@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import onnx_ir as ir
+import onnx_ir.passes.common as common_passes
 
 from mpq_deploy.errors import ModelError
 from mpq_deploy.graph.layers import STANDARD_DOMAINS
 from mpq_deploy.graph.passes.base import GraphPass, NodeMaker
+from mpq_deploy.graph.sound import check_growth
 
 SEQUENCES = (
     *("SplitToSequence", "SequenceAt", "SequenceConstruct", "SequenceEmpty", "SequenceInsert"),
@@ -19,7 +21,7 @@ class UnrollSequencesPass(GraphPass):
     """Replace what torch's exporters write for lists of tensors, where they are not optimized.
 
     1. SplitToSequence whose parts are known: by sizes that are a constant, or of one size along an
-       axis of known size. It becomes a Slice per part, or a Gather without ``keepdims``.
+       axis whose size is declared or can be inferred. It becomes a Slice per part, or a Gather without ``keepdims``.
     2. SequenceConstruct: its inputs.
     3. SequenceAt with a constant position is one of these; ConcatFromSequence joins them.
     4. Any other sequence is a ModelError that names its node.
@@ -29,6 +31,9 @@ class UnrollSequencesPass(GraphPass):
         """Go through the nodes in graph order."""
         parts: dict[ir.Value, list[ir.Value]] = {}
         nodes = [node for node in model.graph if _of_sequences(node)]
+        if any(node.op_type == "SplitToSequence" and not _sizes(node) for node in nodes):
+            check_growth(model)
+            common_passes.ShapeInferencePass(check_type=False, strict_mode=False)(model)
         for node in nodes:
             made = _parts(model, node)
             if made is not None:

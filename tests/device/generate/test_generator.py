@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
@@ -313,6 +314,8 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "half a step": ({"steps": 2.5}, "--steps is 2.5"),
     "guidance in words": ({"guidance": "7"}, "--guidance is '7'"),
     "a size in words": ({"size": "16x16"}, "--size is '16x16'"),
+    "half a pixel": ({"size": (16.5, 16)}, r"--size is \(16.5, 16\)"),
+    "a name that diffusers has": ({"num_steps": 2}, "takes no 'num_steps'. Did you mean 'steps'"),
     "a list of negatives": ({"negative": ["blurry"]}, "The negative is a list"),
     "bytes that are no text": ({"negative": "\udcff"}, "not valid Unicode"),
 }
@@ -328,6 +331,23 @@ def test_what_cannot_be_made_is_refused(plain: Path, name: str) -> None:
 def test_a_size_may_be_a_list(plain: Path) -> None:
     made = Generator(plain)(PROMPT, steps=1, size=[16, 16])
     assert np.array_equal(made[0].array, Generator(plain)(PROMPT, steps=1)[0].array)
+
+
+def test_threads_may_share_a_generator(plain: Path) -> None:
+    wishes = [{"steps": 1 + seed, "seed": seed, "count": 2} for seed in range(3)]
+    alone = [[one.array for one in Generator(plain, threads=1)(PROMPT, **w)] for w in wishes]
+    shared = Generator(plain, threads=1)
+    with ThreadPoolExecutor(3) as pool:
+        together = list(pool.map(lambda wish: shared(PROMPT, **wish), wishes))
+    for own, made in zip(alone, together):
+        assert np.array_equal(own, [one.array for one in made])
+
+
+def test_one_lora_may_be_a_text(plain: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(Generator, "use_loras", lambda self, *loras: asked.extend(loras))
+    Generator(plain, loras="style.safetensors")
+    assert asked == ["style.safetensors"]
 
 
 @pytest.fixture

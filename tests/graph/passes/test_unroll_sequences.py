@@ -36,6 +36,12 @@ def by_one_size(g: GraphBuilder) -> str:
     return g.op("Concat", [b, a], "joined", axis=1)
 
 
+def by_one_size_of_a_product(g: GraphBuilder) -> str:
+    step = g.weight("step", np.array(3))
+    sequence = g.op("SplitToSequence", [g.matmul("x", "wide", 8, 6), step], "split", axis=1)
+    return g.op("Concat", taken(g, sequence, 2, 0), "joined", axis=1)
+
+
 def one_by_one(g: GraphBuilder) -> str:
     split = g.op("SplitToSequence", ["x"], "split", axis=1, keepdims=0)
     added = g.op("Add", taken(g, split, 1, 5), "added")
@@ -55,15 +61,21 @@ def joined_along(g: GraphBuilder) -> str:
     return g.op("Neg", [g.op("ConcatFromSequence", [split], "again", axis=1)], "neg")
 
 
+BODIES = [by_sizes, by_one_size, by_one_size_of_a_product, one_by_one, joined, joined_along]
+
+
 @pytest.mark.parametrize("opset", [11, 17, 21])
-@pytest.mark.parametrize("body", [by_sizes, by_one_size, one_by_one, joined, joined_along])
-def test_parts_that_are_known(body: Body, opset: int) -> None:
+@pytest.mark.parametrize("body", BODIES)
+@pytest.mark.parametrize("declared", [True, False], ids=["declared", "inferred"])
+def test_parts_that_are_known(body: Body, opset: int, declared: bool) -> None:
     g = GraphBuilder(opset=opset)
     g.input("x", ["N", 6])
     y = body(g)
     g.op("Identity", [y], "last")
     g.nodes[-1].output[0] = g.output("y", ["N", "K"])
     proto = g.model()
+    if not declared:
+        del proto.graph.value_info[:]
     x = np.random.default_rng(0).standard_normal((2, 6)).astype(np.float32)
     model = normalise(ir.from_proto(proto))
     assert not [node for node in model.graph if "Sequence" in node.op_type]
