@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -338,21 +338,14 @@ def allocate_with_cross_terms(
     refined, rho = _refined(problem, table, milp, improve and bool(parts))
     old, new = problem.spread(milp.schemes), problem.spread(refined)
     moves = sum(new[name] != scheme for name, scheme in old.items())
-    before: list[Array] = []
-    after: list[Array] = []
-    for seen, apart in parts:
-        part = problem.with_losses(seen.losses)
-        plan = allocate(part, kernel_penalty=milp.kernel_penalty)
-        better, _ = _refined(part, seen, plan, moves > 0)
-        share = cross_share(seen, problem.spread(plan.schemes))
-        before.append(apart.plan_entries(problem.spread(plan.schemes), share))
-        after.append(apart.plan_entries(problem.spread(better), share))
+    chosen_again = partial(allocate, kernel_penalty=milp.kernel_penalty)
+    before, after = _entries_apart(problem, parts, chosen_again, moves > 0)
     held_back = [
         sum(float(e.sum()) for e in rows) / len(parts) for rows in (before, after) if parts
     ]
     kept = moves > 0 and bool(parts) and held_back[1] < held_back[0]
     share = cross_share(table, old)
-    growth = 1.0 if parts else _growth(problem, table, milp, allocate)
+    growth = 1.0 if parts else _growth(problem, table, chosen_again)
     entries = [table.plan_entries(old, share) * growth]
     if parts:
         entries = after if kept else before
@@ -372,11 +365,27 @@ def allocate_with_cross_terms(
     return (replace(milp, schemes=refined) if kept else milp), result
 
 
-def _growth(
+def _entries_apart(
     problem: Problem,
-    table: SensitivityTable,
-    plan: Allocation,
-    allocate: Callable[..., Allocation],
+    parts: list[tuple[SensitivityTable, SensitivityTable]],
+    allocate: Callable[[Problem], Allocation],
+    refining: bool,
+) -> tuple[list[Array], list[Array]]:
+    """Return each fold's entries of the plan that was chosen without it, before and after refining."""
+    before: list[Array] = []
+    after: list[Array] = []
+    for seen, apart in parts:
+        part = problem.with_losses(seen.losses)
+        plan = allocate(part)
+        better, _ = _refined(part, seen, plan, refining)
+        share = cross_share(seen, problem.spread(plan.schemes))
+        before.append(apart.plan_entries(problem.spread(plan.schemes), share))
+        after.append(apart.plan_entries(problem.spread(better), share))
+    return before, after
+
+
+def _growth(
+    problem: Problem, table: SensitivityTable, allocate: Callable[[Problem], Allocation]
 ) -> float:
     """Return ``CrossTerms.growth``: at least 1, and 1 where losses are not steadied.
 
@@ -391,7 +400,7 @@ def _growth(
     own = other = 0.0
     for seen, apart in steadied_halves(table):
         part = problem.with_losses(seen.losses)
-        chosen = problem.spread(allocate(part, kernel_penalty=plan.kernel_penalty).schemes)
+        chosen = problem.spread(allocate(part).schemes)
         own += sum(seen.losses[name][scheme] for name, scheme in chosen.items())
         other += sum(apart.losses[name][scheme] for name, scheme in chosen.items())
     return max(other / own, 1.0) ** HALVES_SHARE if own > 0 else 1.0
