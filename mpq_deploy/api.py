@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mpq_deploy.system.given import check_whole, given_path, wrong_kind
-from mpq_deploy.system.progress import PlainTalk, WarningTalk
+from mpq_deploy.system.progress import PlainTalk, Talk, WarningTalk
 
 if TYPE_CHECKING:
     from mpq_deploy.recipe import Recipe
     from mpq_deploy.runtime.drop_in import RuntimeUNet
+    from mpq_deploy.system.parallel.work import Crew
 
 
 @dataclass(frozen=True)
@@ -75,9 +76,8 @@ def build(
     ``mpq_deploy.errors``: UsageError for what the caller can fix (an argument of another kind, too),
     MpqError for the rest.
     """
-    from mpq_deploy.models.pipeline_parts import whole_parts
     from mpq_deploy.run.chosen_recipe import recipe_to_build
-    from mpq_deploy.run.pipeline import default_run, open_pipeline
+    from mpq_deploy.run.pipeline import default_run
     from mpq_deploy.system.parallel.crew import crew_for
 
     _check_settings(settings)
@@ -95,17 +95,24 @@ def build(
     chosen = recipe_to_build(place, source, given)
     run = place or default_run(chosen)
     _check_one_target(chosen, run)
-    crew = crew_for(workers, ray, threads)
     talk = WarningTalk() if quiet else PlainTalk()
-    parts = None if (run / "recipe.yaml").is_file() else whole_parts(chosen)
+    return _built(chosen, run, talk, crew_for(workers, ray, threads))
+
+
+def _built(recipe: Recipe, run: Path, talk: Talk, crew: Crew) -> BuildResult:
+    """Build a whole pipeline or a model in ``run``."""
+    from mpq_deploy.models.pipeline_parts import whole_parts
+    from mpq_deploy.run.pipeline import open_pipeline
+
+    parts = None if (run / "recipe.yaml").is_file() else whole_parts(recipe)
     if parts is not None:
         from mpq_deploy.report.parts_page import write_pipeline
         from mpq_deploy.run.several_parts import build_whole
 
-        view = build_whole(chosen, run, parts, "report", talk, crew)
+        view = build_whole(recipe, run, parts, "report", talk, crew)
         write_pipeline(run, view)
         return BuildResult(run, view.model_dump(mode="json"))
-    with open_pipeline(chosen, run, talk, crew) as pipeline:
+    with open_pipeline(recipe, run, talk, crew) as pipeline:
         summary = pipeline.run_until("report")
     return BuildResult(run, summary.values["report"])
 
