@@ -99,7 +99,7 @@ def build(
     return _built(chosen, run, talk, crew_for(workers, ray, threads))
 
 
-def _built(recipe: Recipe, run: Path, talk: Talk, crew: Crew) -> BuildResult:
+def _built(recipe: Recipe, run: Path, talk: Talk, crew: Crew | None) -> BuildResult:
     """Build a whole pipeline or a model in ``run``."""
     from mpq_deploy.models.pipeline_parts import whole_parts
     from mpq_deploy.run.pipeline import open_pipeline
