@@ -62,6 +62,10 @@ class Limits:
                 raise UsageError(
                     f"--{name.replace('_', '-')} is {value:g}.", "It cannot be negative."
                 )
+        if self.min_ssim is not None and self.min_ssim > 1:
+            raise UsageError(
+                f"--min-ssim is {self.min_ssim:g}.", "SSIM is at most 1, of equal images."
+            )
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,8 @@ parts are measured first; one program then gives each its bytes, within which it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -357,7 +358,10 @@ class WholeRun:
                 "Leave --max-latency and --objective latency out; or build the other parts alone: --only.",
             )
         problems = {name: part.problem for name, part in measured.items()}
-        return solve_jointly(problems, budget, self.recipe.allocate, timed), budget
+        try:
+            return solve_jointly(problems, budget, self.recipe.allocate, timed), budget
+        except InfeasibleBudgetError as error:
+            raise _too_small(wanted, budget, measured, self.parts.pinned, error.smallest) from error
 
     def _with_images(self, view: PipelineFile, measured: Mapping[str, _Measured]) -> PipelineFile:
         """Compare the final images, and add what was measured to the joint view."""
@@ -411,6 +415,32 @@ def _planned(run: Run) -> tuple[int, float | None, float | None]:
 def _figures(plan: PrecisionPlan) -> tuple[int, float | None, float | None]:
     """Return a part's bytes, predicted error and milliseconds of one call."""
     return plan.size_bytes, plan.predicted_loss, plan.latency.ours_ms if plan.latency else None
+
+
+def _too_small(
+    wanted: Budget,
+    budget: int,
+    measured: Mapping[str, _Measured],
+    pinned: Collection[str],
+    smallest: int,
+) -> InfeasibleBudgetError:
+    """Say the smallest budget of all parts, and how small each part can be."""
+    fp16 = sum(part.fp16_bytes for part in measured.values())
+    ratio = math.ceil(smallest / fp16 * 1e4) / 1e4
+    each = []
+    for name, part in measured.items():
+        least = part.problem.problem.plan_bytes(part.problem.problem.smallest_plan())
+        each.append(
+            f"{name} {least / part.fp16_bytes:.4f} of its {part.fp16_bytes:,} bytes in FP16"
+        )
+    kept = sorted(set(pinned) & set(measured))
+    fewer = f"Pin fewer parts than {', '.join(kept)}, or allow" if kept else "Allow"
+    return InfeasibleBudgetError(
+        f"No plan of all parts fits the budget {wanted} ({budget:,} bytes).",
+        f"The smallest feasible budget is {ratio:.4f} ({smallest:,} bytes); the parts alone: "
+        f"{', '.join(each)}. {fewer} smaller schemes (allocate.schemes).",
+        smallest,
+    )
 
 
 def _weighted(part: _Measured, gain: Any, batch: int) -> _Measured:

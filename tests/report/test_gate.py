@@ -364,6 +364,7 @@ def test_simulated_plans_say_so(reported):
         ({"max_psnr_drop": 1.0}, "needs a baseline"),
         ({"min_psnr": math.nan}, "finite"),
         ({"max_nmse": -1.0}, "negative"),
+        ({"min_ssim": 1.01}, "at most 1"),
     ],
     ids=str,
 )

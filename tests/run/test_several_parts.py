@@ -151,6 +151,10 @@ def test_another_budget_redoes_the_allocation_alone(
         made = [n for n in notes.lines if n.startswith(f"{stage} ") and "up to date" not in n]
         assert not made
     assert not any("gains:" in line for line in notes.lines)
+    with pytest.raises(UsageError, match=r"budget 0\.1 \([\d,]+ bytes\)") as small:
+        built(recipe(folder, budget=0.1), run, "allocate")
+    assert re.search(r"smallest feasible budget is 0\.\d{4} \(", small.value.hint or "")
+    assert all(f"{name} " in (small.value.hint or "") for name in view.parts)
     # Its graphs are still the former plan's.
     with pytest.raises(UsageError, match="planned anew since its text_encoder was quantized"):
         generation_of(run, Notes())
