@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from pathlib import Path
@@ -51,6 +52,18 @@ def main() -> None:
         if State.debug:
             raise
         sys.exit(_report(error))
+    finally:
+        _write_rest()
+
+
+def _write_rest() -> None:
+    """Write what stdout still holds; a reader that has read enough, such as head, is no error."""
+    if sys.stdout is None:
+        return
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _check_folder() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 
@@ -90,3 +91,17 @@ def test_a_replaced_stdout_is_left_alone(capsys):
     before = sys.stdout
     claim_stdout()
     assert sys.stdout is before
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a pipe that nobody reads is another error on Windows")
+def test_a_reader_that_has_read_enough_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mpq_deploy.cli import _write_rest
+
+    read, write = os.pipe()
+    os.close(read)
+    stream = os.fdopen(write, "w")
+    monkeypatch.setattr(sys, "stdout", stream)
+    stream.write("what nobody reads")
+    _write_rest()
+    # Python flushes once more at its end.
+    stream.close()
