@@ -78,6 +78,17 @@ class RuntimeUNet(torch.nn.Module):  # type: ignore[misc]
         self.add_embedding = (
             SimpleNamespace(linear_1=SimpleNamespace(in_features=width)) if width else None
         )
+        self.in_channels = self.config.get("in_channels")
+        # HunyuanDiT's pipelines compute positions from these.
+        self.num_heads = self.config.get("num_attention_heads")
+        each = self.config.get("attention_head_dim")
+        sized = isinstance(self.num_heads, int) and isinstance(each, int)
+        self.inner_dim = self.num_heads * each if sized else None
+
+    def parameters(self, recurse: bool = True) -> Iterator[torch.nn.Parameter]:
+        """Yield one without elements: pipelines read type and device of the first."""
+        empty = torch.empty(0, dtype=self.dtype, device=self.device)
+        yield torch.nn.Parameter(empty, requires_grad=False)
 
     def use_loras(self, *loras: str) -> None:
         """Take these LoRAs, ``FILE[:SCALE]``, for the calls from now on; none: as it was built.

@@ -110,7 +110,10 @@ def test_it_answers_like_the_unet(classes: tuple[Path, RuntimeUNet]) -> None:
     half = replaced(sample.half(), 400, class_labels=label).sample
     assert half.dtype == torch.float16 and torch.allclose(half.float(), expected, atol=2e-2)
     assert replaced.to(torch.float16).dtype == torch.float16
+    # As pipelines of latent diffusion ask for it.
+    assert next(replaced.parameters()).dtype == torch.float16
     assert replaced.to("cpu", dtype=torch.float32).dtype == torch.float32
+    assert replaced.in_channels == unet.config.in_channels
 
 
 def test_inputs_that_it_does_not_take_or_lacks(classes: tuple[Path, RuntimeUNet]) -> None:
