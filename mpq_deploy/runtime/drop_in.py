@@ -80,10 +80,9 @@ class RuntimeUNet(torch.nn.Module):  # type: ignore[misc]
         )
         self.in_channels = self.config.get("in_channels")
         # HunyuanDiT's pipelines compute positions from these.
-        self.num_heads = self.config.get("num_attention_heads")
+        self.num_heads = heads = self.config.get("num_attention_heads")
         each = self.config.get("attention_head_dim")
-        sized = isinstance(self.num_heads, int) and isinstance(each, int)
-        self.inner_dim = self.num_heads * each if sized else None
+        self.inner_dim = heads * each if isinstance(heads, int) and isinstance(each, int) else None
 
     def parameters(self, recurse: bool = True) -> Iterator[torch.nn.Parameter]:
         """Yield one without elements: pipelines read type and device of the first."""
