@@ -19,6 +19,7 @@ from mpq_deploy.rounding.arrays import cast, names_of
 
 if TYPE_CHECKING:
     from mpq_deploy.models.spec import Array
+    from mpq_deploy.rounding.cpu_columns import IntegerColumns
     from mpq_deploy.rounding.gpu_columns import GpuColumns, Replayed
 
 # Smallest scale that is written: the smallest normal FP16 number over 8, so that at least 7 bits of
@@ -33,6 +34,8 @@ LARGEST_MULTIPLE = 15
 # Bytes of the rows whose scales are searched together, so that they stay in the cache: wide layers
 # take a quarter to half of the time that they take in one piece (measured).
 PIECE_BYTES = 1 << 18
+# The same for compiled searches, which keep to the cache by themselves (our choice).
+SEARCHED_BYTES = 1 << 23
 # The same on a GPU, where the pieces must only not fill the memory (our choice).
 GPU_PIECE_BYTES = 1 << 26
 # Minimum damping with which the correlation matrix is factored in float32 (our choice; the recipe's
@@ -50,10 +53,10 @@ DROPPED_BELOW = 0.75
 # Memory of rounding a weight [O, K], in float32 arrays (measured). To nearest: arrays [O, K], and
 # one more per form.
 NEAREST_ARRAYS, NEAREST_FORM_ARRAYS = 3, 1
-# By GPTQ: first FACTOR_MATRICES matrices [K, K] (the ordered correlations, the factor, a product);
+# By GPTQ: first FACTOR_MATRICES matrices [K, K] (the ordered correlations, the factor, a part of one);
 # then the factor and arrays [O, K], with so many per form, as the rows of all forms are rounded and
 # refined side by side.
-FACTOR_MATRICES, GPTQ_ARRAYS, GPTQ_FORM_ARRAYS = 3, 6, 2.6
+FACTOR_MATRICES, GPTQ_ARRAYS, GPTQ_FORM_ARRAYS = 2.25, 6, 2.6
 # Layers are rounded side by side up to this memory together; a larger layer is rounded alone. With
 # more threads than MOST_THREADS, they wait for Python's lock (our choice).
 TOGETHER_BYTES, MOST_THREADS = 2 << 30, 8
@@ -182,71 +185,58 @@ def choose_scale(weight: Array, importance: Array, blocks: int, precision: Preci
     The search is over CLIP_RATIOS. ``importance`` float [K]: the input's mean square per column
     (llama.cpp's importance matrix).
     """
-    share = cast(importance.reshape(1, blocks, -1), np.float32)
+    share = cast(importance, np.float32)
     return names_of(weight).concatenate(
-        [_chosen_scale(weight[part], share, precision) for part in row_pieces(weight)]
+        [
+            _chosen_scale(weight[part], share, blocks, precision)
+            for part in row_pieces(weight, SEARCHED_BYTES)
+        ]
     )
 
 
-def row_pieces(weight: Array) -> list[slice]:
-    """Cut the rows of ``weight`` [O, K] into pieces; each row's scales are chosen independently."""
-    size = PIECE_BYTES if isinstance(weight, np.ndarray) else GPU_PIECE_BYTES
+def row_pieces(weight: Array, size: int | None = None) -> list[slice]:
+    """Cut the rows of ``weight`` [O, K] into pieces; each row's scales are chosen independently.
+
+    ``size``: bytes of a piece on the CPU; None: PIECE_BYTES.
+    """
+    size = (size or PIECE_BYTES) if isinstance(weight, np.ndarray) else GPU_PIECE_BYTES
     rows = max(1, size // max(1, 4 * weight.shape[1]))
     return [slice(start, start + rows) for start in range(0, len(weight), rows)]
 
 
-def _chosen_scale(weight: Array, share: Array, precision: Precision) -> Array:
-    """Choose the scales of some rows; ``share`` float32 [1, blocks, block size]: importance."""
-    xp = names_of(weight)
-    blocked = weight.reshape(len(weight), *share.shape[1:])
-    amax = xp.amax(xp.abs(blocked), axis=2, keepdims=True)
-    best_error = xp.full_like(amax, np.finfo(np.float32).max)
-    best = round_scale(xp.where(amax > 0, amax, precision.quant_max) / precision.quant_max)
+def _chosen_scale(weight: Array, share: Array, blocks: int, precision: Precision) -> Array:
+    """Choose the scales of some rows; ``share`` float32 [K]: importance."""
+    xp, columns = names_of(weight), names_of(weight).ascontiguousarray(weight.T)
+    amax = xp.amax(xp.abs(columns).reshape(blocks, -1, len(weight)), axis=1)
     # In float64, so that a scale is rounded only once, to FP16.
-    exact = cast(amax, np.float64)
-    # With one scale per channel, clipping the largest weight alone often costs more than the best
-    # ratio's whole error: such rows skip the ratio. Of equal errors the smallest ratio wins.
-    ends = _ends(blocked, share, precision) if xp is np and share.shape[1] == 1 else None
-    for ratio in CLIP_RATIOS[::-1].tolist():
-        scale = round_scale(ratio * exact / precision.quant_max)
-        step = cast(scale, np.float32)
-        some: Any = slice(None)
-        if ends is not None:
-            some = np.flatnonzero(ends.clipped(step[:, 0, 0]) <= best_error[:, 0, 0])
-        error = _clipped_error(blocked[some], step[some], precision.quant_min, precision.quant_max)
-        error = xp.sum(share * xp.square(error, out=error), axis=2, keepdims=True)
-        better = (error <= best_error[some]) & (amax[some] > 0)
-        best[some] = xp.where(better, scale[some], best[some])
-        best_error[some] = xp.where(better, error, best_error[some])
-    return best[:, :, 0]
+    largest = cast(xp.where(amax > 0, amax, precision.quant_max), np.float64)
+    ratios = xp.asarray(CLIP_RATIOS)[:, None, None]
+    scales = round_scale(ratios * largest / precision.quant_max)
+    errors = _errors_of_steps(columns, share, cast(scales, np.float32), precision)
+    # Of equal errors the smallest ratio wins; a block of zeros has the scale 1.
+    best = xp.where(amax > 0, errors.argmin(0), int(np.flatnonzero(CLIP_RATIOS == 1)[0]))
+    return xp.ascontiguousarray(_picked(scales, best).T)
 
 
-@dataclass(frozen=True)
-class _Ends:
-    """Each row's largest positive and negative weight, whose clipping bounds the row's error.
+def _errors_of_steps(columns: Array, share: Array, steps: Array, precision: Precision) -> Array:
+    """Return each block's error sum_k share_k (w_k - q_k)^2 for each of T steps, float32 [T, B, R].
 
-    ``size`` [2, O]: magnitudes; ``share`` [2, O]: importances; ``codes`` [2, 1]: largest codes.
+    ``columns`` [K, R]: the weights, in B blocks; ``share`` [K]; ``steps`` [T, B, R]; all float32.
     """
+    xp, limits = names_of(columns), (precision.quant_min, precision.quant_max)
+    if xp is np:
+        from mpq_deploy.rounding.cpu_columns import rounding_errors
 
-    size: Array
-    share: Array
-    codes: Array
-
-    def clipped(self, step: Array) -> Array:
-        """Return a lower bound [O] of the rows' errors for ``step`` float32 [O]."""
-        missed = self.size - self.codes * step
-        return (self.share * np.square(np.maximum(missed, 0))).max(axis=0)
+        return rounding_errors(columns, share, steps, *map(np.float32, limits))
+    blocked, weights = (one.reshape(steps.shape[1], -1, *one.shape[1:]) for one in (columns, share))
+    missed = (_clipped_error(blocked, step[:, None], *limits) for step in steps)
+    return xp.stack([xp.sum(weights[:, :, None] * xp.square(one), axis=1) for one in missed])
 
 
-def _ends(blocked: Array, share: Array, precision: Precision) -> _Ends:
-    rows, places = blocked[:, 0], np.arange(len(blocked))
-    at = np.stack([rows.argmax(axis=1), rows.argmin(axis=1)])
-    size = np.abs(rows[places, at])
-    # A row of one sign has no weight on the other side.
-    size[0] *= rows.max(axis=1) > 0
-    size[1] *= rows.min(axis=1) < 0
-    codes = np.array([[precision.quant_max], [-precision.quant_min]], np.float32)
-    return _Ends(size, share[0, 0, at], codes)
+def _picked(tries: Array, best: Array) -> Array:
+    """Return of ``tries`` [T, B, R] those with the indices ``best`` [B, R]."""
+    xp = names_of(tries)
+    return tries[best, xp.arange(len(best))[:, None], xp.arange(best.shape[1])]
 
 
 def choose_multiple_scale(
@@ -257,34 +247,26 @@ def choose_multiple_scale(
     Returns (block scales float16 [O, B], channel scales float16 [O]). The largest block scale of a
     channel becomes 8 to 15 times the channel scale, by the smallest error (our choice).
     """
-    share = cast(importance[None], np.float32)
+    share = cast(importance, np.float32)
     found = [
-        _chosen_multiple(weight[part], share, block_scale[part]) for part in row_pieces(weight)
+        _chosen_multiple(weight[part], share, block_scale[part])
+        for part in row_pieces(weight, SEARCHED_BYTES)
     ]
     scales, channels = (names_of(weight).concatenate(parts) for parts in zip(*found))
     return scales, channels
 
 
 def _chosen_multiple(weight: Array, share: Array, block_scale: Array) -> tuple[Array, Array]:
-    """Choose the block and channel scales of some rows; ``share`` float32 [1, K]: importance."""
-    xp, columns = names_of(weight), weight.shape[1]
-    wanted = cast(block_scale, np.float32)
-    largest_block = xp.amax(wanted, axis=1)
-    best_error = xp.full_like(largest_block, np.inf)
-    best_scale, best_channel = xp.zeros_like(block_scale), xp.ones_like(block_scale[:, 0])
-    for largest in range(8, LARGEST_MULTIPLE + 1):
-        channel = round_scale(largest_block / largest)
-        step = cast(channel, np.float32)[:, None]
-        multiple = xp.clip(xp.rint(wanted / step), 1, LARGEST_MULTIPLE)
-        column_step = _per_column(multiple * step, columns)
-        error = _clipped_error(weight, column_step, INT4.quant_min, INT4.quant_max)
-        error = xp.sum(share * xp.square(error, out=error), axis=1)
-        better = error < best_error
-        scale = cast(multiple * step, np.float16)
-        best_scale = xp.where(better[:, None], scale, best_scale)
-        best_channel = xp.where(better, channel, best_channel)
-        best_error = xp.where(better, error, best_error)
-    return best_scale, best_channel
+    """Choose the block and channel scales of some rows; ``share`` float32 [K]: importance."""
+    xp, columns = names_of(weight), names_of(weight).ascontiguousarray(weight.T)
+    wanted = xp.ascontiguousarray(cast(block_scale, np.float32).T)
+    largest = xp.asarray(np.arange(8, LARGEST_MULTIPLE + 1, dtype=np.float32))[:, None, None]
+    channels = round_scale(xp.amax(wanted, axis=0)[None, None] / largest)
+    step = cast(channels, np.float32)
+    steps = xp.clip(xp.rint(wanted / step), 1, LARGEST_MULTIPLE) * step
+    best = xp.sum(_errors_of_steps(columns, share, steps, INT4), axis=1).argmin(0)
+    scales = _picked(cast(steps, np.float16), xp.tile(best, (len(wanted), 1)))
+    return xp.ascontiguousarray(scales.T), _picked(channels, best[None])[0]
 
 
 def _clipped_error(weight: Array, step: Array, quant_min: int, quant_max: int) -> Array:
@@ -353,19 +335,21 @@ def gptq_factor(hessian: Array, damping: float) -> tuple[Array, Array]:
     return xp.asarray(upper, np.float32), xp.square(diagonal)
 
 
-def _upper_cholesky(matrix: Array, chunk: int = 256) -> None:
+def _upper_cholesky(matrix: Array, chunk: int = 96) -> None:
     """Overwrite a positive definite ``matrix`` [K, K] by the upper U with U U^T equal to it.
 
-    Works from the last columns to the first, ``chunk`` at a time, so that nearly all work is matrix
-    products: the LAPACK in NumPy's wheels took longer at thousands of columns.
+    Works from the last columns to the first, ``chunk`` at a time, each from those right of it: nearly
+    all work is matrix products that write every number once. The LAPACK in NumPy's wheels takes 2.5
+    times as long at a thousand columns (measured).
     """
     xp = names_of(matrix)
     for stop in range(len(matrix), 0, -chunk):
         start = max(0, stop - chunk)
-        own, above = matrix[start:stop, start:stop], matrix[:start, start:stop]
+        columns, own = matrix[:stop, start:stop], matrix[start:stop, start:stop]
+        if stop < len(matrix):
+            columns -= matrix[:stop, stop:] @ matrix[start:stop, stop:].T
         corner = xp.flip(xp.linalg.cholesky(cast(xp.flip(own), np.float64)))
-        above[:] = above @ cast(xp.linalg.inv(corner).T, matrix.dtype)
-        matrix[:start, :start] -= above @ above.T
+        columns[:start] = columns[:start] @ cast(xp.linalg.inv(corner).T, matrix.dtype)
         own[:] = corner
         matrix[start:stop, :start] = 0
 
@@ -450,24 +434,17 @@ def _visited(
         yield own
 
 
-def _to_multiples(step: Array, low: Array, high: Array, codes: Array) -> Nearest | GpuColumns:
+def _to_multiples(
+    step: Array, low: Array, high: Array, codes: Array
+) -> GpuColumns | IntegerColumns:
     """Return an encoder that fills ``codes`` [K, R], ``low`` to ``high``, in units of ``step``."""
     if not isinstance(step, np.ndarray):
         from mpq_deploy.rounding.gpu_columns import GpuColumns, integer_level
 
         return GpuColumns(integer_level, (step, low[None], high[None]), codes)
-    value = np.empty(len(low), np.float32)
+    from mpq_deploy.rounding.cpu_columns import IntegerColumns
 
-    def nearest(i: int, wanted: Array) -> Array:
-        np.divide(wanted, step[i], out=value)
-        np.rint(value, out=value)
-        np.maximum(value, low, out=value)
-        np.minimum(value, high, out=value)
-        codes[i] = value
-        value[:] *= step[i]
-        return value
-
-    return nearest
+    return IntegerColumns(step, low, high, codes)
 
 
 # (column, wanted values of all rows [R]) -> the dequantized values that they are rounded to [R].
@@ -478,7 +455,7 @@ def compensate(
     remaining: Array,
     factor: Array,
     pivots: Array,
-    nearest: Nearest | GpuColumns,
+    nearest: Nearest | GpuColumns | IntegerColumns,
     chunk: int = 128,
 ) -> Array:
     """Run GPTQ over the columns of ``remaining`` [K, R]; each compensates the errors before it.
@@ -696,15 +673,11 @@ def _alike(blocks: list[int], rows: int, joined: bool) -> list[tuple[int, slice]
 
 def _best(changed: tuple[Array, Array], read: tuple[Array, Array, Array]) -> None:
     """Choose the best codes column by column; arguments as for ``gpu_columns.move_codes``."""
-    (wanted, moved), (levels, step, within) = changed, read
-    for i, best in enumerate(wanted):
-        best -= within[i, :i] @ moved[:i]
-        best /= within[i, i] * step[i]
-        best += levels[i]
-        np.rint(best, out=best)
-        np.maximum(best, INT4.quant_min, out=best)
-        np.minimum(best, INT4.quant_max, out=best)
-        np.multiply(best - levels[i], step[i], out=moved[i])
+    from mpq_deploy.rounding.cpu_columns import move_codes
+
+    levels, step, within = read
+    limits = np.float32(INT4.quant_min), np.float32(INT4.quant_max)
+    move_codes(*changed, levels, step, np.ascontiguousarray(within), limits)
 
 
 def _best_on_gpu() -> Replayed:
