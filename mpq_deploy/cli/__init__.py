@@ -13,6 +13,7 @@ from mpq_deploy.system.import_path import drop_current_folder
 from mpq_deploy.system.libraries import start_lightly
 from mpq_deploy.system.names import printable
 from mpq_deploy.system.stdout import claim_stdout
+from mpq_deploy.system.threads import keep_to_quota
 
 # Importing a group of commands adds it to the application; --help shows the groups in this order.
 # isort: off
@@ -38,6 +39,7 @@ def main() -> None:
     """Run the command line; every error becomes a message and an exit code, without a traceback."""
     claim_stdout()
     start_lightly()
+    keep_to_quota()
     drop_current_folder()
     signal.signal(signal.SIGINT, _stop)
     try:

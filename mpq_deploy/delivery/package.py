@@ -61,6 +61,7 @@ DEVICE_MODULES = (
                 "__init__",
                 "array_file",
                 "children",
+                "control_groups",
                 "files",
                 "import_path",
                 "inputs",

@@ -206,6 +206,8 @@ def _time_rounding(
     if run.recipe.quantize.rounding != "nearest":
         moments = _made_up_moments(layer)
     with tempfile.TemporaryDirectory() as folder:
+        # Loops are compiled in the first call, which may take longer than ENOUGH.
+        rounder.into(Path(folder), moments)
         taken = _timed(lambda: rounder.into(Path(folder), moments), clock)
     return taken / costs[chosen]
 

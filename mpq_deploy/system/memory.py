@@ -20,6 +20,7 @@ from pathlib import Path
 from types import ModuleType
 
 from mpq_deploy.errors import MpqError, UsageError
+from mpq_deploy.system.control_groups import control_groups, kernel_text
 
 # What a user knows better than the system: so much may be taken, whatever is found.
 VARIABLE = "MPQ_DEPLOY_MEMORY"
@@ -91,8 +92,7 @@ class _Files:
     reclaimable: str
 
 
-# Documentation/admin-guide of Linux: cgroup-v2.rst (memory.high throttles, memory.max kills) and
-# cgroup-v1/memory.rst.
+# memory.high throttles, memory.max kills.
 SECOND = _Files(("memory.max", "memory.high"), "memory.current", "inactive_file")
 FIRST = _Files(("memory.limit_in_bytes",), "memory.usage_in_bytes", "total_inactive_file")
 
@@ -152,7 +152,7 @@ def metered() -> Iterator[Reading]:
 
 def peak_rss_bytes() -> int:
     """Peak resident memory of this process, since its start or the begin of the last ``metered``."""
-    found = re.search(r"^VmHWM:\s+(\d+) kB", _text(Path("/proc/self/status")), re.M)
+    found = re.search(r"^VmHWM:\s+(\d+) kB", kernel_text(Path("/proc/self/status")), re.M)
     if found:
         return int(found.group(1)) * 1024
     psutil = _psutil()
@@ -227,7 +227,7 @@ def machine_memory() -> Machine | None:
     if psutil is not None:
         found = psutil.virtual_memory()
         return Machine(found.total, found.available)
-    sizes = dict(re.findall(r"^(\w+):\s+(\d+) kB", _text(Path("/proc/meminfo")), re.M))
+    sizes = dict(re.findall(r"^(\w+):\s+(\d+) kB", kernel_text(Path("/proc/meminfo")), re.M))
     if "MemAvailable" not in sizes:
         return None
     return Machine(int(sizes["MemTotal"]) * 1024, int(sizes["MemAvailable"]) * 1024)
@@ -263,69 +263,20 @@ def _address_space() -> Iterator[Room]:
 
 
 def _groups(root: Path) -> Iterator[Room]:
-    """Yield what every control group leaves, from the process's own up to the top of what is mounted."""
-    paths = _own_groups(root)
-    for line in _text(root / "proc/self/mountinfo").splitlines():
-        before, _, after = line.partition(" - ")
-        kind, _, options = [*after.split(), "", "", ""][:3]
-        first = kind == "cgroup" and "memory" in options.split(",")
-        if not first and kind != "cgroup2":
-            continue
-        top, place = (_unescaped(field) for field in before.split()[3:5])
-        own = paths.get("memory" if first else "")
-        if own is None:
-            continue
-        mounted = root / place.lstrip("/")
-        for folder in _upwards(mounted, _below(own, top)):
-            room = _left(folder, FIRST if first else SECOND)
-            if room is not None:
-                name = "/" + folder.relative_to(mounted).as_posix().lstrip(".")
-                yield Room(room, f"the control group {name}")
-
-
-def _own_groups(root: Path) -> dict[str, str]:
-    """Return the process's groups by controller ("" for the second version)."""
-    found = {}
-    for line in _text(root / "proc/self/cgroup").splitlines():
-        _, controllers, path = line.split(":", 2)
-        found.update(dict.fromkeys(controllers.split(","), path))
-    return found
-
-
-def _below(group: str, top: str) -> str:
-    """Return where ``group`` lies below the group ``top``, which is what is mounted; "" where it lies elsewhere."""
-    relative = os.path.relpath(group, top)
-    return "" if relative.startswith("..") or relative == "." else relative
-
-
-def _upwards(mounted: Path, below: str) -> Iterator[Path]:
-    folder = mounted / below
-    yield folder
-    while folder != mounted:
-        folder = folder.parent
-        yield folder
+    """Yield what every control group leaves."""
+    for group in control_groups("memory", root):
+        left = _left(group.folder, FIRST if group.first else SECOND)
+        if left is not None:
+            yield Room(left, f"the control group {group.name}")
 
 
 def _left(folder: Path, files: _Files) -> int | None:
     """Return the least limit of a group less its use; pages of files that are dropped when needed are no use."""
     limits = [
-        int(text) for name in files.limits if (text := _text(folder / name).strip()).isdigit()
+        int(text) for name in files.limits if (text := kernel_text(folder / name).strip()).isdigit()
     ]
-    used = _text(folder / files.used).strip()
+    used = kernel_text(folder / files.used).strip()
     if not limits or min(limits) >= UNLIMITED or not used.isdigit():
         return None
-    dropped = re.search(rf"^{files.reclaimable} (\d+)$", _text(folder / "memory.stat"), re.M)
+    dropped = re.search(rf"^{files.reclaimable} (\d+)$", kernel_text(folder / "memory.stat"), re.M)
     return max(min(limits) - int(used) + (int(dropped.group(1)) if dropped else 0), 0)
-
-
-def _unescaped(field: str) -> str:
-    """Return a path as it is: the kernel writes blanks and backslashes of it as octal numbers."""
-    return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match.group(1), 8)), field)
-
-
-def _text(path: Path) -> str:
-    """Return what a file of the kernel says; "" where there is none or it may not be read."""
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError:
-        return ""

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
+from math import ceil
 from pathlib import Path
 
 import psutil
+
+from mpq_deploy.system.control_groups import control_groups, kernel_text
 
 # Set for worker processes: threads of ONNX Runtime, which waits for them sleeping where the
 # variable is set.
@@ -71,18 +74,54 @@ def may_spin() -> bool:
 
 def available_cores() -> int:
     """Return the cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(_allowed_cores(), quota_cores() or sys.maxsize)
 
 
 def physical_cores() -> int:
     """Return the physical cores among those that this process may use; all it may use where the system hides them."""
+    return min(_allowed_physical_cores(), quota_cores() or sys.maxsize)
+
+
+def quota_cores(root: Path = Path("/")) -> int:
+    """Return the processor time that control groups allow (``docker run --cpus``), in whole cores; 0: no limit.
+
+    A process of more threads spends its share before its period ends, and then all of them stand still.
+    """
+    return min((max(1, ceil(quota)) for quota in _quotas(root)), default=0)
+
+
+def keep_to_quota() -> None:
+    """Let libraries that are imported later take as many threads as control groups allow, not one per core.
+
+    What the user has set stays.
+    """
+    quota = quota_cores()
+    if 0 < quota < _allowed_cores():
+        for name in (*TORCH_THREADS, *BLAS_THREADS):
+            os.environ.setdefault(name, str(quota))
+
+
+def _quotas(root: Path) -> Iterator[float]:
+    """Yield the cores that each group allows."""
+    for group in control_groups("cpu", root):
+        names = ("cpu.cfs_quota_us", "cpu.cfs_period_us") if group.first else ("cpu.max",)
+        words = [word for name in names for word in kernel_text(group.folder / name).split()]
+        if len(words) == 2 and all(word.isdigit() and int(word) for word in words):
+            yield int(words[0]) / int(words[1])
+
+
+def _allowed_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _allowed_physical_cores() -> int:
     if not hasattr(os, "sched_getaffinity"):
-        return psutil.cpu_count(logical=False) or available_cores()
+        return psutil.cpu_count(logical=False) or _allowed_cores()
     try:
         return len({_core_of(cpu) for cpu in os.sched_getaffinity(0)})
     except OSError:
         # A container may hide it.
-        return available_cores()
+        return _allowed_cores()
 
 
 @cache

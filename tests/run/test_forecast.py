@@ -12,6 +12,7 @@ import pytest
 
 from mpq_deploy.errors import UsageError
 from mpq_deploy.recipe import Recipe, make_recipe
+from mpq_deploy.rounding.rounder import Rounder
 from mpq_deploy.run import forecast, machine_speed
 from mpq_deploy.run.forecast import (
     Forecast,
@@ -51,6 +52,22 @@ def test_calls_cost_what_their_batch_costs(exported: tuple[Recipe, Path, ModelWo
     large = large.model_copy(update={"calibrate": large.calibrate.replace(batch_size=16)})
     assert stage_seconds(large, model, CALLS_ALONE)["calibrate"] == found["calibrate"] / 2
     assert found["allocate"] == found["report"] == 0
+
+
+def test_compiling_rounding_on_its_first_call_is_not_its_speed(
+    exported: tuple[Recipe, Path, ModelWork], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, run, model = exported
+    now, original = [0.0], Rounder.into
+
+    def slow_at_first(self: Rounder, *given: Any) -> Path:
+        now[0] += 0.25 if now[0] else 100.0
+        return original(self, *given)
+
+    monkeypatch.setattr(Rounder, "into", slow_at_first)
+    with open_pipeline(recipe, run, Notes()) as pipeline:
+        given = pipeline.current("export"), model, lambda layer: 0.5
+        assert machine_speed._time_rounding(*given, clock=lambda: now[0]) == 0.5
 
 
 def test_passes_back_cost_each_of_their_directions(

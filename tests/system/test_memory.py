@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from mpq_deploy.errors import UsageError
-from mpq_deploy.system import memory
+from mpq_deploy.system import control_groups, memory
 from mpq_deploy.system.memory import (
     VARIABLE,
     Machine,
@@ -74,7 +74,8 @@ def test_without_groups_the_machine_bounds(tree: Tree) -> None:
 
 def test_a_system_that_says_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "_psutil", lambda: None)
-    monkeypatch.setattr(memory, "_text", lambda path: "")
+    for module in memory, control_groups:
+        monkeypatch.setattr(module, "kernel_text", lambda path: "")
     assert memory_room(tmp_path) is None and machine_memory() is None and held_memory() == 0
 
 
@@ -238,7 +239,7 @@ def test_what_this_process_holds_grows_with_it() -> None:
 
 HOLES = """
 import resource, numpy as np
-from mpq_deploy.system import memory
+from mpq_deploy.system import control_groups, memory
 resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
 memory.{call}
 before = memory.memory_room().bytes
