@@ -101,10 +101,10 @@ def build(
 
 def _built(recipe: Recipe, run: Path, talk: Talk, crew: Crew | None) -> BuildResult:
     """Build a whole pipeline or a model in ``run``."""
-    from mpq_deploy.models.pipeline_parts import whole_parts
+    from mpq_deploy.run.chosen_recipe import parts_to_build
     from mpq_deploy.run.pipeline import open_pipeline
 
-    parts = None if (run / "recipe.yaml").is_file() else whole_parts(recipe)
+    parts = parts_to_build(recipe, run)
     if parts is not None:
         from mpq_deploy.report.parts_page import write_pipeline
         from mpq_deploy.run.several_parts import build_whole

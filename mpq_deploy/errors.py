@@ -45,6 +45,10 @@ class UsageError(MpqError):
     exit_code = 2
 
 
+class NoModelError(UsageError):
+    """There is no model where one was named."""
+
+
 class InputError(MpqError):
     """A file or a name from someone else cannot be read, or is not what it should be. Exit code 2."""
 

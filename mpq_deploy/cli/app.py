@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mpq_deploy.errors import UsageError
-from mpq_deploy.run.chosen_recipe import going_on, recipe_of, runs_to_build
+from mpq_deploy.run.chosen_recipe import going_on, parts_to_build, recipe_of, runs_to_build
 from mpq_deploy.system.libraries import quiet_libraries, show_libraries
 from mpq_deploy.system.names import printable
 from mpq_deploy.system.progress import LINE_ENDS
@@ -148,13 +148,6 @@ def run_on(
         print_summary(_run_one(stage, recipe_of(run, recipe, options), run, crew))
 
 
-def _parts_of(settings: Recipe, run: Path) -> Parts | None:
-    """Return the parts of a whole pipeline; None where one model is built."""
-    from mpq_deploy.models.pipeline_parts import whole_parts
-
-    return None if (run / "recipe.yaml").is_file() else whole_parts(settings)
-
-
 def _run_whole(
     stage: str,
     settings: Recipe,
@@ -184,7 +177,7 @@ def _run_one(
 ) -> Summary:
     from mpq_deploy.run.pipeline import open_pipeline
 
-    if parts := _parts_of(settings, run):
+    if parts := parts_to_build(settings, run):
         return _run_whole(stage, settings, run, crew, parts, coming)
     opened = open_pipeline(settings, run, make_talk(), crew, computes=False, coming=coming)
     with opened as pipeline:
@@ -220,7 +213,7 @@ def print_forecast(runs: list[tuple[Recipe, Path]], run: Path, crew: Crew | None
 
     own, folder = runs[0]
     with open_targets(run) if folder != run else nullcontext():
-        if parts := _parts_of(own, folder):
+        if parts := parts_to_build(own, folder):
             _print_forecasts(forecast_whole(own, folder, parts, make_talk(), crew))
             return
         with open_pipeline(own, folder, make_talk(), crew) as pipeline:

@@ -7,7 +7,7 @@ import re
 from importlib import resources
 from pathlib import Path
 
-from mpq_deploy.errors import MissingDependencyError, ModelError, UsageError, nearest
+from mpq_deploy.errors import MissingDependencyError, ModelError, NoModelError, UsageError, nearest
 from mpq_deploy.models.weight_kinds import PICKLE_ENDINGS
 from mpq_deploy.system.inputs import read_json_object
 from mpq_deploy.system.libraries import tell_cause
@@ -40,7 +40,7 @@ SOURCE_ENDINGS = (".json", ".safetensors", ".txt", ".model")
 def locate(source: str | Path | None, talk: Talk | None = None) -> Path:
     """Return the folder, checkpoint or ONNX file of ``source``; a hub id is fetched.
 
-    Raises UsageError when there is none, ModelError for a pickle or any other file.
+    Raises NoModelError when there is none, ModelError for a pickle or any other file.
     """
     if source is None or str(source) in DEMOS:
         return bundled_demo(None if source is None else str(source))
@@ -54,7 +54,7 @@ def locate(source: str | Path | None, talk: Talk | None = None) -> Path:
         raise ModelError(f"{path} is neither a .safetensors nor an .onnx file.", _other_file(path))
     if is_hub_id(str(source)) and path.suffix not in (".onnx", SINGLE_FILE, *PICKLE_ENDINGS):
         return fetch(str(source), talk or Talk())
-    raise UsageError(
+    raise NoModelError(
         f"There is no model '{source}'.",
         f"{nearest(str(source), DEMOS)}Give a diffusers folder, a .safetensors or .onnx file, a hub id (org/name), or "
         f"one of the bundled models: {', '.join(DEMOS)}.",
@@ -217,7 +217,7 @@ def fetch(hub_id: str, talk: Talk) -> Path:
         return _in_folder(folder)
     except (OSError, HFValidationError, RevisionResolutionError) as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise UsageError(
+        raise NoModelError(
             f"There is no file or folder '{hub_id}', and it cannot be fetched as a hub id: {reason[0]}",
             "Check the name and the network; or download the model elsewhere and give its folder.",
         ) from error

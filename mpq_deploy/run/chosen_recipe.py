@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from mpq_deploy.errors import UsageError
 
 if TYPE_CHECKING:
+    from mpq_deploy.models.pipeline_parts import Parts
     from mpq_deploy.recipe import Recipe
 
 
@@ -93,6 +94,15 @@ def runs_to_build(
     settings = recipe_to_build(out, recipe, options)
     run = out or default_run(settings)
     return run, runs_of(settings, run)
+
+
+def parts_to_build(recipe: Recipe, run: Path) -> Parts | None:
+    """Return the parts of a whole pipeline; None where one model is built, or ``run`` holds one."""
+    from mpq_deploy.models.pipeline_parts import whole_parts
+    from mpq_deploy.run.folder import RECIPE, telling_what_is_gone
+
+    with telling_what_is_gone(recipe.model, run):
+        return None if (run / RECIPE).is_file() else whole_parts(recipe)
 
 
 def _of_its_model(

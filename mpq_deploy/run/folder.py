@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import NoReturn
 
-from mpq_deploy.errors import InputError, RunFolderError, UsageError, nearest
+from mpq_deploy.errors import InputError, NoModelError, RunFolderError, UsageError, nearest
 from mpq_deploy.system.files import (
     Fields,
     canonical_json,
@@ -272,6 +272,21 @@ def check_one_run(path: Path) -> None:
         raise UsageError(f"{path} holds several targets.", f"Give one of them: {names}.")
     if path.parent.name == TARGETS and not path.exists() and targets_in(path.parent.parent):
         refuse_target(path.parent.parent, path.name)
+
+
+@contextmanager
+def telling_what_is_gone(model: str | None, run: Path) -> Iterator[None]:
+    """Say of a ``model`` that is not found that ``run`` was built from it, where it was."""
+    try:
+        yield
+    except NoModelError as error:
+        if not any((run / file).is_file() for file in (PIPELINE, f"export/{RECORD}")):
+            raise
+        whole = run.parents[1] if run.parent.name == COMPONENTS else run
+        raise UsageError(
+            f"The model '{model}', of which {whole} was built, is not there.",
+            f"Put it back, or say where it is now: mpq-deploy build MODEL -o {whole}",
+        ) from error
 
 
 def refuse_target(run: Path, name: str) -> NoReturn:

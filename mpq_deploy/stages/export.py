@@ -18,6 +18,7 @@ from mpq_deploy.models.locate import source_files
 from mpq_deploy.models.lora_option import check_lora, parse_lora
 from mpq_deploy.models.open import source_denoiser
 from mpq_deploy.models.sampling_fit import check_declared, check_timesteps
+from mpq_deploy.run.folder import telling_what_is_gone
 from mpq_deploy.run.stage import Stage, version_of
 from mpq_deploy.run.stage_memory import check_memory
 from mpq_deploy.run.view import CHECKPOINT
@@ -34,7 +35,8 @@ def inputs(run: Run) -> Fields:
     recipe = run.recipe
     description = Path(recipe.description) if recipe.description else None
     config = Path(recipe.config) if recipe.config else None
-    files = source_files(recipe.model, description, recorded=bool(recipe.calls), config=config)
+    with telling_what_is_gone(recipe.model, run.path):
+        files = source_files(recipe.model, description, recorded=bool(recipe.calls), config=config)
     fields: Fields = {
         "export.format": EXPORT_FORMAT,
         # Its files are below: the same model by another path is the same.

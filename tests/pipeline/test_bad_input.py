@@ -60,6 +60,24 @@ def test_no_such_model(cli: Cli, tmp_path: Path, name: str) -> None:
     assert name != "emojy" or "Did you mean 'emoji'?" in outcome.err
 
 
+def test_the_model_of_a_run_is_gone(cli: Cli, tmp_path: Path) -> None:
+    """Each command that needs it names the run, and where it was; given at its new place, it goes on."""
+    pytest.importorskip("torch")
+    from tests.tiny_models import tiny_unet_folder
+
+    model, run = tiny_unet_folder(tmp_path, num_class_embeds=None), tmp_path / "run"
+    moved = tmp_path / "moved" / model.name
+    recipe = write_recipe(tmp_path / "recipe.yaml")
+    assert cli("export", model, "--recipe", recipe, "-o", run).code == 0
+    moved.parent.mkdir()
+    model.rename(moved)
+    for command in (["build", "-o", run, "-b", "0.9"], ["calibrate", run]):
+        said = f"The model '{model}', of which {run} was built, is not there."
+        refused(cli(*command), 2, said, f"build MODEL -o {run}")
+    again = cli("export", moved, "--recipe", recipe, "-o", run)
+    assert again.code == 0 and "up to date" in again.err
+
+
 def test_a_folder_that_is_no_model(cli: Cli, tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "a.txt").write_text("a", encoding="utf-8")
