@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import numpy as np
 
@@ -12,13 +13,17 @@ from mpq_deploy.formats.interfaces import Precision, Rounder, Scheme, WeightForm
 from mpq_deploy.formats.layer_rounding import LayerRounding, importance_of
 from mpq_deploy.rounding.arrays import cast, fetched, names_of, placed
 from mpq_deploy.rounding.quantizers import (
+    BlockDiagonal,
+    Factored,
     Grid,
     QuantizedMatrix,
+    Rounded,
     Rounding,
     choose_scale,
     gptq_codes,
     position_first,
     refine_rounding,
+    row_parts,
 )
 
 if TYPE_CHECKING:
@@ -26,6 +31,9 @@ if TYPE_CHECKING:
     from mpq_deploy.graph.layers import Layer
     from mpq_deploy.models.spec import Array
     from mpq_deploy.recover.trained_weights import LayerTwin, StartingWeight, TwinKit
+
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -140,7 +148,13 @@ def _round_group(
     """
     weight, blocks = placed(weight), [placed(block) for block in blocks]
     by = {form: placed(factors) for form, factors in columns.items()}
-    matrices = _with_scales(layer, weight, importance_of(blocks), formats, by)
+    importance = importance_of(blocks)
+
+    def scaled(part: slice) -> dict[str, QuantizedMatrix]:
+        return _with_scales(layer, weight[part], importance, formats, by)
+
+    pieces = _in_parts(scaled, weight, how)
+    matrices = {form: _joined([piece[form] for piece in pieces]) for form in formats}
     xp, taps = names_of(weight), {form: matrix.taps for form, matrix in matrices.items()}
     grids = {}
     for form, matrix in matrices.items():
@@ -150,13 +164,14 @@ def _round_group(
     codes = _codes(weight, grids, blocks if how.gptq else None, how)
     rounded = {form: (codes[form], matrices[form].scale) for form in formats}
     # INT8 would gain little, and the block scales of w4a8 are tied to their channel scale.
-    free = [form for form, own in formats.items() if how.gptq and own.refined]
-    together = max(1, len(free) if xp is np else how.rows // len(weight))
-    for first in range(0, len(free), together):
-        some = free[first : first + together]
-        started = [rounded[form] for form in some]
-        refining = blocks, how.damping, how.refinements, taps[some[0]]
-        rounded.update(zip(some, refine_rounding(weight, started, *refining)))
+    free = [form for form, own in formats.items() if own.refined]
+    if how.gptq and how.refinements and free:
+        together = len(free) if xp is np else max(1, how.rows // len(weight))
+        hessian = BlockDiagonal.damped(blocks, how.damping)
+        for first in range(0, len(free), together):
+            some = free[first : first + together]
+            started = [rounded[form] for form in some]
+            rounded.update(zip(some, _refined(weight, started, hessian, how, taps[some[0]])))
     return {
         form: QuantizedMatrix(
             fetched(rounded[form][0]),
@@ -185,10 +200,19 @@ def _codes(
         start += len(block)
         cut = {form: grid.cut(span) for form, grid in grids.items()}
         for factors, forms in _orders(cut):
+            known = Factored.of(block, how.damping, factors)
+
+            def codes_of(
+                part: slice, own: Sequence[Grid], known: Factored, span: slice
+            ) -> list[Array]:
+                grids = [grid.of_rows(part) for grid in own]
+                return gptq_codes(weight[part, span], grids, known, how.damping, rows=how.rows)
+
             own = [cut[form] for form in forms]
-            codes = gptq_codes(weight[:, span], own, block, how.damping, factors, how.rows)
-            for form, part in zip(forms, codes, strict=True):
-                pieces[form].append(part)
+            work = partial(codes_of, own=own, known=known, span=span)
+            parts = _in_parts(work, weight, how)
+            for form, codes in zip(forms, zip(*parts, strict=True), strict=True):
+                pieces[form].append(_stacked_rows(codes))
     return {form: names_of(weight).concatenate(codes, axis=1) for form, codes in pieces.items()}
 
 
@@ -210,7 +234,38 @@ def _orders(grids: Mapping[str, Grid]) -> Iterator[tuple[Array | None, list[str]
         yield np.exp(mean), near
 
 
+def _refined(
+    weight: Array, started: Sequence[Rounded], hessian: BlockDiagonal, how: Rounding, taps: int
+) -> list[Rounded]:
+    """Refine the forms ``started`` of ``weight`` [O, K], part by part."""
+
+    def refined(part: slice) -> list[Rounded]:
+        own = [(codes[part], scale[part]) for codes, scale in started]
+        return refine_rounding(weight[part], own, hessian, how.damping, how.refinements, taps)
+
+    return [_joined_rows(one) for one in zip(*_in_parts(refined, weight, how), strict=True)]
+
+
+def _in_parts(work: Callable[[slice], Result], weight: Array, how: Rounding) -> list[Result]:
+    """Return ``work`` of each part of the rows of ``weight``, ``how.lanes`` of them at once."""
+    from mpq_deploy.system.lanes import in_lanes
+
+    return list(in_lanes(work, row_parts(weight), how.lanes))
+
+
+def _stacked_rows(parts: Sequence[Array]) -> Array:
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+def _joined_rows(parts: Sequence[Rounded]) -> Rounded:
+    """Join the codes and the scales of the parts of a weight."""
+    codes, scales = zip(*parts, strict=True)
+    return _stacked_rows(codes), _stacked_rows(scales)
+
+
 def _joined(pieces: list[QuantizedMatrix]) -> QuantizedMatrix:
+    if len(pieces) == 1:
+        return pieces[0]
     channels = [p.channel_scale for p in pieces if p.channel_scale is not None]
     return QuantizedMatrix(
         np.concatenate([p.codes for p in pieces]),

@@ -57,20 +57,34 @@ NEAREST_ARRAYS, NEAREST_FORM_ARRAYS = 3, 1
 # then the factor and arrays [O, K], with so many per form, as the rows of all forms are rounded and
 # refined side by side.
 FACTOR_MATRICES, GPTQ_ARRAYS, GPTQ_FORM_ARRAYS = 2.25, 6, 2.6
+# Those of a part alone; of the others the codes are held, in so many bytes per weight and form.
+GPTQ_HELD_BYTES = 4
+# A layer is rounded in parts of so many weights, whole rows and a multiple of PART_ROWS of them.
+PART_WEIGHTS, PART_ROWS = 1 << 21, 64
 # Layers are rounded side by side up to this memory together; a larger layer is rounded alone. With
 # more threads than MOST_THREADS, they wait for Python's lock (our choice).
 TOGETHER_BYTES, MOST_THREADS = 2 << 30, 8
 
 
-def rounding_bytes(weights: int, width: int, forms: int, gptq: bool) -> int:
+def rounding_bytes(weights: int, width: int, forms: int, gptq: bool, lanes: int = 1) -> int:
     """Estimate the bytes for rounding ``weights`` weights to ``forms`` forms, without the Hessian.
 
-    ``width``: columns of the Hessian's widest diagonal block.
+    ``width``: columns of the Hessian's widest diagonal block; ``lanes``: parts rounded at once.
     """
     if not gptq:
         return 4 * weights * (NEAREST_ARRAYS + NEAREST_FORM_ARRAYS * forms)
-    rows_of_forms = 4 * weights * (GPTQ_ARRAYS + GPTQ_FORM_ARRAYS * forms)
-    return int(max(4 * FACTOR_MATRICES * width**2, 4 * width**2 + rows_of_forms))
+    part = min(weights, lanes * PART_WEIGHTS)
+    rows_of_forms = 4 * part * (GPTQ_ARRAYS + GPTQ_FORM_ARRAYS * forms)
+    held = GPTQ_HELD_BYTES * forms * (weights - part)
+    return int(max(4 * FACTOR_MATRICES * width**2, 4 * width**2 + rows_of_forms + held))
+
+
+def lanes_of(needed: int, threads: int) -> int:
+    """Return how many parts at once a layer is rounded in that takes ``needed`` bytes with one.
+
+    As many as leave no thread idle beside the layers that TOGETHER_BYTES hold.
+    """
+    return max(1, threads // max(1, TOGETHER_BYTES // max(needed, 1)))
 
 
 def rounding_threads(cores: int) -> int:
@@ -84,13 +98,14 @@ class Rounding:
 
     ``gptq``: by GPTQ with ``damping`` and ``refinements`` rounds of refinement; False: to nearest,
     with scales weighted by the Hessian's diagonal. ``rows``: maximum number of rows, over all forms
-    of a weight, that are rounded side by side.
+    of a weight, that are rounded side by side. ``lanes``: parts of a weight that are rounded at once.
     """
 
     gptq: bool
     damping: float
     refinements: int = 0
     rows: int = ROWS_TOGETHER
+    lanes: int = 1
 
 
 @dataclass(frozen=True)
@@ -158,6 +173,18 @@ class QuantizedMatrix:
             channel = channel.copy()
             channel[rows] = part.channel_scale
         return QuantizedMatrix(codes, scale, channel, self.taps)
+
+
+def row_parts(weight: Array) -> list[slice]:
+    """Cut the rows of ``weight`` [O, K] into parts of about PART_WEIGHTS weights; a GPU rounds all at once.
+
+    Each row is rounded by itself. The parts do not depend on how many of them are rounded at once, so
+    neither do the bits, and their arrays bound the memory of a large layer.
+    """
+    if not isinstance(weight, np.ndarray):
+        return [slice(None)]
+    rows = max(PART_ROWS, PART_WEIGHTS // weight.shape[1] // PART_ROWS * PART_ROWS)
+    return [slice(start, start + rows) for start in range(0, len(weight), rows)]
 
 
 def position_first(matrix: Array, taps: int) -> Array:
@@ -373,6 +400,10 @@ class Grid:
         factors = None if self.factors is None else self.factors[span]
         return replace(self, columns=self.columns[span], factors=factors)
 
+    def of_rows(self, part: slice) -> Grid:
+        """Return the grid of some rows."""
+        return replace(self, step=self.step[part])
+
     def steps(self, order: Array) -> Array:
         """Return the steps of the columns ``order`` int [n], float32 [n, O]."""
         steps = names_of(self.step).ascontiguousarray(self.step.T)[self.columns[order]]
@@ -384,10 +415,27 @@ class Grid:
         return round_to_nearest(weight, steps, self.quant_min, self.quant_max)
 
 
+@dataclass(frozen=True)
+class Factored:
+    """GPTQ's ``factor`` and ``pivots`` of a Hessian whose columns are visited in ``order`` int [K]."""
+
+    order: Array
+    factor: Array
+    pivots: Array
+
+    @classmethod
+    def of(cls, hessian: Array, damping: float, factors: Array | None = None) -> Factored:
+        """Factor ``hessian`` [K, K]; arguments as for ``gptq_codes``."""
+        xp = names_of(hessian)
+        moved = xp.diagonal(hessian) * (1 if factors is None else xp.square(xp.asarray(factors)))
+        order = xp.argsort(-moved, kind="stable")
+        return cls(order, *gptq_factor(hessian[order[:, None], order], damping))
+
+
 def gptq_codes(
     weight: Array,
     grids: list[Grid],
-    hessian: Array,
+    hessian: Array | Factored,
     damping: float,
     factors: Array | None = None,
     rows: int = ROWS_TOGETHER,
@@ -397,12 +445,12 @@ def gptq_codes(
     Columns are visited in descending order of the diagonal of ``hessian`` times ``factors``^2 [K]
     (GPTQ's act-order; the scales are fixed beforehand, so the order costs nothing at run time).
     Each output row is GPTQ's or rounded to nearest, whichever has the smaller error e H e^T with H
-    damped. ``rows``: maximum number of rows, over all grids, rounded side by side.
+    damped. ``rows``: maximum number of rows, over all grids, rounded side by side. A ``hessian`` that
+    is factored has ``damping`` and ``factors`` in it.
     """
     xp = names_of(weight)
-    moved = xp.diagonal(hessian) * (1 if factors is None else xp.square(xp.asarray(factors)))
-    order = xp.argsort(-moved, kind="stable")
-    factor, pivots = gptq_factor(hessian[order[:, None], order], damping)
+    known = hessian if isinstance(hessian, Factored) else Factored.of(hessian, damping, factors)
+    order, factor, pivots = known.order, known.factor, known.pivots
     # Transposed to [K, O], so that a column of the weight is contiguous.
     ordered = xp.ascontiguousarray(weight.T)[order]
     found: list[Array] = []
@@ -513,7 +561,7 @@ Rounded = tuple["Array", "Array"]
 def refine_rounding(
     weight: Array,
     forms: list[Rounded],
-    moments: list[Array],
+    moments: list[Array] | BlockDiagonal,
     damping: float,
     rounds: int,
     taps: int = 1,
@@ -523,11 +571,14 @@ def refine_rounding(
     Each round goes over the columns once, some blocks at a time. It fits each block's scale to its
     codes by least squares, then moves every code to its best level while all others are fixed
     (coordinate descent). No step increases a row's error. ``moments``: the diagonal blocks of the
-    Hessian, together K wide, damped here as for GPTQ. ``taps``: ``QuantizedMatrix``. Our choice.
+    Hessian, together K wide, damped here as for GPTQ; or all of it, damped. ``taps``:
+    ``QuantizedMatrix``. Our choice.
     """
     if not rounds:
         return forms
-    hessian = BlockDiagonal([damped(block, damping, np.float32) for block in moments])
+    hessian = (
+        moments if isinstance(moments, BlockDiagonal) else BlockDiagonal.damped(moments, damping)
+    )
     columns = weight.shape[1]
     order = position_first(np.arange(columns)[None], taps)[0] if taps > 1 else None
     spans = [_refined_together(columns // scale.shape[1]) for _, scale in forms]
@@ -556,6 +607,11 @@ class BlockDiagonal:
     def __init__(self, blocks: list[Array]) -> None:
         edges = np.cumsum([0, *map(len, blocks)])
         self._blocks = list(zip(blocks, edges[:-1].tolist(), edges[1:].tolist()))
+
+    @classmethod
+    def damped(cls, moments: list[Array], damping: float) -> BlockDiagonal:
+        """Return the matrix of the blocks ``moments``, each damped as for GPTQ."""
+        return cls([damped(block, damping, np.float32) for block in moments])
 
     def times(self, columns: Array, rows: Array) -> Array:
         """Return the matrix's rows ``columns`` int [n] times ``rows`` [K, R], float32 [n, R]."""

@@ -48,6 +48,7 @@ from mpq_deploy.rounding.hessian import Hessian, HessianPlan
 from mpq_deploy.rounding.quantizers import (
     TOGETHER_BYTES,
     Rounding,
+    lanes_of,
     rounding_bytes,
     rounding_threads,
 )
@@ -119,25 +120,28 @@ class Rounder:
         # Controls use their own schemes, even those that the recipe does not allow in the plan.
         return replace(choices, also=tuple(plan[layer.name] for plan in self._controls.values()))
 
-    def into(self, folder: Path, moments: Hessian) -> Path:
-        """Round the layer of ``moments`` for all its schemes; return its new file in ``folder``."""
+    def into(self, folder: Path, moments: Hessian, lanes: int = 1) -> Path:
+        """Round the layer of ``moments`` for all its schemes; return its new file in ``folder``.
+
+        ``lanes``: how many parts of it at once.
+        """
         graph = self.exported.graph
         layer = graph.layers[self.numbers[moments.layer.name]]
         # ``moments`` may be of another target's graph, where this layer may be a MatMul or a Conv.
         moments = replace(moments, layer=layer)
         with self.blas.limit(limits=1, user_api="blas"):
-            candidates = self._candidates(moments)
+            candidates = self._candidates(moments, lanes)
         path = candidate_file(folder, self.numbers[layer.name])
         save_candidates(candidates, path)
         drop_pages(graph.model.graph.initializers[layer.weight].const_value)
         return path
 
-    def _candidates(self, moments: Hessian) -> LayerCandidates:
+    def _candidates(self, moments: Hessian, lanes: int = 1) -> LayerCandidates:
         """Round on this process' device; if GPU memory runs out, with fewer rows, then on CPU."""
         layer, place, section = moments.layer, computing_on(), self.recipe.quantize
         how = Rounding(section.rounding == "gptq", section.damping, section.refinements)
         if place.torch is None:
-            return self._rounded(moments, how)
+            return self._rounded(moments, replace(how, lanes=lanes))
         rows = rows_that_fit(place.torch_device(), layer.out_channels, layer.reduction)
         for number, then in ((rows, "with fewer forms at once"), (rows // FEWER, "on the CPU")):
             try:
@@ -259,9 +263,9 @@ def round_layers(run: Run, rounders: Sequence[tuple[Rounder, Path]], free: int =
                 del pending[done]
                 done.result()
 
-    def rounded(moments: Hessian) -> None:
+    def rounded(moments: Hessian, lanes: int = 1) -> None:
         for rounder, folder in rounders:
-            rounder.into(folder, moments)
+            rounder.into(folder, moments, lanes)
 
     with ThreadPoolExecutor(threads) as pool:
         for group in layer_moments(run, [rounder for rounder, _ in rounders], free):
@@ -274,8 +278,10 @@ def round_layers(run: Run, rounders: Sequence[tuple[Rounder, Path]], free: int =
                             continue
                         layer, width = one.layer, one.blocks.shape[-1]
                         needed = rounding_bytes(layer.weights, width, forms, gptq)
+                        lanes = lanes_of(needed, threads)
+                        needed = rounding_bytes(layer.weights, width, forms, gptq, lanes)
                         finish(needed)
-                        pending[pool.submit(rounded, one)] = needed
+                        pending[pool.submit(rounded, one, lanes)] = needed
                         del one
                     finish(TOGETHER_BYTES)
 

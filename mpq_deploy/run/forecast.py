@@ -16,7 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 from mpq_deploy.evaluate.variants import kept_images
 from mpq_deploy.rounding.hessian import block_widths
-from mpq_deploy.rounding.quantizers import TOGETHER_BYTES, rounding_bytes, rounding_threads
+from mpq_deploy.rounding.quantizers import (
+    TOGETHER_BYTES,
+    lanes_of,
+    rounding_bytes,
+    rounding_threads,
+)
 from mpq_deploy.run.effort import COUNTS, fitted, get, least
 from mpq_deploy.run.machine_speed import FILE, Speed, probe_batch, speed_of
 from mpq_deploy.run.memory_model import StageMemory, estimate_engine
@@ -286,13 +291,14 @@ class Forecast:
 
 
 def _side_by_side(layer: LayerWork, recipe: Recipe) -> int:
-    """Return how many layers like ``layer`` this process rounds at once."""
+    """Return how many threads of this process round layers like ``layer``."""
     if computing_on().torch is not None:
         return 1
     width = max(block_widths(layer.columns, layer.groups, recipe.quantize))
     size = rounding_bytes(layer.weights, width, layer.forms, recipe.quantize.rounding != "nearest")
     threads = rounding_threads(threads_here().blas)
-    return max(1, min(threads, TOGETHER_BYTES // max(size, 1)))
+    # Parts of a layer are rounded side by side where layers are not.
+    return min(threads, max(1, TOGETHER_BYTES // max(size, 1)) * lanes_of(size, threads))
 
 
 def _row(name: str, seconds: float, size: int, rest: str) -> str:

@@ -40,6 +40,7 @@ from mpq_deploy.rounding.hessian import (
 from mpq_deploy.rounding.quantizers import (
     NEAREST_ARRAYS,
     TOGETHER_BYTES,
+    lanes_of,
     rounding_bytes,
     rounding_threads,
 )
@@ -333,7 +334,9 @@ def _candidates(size: ModelSize, recipe: Recipe, forms: int, workers: int) -> St
         hessian_bytes(size, recipe) if gptq else (0, 0),
         code if gptq else _bare(size.nodes),
     )
-    largest, threads = _rounding(size, recipe, forms), rounding_threads(threads_here().blas)
+    threads = rounding_threads(threads_here().blas)
+    lanes = lanes_of(_rounding(size, recipe, forms), threads)
+    largest = _rounding(size, recipe, forms, lanes)
     rounding = max(largest, min(threads * largest, TOGETHER_BYTES)) + held[0]
     if workers:
         # Hessians lie in files then.
@@ -356,10 +359,13 @@ def _candidates(size: ModelSize, recipe: Recipe, forms: int, workers: int) -> St
     return max(phases, key=lambda phase: phase.total)
 
 
-def _rounding(size: ModelSize, recipe: Recipe, forms: int) -> int:
-    """Return the bytes of the arrays that rounding the largest layer takes, beside its Hessian."""
+def _rounding(size: ModelSize, recipe: Recipe, forms: int, lanes: int = 1) -> int:
+    """Return the bytes of the arrays that rounding the largest layer takes, beside its Hessian.
+
+    ``lanes``: how many parts of it are rounded at once.
+    """
     width = max((_blocks(patches, recipe)[1] for patches in size.patches), default=0)
-    return rounding_bytes(size.largest, width, forms, recipe.quantize.rounding == "gptq")
+    return rounding_bytes(size.largest, width, forms, recipe.quantize.rounding == "gptq", lanes)
 
 
 def candidates_worker_bytes(size: ModelSize, recipe: Recipe, forms: int) -> int:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 # Raised with every change of what the candidates' files hold.
-CANDIDATES_FORMAT = 13
+CANDIDATES_FORMAT = 14
 PRODUCTS = "layers.products"
 TAKEN = {"schemes", "branches", "rules", "conv_products"}
 # Of the stage's inputs those that no rounded form depends on.

@@ -11,12 +11,21 @@ from mpq_deploy.formats.candidates import choices_for, round_candidates
 from mpq_deploy.formats.layer_rounding import InputMoments
 from mpq_deploy.formats.scheme import Scheme, schemes_named
 from mpq_deploy.graph.layers import Layer
-from mpq_deploy.rounding.quantizers import Rounding, rounding_bytes
+from mpq_deploy.rounding import quantizers
+from mpq_deploy.rounding.quantizers import PART_WEIGHTS, Rounding, rounding_bytes
 
 
 @pytest.mark.parametrize("names", [("w8a8",), ("w8a8", "w4a8"), ("w8a8", "w4a16", "w4a8")], ids=len)
-@pytest.mark.parametrize(("rows", "columns"), [(16, 2048), (512, 1024)], ids=["factor", "forms"])
-def test_gptq_takes_about_its_estimate(names: tuple[str, ...], rows: int, columns: int) -> None:
+@pytest.mark.parametrize(
+    ("rows", "columns", "part"),
+    [(16, 2048, PART_WEIGHTS), (512, 1024, PART_WEIGHTS), (1024, 1024, 1 << 17)],
+    ids=["factor", "forms", "parts"],
+)
+def test_gptq_takes_about_its_estimate(
+    names: tuple[str, ...], rows: int, columns: int, part: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quantizers, "PART_WEIGHTS", part)
+
     def refuse_none(layer: Layer, scheme: Scheme) -> str:
         return ""
 
