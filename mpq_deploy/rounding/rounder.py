@@ -79,8 +79,9 @@ class Rounder:
 
     Each layer uses one BLAS thread. With several, some products would round differently; and their
     thousands of synchronizations per layer are slow while other processes use the cores. Instead,
-    several layers are rounded at once, one thread each. ``numbers``: layer name -> index in the
-    graph; ``base``: the run's folder, under which ``earlier`` finds other targets' weights.
+    several layers, or parts of a large one, are rounded at once, one thread each. ``numbers``:
+    layer name -> index in the graph; ``base``: the run's folder, under which ``earlier`` finds other
+    targets' weights.
     """
 
     exported: Exported

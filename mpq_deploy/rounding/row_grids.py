@@ -20,13 +20,14 @@ import numpy as np
 
 from mpq_deploy.rounding.arrays import cast, fetched, names_of
 from mpq_deploy.rounding.quantizers import (
+    Factored,
     Nearest,
     Rounding,
     compensate,
     damped,
     descend,
-    gptq_factor,
     round_scale,
+    row_parts,
 )
 
 if TYPE_CHECKING:
@@ -248,19 +249,25 @@ def round_forms(
     """Round ``weight`` [O, K] to ``forms``; ``moments``: diagonal blocks of the mean of x x^T."""
     xp = names_of(weight)
     importance = xp.concatenate([xp.diagonal(block) for block in moments])
-    together = stacked(
-        [round_to_grids(weight, choose_grids(weight, importance, form)) for form in forms]
-    )
-    target = xp.tile(weight, (len(forms), 1))
-    if how.gptq:
-        together = _compensated(target, together, moments, how.damping)
-        hessians = [damped(block, how.damping, np.float32) for block in moments]
-        for _ in range(how.refinements):
-            together = _refitted(target, together, hessians)
-            together = _descended(target, together, hessians)
-    starts = range(0, len(target), len(weight))
-    spans = (xp.arange(start, start + len(weight)) for start in starts)
-    return dict(zip(forms, (together.take(span) for span in spans)))
+    factored = [Factored.of(block, how.damping) for block in moments] if how.gptq else []
+    hessians = [damped(block, how.damping, np.float32) for block in moments] if how.gptq else []
+    found: dict[RowForm, list[SimulatedMatrix]] = {form: [] for form in forms}
+    # Rows are rounded apart: parts of them bound the memory.
+    for part in row_parts(weight):
+        own = weight[part]
+        together = stacked(
+            [round_to_grids(own, choose_grids(own, importance, form)) for form in forms]
+        )
+        target = xp.tile(own, (len(forms), 1))
+        if how.gptq:
+            together = _compensated(target, together, moments, factored)
+            for _ in range(how.refinements):
+                together = _refitted(target, together, hessians)
+                together = _descended(target, together, hessians)
+        for number, form in enumerate(forms):
+            span = xp.arange(number * len(own), (number + 1) * len(own))
+            found[form].append(together.take(span))
+    return {form: stacked(parts) for form, parts in found.items()}
 
 
 def row_errors(weight: Array, matrix: SimulatedMatrix, moments: list[Array]) -> Array:
@@ -324,16 +331,15 @@ class _Encoder:
 
 
 def _compensated(
-    weight: Array, nearest: SimulatedMatrix, moments: list[Array], damping: float
+    weight: Array, nearest: SimulatedMatrix, moments: list[Array], factored: list[Factored]
 ) -> SimulatedMatrix:
     """Round by GPTQ in act-order; channels for which ``nearest`` is better keep its codes."""
     xp, encoder = names_of(weight), _Encoder(nearest.grids, weight.shape[1])
-    for span, block in _spans(moments):
-        order = xp.argsort(-xp.diagonal(block), kind="stable")
-        factor, pivots = gptq_factor(block[order[:, None], order], damping)
-        remaining = xp.ascontiguousarray(weight[:, span.start + order].T)
-        with encoder.over(span.start + order) as rounding:
-            compensate(remaining, factor, pivots, rounding)
+    for (span, _), known in zip(_spans(moments), factored, strict=True):
+        columns = span.start + known.order
+        remaining = xp.ascontiguousarray(weight[:, columns].T)
+        with encoder.over(columns) as rounding:
+            compensate(remaining, known.factor, known.pivots, rounding)
     return _better(weight, nearest, encoder.matrix(), moments)
 
 

@@ -12,6 +12,7 @@ from mpq_deploy.graph.layers import Layer
 from mpq_deploy.models.spec import Array
 from mpq_deploy.rounding import quantizers
 from mpq_deploy.rounding.quantizers import PART_ROWS, Rounding, lanes_of, row_parts
+from mpq_deploy.rounding.row_grids import RowForm, plain, round_forms
 
 LAYER = Layer("l", "Conv", "w", (200, 32, 3, 3), 0, 1, ())
 
@@ -43,6 +44,17 @@ def test_parts_change_nothing_but_the_order_of_sums(monkeypatch: pytest.MonkeyPa
         assert in_turn[key].shape == expected.shape
         # Products of other shapes may add in another order, which moves values between two levels.
         assert np.mean(in_turn[key] == expected) > 0.999, key
+
+
+def test_simulated_forms_are_rounded_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(1)
+    rows = rng.standard_normal((400, 96), np.float32)
+    weight, moments = rng.standard_normal((150, 96), np.float32), [rows.T @ rows / len(rows)]
+    forms, how = [plain(2), plain(3), RowForm(1, 1)], Rounding(True, 0.05, 1)
+    whole = round_forms(weight, forms, moments, how)
+    monkeypatch.setattr(quantizers, "PART_WEIGHTS", PART_ROWS * 96)
+    for form, matrix in round_forms(weight, forms, moments, how).items():
+        assert np.mean(matrix.dequantize() == whole[form].dequantize()) > 0.99, form
 
 
 def test_no_thread_is_idle_beside_a_large_layer(monkeypatch: pytest.MonkeyPatch) -> None:
