@@ -444,7 +444,8 @@ def test_another_file_or_scale_is_another_export(tmp_path: Path) -> None:
 
     def fields(*loras: str) -> Any:
         recipe = load_recipe(None, {"model": str(folder), "lora": list(loras) or None})
-        return export_inputs(SimpleNamespace(recipe=recipe))  # type: ignore[arg-type]
+        run: Any = SimpleNamespace(recipe=recipe, path=tmp_path / "run")
+        return export_inputs(run)
 
     assert fields() == fields() and "recipe.lora" not in fields()
     first = fields(f"{file}:0.8")

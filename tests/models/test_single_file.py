@@ -164,7 +164,8 @@ def test_digests_of_the_file_and_its_configuration_decide_what_is_exported_again
 
     def files() -> Any:
         recipe = load_recipe(None, {"model": str(checkpoint), "config": str(config)})
-        return export_inputs(SimpleNamespace(recipe=recipe))["model.files"]  # type: ignore[arg-type]
+        run: Any = SimpleNamespace(recipe=recipe, path=folder)
+        return export_inputs(run)["model.files"]
 
     first = files()
     assert {"model.safetensors", "unet/config.json", "model_index.json"} <= set(first)

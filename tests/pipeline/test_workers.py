@@ -92,7 +92,7 @@ def test_layers_rounded_side_by_side_have_the_same_bytes(
 ) -> None:
     busy, most, into = set[str](), [0], rounder.Rounder.into
 
-    def counted(self: rounder.Rounder, folder: Path, moments: Any) -> Path:
+    def counted(self: rounder.Rounder, folder: Path, moments: Any, lanes: int) -> Path:
         busy.add(moments.layer.name)
         most[0] = max(most[0], len(busy))
         if room > 1 and most[0] == 1:
@@ -100,7 +100,7 @@ def test_layers_rounded_side_by_side_have_the_same_bytes(
             limit = time.monotonic() + 20
             while len(busy) == 1 and time.monotonic() < limit:
                 time.sleep(0.01)
-        path = into(self, folder, moments)
+        path = into(self, folder, moments, lanes)
         busy.remove(moments.layer.name)
         return path
 
