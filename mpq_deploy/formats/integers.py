@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import numpy as np
@@ -201,18 +200,9 @@ def _codes(
         cut = {form: grid.cut(span) for form, grid in grids.items()}
         for factors, forms in _orders(cut):
             known = Factored.of(block, how.damping, factors)
-
-            def codes_of(
-                part: slice, own: Sequence[Grid], known: Factored, span: slice
-            ) -> list[Array]:
-                grids = [grid.of_rows(part) for grid in own]
-                return gptq_codes(weight[part, span], grids, known, how.damping, rows=how.rows)
-
-            own = [cut[form] for form in forms]
-            work = partial(codes_of, own=own, known=known, span=span)
-            parts = _in_parts(work, weight, how)
-            for form, codes in zip(forms, zip(*parts, strict=True), strict=True):
-                pieces[form].append(_stacked_rows(codes))
+            codes = _gptq(weight, span, [cut[form] for form in forms], known, how)
+            for form, part in zip(forms, codes, strict=True):
+                pieces[form].append(part)
     return {form: names_of(weight).concatenate(codes, axis=1) for form, codes in pieces.items()}
 
 
@@ -232,6 +222,18 @@ def _orders(grids: Mapping[str, Grid]) -> Iterator[tuple[Array | None, list[str]
         yield None, [form for form in grids if form not in near]
     if near and mean is not None:
         yield np.exp(mean), near
+
+
+def _gptq(
+    weight: Array, span: slice, grids: Sequence[Grid], known: Factored, how: Rounding
+) -> list[Array]:
+    """Round the columns ``span`` of ``weight`` [O, K] by GPTQ to each of ``grids``, part by part."""
+
+    def rounded(part: slice) -> list[Array]:
+        own = [grid.of_rows(part) for grid in grids]
+        return gptq_codes(weight[part, span], own, known, how.damping, rows=how.rows)
+
+    return [_stacked_rows(codes) for codes in zip(*_in_parts(rounded, weight, how), strict=True)]
 
 
 def _refined(
