@@ -276,11 +276,13 @@ def check_one_run(path: Path) -> None:
 
 @contextmanager
 def telling_what_is_gone(model: str | None, run: Path) -> Iterator[None]:
-    """Say of a ``model`` that is not found that ``run`` was built from it, where it was."""
+    """Say of a ``model`` that is not found that ``run``, or a part in it, was built from it."""
     try:
         yield
     except NoModelError as error:
-        if not any((run / file).is_file() for file in (PIPELINE, f"export/{RECORD}")):
+        records = (RunFolder(one).record("export") for one in (run, *run.glob(f"{COMPONENTS}/*")))
+        names = {record.inputs.get("recipe.model") for record in records if record is not None}
+        if model is None or Path(model).name not in names:
             raise
         whole = run.parents[1] if run.parent.name == COMPONENTS else run
         raise UsageError(

@@ -3,7 +3,7 @@
 In: an exported run, the ``Work`` of its stages, the machine's ``Speed``. Out: a ``Forecast``. What
 is not a call of the model (rounding, products, Python around each layer) is counted by sizes, with
 constants that were fitted on one machine of two cores (the bundled digits, a small transformer, UNets
-of 2 M and, for rounding, 19 M parameters); ``Speed.pace`` says how much slower another is.
+of 2 M and, for rounding, emoji and 21 M parameters); ``Speed.pace`` says how much slower another is.
 """
 
 from __future__ import annotations

@@ -74,6 +74,10 @@ def test_the_model_of_a_run_is_gone(cli: Cli, tmp_path: Path) -> None:
     for command in (["build", "-o", run, "-b", "0.9"], ["calibrate", run]):
         said = f"The model '{model}', of which {run} was built, is not there."
         refused(cli(*command), 2, said, f"build MODEL -o {run}")
+    # Another name is of no model that the run knows.
+    refused(
+        cli("build", tmp_path / "typo", "-o", run), 2, f"There is no model '{tmp_path / 'typo'}'"
+    )
     again = cli("export", moved, "--recipe", recipe, "-o", run)
     assert again.code == 0 and "up to date" in again.err
 
